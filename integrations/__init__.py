@@ -1,0 +1,1 @@
+"""HOW other libraries use the adapters."""

@@ -1,0 +1,180 @@
+"""What happens between q, k, v and z, whichever kernel the model calls: one interceptor for all.
+
+While nobody watches a module's scores or pattern nothing here runs, and the model keeps its fused
+kernel. While somebody does, a TorchFunctionMode stands inside that module's forward alone, and
+takes the one call that attends: `scaled_dot_product_attention`, `multi_head_attention_forward` or,
+in modelling code that writes attention out, the softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Fire = Callable[[str, Tensor], Tensor]
+
+
+class Watch(TorchFunctionMode):
+    """Stands inside one attention module's forward and hands its values to `fire(name, value)`.
+
+    `calls` counts the attention calls it took: a module may attend more than once (an image prompt
+    beside the text); the first one is its own.
+    """
+
+    def __init__(self, fire: Fire, n_heads: int, n_kv_heads: int) -> None:
+        super().__init__()
+        self.fire = fire
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.calls = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        take = _TAKES.get(func)
+        if take is None or self.calls:
+            return func(*args, **kwargs)
+        self.calls += 1
+        return take(self, func, *args, **kwargs)
+
+
+def attend(
+    fire: Fire,
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
+    value: Float[Tensor, "batch kv_head key d_value"],
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "batch head query d_value"]:
+    """Attention with its scores and pattern in the open. The softmax is taken in float32."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = repeat(key, "b h n d -> b (h g) n d", g=groups)
+        value = repeat(value, "b h n d -> b (h g) n d", g=groups)
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    scores = fire("attn_scores", scores)
+    # A row that may attend to nothing gives zeros, as the fused kernels do, not NaN.
+    pattern = torch.ops.aten._safe_softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    pattern = fire("pattern", pattern)
+    return F.dropout(pattern, dropout_p) @ value if dropout_p else pattern @ value
+
+
+def _take_sdpa(
+    watch: Watch,
+    func: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    query = _through(watch.fire, "rot_q", query)
+    # The library may have repeated grouped keys already: show each group once.
+    repeated = key.shape[1] // watch.n_kv_heads
+    shown = key[:, ::repeated]
+    new = _through(watch.fire, "rot_k", shown)
+    key = key if new is shown else repeat(new, "b h n d -> b (h g) n d", g=repeated)
+    return attend(watch.fire, query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def _take_softmax(watch: Watch, func: Callable[..., Tensor], scores: Tensor, *args: Any, **kw: Any):
+    folded = scores.ndim == 3  # [(batch head), query, key]
+    if folded:
+        scores = rearrange(scores, "(b h) q k -> b h q k", h=watch.n_heads)
+    pattern = watch.fire("pattern", func(watch.fire("attn_scores", scores), *args, **kw))
+    return rearrange(pattern, "b h q k -> (b h) q k") if folded else pattern
+
+
+def _take_mha(watch: Watch, func: Callable[..., Any], *args: Any, **kwargs: Any):
+    call = dict(zip(_MHA_ARGUMENTS, args, strict=False)) | kwargs
+    unusual = [n for n in ("bias_k", "bias_v", "static_k", "static_v") if call.get(n) is not None]
+    if unusual or call.get("add_zero_attn"):
+        raise NotImplementedError(
+            f"multi_head_attention_forward with {unusual or 'add_zero_attn'} cannot be watched."
+        )
+    n_heads = call["num_heads"]
+    weights = (
+        tuple(call[f"{n}_proj_weight"] for n in "qkv")
+        if call.get("use_separate_proj_weight")
+        else call["in_proj_weight"].chunk(3)
+    )
+    bias = call.get("in_proj_bias")
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    streams = []
+    for name, x, w, b in zip("qkv", (call["query"], call["key"], call["value"]), weights, biases,
+                             strict=True):
+        heads = rearrange(F.linear(x, w, b), "n b (h d) -> b n h d", h=n_heads)
+        streams.append(rearrange(watch.fire(name, heads), "b n h d -> b h n d"))
+    z = attend(watch.fire, *streams, attn_mask=_mha_mask(call, n_heads),
+               dropout_p=call.get("dropout_p", 0.0) if call.get("training", True) else 0.0)
+    z = watch.fire("z", rearrange(z, "b h n d -> b n h d"))
+    out = F.linear(rearrange(z, "b n h d -> n b (h d)"), call["out_proj_weight"], call["out_proj_bias"])
+    return out, None
+
+
+def _mha_mask(call: Mapping[str, Any], n_heads: int) -> Tensor | None:
+    """The additive [batch, head, query, key] mask of a call whose True means "not this one"."""
+    mask, pad = call.get("attn_mask"), call.get("key_padding_mask")
+
+    def additive(m: Tensor) -> Tensor:
+        if m.dtype != torch.bool:
+            return m
+        return torch.zeros_like(m, dtype=call["query"].dtype).masked_fill(m, -torch.inf)
+
+    if mask is not None:
+        mask = additive(mask)
+        mask = rearrange(mask, "(b h) q k -> b h q k", h=n_heads) if mask.ndim == 3 else mask
+    if pad is not None:
+        pad = rearrange(additive(pad), "b k -> b 1 1 k")
+        mask = pad if mask is None else mask + pad
+    return mask
+
+
+def _through(fire: Fire, name: str, x: Tensor) -> Tensor:
+    """Fires [batch, head, pos, d] as TransformerLens shapes it: [batch, pos, head, d]."""
+    shown = rearrange(x, "b h n d -> b n h d")
+    new = fire(name, shown)
+    if new is shown and not (new.requires_grad and torch.is_grad_enabled()):
+        return x
+    return rearrange(new, "b n h d -> b h n d")
+
+
+_MHA_ARGUMENTS = (
+    "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias",
+    "bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias",
+    "training", "key_padding_mask", "need_weights", "attn_mask", "use_separate_proj_weight",
+    "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v",
+    "average_attn_weights", "is_causal",
+)  # fmt: skip
+
+_TAKES: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _take_sdpa,
+    F.multi_head_attention_forward: _take_mha,
+    F.softmax: _take_softmax,
+    torch.softmax: _take_softmax,
+    Tensor.softmax: _take_softmax,
+}

@@ -1,0 +1,37 @@
+"""The errors this package raises for a user's mistakes, each saying when."""
+
+
+class MissingSiteError(KeyError):
+    """A site, tower or part was asked for that this model does not have."""
+
+    def __str__(self) -> str:
+        """The plain message; KeyError alone would show its repr, quotes and all."""
+        return str(self.args[0]) if len(self.args) == 1 else super().__str__()
+
+
+class UnknownFamilyError(LookupError):
+    """No registered family record covers the class of this model."""
+
+
+class EditNeverFiredError(RuntimeError):
+    """A run ended and an edit of it had never been applied, so its result would mislead."""
+
+
+class AttentionUnreachableError(RuntimeError):
+    """The scores or pattern of an attention were asked for, and its code passes us by."""
+
+
+class InputError(ValueError):
+    """An image, a text or a prepared tensor cannot be given to the model as it is."""
+
+
+class WordNotFoundError(InputError):
+    """A word or phrase was looked up in a text that does not have it."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint is missing, truncated, pickled, or not one that this package reads."""
+
+
+class MetaDeviceError(RuntimeError):
+    """A model whose weights are on the meta device, so have no values, was asked to run."""

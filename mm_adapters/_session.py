@@ -1,0 +1,208 @@
+"""One run with reads and edits: which call is which step, which rows are whose, what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_adapters._errors import EditNeverFiredError, InputError
+from mm_adapters._lens import Edit, Meter, Read, Rows, Run
+from mm_adapters._points import Points
+from mm_adapters._sitemap import SiteMap
+
+
+class Clock:
+    """Counts the calls of one tower within a run, and how many positions came before this call."""
+
+    def __init__(self) -> None:
+        self.call = -1
+        self.offset = 0
+
+    def tick(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward pre-hook of the tower."""
+        self.call += 1
+        past = kwargs.get("past_key_values")
+        self.offset = past.get_seq_length() if past is not None else 0
+
+
+class Session:
+    """Puts a run's reads and edits on the points, and gathers what they gave.
+
+    Reads see edits: of one site, edits come first.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sites: SiteMap,
+        points: Points,
+        read: Sequence[Read],
+        edit: Sequence[Edit],
+        keep_graph: bool,
+    ) -> None:
+        for item in (*read, *edit):
+            sites[item.site]  # Raises MissingSiteError before anything runs.
+        twice = {r.site for r in read if sum(r.site == o.site for o in read) > 1}
+        if twice:
+            raise InputError(f"{', '.join(sorted(twice))}: read twice in one run; values are by site.")
+        self.model = model
+        self.sites = sites
+        self.points = points
+        self.read = read
+        self.meters = [Meter(e) for e in edit]
+        self.keep_graph = keep_graph
+        self.clocks = {name: Clock() for name in sites.towers}
+        self.seen: dict[int, list[Tensor]] = {i: [] for i in range(len(read))}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The run belongs inside. Whatever happens there, the model is left as it was."""
+        with ExitStack() as stack:
+            for name in self._towers_used():
+                module = self.sites.towers[name].module
+                handle = module.register_forward_pre_hook(self.clocks[name].tick, with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.callback(self.points.unwind)
+            for meter in self.meters:
+                self._on(stack, meter.edit.site, self._editor(meter))
+            for i, item in enumerate(self.read):
+                self._on(stack, item.site, self._reader(i, item))
+            yield
+
+    def result(self, output: Any, grad_of: Callable[[Any], Tensor] | None = None) -> Run:
+        """The run's values, gradients and receipts.
+
+        Raises: EditNeverFiredError if an edit touched nothing.
+        """
+        receipts = tuple(m.receipt() for m in self.meters)
+        idle = [r.site for r in receipts if not r.fired]
+        if idle:
+            raise EditNeverFiredError(
+                f"The edit of {', '.join(idle)} never fired: this run did not come by there with "
+                "the steps, rows and positions it names. Check them, or that the inputs use the tower."
+            )
+        grads = self._gradients(output, grad_of) if grad_of is not None else {}
+        values = {r.site: self._join(r, self.seen[i]) for i, r in enumerate(self.read) if self.seen[i]}
+        if self.keep_graph:
+            values = {k: v.detach() for k, v in values.items()}
+        return Run(output, values, grads, receipts, self._rows_seen())
+
+    def _gradients(self, output: Any, grad_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        scalar = grad_of(output)
+        if scalar.numel() != 1:
+            raise ValueError(f"grad_of gave a tensor of shape {tuple(scalar.shape)}; it gives a scalar.")
+        flat = [x for i in self.seen for x in self.seen[i]]
+        got = iter(torch.autograd.grad(scalar, flat, allow_unused=True)) if flat else iter(())
+        grads: dict[str, Tensor] = {}
+        for i, item in enumerate(self.read):
+            own = [next(got) for _ in self.seen[i]]
+            filled = [torch.zeros_like(x) if g is None else g
+                      for x, g in zip(self.seen[i], own, strict=True)]  # fmt: skip
+            if filled:
+                grads[item.site] = self._join(item, filled)
+        return grads
+
+    def _join(self, item: Read, parts: list[Tensor]) -> Tensor:
+        if self.sites[item.site].tower == self.sites.mounts.loop:
+            return torch.stack(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _on(self, stack: ExitStack, site: str, hook: Callable[..., Tensor | None]) -> None:
+        # Torch's own hook, not TransformerLens': its handle is ours, nobody else's is touched.
+        point = self.points.by_name[site]
+        handle = point.register_forward_hook(hook)
+        stack.callback(point.refresh)
+        stack.callback(handle.remove)
+
+    def _editor(self, meter: Meter) -> Callable[..., Tensor | None]:
+        edit = meter.edit
+        clock = self.clocks[self.sites[edit.site].tower]
+
+        def hook(point: Any, args: Any, value: Tensor) -> Tensor | None:
+            rows = self._rows(edit.site, edit.rows, value.shape[0])
+            if rows is None or not _wanted(edit.steps, clock.call):
+                return None
+            if edit.positions is None:
+                if rows == slice(None):
+                    return meter(value)
+                new = value.clone()
+                new[rows] = meter(value[rows])
+                return new
+            here = [p - clock.offset for p in edit.positions]
+            here = [p for p in here if 0 <= p < value.shape[1]]
+            if not here:
+                return None
+            new = value.clone()
+            part = value[rows]
+            edited = part.clone()
+            edited[:, here] = meter(part[:, here])
+            new[rows] = edited
+            return new
+
+        return hook
+
+    def _reader(self, index: int, item: Read) -> Callable[..., None]:
+        clock = self.clocks[self.sites[item.site].tower]
+
+        def hook(point: Any, args: Any, value: Tensor) -> None:
+            rows = self._rows(item.site, item.rows, value.shape[0])
+            if rows is None or not _wanted(item.steps, clock.call):
+                return
+            part = value if rows == slice(None) else value[rows]
+            part = part if item.reduce is None else item.reduce(part)
+            self.seen[index].append(part if self.keep_graph else part.detach())
+
+        return hook
+
+    def _towers_used(self) -> list[str]:
+        wanted = {self.sites[i.site].tower for i in (*self.read, *(m.edit for m in self.meters))}
+        return [name for name in self.sites.towers if name in wanted]
+
+    def _rows(self, site: str, rows: Rows, n: int) -> Any | None:
+        """What to index the batch with; None if this call has none of these rows."""
+        if rows == "all":
+            return slice(None)
+        if not isinstance(rows, str):
+            return rows if isinstance(rows, slice) else list(rows)
+        tower = self.sites[site].tower
+        guidance = self.sites.mounts.guidance
+        if guidance is None:
+            raise InputError(
+                f"rows={rows!r} at {site}: {self.sites.family} has no classifier-free guidance; "
+                'give row numbers, a slice, or "all".'
+            )
+        guided = bool(getattr(self.model, guidance.flag))
+        if tower == self.sites.mounts.loop:
+            if not guided:
+                return slice(None) if rows == "cond" else None
+            return half(guidance.denoiser_rows.index(rows), n, len(guidance.denoiser_rows))
+        if tower.partition("_")[0] == "text":
+            call = self.clocks[tower].call
+            return slice(None) if guidance.text_calls[call : call + 1] == (rows,) else None
+        return slice(None) if rows == "cond" else None
+
+    def _rows_seen(self) -> dict[str, dict[str, slice]]:
+        guidance, loop = self.sites.mounts.guidance, self.sites.mounts.loop
+        if guidance is None or loop is None:
+            return {}
+        if not getattr(self.model, guidance.flag):
+            return {loop: {"cond": slice(None)}}
+        for i, item in enumerate(self.read):
+            if self.sites[item.site].tower == loop and item.rows == "all" and item.reduce is None:
+                n, parts = self.seen[i][0].shape[0], guidance.denoiser_rows
+                return {loop: {name: half(k, n, len(parts)) for k, name in enumerate(parts)}}
+        return {}
+
+
+def half(which: int, n: int, parts: int) -> slice:
+    """The `which`-th of `parts` equal runs of `n` rows."""
+    size = n // parts
+    return slice(which * size, (which + 1) * size)
+
+
+def _wanted(steps: Any, call: int) -> bool:
+    return steps is None or call in steps

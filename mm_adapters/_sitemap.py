@@ -1,0 +1,182 @@
+"""A model, seen through its family: every site, and the module it is read at."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase, translate
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from mm_adapters._errors import MissingSiteError
+from mm_adapters._registry import by_name, find, lookup, unknown
+from mm_adapters._spec import Attention, Input, Mount, Mounts, Output, Place, Residual, Site, Tower
+
+_TOKEN = ("batch", "pos", "d_model")
+_AXES: dict[str, tuple[str, ...]] = {
+    "hook_q": ("batch", "pos", "head", "d_head"),
+    "hook_k": ("batch", "pos", "head", "d_head"),
+    "hook_v": ("batch", "pos", "head", "d_head"),
+    "hook_z": ("batch", "pos", "head", "d_head"),
+    "hook_rot_q": ("batch", "pos", "head", "d_head"),
+    "hook_rot_k": ("batch", "pos", "head", "d_head"),
+    "hook_attn_scores": ("batch", "head", "query", "key"),
+    "hook_pattern": ("batch", "head", "query", "key"),
+    "hook_scale": ("batch", "pos", "1"),
+    "hook_pre": ("batch", "pos", "d_mlp"),
+    "hook_pre_linear": ("batch", "pos", "d_mlp"),
+    "hook_post": ("batch", "pos", "d_mlp"),
+}
+_MAP = ("batch", "channel", "height", "width")
+
+
+@dataclass(frozen=True)
+class MountedTower:
+    """A tower where it hangs: its record, its module, and the paths of its repeated modules."""
+
+    name: str
+    record: Tower
+    mount: Mount
+    module: nn.Module
+    path: str
+    stacks: dict[str, list[str]]
+
+
+class SiteMap:
+    """Every site of one model, by name, in the order they run.
+
+    Raises: UnknownFamilyError if no family covers the model or one of its towers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.mounts = lookup(model)
+        self.family = self.mounts.name
+        self.towers: dict[str, MountedTower] = {}
+        self.sites: dict[str, Site] = {}
+        self.absent: dict[str, Site] = {}
+        for name, mount in self.mounts.towers.items():
+            module = resolve(model, mount.path)
+            if module is None:  # A pipeline may leave an optional component out.
+                continue
+            record = by_name(Tower, mount.tower) if mount.tower else find(Tower, module)
+            path = mount.path
+            inner = find(Mounts, module) if record is None else None
+            if inner is not None and len(inner.towers) == 1:  # A tower with a projection around it.
+                (within,) = inner.towers.values()
+                path, module = f"{path}.{within.path}", resolve(module, within.path)
+                record = find(Tower, module)
+            if record is None:
+                raise unknown(module, Tower)
+            stacks = {s: _stack_paths(stack.paths, module) for s, stack in record.stacks.items()}
+            tower = MountedTower(name, record, mount, module, path, stacks)
+            self.towers[name] = tower
+            for site in _tower_sites(tower):
+                (self.absent if site.reason else self.sites)[site.name] = site
+
+    def __getitem__(self, name: str) -> Site:
+        if name in self.sites:
+            return self.sites[name]
+        raise self.missing(name)
+
+    def missing(self, name: str) -> MissingSiteError:
+        """The error for a name that is no site: why, or the nearest names."""
+        for pattern, site in self.absent.items():
+            if fnmatchcase(name, pattern):
+                return MissingSiteError(f"{self.family}: {name} is out of reach: {site.reason}.")
+        near = difflib.get_close_matches(name, self.sites, n=4, cutoff=0.5)
+        hint = f"The nearest are {', '.join(near)}" if near else f"Towers: {', '.join(self.towers)}"
+        return MissingSiteError(
+            f"{self.family}: no site {name!r}. {hint}. model.sites('*') lists all {len(self.sites)}."
+        )
+
+    def find(self, pattern: str = "*") -> list[Site]:
+        """Sites whose name matches the glob, then absent ones it touches."""
+        present = [s for n, s in self.sites.items() if fnmatchcase(n, pattern)]
+        gone = [s for n, s in self.absent.items() if fnmatchcase(n, pattern)]
+        return present + gone
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites.values())
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+
+def resolve(model: Any, path: str) -> Any:
+    """What stands at a dotted path; "" is the model itself. Works for modules and pipelines."""
+    return attrgetter(path)(model) if path else model
+
+
+def head_count(owner: nn.Module, where: str) -> int:
+    """The number at "module:attribute", seen from `owner`."""
+    path, _, attribute = where.partition(":")
+    return int(attrgetter(attribute)(owner.get_submodule(path)))
+
+
+def _tower_sites(tower: MountedTower) -> Iterator[Site]:
+    record = tower.record
+    yield from (_site(tower, None, None, part, place) for part, place in record.before.items())
+    for stack_name, paths in tower.stacks.items():
+        for layer, path in enumerate(paths):
+            for part, place in record.stacks[stack_name].parts.items():
+                if _exists(tower.module.get_submodule(path), place):
+                    yield _site(tower, stack_name, layer, part, place, path)
+    yield from (_site(tower, None, None, part, place) for part, place in record.after.items())
+    for part, reason in record.absent.items():
+        yield Site(f"{tower.name}.{part}", tower.name, None, None, part, None, "", (), reason)
+
+
+def _exists(block: nn.Module, place: Place) -> bool:
+    # Optional modules are stored as None (a ResNet's shortcut, a block without cross-attention).
+    if isinstance(place, Residual):
+        return True
+    try:
+        block.get_submodule(place.path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _site(
+    tower: MountedTower,
+    stack: str | None,
+    layer: int | None,
+    part: str,
+    place: Place,
+    path: str = "",
+) -> Site:
+    local = part if stack is None else f"{stack}.{layer}.{part}"
+    inner = "" if isinstance(place, Residual) else place.path
+    module = ".".join(p for p in (tower.path, path, inner) if p)
+    owner = tower.module.get_submodule(path)
+    return Site(f"{tower.name}.{local}", tower.name, stack, layer, part, place, module,
+                _axes(owner, part, place))
+
+
+def _axes(owner: nn.Module, part: str, place: Place) -> tuple[str, ...]:
+    leaf = part.rpartition(".")[2]
+    if leaf in _AXES:
+        axes = _AXES[leaf]
+    elif isinstance(place, Output | Input) and place.is_map:
+        axes = _MAP
+    else:
+        axes = _TOKEN
+    heads = place.heads if isinstance(place, Output | Input | Attention) else None
+    if heads is None:
+        return axes
+    count = head_count(owner, heads)
+    return tuple(f"head={count}" if a == "head" else a for a in axes)
+
+
+def _stack_paths(globs: tuple[str, ...], module: nn.Module) -> list[str]:
+    names = [name for name, _ in module.named_modules()]
+    found: list[str] = []
+    for glob in globs:
+        match = re.compile(translate(glob)).match
+        found += [n for n in names if n.count(".") == glob.count(".") and match(n)]
+    return found
+

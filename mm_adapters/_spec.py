@@ -1,0 +1,166 @@
+"""A family says where things are; nothing here knows any family, and nothing here does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["contrastive", "vlm", "diffusion", "tower"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a module returns (the first tensor, if it returns several).
+
+    `heads` is "module:attribute", the number of heads the last axis is made of.
+    `chunk` is (how many, which): the activation is one of several equal slices of the last axis.
+    `like` names a site that fires earlier and has a row for every input, where this has one for all.
+    `is_map` marks [batch, channel, height, width].
+    """
+
+    path: str
+    heads: str | None = None
+    chunk: tuple[int, int] | None = None
+    like: str | None = None
+    is_map: bool = False
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a module is given (its first tensor)."""
+
+    path: str
+    heads: str | None = None
+    chunk: tuple[int, int] | None = None
+    is_map: bool = False
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Inside a normalisation: `value` is its denominator ("scale") or the result before the affine map."""
+
+    path: str
+    value: Literal["scale", "normalized"]
+    kind: Literal["LN", "RMS"] = "LN"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Inside an attention module: what its softmax sees and gives, whichever kernel computes it.
+
+    `rot_q`, `rot_k` are what the scores are made of (after rotary embedding and norms). `q`, `k`,
+    `v`, `z` are for modules that keep their projections inside one fused call.
+    """
+
+    path: str
+    value: Literal["attn_scores", "pattern", "rot_q", "rot_k", "q", "k", "v", "z"]
+    heads: str
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream after a branch was added: no module returns it, its two terms are sites."""
+
+    base: str
+    branch: str
+
+
+Place = Output | Input | Norm | Attention | Residual
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Modules that repeat. Globs are relative to the tower, in the order the modules run."""
+
+    paths: tuple[str, ...]
+    parts: Mapping[str, Place]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One tower: its stacks, its own sites in running order, and what it lacks, with the reason.
+
+    `takes` names the argument it is run with; `gives` the attribute of its output that summarises
+    it ("" is the output itself). `final_norm` is applied to what `pool` picks, before `project`.
+    """
+
+    name: str
+    role: str
+    classes: tuple[str, ...]
+    stacks: Mapping[str, Stack]
+    before: Mapping[str, Place] = field(default_factory=dict)
+    after: Mapping[str, Place] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    norm: Literal["LN", "RMS"] | None = "LN"
+    takes: str = "pixel_values"
+    gives: str = "pooler_output"
+    pool: Literal["first", "end", "last", "each", "attention", "none"] = "first"
+    embed: str | None = None
+    position: str | None = None
+    patch: str | None = None
+    n_class: int = 0
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class Mount:
+    """Where a tower hangs in a composite model, and how the composite runs it.
+
+    `run` is the callable that runs this tower alone (a path from the model; "" is the model
+    itself, None the mounted module), `gives` its summary, `project` the tensor that maps the
+    pooled residual to that summary: a path, with ".T" if it must be transposed.
+    """
+
+    path: str
+    tower: str | None = None
+    run: str | None = None
+    gives: str | None = None
+    takes: str | None = None
+    project: str | None = None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a pipeline runs classifier-free guidance: which flag says so, which rows are which."""
+
+    flag: str = "do_classifier_free_guidance"
+    denoiser_rows: tuple[str, ...] = ("uncond", "cond")
+    text_calls: tuple[str, ...] = ("cond", "uncond")
+
+
+@dataclass(frozen=True)
+class Mounts:
+    """A composite model: what kind it is and where its towers hang, in the order they run."""
+
+    name: str
+    kind: Kind
+    classes: tuple[str, ...]
+    towers: Mapping[str, Mount]
+    loop: str | None = None
+    guidance: Guidance | None = None
+    image_token: str | None = None
+    logit_scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation of one model: its name, the module it is read at, and how.
+
+    `axes` are names, with the size where the model fixes it ("head=12"). `reason` is set if the
+    model does not have it.
+    """
+
+    name: str
+    tower: str
+    stack: str | None
+    layer: int | None
+    part: str
+    place: Place | None
+    module: str
+    axes: tuple[str, ...]
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        what = f"absent: {self.reason}" if self.reason else f"[{', '.join(self.axes)}]"
+        return f"{self.name:<44} {what}"

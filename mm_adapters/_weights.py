@@ -1,0 +1,127 @@
+"""The model's weights in TransformerLens' layout, found through the sites they make or read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mm_adapters._sitemap import MountedTower, head_count
+from mm_adapters._spec import Attention, Input, Norm, Output, Place
+
+_QKV = {"Q": "hook_q", "K": "hook_k", "V": "hook_v"}
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One repeated module's weights by TransformerLens' names: ("attn", "W_Q"), ("ln1", "w"), ..."""
+
+    tower: MountedTower
+    stack: str
+    layer: int
+
+    @property
+    def block(self) -> nn.Module:
+        return self.tower.module.get_submodule(self.tower.stacks[self.stack][self.layer])
+
+    def names(self, part: str) -> dict[str, Callable[[], Tensor]]:
+        """What `part` ("attn", "cross_attn", "mlp", "ln1", ...) has, each as a function."""
+        places = self.tower.record.stacks[self.stack].parts
+        found: dict[str, Callable[[], Tensor]] = {}
+        if f"{part}.hook_z" in places:
+            for letter in "QKVO":
+                found[f"W_{letter}"] = lambda w=letter: self._attention(part, w)[0]
+                found[f"b_{letter}"] = lambda w=letter: self._attention(part, w)[1]
+        elif f"{part}.hook_post" in places:
+            up = "hook_pre_linear" if f"{part}.hook_pre_linear" in places else "hook_pre"
+            linears = {"in": f"{part}.{up}", "out": f"{part}.hook_post"}
+            if up == "hook_pre_linear":
+                linears["gate"] = f"{part}.hook_pre"
+            for name, site in linears.items():
+                found[f"W_{name}"] = lambda s=site: self._linear(s)[0].T
+                found[f"b_{name}"] = lambda s=site: self._linear(s)[1]
+        elif isinstance(place := places.get(f"{part}.hook_scale"), Norm):
+            found["w"] = lambda: norm_weight(self.block.get_submodule(place.path))
+            found["b"] = lambda: norm_bias(self.block.get_submodule(place.path))
+        return found
+
+    def _attention(self, part: str, letter: str) -> tuple[Tensor, Tensor]:
+        places = self.tower.record.stacks[self.stack].parts
+        n_heads = self._heads(places[f"{part}.hook_q"])
+        if letter == "O":
+            weight, bias = self._linear(f"{part}.hook_z", branch=f"hook_{part}_out")
+            return rearrange(weight, "m (h d) -> h d m", h=n_heads), bias
+        site = f"{part}.{_QKV[letter]}"
+        weight, bias = self._linear(site)
+        own = self._heads(places[site])
+        weight = rearrange(weight, "(h d) m -> h m d", h=own)
+        bias = rearrange(bias, "(h d) -> h d", h=own)
+        if own != n_heads:  # Grouped queries: TransformerLens shows each head its group's weights.
+            weight = repeat(weight, "h m d -> (h g) m d", g=n_heads // own)
+            bias = repeat(bias, "h d -> (h g) d", g=n_heads // own)
+        return weight, bias
+
+    def _linear(self, site: str, branch: str | None = None) -> tuple[Tensor, Tensor]:
+        place = self.tower.record.stacks[self.stack].parts[site]
+        weight, bias = _affine(self.block, place)
+        if bias is None:
+            bias = weight.new_zeros(weight.shape[0])
+        gain = self._gain(branch or ("hook_mlp_out" if site == "mlp.hook_post" else None))
+        return (weight, bias) if gain is None else (weight * gain[:, None], bias * gain)
+
+    def _gain(self, branch: str | None) -> Tensor | None:
+        """The per-channel gain some models put on a branch before it joins the stream."""
+        place = self.tower.record.stacks[self.stack].parts.get(branch or "")
+        if not isinstance(place, Output):
+            return None
+        module = self.block.get_submodule(place.path)
+        return next((g for n in ("gamma", "lambda1") if (g := getattr(module, n, None)) is not None), None)
+
+    def _heads(self, place: Place) -> int:
+        assert isinstance(place, Output | Input | Attention) and place.heads is not None
+        return head_count(self.block, place.heads)
+
+
+def norm_weight(norm: nn.Module) -> Tensor:
+    """A norm's gain; ones if it has none."""
+    weight = getattr(norm, "weight", None)
+    return torch.ones(1) if weight is None else weight
+
+
+def norm_bias(norm: nn.Module) -> Tensor:
+    """A norm's offset; zeros if it has none."""
+    bias = getattr(norm, "bias", None)
+    return torch.zeros_like(norm_weight(norm)) if bias is None else bias
+
+
+def tensor_at(root: object, path: str) -> Float[Tensor, "..."] | None:
+    """The tensor at a dotted path, transposed if the path ends in ".T"; None if it is not there."""
+    value: object = root
+    for name in path.removesuffix(".T").split("."):
+        value = getattr(value, name, None)
+    if isinstance(value, nn.Linear):
+        value = value.weight.T
+    if not isinstance(value, Tensor):
+        return None
+    return value.T if path.endswith(".T") else value
+
+
+def _affine(block: nn.Module, place: Place) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(place, Output | Input | Attention)
+    module = block.get_submodule(place.path)
+    if isinstance(place, Attention):  # nn.MultiheadAttention
+        if place.value == "z":
+            return module.out_proj.weight, module.out_proj.bias  # type: ignore[union-attr]
+        which = "qkv".index(place.value)
+        bias: Tensor | None = module.in_proj_bias  # type: ignore[assignment]
+        weight: Tensor = module.in_proj_weight  # type: ignore[assignment]
+        return weight.chunk(3)[which], None if bias is None else bias.chunk(3)[which]
+    weight, bias = module.weight, getattr(module, "bias", None)  # type: ignore[assignment]
+    if place.chunk and isinstance(place, Output):
+        count, which = place.chunk
+        return weight.chunk(count)[which], None if bias is None else bias.chunk(count)[which]
+    return weight, bias

@@ -1,0 +1,33 @@
+"""LLaVA: a vision tower, a projector, a language tower (arXiv 2304.08485)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Input, Mount, Mounts, Output, Tower
+
+register(
+    Tower(
+        "llava_projector",
+        "projector",
+        ("transformers:LlavaMultiModalProjector",),
+        {},
+        before={"hook_in": Input(""), "hook_pre": Output("linear_1"), "hook_post": Input("linear_2")},
+        after={"hook_out": Output("")},
+        norm=None,
+        takes="image_features",
+        gives="",
+        pool="none",
+    )
+)
+register(
+    Mounts(
+        "llava",
+        "vlm",
+        ("transformers:LlavaForConditionalGeneration",),
+        {
+            "vision": Mount("model.vision_tower"),
+            "projector": Mount("model.multi_modal_projector"),
+            "language": Mount("model.language_model", run="", gives="logits", takes="input_ids",
+                              project="lm_head.weight.T"),
+        },
+        image_token="image_token_id",
+    )
+)  # fmt: skip

@@ -1,0 +1,77 @@
+"""open_clip's ViT towers, whose attention is nn.MultiheadAttention (arXiv 2212.07143)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Input, Mount, Mounts, Output, Residual, Stack, Tower
+from mm_adapters.families._parts import fused_attention, mlp, norm
+
+BLOCKS = Stack(
+    ("transformer.resblocks.*",),
+    {"hook_resid_pre": Input("")}
+    | norm("ln_1", "ln1")
+    | fused_attention("attn")
+    | {"hook_attn_out": Output("ls_1")}
+    | {"hook_resid_mid": Residual("hook_resid_pre", "hook_attn_out")}
+    | norm("ln_2", "ln2")
+    | mlp("mlp", up="c_fc", down="c_proj")
+    | {"hook_mlp_out": Output("ls_2"), "hook_resid_post": Output("")},
+)
+TEXT_BEFORE = {"hook_embed": Output("token_embedding")}
+TEXT_ABSENT = {"hook_pos_embed": "the position table is added without a module; see W_pos"}
+
+register(
+    Tower(
+        "open_clip_vision",
+        "vision",
+        ("open_clip:VisionTransformer",),
+        {"blocks": BLOCKS},
+        before={"hook_embed": Output("ln_pre")},
+        after=norm("ln_post", "ln_final"),
+        takes="image",
+        gives="",
+        position="positional_embedding",
+        patch="conv1",
+        n_class=1,
+    )
+)
+register(
+    Tower(
+        "open_clip_text",
+        "text",
+        ("open_clip:TextTransformer",),
+        {"blocks": BLOCKS},
+        before=TEXT_BEFORE,
+        after=norm("ln_final", "ln_final"),
+        absent=TEXT_ABSENT,
+        takes="text",
+        gives="",
+        pool="end",
+        embed="token_embedding.weight",
+        position="positional_embedding",
+        causal=True,
+    )
+)
+register(
+    Mounts(
+        "open_clip",
+        "contrastive",
+        ("open_clip:CLIP",),
+        {
+            "vision": Mount("visual", run="encode_image", project="visual.proj"),
+            # The text tower's parts are the model's own.
+            "text": Mount("", tower="open_clip_text", run="encode_text", project="text_projection"),
+        },
+        logit_scale="logit_scale",
+    )
+)
+register(
+    Mounts(
+        "open_clip_custom_text",
+        "contrastive",
+        ("open_clip:CustomTextCLIP",),
+        {
+            "vision": Mount("visual", run="encode_image", project="visual.proj"),
+            "text": Mount("text", run="encode_text", project="text.text_projection"),
+        },
+        logit_scale="logit_scale",
+    )
+)

@@ -1,0 +1,48 @@
+"""SigLIP as transformers writes it (arXiv 2303.15343)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Mount, Mounts, Output, Tower
+from mm_adapters.families._parts import norm
+from mm_adapters.families.clip import BLOCKS
+
+register(
+    Tower(
+        "siglip_vision",
+        "vision",
+        ("transformers:SiglipVisionModel",),
+        {"blocks": BLOCKS},
+        before={"hook_embed": Output("embeddings")},
+        after=norm("post_layernorm", "ln_final"),
+        pool="attention",
+        position="embeddings.position_embedding.weight",
+        patch="embeddings.patch_embedding",
+    )
+)
+register(
+    Tower(
+        "siglip_text",
+        "text",
+        ("transformers:SiglipTextModel",),
+        {"blocks": BLOCKS},
+        before={"hook_embed": Output("embeddings.token_embedding"),
+                "hook_pos_embed": Output("embeddings.position_embedding", like="hook_embed")},
+        after=norm("final_layer_norm", "ln_final"),
+        takes="input_ids",
+        pool="last",
+        embed="embeddings.token_embedding.weight",
+        position="embeddings.position_embedding.weight",
+    )
+)  # fmt: skip
+register(
+    Mounts(
+        "siglip",
+        "contrastive",
+        ("transformers:SiglipModel",),
+        {
+            "vision": Mount("vision_model", run="get_image_features"),
+            "text": Mount("text_model", run="get_text_features",
+                          project="text_model.head.weight.T"),
+        },
+        logit_scale="logit_scale",
+    )
+)  # fmt: skip

@@ -1,0 +1,91 @@
+"""Stable Diffusion 1, 2 and XL: text encoders, a UNet with cross-attention, an autoencoder
+(arXiv 2112.10752, 2307.01952)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Residual, Stack, Tower
+from mm_adapters.families._parts import attention, norm
+
+TRANSFORMER_BLOCK = (
+    {"hook_resid_pre": Input("")}
+    | norm("norm1", "ln1")
+    | attention("attn1", q="to_q", k="to_k", v="to_v", o="to_out.0", heads="heads")
+    | {"hook_attn_out": Output("attn1")}
+    | {"hook_resid_mid": Residual("hook_resid_pre", "hook_attn_out")}
+    | norm("norm2", "ln2")
+    | attention("attn2", q="to_q", k="to_k", v="to_v", o="to_out.0", heads="heads", name="cross_attn")
+    | {"hook_cross_attn_out": Output("attn2")}
+    | {"hook_resid_mid_cross": Residual("hook_resid_mid", "hook_cross_attn_out")}
+    | norm("norm3", "ln3")
+    # GEGLU: one projection makes the linear half, then the gate.
+    | {"mlp.hook_pre_linear": Output("ff.net.0.proj", chunk=(2, 0))}
+    | {"mlp.hook_pre": Output("ff.net.0.proj", chunk=(2, 1))}
+    | {"mlp.hook_post": Input("ff.net.2")}
+    | {"hook_mlp_out": Output("ff"), "hook_resid_post": Output("")}
+)
+RESNET = {
+    "hook_in": Input("", is_map=True),
+    "hook_mid": Output("conv1", is_map=True),
+    "hook_out": Output("", is_map=True),
+}
+
+register(
+    Tower(
+        "sd_unet",
+        "denoiser",
+        ("diffusers:UNet2DConditionModel",),
+        {
+            # Up blocks are registered before the middle one but run after it.
+            "resnets": Stack(("down_blocks.*.resnets.*", "mid_block.resnets.*",
+                              "up_blocks.*.resnets.*"), RESNET),
+            "blocks": Stack(("down_blocks.*.attentions.*.transformer_blocks.*",
+                             "mid_block.attentions.*.transformer_blocks.*",
+                             "up_blocks.*.attentions.*.transformer_blocks.*"), TRANSFORMER_BLOCK),
+        },
+        before={"hook_in": Input("", is_map=True), "hook_embed": Output("conv_in", is_map=True)},
+        after={"hook_mid_block": Output("mid_block", is_map=True), "hook_out": Output("", is_map=True)},
+        takes="sample",
+        gives="sample",
+        pool="none",
+    )
+)  # fmt: skip
+register(
+    Tower(
+        "autoencoder_kl",
+        "vae",
+        ("diffusers:AutoencoderKL",),
+        {
+            "resnets": Stack(("decoder.mid_block.resnets.*", "decoder.up_blocks.*.resnets.*"), RESNET),
+        },
+        before={"hook_latent": Input("decoder", is_map=True)},
+        after={"hook_out": Output("decoder", is_map=True)},
+        norm=None,
+        takes="sample",
+        gives="sample",
+        pool="none",
+    )
+)  # fmt: skip
+TOWERS = {
+    "text": Mount("text_encoder"),
+    "denoiser": Mount("unet"),
+    "vae": Mount("vae"),
+}
+register(
+    Mounts(
+        "stable_diffusion",
+        "diffusion",
+        ("diffusers:StableDiffusionPipeline",),
+        TOWERS,
+        loop="denoiser",
+        guidance=Guidance(),
+    )
+)
+register(
+    Mounts(
+        "stable_diffusion_xl",
+        "diffusion",
+        ("diffusers:StableDiffusionXLPipeline",),
+        {"text": Mount("text_encoder"), "text_2": Mount("text_encoder_2")} | TOWERS,
+        loop="denoiser",
+        guidance=Guidance(),
+    )
+)

@@ -1,0 +1,292 @@
+"""A multimodal model as a TransformerLens object, untouched underneath, and the default Lens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+
+from mm_adapters._cache import ModelCache
+from mm_adapters._errors import InputError, MetaDeviceError
+from mm_adapters._lens import Edit, Read, Run, as_read
+from mm_adapters._points import Points
+from mm_adapters._session import Session
+from mm_adapters._sitemap import SiteMap
+from mm_adapters._spec import Site
+from mm_adapters._tower import HookedTower
+
+if TYPE_CHECKING:
+    from mm_adapters._inputs import Inputs
+
+_RAW = ("text", "images")
+
+
+class SiteTable(tuple[Site, ...]):
+    """Sites, one a line when printed: name and axes, or why it is absent."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self)) or "no sites"
+
+    __str__ = __repr__
+
+
+class HookedModel(HookedRootModule):
+    """CLIP, LLaVA or Stable Diffusion with TransformerLens' hooks, cache and towers.
+
+    Calling it calls the wrapped model: with that model's own arguments, or with raw `text=` and
+    `images=`. A diffusion pipeline is called with a prompt and its own options, and `seed=`; the
+    values of its sampling loop carry a leading step axis.
+
+    `model.vision`, `model.text`, `model.language`, ... are TransformerLens models of one tower.
+    """
+
+    def __init__(self, wrapped: Any, *, inputs: Inputs | None = None) -> None:
+        super().__init__()
+        # Not registered: the wrapped model keeps its parameters, its keys and its hooks to itself.
+        self.__dict__["wrapped"] = wrapped
+        self.__dict__["inputs"] = inputs
+        self.sitemap = SiteMap(wrapped)
+        self.points = Points(wrapped, self.sitemap)
+        for name, mounted in self.sitemap.towers.items():
+            self.add_module(name, HookedTower(self, mounted, self.points))
+        self.setup()
+        self.eval()
+
+    wrapped: Any
+    inputs: Inputs | None
+
+    @property
+    def kind(self) -> str:
+        """"contrastive", "vlm", "diffusion" or "tower"."""
+        return self.sitemap.mounts.kind
+
+    @property
+    def tower_names(self) -> list[str]:
+        """The towers' names, in the order they run."""
+        return list(self.sitemap.towers)
+
+    def tower(self, name: str) -> HookedTower:
+        """One tower as a TransformerLens model."""
+        if name not in self.sitemap.towers:
+            raise self.sitemap.missing(name)
+        tower = getattr(self, name)
+        assert isinstance(tower, HookedTower)
+        return tower
+
+    @property
+    def device(self) -> torch.device:
+        """Where the wrapped model's weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the wrapped model's weights."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def sites(self, pattern: str = "*") -> SiteTable:
+        """The sites whose names match a glob, with axes; and what is absent there, with the reason."""
+        return SiteTable(self.sitemap.find(pattern))
+
+    def prepare(self, *, text: Any = None, images: Any = None) -> dict[str, Tensor]:
+        """Raw text and images as the wrapped model's own arguments, on its device, in its dtype."""
+        if self.inputs is None:
+            raise InputError(
+                "This model came without a processor, so it cannot take raw text or images. "
+                "Pass one: mm_adapters.wrap(model, processor=...), or give the model's own arguments."
+            )
+        ready = self.inputs.prepare(text=text, images=images)
+        return {
+            k: v.to(self.device, self.dtype if v.is_floating_point() else None)
+            for k, v in ready.items()
+        }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the wrapped model; raw `text` and `images` are prepared first."""
+        self.check_ready()
+        return self.wrapped(*args, **self._arguments(kwargs))
+
+    def generate(
+        self,
+        *,
+        read: Iterable[str | Read] = (),
+        edit: Iterable[Edit] = (),
+        fwd_hooks: Sequence[tuple[Any, Callable[..., Any]]] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """The wrapped model's `generate`, with raw inputs and with hooks or edits at every step.
+
+        Returns its token ids; a `Run` whose output they are if anything is read or edited.
+        """
+        self.check_ready()
+        session = self._session(read, edit, keep_graph=False)
+        with torch.no_grad(), self.hooks(fwd_hooks=list(fwd_hooks)), session.attached():
+            output = self.wrapped.generate(**self._arguments(kwargs))
+        return session.result(output) if session.read or session.meters else output
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        read: Iterable[str | Read] = (),
+        edit: Iterable[Edit] = (),
+        grad_of: Callable[[Any], Tensor] | None = None,
+    ) -> Run:
+        """One forward (for a pipeline, one sampling loop), with sites read and edited.
+
+        `grad_of` is a scalar function of the output; its gradients at the read sites come back too.
+
+        Raises: MissingSiteError before anything runs; EditNeverFiredError if an edit touched nothing.
+        """
+        self.check_ready()
+        session = self._session(read, edit, keep_graph=grad_of is not None)
+        arguments = self._arguments(dict(inputs))
+        with torch.set_grad_enabled(grad_of is not None), session.attached():
+            output = self._call(arguments, differentiable=grad_of is not None)
+        return session.result(output, grad_of)
+
+    def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
+        """As TransformerLens': the output and an ActivationCache, by full site name.
+
+        Through a sampling loop every value is [step, batch, ...].
+        """
+        remove = kwargs.get("remove_batch_dim", False)
+        if self.sitemap.mounts.loop is not None:
+            output, found = self._cache_loop(*args, **kwargs)
+        else:
+            output, found = super().run_with_cache(*args, **kwargs)
+        cache = ModelCache(found, self, has_batch_dim=not remove) if return_cache_object else found
+        return output, cache
+
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
+        """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
+        self.check_names(names_filter)
+        return super().get_caching_hooks(names_filter, *args, **kwargs)
+
+    def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:
+        """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
+        self.check_names(name)
+        super().add_hook(name, *args, **kwargs)
+
+    @contextmanager
+    def hooks(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """As TransformerLens'; an interrupted forward leaves nothing standing."""
+        with super().hooks(*args, **kwargs) as hooked:
+            try:
+                yield hooked
+            finally:
+                self.points.unwind()
+
+    def embed(self, *, text: Any = None, images: Any = None) -> Tensor:
+        """Un-normalised embeddings in the joint space, [row, d_joint], of texts or of images."""
+        if (text is None) == (images is None):
+            raise InputError("embed takes text or images, one of the two.")
+        name = "text" if images is None else "vision"
+        tower = self.tower(name)
+        ready = self.prepare(text=text, images=images)
+        takes = self.sitemap.mounts.towers[name].takes or self.sitemap.towers[name].record.takes
+        return tower(ready.pop(takes), return_type="embeds", **ready)
+
+    def tokenizer_of(self, tower: str) -> Any:
+        """The tokenizer of a text tower, or None."""
+        suffix = tower.removeprefix("text") if tower.startswith("text") else ""
+        own = getattr(self.wrapped, f"tokenizer{suffix}", None)
+        return own if own is not None else getattr(self.inputs, "tokenizer", None)
+
+    def check_ready(self) -> None:
+        """Raises: MetaDeviceError if the weights have no values."""
+        if self.device.type == "meta":
+            raise MetaDeviceError(
+                "This model is on the meta device: its sites can be listed, but it has no weights to run. "
+                "Load it without device='meta'."
+            )
+
+    def check_names(self, names: Any, tower: str = "") -> None:
+        """Raises: MissingSiteError if a name (or one of a list) is no site; filters pass."""
+        if callable(names) or names is None:
+            return
+        prefix = f"{tower}." if tower else ""
+        for name in [names] if isinstance(names, str) else names:
+            self.sitemap[prefix + name.removeprefix(prefix)]
+
+    # The wrapped model is not a registered child, so these say so.
+    def train(self, mode: bool = True):
+        for module in self._modules_wrapped():
+            module.train(mode)
+        return super().train(mode)
+
+    def to(self, *args: Any, **kwargs: Any):
+        self.wrapped.to(*args, **kwargs)
+        for tower in map(self.tower, self.tower_names):
+            tower.cfg.device, tower.cfg.dtype = str(self.device), self.dtype
+        return self
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        for module in self._modules_wrapped():
+            yield from module.named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapped.state_dict(*args, **kwargs)
+
+    def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
+        self.check_names(name)
+        super()._enable_hook_with_name(name, hook, dir)
+
+    def _modules_wrapped(self) -> list[nn.Module]:
+        if isinstance(self.wrapped, nn.Module):
+            return [self.wrapped]
+        return [m for m in self.wrapped.components.values() if isinstance(m, nn.Module)]
+
+    def _session(self, read: Iterable[str | Read], edit: Iterable[Edit], keep_graph: bool) -> Session:
+        reads = [as_read(item) for item in read]
+        return Session(self.wrapped, self.sitemap, self.points, reads, list(edit), keep_graph)
+
+    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self.sitemap.mounts.loop is not None:
+            return self._pipeline_arguments(kwargs)
+        raw = {k: kwargs.pop(k) for k in _RAW if kwargs.get(k) is not None and self._is_raw(k, kwargs[k])}
+        return {**self.prepare(**raw), **kwargs} if raw else kwargs
+
+    def _is_raw(self, name: str, value: Any) -> bool:
+        # open_clip's own argument is called text too, and is a tensor of tokens.
+        return not (name == "text" and isinstance(value, Tensor))
+
+    def _pipeline_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        seed = kwargs.pop("seed", None)
+        if seed is None:
+            return kwargs
+        seeds = seed if isinstance(seed, list | tuple) else [seed]
+        made = [torch.Generator(self.device).manual_seed(int(s)) for s in seeds]
+        return {**kwargs, "generator": made if isinstance(seed, list | tuple) else made[0]}
+
+    def _call(self, arguments: dict[str, Any], differentiable: bool) -> Any:
+        if differentiable and self.sitemap.mounts.loop is not None:
+            arguments.setdefault("output_type", "pt")
+            # Pipelines are decorated with no_grad; the plain function is underneath.
+            return type(self.wrapped).__call__.__wrapped__(self.wrapped, **arguments)
+        return self.wrapped(**arguments)
+
+    def _cache_loop(self, *args: Any, names_filter: Any = None, device: Any = None,
+                    remove_batch_dim: bool = False, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
+        self.check_ready()
+        self.check_names(names_filter)
+        keep = names_filter if callable(names_filter) else _among(names_filter)
+        names = [n for n in self.sitemap.sites if keep(n)]
+        session = self._session([Read(n, (lambda v: v.to(device)) if device else None) for n in names], (), False)
+        with session.attached():
+            output = self.wrapped(*args, **self._arguments(kwargs))
+        found = dict(session.result(output).values)
+        if remove_batch_dim:
+            loop = self.sitemap.mounts.loop
+            found = {k: v[:, 0] if k.startswith(f"{loop}.") else v[0] for k, v in found.items()}
+        return output, found
+
+
+def _among(names: str | Sequence[str] | None) -> Callable[[str], bool]:
+    if names is None:
+        return lambda name: True
+    wanted = {names} if isinstance(names, str) else set(names)
+    return lambda name: name in wanted

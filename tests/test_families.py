@@ -1,0 +1,206 @@
+"""The contract every family keeps, checked on a tiny random model of each."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from functools import cache
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import mm_adapters as mm
+from mm_adapters import _registry
+from mm_adapters._spec import Mounts, Tower
+
+
+@cache
+def case(name: str) -> tuple[tiny.Case, mm.HookedModel]:
+    built = tiny.CASES[name]()
+    return built, mm.HookedModel(built.model)
+
+
+def plain(built: tiny.Case) -> torch.Tensor:
+    """The wrapped model's own output, by its own call."""
+    inputs = dict(built.inputs)
+    if "seed" in inputs:
+        inputs["generator"] = torch.Generator().manual_seed(inputs.pop("seed"))
+    with torch.no_grad():
+        return built.head(built.model(**inputs))
+
+
+def modules(model: Any) -> list[nn.Module]:
+    roots = [model] if isinstance(model, nn.Module) else [
+        m for m in model.components.values() if isinstance(m, nn.Module)]  # fmt: skip
+    return [m for root in roots for m in root.modules()]
+
+
+def count_hooks(model: Any) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules(model))
+
+
+each_family = pytest.mark.parametrize("name", tiny.CASES)
+
+
+@each_family
+def test_unhooked_forward_equals_the_original_bit_for_bit(name: str) -> None:
+    built, model = case(name)
+    with torch.no_grad():
+        assert torch.equal(built.head(model(**built.inputs)), plain(built))
+
+
+@each_family
+def test_every_site_fires_with_the_axes_it_declares(name: str) -> None:
+    built, model = case(name)
+    run = model.run(built.inputs, read=list(model.sitemap.sites))
+    assert set(run.values) == set(model.sitemap.sites)
+    loop = model.sitemap.mounts.loop
+    for site in model.sitemap:
+        value = run[site.name]
+        assert value.ndim == len(site.axes) + (site.tower == loop), site
+        for size, axis in zip(reversed(value.shape), reversed(site.axes), strict=False):
+            if "=" in axis:
+                assert size == int(axis.partition("=")[2]), site
+
+
+@each_family
+def test_reading_everything_leaves_the_output_within_1e_5(name: str) -> None:
+    built, model = case(name)
+    reference = plain(built)
+    output = built.head(model.run(built.inputs, read=list(model.sitemap.sites)).output)
+    assert (output - reference).abs().max() <= 1e-5 * max(1.0, float(reference.abs().max()))
+
+
+@each_family
+def test_every_site_is_causal_and_leaves_nothing_behind(name: str) -> None:
+    built, model = case(name)
+    reference = plain(built)
+    before = count_hooks(built.model)
+    for site in model.sitemap.sites:
+        noise = torch.Generator().manual_seed(5)
+        edit = mm.Edit(site, lambda x, g=noise: x * 1.3 + torch.randn(x.shape, generator=g))
+        run = model.run(built.inputs, edit=[edit])
+        moved = (built.head(run.output) - reference).abs().max()
+        if any(fnmatch(site, glob) for glob in built.off_path):
+            assert moved == 0, f"{site} is used after all"
+        else:
+            assert moved > 1e-5, f"{site} moved the output by {float(moved)}"
+        assert run.receipts[0].fired > 0
+        assert run.receipts[0].moved > 0
+    assert count_hooks(built.model) == before
+    assert torch.equal(plain(built), reference)
+
+
+@each_family
+def test_sites_are_listed_in_the_order_they_run(name: str) -> None:
+    built, model = case(name)
+    fired: list[str] = []
+    loop = model.sitemap.mounts.loop
+
+    def note(site: str):
+        return lambda value: fired.append(site) or value.new_zeros(1)
+
+    reads = [mm.Read(s, note(s), steps=[0] if model.sitemap[s].tower == loop else None)
+             for s in model.sitemap.sites]  # fmt: skip
+    model.run(built.inputs, read=reads)
+    for tower in model.tower_names:
+        ran = list(dict.fromkeys(s for s in fired if s.startswith(f"{tower}.")))
+        for stack in model.sitemap.towers[tower].stacks:
+            prefix = f"{tower}.{stack}."
+            layers = [int(s.removeprefix(prefix).split(".")[0]) for s in ran if s.startswith(prefix)]
+            assert layers == sorted(layers)
+        own = [s for s in ran if ".resnets." not in s and ".blocks." in s]
+        assert own == [s for s in model.sitemap.sites if s in set(own)]
+
+
+@each_family
+def test_pattern_rows_sum_to_one_and_are_the_softmax_of_the_scores(name: str) -> None:
+    built, model = case(name)
+    patterns = [s for s in model.sitemap.sites if s.endswith("hook_pattern")]
+    scores = [s.replace("hook_pattern", "hook_attn_scores") for s in patterns]
+    run = model.run(built.inputs, read=[*patterns, *scores])
+    for pattern, score in zip(patterns, scores, strict=True):
+        torch.testing.assert_close(run[pattern].sum(-1), torch.ones_like(run[pattern].sum(-1)))
+        torch.testing.assert_close(run[score].softmax(-1), run[pattern], rtol=1e-5, atol=1e-6)
+
+
+@each_family
+def test_nothing_in_the_model_is_replaced(name: str) -> None:
+    built = tiny.CASES[name]()
+    classes = [type(m) for m in modules(built.model)]
+    forwards = [m.__dict__.get("forward") for m in modules(built.model)]
+    hooks = count_hooks(built.model)
+    keys = [list(m.state_dict()) for m in modules(built.model)[:1]]
+    model = mm.HookedModel(built.model)
+    model.run_with_cache(**built.inputs)
+    assert [type(m) for m in modules(built.model)] == classes
+    assert [m.__dict__.get("forward") for m in modules(built.model)] == forwards
+    assert [list(m.state_dict()) for m in modules(built.model)[:1]] == keys
+    # transformers 5 puts its own recorders on at a model's first forward; none of the rest is ours.
+    fresh = tiny.CASES[name]()
+    plain(fresh)
+    assert count_hooks(built.model) == max(hooks, count_hooks(fresh.model))
+
+
+@each_family
+def test_an_exception_inside_a_hook_leaves_the_model_clean(name: str) -> None:
+    built, model = case(name)
+    reference, before = plain(built), count_hooks(built.model)
+
+    def fail(value: torch.Tensor, hook: Any = None) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    patterns = [s for s in model.sitemap.sites if s.endswith("hook_pattern")]
+    for site in (patterns[-1], next(iter(model.sitemap.sites))):
+        with pytest.raises(KeyboardInterrupt):
+            model.run(built.inputs, edit=[mm.Edit(site, fail)])
+        with pytest.raises(KeyboardInterrupt):
+            model.run_with_hooks(**built.inputs, fwd_hooks=[(site, fail)])
+    assert count_hooks(built.model) == before
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert torch.equal(plain(built), reference)
+
+
+@each_family
+def test_gradients_at_sites_equal_finite_differences(name: str) -> None:
+    built, model = case(name)
+    sites = [s for s in model.sitemap.sites if s.endswith(("hook_resid_mid", "hook_pattern", "hook_q"))][-3:]
+    inputs = dict(built.inputs)
+    if "output_type" in inputs:  # Pixels are clamped, which has no derivative at the edge.
+        inputs["output_type"] = "latent"
+    run = model.run(inputs, read=sites, grad_of=lambda o: built.head(o).double().pow(2).sum())
+    for site in sites:
+        grad = run.grads[site]
+        assert grad.shape == run[site].shape
+        direction = torch.randn(grad.shape, generator=torch.Generator().manual_seed(7))
+        step, slopes = 1e-3, []
+        for sign in (1, -1):
+            shift, loop = sign * step * direction, model.sitemap[site].tower == model.sitemap.mounts.loop
+            queue = iter(shift) if loop else iter([shift])
+            moved = model.run(inputs, edit=[mm.Edit(site, lambda x, q=queue: x + next(q))])
+            slopes.append(built.head(moved.output).double().pow(2).sum())
+        slope = (slopes[0] - slopes[1]) / (2 * step)
+        predicted = (grad.double() * direction).sum()
+        assert abs(slope - predicted) <= 0.03 * max(abs(predicted), 0.05 * grad.norm()), site
+
+
+def test_every_registered_class_has_a_tiny_model() -> None:
+    built = [case(name)[1] for name in tiny.CASES]
+    used = {t.record.name for m in built for t in m.sitemap.towers.values()}
+    mounted = {m.sitemap.mounts.name for m in built}
+    for record in mm.families.records():
+        known = used if isinstance(record, Tower) else mounted
+        assert record.name in known, f"No tiny model for {record.name}; add one to tests/tiny.py."
+
+
+def test_a_class_has_one_record() -> None:
+    record = next(r for r in mm.families.records() if isinstance(r, Mounts))
+    with pytest.raises(ValueError, match="already belongs to"):
+        mm.register(Mounts("another", "contrastive", record.classes, {}))
+
+
+def test_an_unknown_class_says_what_to_write() -> None:
+    with pytest.raises(mm.UnknownFamilyError, match=r"torch:Linear[\s\S]*mm_adapters.register"):
+        _registry.lookup(nn.Linear(2, 2))
