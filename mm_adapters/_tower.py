@@ -140,6 +140,10 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
             return summary @ self._class_directions.to(summary).T
         return summary
 
+    def to_single_token(self, string: str) -> int:
+        """The id of a string that is one token; of a class, where the tower has classes."""
+        return super().to_single_token(string) if self._class_names is None else self._class_index(string)
+
     def generate(self, input: Any = "", max_new_tokens: int = 10, **kwargs: Any) -> Any:
         """Continues a text or tokens with the whole model's `generate`; returns what it was given: text or tokens."""
         tokens = self.to_tokens(input) if isinstance(input, str) else input

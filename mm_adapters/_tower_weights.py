@@ -119,6 +119,7 @@ class TowerWeights:
         """
         if names is None:
             self._class_names = self._class_directions = None
+            self._resize(-1)
             return
         if not names:
             raise InputError("set_classes was given no classes; give at least one text.")
@@ -128,12 +129,12 @@ class TowerWeights:
         assert directions is not None
         self._class_names = list(names)
         self._class_directions = torch.nn.functional.normalize(directions.detach(), dim=-1)
+        self._resize(len(names))
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*shape d_model"]:
         """The residual direction of each token or class, with the final norm's gain folded in."""
         if isinstance(tokens, str):
-            names = self._class_names
-            tokens = self.to_single_token(tokens) if names is None else self._class_index(tokens)
+            tokens = self.to_single_token(tokens)
         ids = torch.as_tensor(tokens, device=self.W_U.device)
         directions = rearrange(self.W_U[:, ids], "d ... -> ... d") * norm_weight(self._final_norm())
         return directions.reshape(-1) if ids.numel() == 1 and ids.ndim <= 1 else directions
@@ -163,6 +164,11 @@ class TowerWeights:
             except (MissingSiteError, InputError):
                 continue
         return named
+
+    def _resize(self, n_logits: int) -> None:
+        self.cfg.d_vocab_out = n_logits
+        if self._mounted.record.embed is None:  # A tower without words has its classes for a vocabulary.
+            self.cfg.d_vocab = n_logits
 
     def _class_index(self, name: str) -> int:
         assert self._class_names is not None
