@@ -11,6 +11,8 @@ from transformer_lens import ActivationCache
 class TowerCache(ActivationCache):
     """One tower's activations under TransformerLens' own names; the tower's prefix is allowed."""
 
+    model: Any
+
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, str):
             key = key.removeprefix(f"{self.model.name}.")
@@ -25,6 +27,8 @@ class ModelCache(ActivationCache):
 
     Shorthand needs a tower: `cache.vision["pattern", 3]`. A model of one tower needs none.
     """
+
+    model: Any
 
     def tower(self, name: str) -> TowerCache:
         """The cache of one tower, a view: it holds the same tensors."""

@@ -108,7 +108,8 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
 
     @property
     def W_gate(self) -> Tensor | None:  # type: ignore[override]
-        return torch.stack([b.mlp.W_gate for b in self.blocks]) if self.cfg.gated_mlp else None
+        blocks: Any = self.blocks
+        return torch.stack([b.mlp.W_gate for b in blocks]) if self.cfg.gated_mlp else None
 
     def forward(self, input: Any, return_type: str | None = "logits", **kwargs: Any) -> Any:
         """Runs the tower on text, tokens or pixels, whichever it takes.
@@ -145,7 +146,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         return super().to_single_token(string) if self._class_names is None else self._class_index(string)
 
     def generate(self, input: Any = "", max_new_tokens: int = 10, **kwargs: Any) -> Any:
-        """Continues a text or tokens with the whole model's `generate`; returns what it was given: text or tokens."""
+        """Continues a text, or tokens, with the whole model's `generate`; a text gives a text back."""
         tokens = self.to_tokens(input) if isinstance(input, str) else input
         kwargs.setdefault("do_sample", False)
         out = self._root.wrapped.generate(input_ids=tokens, max_new_tokens=max_new_tokens, **kwargs)
@@ -185,7 +186,8 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
     def _name_weights(self) -> None:
         mounted = self._mounted
         for stack in mounted.stacks:
-            for layer, block in enumerate(self.get_submodule(stack)):
+            repeated: Any = self.get_submodule(stack)
+            for layer, block in enumerate(repeated):
                 source = BlockWeights(mounted, stack, layer)
                 for name, part in block.named_children():
                     if not isinstance(part, Part):
@@ -214,7 +216,8 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         assert isinstance(place, Output | Input | Attention)
         assert isinstance(kv_place, Output | Input | Attention)
         first = mounted.module.get_submodule(mounted.stacks["blocks"][0])
-        assert place.heads is not None and kv_place.heads is not None
+        assert place.heads is not None
+        assert kv_place.heads is not None
         n_heads, n_kv = head_count(first, place.heads), head_count(first, kv_place.heads)
         block: Any = self.blocks[0]
         _, d_model, d_head = block.attn.W_Q.shape
@@ -244,6 +247,6 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         )
 
 
-def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+def next_token_loss(logits: Tensor, tokens: Any) -> Tensor:
     """The mean cross-entropy of each token given those before it."""
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())

@@ -114,6 +114,7 @@ class TowerTokens:
     def _known_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise InputError(
-                f"The {self.cfg.tower} tower has no tokenizer. Pass one: mm_adapters.wrap(model, tokenizer=...)."
+                f"The {self.cfg.tower} tower has no tokenizer. "
+                "Pass one: mm_adapters.wrap(model, tokenizer=...)."
             )
         return self.tokenizer

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from mm_adapters._sitemap import MountedTower, head_count
@@ -82,7 +82,8 @@ class BlockWeights:
         return next((g for n in ("gamma", "lambda1") if (g := getattr(module, n, None)) is not None), None)
 
     def _heads(self, place: Place) -> int:
-        assert isinstance(place, Output | Input | Attention) and place.heads is not None
+        assert isinstance(place, Output | Input | Attention)
+        assert place.heads is not None
         return head_count(self.block, place.heads)
 
 
@@ -98,9 +99,9 @@ def norm_bias(norm: nn.Module) -> Tensor:
     return torch.zeros_like(norm_weight(norm)) if bias is None else bias
 
 
-def tensor_at(root: object, path: str) -> Float[Tensor, "..."] | None:
+def tensor_at(root: object, path: str) -> Tensor | None:
     """The tensor at a dotted path, transposed if the path ends in ".T"; None if it is not there."""
-    value: object = root
+    value: Any = root
     for name in path.removesuffix(".T").split("."):
         value = getattr(value, name, None)
     if isinstance(value, nn.Linear):

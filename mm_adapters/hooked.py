@@ -266,16 +266,23 @@ class HookedModel(HookedRootModule):
         if differentiable and self.sitemap.mounts.loop is not None:
             arguments.setdefault("output_type", "pt")
             # Pipelines are decorated with no_grad; the plain function is underneath.
-            return type(self.wrapped).__call__.__wrapped__(self.wrapped, **arguments)
+            plain: Any = type(self.wrapped).__call__
+            return plain.__wrapped__(self.wrapped, **arguments)
         return self.wrapped(**arguments)
 
-    def _cache_loop(self, *args: Any, names_filter: Any = None, device: Any = None,
-                    remove_batch_dim: bool = False, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
+    def _cache_loop(
+        self,
+        *args: Any,
+        names_filter: Any = None,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Tensor]]:
         self.check_ready()
         self.check_names(names_filter)
         keep = names_filter if callable(names_filter) else _among(names_filter)
-        names = [n for n in self.sitemap.sites if keep(n)]
-        session = self._session([Read(n, (lambda v: v.to(device)) if device else None) for n in names], (), False)
+        move = (lambda value: value.to(device)) if device else None
+        session = self._session([Read(n, move) for n in self.sitemap.sites if keep(n)], (), False)
         with session.attached():
             output = self.wrapped(*args, **self._arguments(kwargs))
         found = dict(session.result(output).values)

@@ -113,7 +113,8 @@ def clip_text_projected() -> Case:
 
 
 def siglip() -> Case:
-    model = seeded(lambda: SiglipModel(SiglipConfig(text_config=_TEXT | {"projection_size": 32}, vision_config=_VISION)))
+    text = _TEXT | {"projection_size": 32}
+    model = seeded(lambda: SiglipModel(SiglipConfig(text_config=text, vision_config=_VISION)))
     ids = torch.randint(3, 57, (2, 16), generator=torch.Generator().manual_seed(2))
     return Case(model, {"input_ids": ids, "pixel_values": pixels()}, lambda o: o.logits_per_image)
 
