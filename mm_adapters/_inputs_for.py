@@ -1,0 +1,108 @@
+"""A model's `Inputs`: read from its signature, its configuration, and what was found beside it."""
+
+from __future__ import annotations
+
+import inspect
+from operator import attrgetter
+from typing import Any
+
+from mm_adapters._inputs import Inputs
+from mm_adapters._registry import by_name, find, kind_of, lookup
+from mm_adapters._spec import Tower
+
+_PROMPT_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+def inputs_for(
+    model: Any, *, processor: Any = None, tokenizer: Any = None, image_processor: Any = None
+) -> Inputs:
+    """How texts and images are prepared for `model` (a module or a pipeline).
+
+    A processor's own tokenizer and image processor serve where none is passed.
+
+    Raises: UnknownFamilyError if no family covers the model.
+    """
+    kind = kind_of(model)
+    if hasattr(processor, "convert_ids_to_tokens"):  # AutoProcessor may return a part alone.
+        tokenizer, processor = tokenizer or processor, None
+    elif processor is not None and not hasattr(processor, "tokenizer"):
+        image_processor, processor = image_processor or processor, None
+    tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+    image_processor = image_processor or getattr(processor, "image_processor", None)
+    if kind == "diffusion":
+        return _pipeline_inputs(model, tokenizer)
+    takes = frozenset(inspect.signature(model.forward).parameters)
+    return Inputs(
+        kind,
+        processor=processor,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        context=_context(model, tokenizer),
+        image_token=getattr(processor, "image_token", None),
+        text_key=_first(takes, "input_ids", "text"),
+        image_key=_first(takes, "pixel_values", "image"),
+        accepts=takes,
+        pad_to_context=_reads_last_position(model),
+        image_size=_image_size(model),
+        n_channels=_n_channels(model),
+    )
+
+
+def _pipeline_inputs(pipeline: Any, tokenizer: Any) -> Inputs:
+    own = [getattr(pipeline, name, None) for name in _PROMPT_TOKENIZERS]
+    tokenizers = tuple(t for t in own if t is not None) or ((tokenizer,) if tokenizer else ())
+    takes = frozenset(inspect.signature(pipeline.__call__).parameters)
+    return Inputs(
+        "diffusion",
+        tokenizer=tokenizer or (tokenizers[0] if tokenizers else None),
+        image_processor=getattr(pipeline, "image_processor", None),
+        text_key="prompt",
+        image_key=_first(takes, "image"),
+        accepts=takes,
+        prompt_tokenizers=tokenizers,
+    )
+
+
+def _first(takes: frozenset[str], *names: str) -> str:
+    return next((name for name in names if name in takes), "")
+
+
+def _context(model: Any, tokenizer: Any) -> int | None:
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    found = getattr(config, "max_position_embeddings", None)
+    # open_clip's models and tokenizers say it themselves.
+    found = found or getattr(model, "context_length", None)
+    return found or getattr(tokenizer, "context_length", None)
+
+
+def _image_size(model: Any) -> tuple[int, int] | None:
+    found = getattr(_vision_config(model), "image_size", None)
+    if found is None:
+        found = getattr(getattr(model, "visual", model), "image_size", None)
+    if found is None:
+        return None
+    return (found, found) if isinstance(found, int) else (int(found[0]), int(found[1]))
+
+
+def _n_channels(model: Any) -> int | None:
+    found = getattr(_vision_config(model), "num_channels", None)
+    return 3 if found is None and hasattr(model, "visual") else found
+
+
+def _vision_config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    return getattr(config, "vision_config", config)
+
+
+def _reads_last_position(model: Any) -> bool:
+    """Whether a text tower without a causal mask is read at its last position, as SigLIP's is.
+
+    Its texts must then fill the context, or the position read would be another for each length.
+    """
+    mount = lookup(model).towers.get("text")
+    if mount is None:
+        return False
+    module = attrgetter(mount.path)(model) if mount.path else model
+    record = by_name(Tower, mount.tower) if mount.tower else find(Tower, module)
+    return record is not None and record.pool == "last" and not record.causal
