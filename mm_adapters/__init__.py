@@ -14,7 +14,9 @@ from mm_adapters._errors import (
 from mm_adapters._lens import Edit, Lens, Read, Receipt, Run
 from mm_adapters._registry import register
 from mm_adapters._spec import Site
+from mm_adapters._tokens import TokenLayout
 from mm_adapters.hooked import HookedModel
+from mm_adapters.loading import load, wrap
 
 __all__ = [
     "AttentionUnreachableError",
@@ -30,8 +32,11 @@ __all__ = [
     "Receipt",
     "Run",
     "Site",
+    "TokenLayout",
     "UnknownFamilyError",
     "WordNotFoundError",
     "families",
+    "load",
     "register",
+    "wrap",
 ]

@@ -12,11 +12,13 @@ from transformer_lens import HookedRootModule
 
 from mm_adapters._cache import ModelCache
 from mm_adapters._errors import InputError, MetaDeviceError
+from mm_adapters._layouts import layouts
 from mm_adapters._lens import Edit, Read, Run, as_read
 from mm_adapters._points import Points
 from mm_adapters._session import Session
 from mm_adapters._sitemap import SiteMap
 from mm_adapters._spec import Site
+from mm_adapters._tokens import TokenLayout, text_layout
 from mm_adapters._tower import HookedTower
 
 if TYPE_CHECKING:
@@ -99,14 +101,33 @@ class HookedModel(HookedRootModule):
                 "Pass one: mm_adapters.wrap(model, processor=...), or give the model's own arguments."
             )
         ready = self.inputs.prepare(text=text, images=images)
-        return {
-            k: v.to(self.device, self.dtype if v.is_floating_point() else None)
-            for k, v in ready.items()
-        }
+        return {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in ready.items()}
+
+    def layout(self, *, text: Any = None, images: Any = None, **prepared: Any) -> dict[str, TokenLayout]:
+        """What each position of each tower is: class, patch (row, column), word, image, padding.
+
+        Takes raw text and images, or the wrapped model's own tensors. For a pipeline, the prompt's.
+        """
+        texts = None
+        if text is not None or images is not None:
+            if self.inputs is not None and text is not None:
+                texts = self.inputs.prompts(text, images)
+            prepared = self.prepare(text=text, images=images) if self.sitemap.mounts.loop is None else {}
+        if self.sitemap.mounts.loop is not None:
+            return {name: self._prompt_layout(name, texts or []) for name in self.tower_names
+                    if self.sitemap.towers[name].record.role == "text"}  # fmt: skip
+        return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)
+
+    def _prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
+        tokenizer = self.tokenizer_of(tower)
+        options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        return text_layout(texts, tokenizer, tokenizer(texts, return_tensors="pt", **options).input_ids)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped model; raw `text` and `images` are prepared first."""
         self.check_ready()
+        if args and self.sitemap.mounts.loop is not None:
+            args, kwargs = args[1:], {"prompt": args[0], **kwargs}
         return self.wrapped(*args, **self._arguments(kwargs))
 
     def generate(
@@ -248,6 +269,8 @@ class HookedModel(HookedRootModule):
         if self.sitemap.mounts.loop is not None:
             return self._pipeline_arguments(kwargs)
         raw = {k: kwargs.pop(k) for k in _RAW if kwargs.get(k) is not None and self._is_raw(k, kwargs[k])}
+        if self.inputs is not None:
+            self.inputs.check_prepared(kwargs)
         return {**self.prepare(**raw), **kwargs} if raw else kwargs
 
     def _is_raw(self, name: str, value: Any) -> bool:
@@ -255,6 +278,10 @@ class HookedModel(HookedRootModule):
         return not (name == "text" and isinstance(value, Tensor))
 
     def _pipeline_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if "text" in kwargs:
+            kwargs["prompt"] = kwargs.pop("text")
+        if self.inputs is not None and kwargs.get("prompt") is not None:
+            self.inputs.prepare(text=kwargs["prompt"])  # For its checks: a pipeline cuts long prompts.
         seed = kwargs.pop("seed", None)
         if seed is None:
             return kwargs
@@ -284,7 +311,7 @@ class HookedModel(HookedRootModule):
         move = (lambda value: value.to(device)) if device else None
         session = self._session([Read(n, move) for n in self.sitemap.sites if keep(n)], (), False)
         with session.attached():
-            output = self.wrapped(*args, **self._arguments(kwargs))
+            output = self.forward(*args, **kwargs)
         found = dict(session.result(output).values)
         if remove_batch_dim:
             loop = self.sitemap.mounts.loop

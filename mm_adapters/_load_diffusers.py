@@ -1,0 +1,46 @@
+"""diffusers' pipelines, by the class their index names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mm_adapters._checkpoint import check_pipeline, check_weights, read_json, stored_dtype
+from mm_adapters._errors import CheckpointError
+from mm_adapters._registry import lookup
+from mm_adapters._source import Source
+
+
+def load_pipeline(source: Source, dtype: torch.dtype | None, **options: Any) -> Any:
+    """The pipeline, on the CPU. No dtype: the one its denoiser is stored in.
+
+    `options` may hold components, which are then not read, or None for those to leave out.
+
+    Raises: CheckpointError if it cannot be read; UnknownFamilyError if no family covers its class.
+    """
+    import diffusers
+
+    path = source.file("model_index.json")
+    assert path is not None
+    index = read_json(path)
+    named = index.get("_class_name")
+    cls = getattr(diffusers, named, None) if isinstance(named, str) else None
+    if cls is None:
+        raise CheckpointError(
+            f"{source.name} is a {named}, which diffusers {diffusers.__version__} does not have. "
+            "Build it yourself and pass it to mm_adapters.wrap."
+        )
+    lookup(cls.__new__(cls))
+    folder = source.folder
+    if folder is None:
+        fetch = {k: v for k, v in options.items() if k in {*source.where, "variant"}}
+        folder = Path(source.read(cls.download, **fetch))
+    check_pipeline(folder, index, given=options.keys())
+    if dtype is None:
+        denoiser = next((folder / n for n in ("unet", "transformer") if (folder / n).is_dir()), None)
+        dtype = stored_dtype(check_weights(denoiser)[0]) if denoiser else torch.float32
+    local = Source(str(folder), folder)
+    rest = {k: v for k, v in options.items() if k not in source.where}
+    return local.read(cls.from_pretrained, dtype=dtype, **rest)

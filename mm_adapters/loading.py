@@ -1,0 +1,172 @@
+"""`load` a model by name, folder or hub id; `wrap` one that is already here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mm_adapters._errors import CheckpointError
+from mm_adapters._inputs_for import inputs_for
+from mm_adapters._load_diffusers import load_pipeline
+from mm_adapters._load_open_clip import load_open_clip
+from mm_adapters._load_transformers import load_module, processor_beside
+from mm_adapters._source import Source
+
+if TYPE_CHECKING:
+    from mm_adapters.hooked import HookedModel
+
+_ENGINES = ("hooked", "nnsight")
+_REFUSED = {
+    "trust_remote_code": "Code that comes with a checkpoint is never run",
+    "use_safetensors": "Weights are read from safetensors only",
+    "torch_dtype": "It is called dtype",
+    "device_map": "Pass device; to spread a model, load it yourself and wrap it",
+}
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    engine: str = "hooked",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    **options: Any,
+) -> HookedModel:
+    """A model ready to be read and edited, in eval mode, with what prepares its texts and images.
+
+    `name` is, in this order, a model that ships with the package ("tiny-clip"), an open_clip model
+    ("open_clip:ViT-B-32/laion2b_s34b_b79k"), a folder, or an id on the hub. `device` is the first
+    GPU if there is one, else the CPU; `dtype` is the checkpoint's on a GPU and float32 on the CPU.
+    On the device "meta" no weights are read: its sites can be listed and it cannot run. `options`
+    go to the library's own from_pretrained.
+
+    Raises: CheckpointError if it is not found or cannot be read; UnknownFamilyError if no family
+    covers it; ValueError for a dtype, device, engine or option there is none of.
+    """
+    build, name = _engine(engine), os.fspath(name)
+    place, precision = _device(device), _dtype(dtype)
+    for option in _REFUSED.keys() & options.keys():
+        raise ValueError(f"load does not take {option}: {_REFUSED[option]}.")
+    precision = precision or (torch.float32 if place.type == "cpu" else None)
+    if name.startswith("open_clip:"):
+        model, tokenizer, transform = load_open_clip(name.removeprefix("open_clip:"), **options)
+        parts = {"tokenizer": tokenizer, "image_processor": transform}
+    else:
+        source = _source(name, options)
+        if source.file("model_index.json") is not None:
+            model, parts = load_pipeline(source, precision, **options), {}
+            precision = None  # A pipeline's parts were given it; some keep a dtype of their own.
+        else:
+            model = load_module(source, place, precision, **options)
+            parts = processor_beside(source)
+    model = model.to(place) if precision is None else model.to(place, precision)
+    for module in _modules(model):
+        module.eval()
+    return build(model, inputs=inputs_for(model, **parts))
+
+
+def wrap(
+    model: Any,
+    *,
+    processor: Any = None,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    engine: str = "hooked",
+) -> HookedModel:
+    """Your own module or pipeline, to be read and edited; it is set to eval mode, else left as it is.
+
+    A processor, or a tokenizer and an image processor, let it take raw text and images.
+
+    Raises: UnknownFamilyError if no family covers it; ValueError if there is no such engine.
+    """
+    build = _engine(engine)
+    inputs = inputs_for(model, processor=processor, tokenizer=tokenizer, image_processor=image_processor)
+    for module in _modules(model):
+        module.eval()
+    return build(model, inputs=inputs)
+
+
+def _engine(engine: str) -> Any:
+    if engine not in _ENGINES:
+        raise ValueError(f"There is no engine {engine!r}; there is {', '.join(_ENGINES)}.")
+    if engine == "nnsight":
+        raise NotImplementedError(
+            "engine='nnsight' comes with mm_adapters.traced, which this version does not have. "
+            "Leave engine out."
+        )
+    from mm_adapters.hooked import HookedModel
+
+    return HookedModel
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, and torch sees no GPU here. Pass device='cpu'.")
+    return found
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise ValueError(f"dtype={dtype!r} is none a model runs in. Try float32, float16 or bfloat16.")
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    parts = getattr(model, "components", {})
+    return [part for part in parts.values() if isinstance(part, nn.Module)]
+
+
+def _source(name: str, options: Mapping[str, Any]) -> Source:
+    from mm_adapters import zoo
+
+    if name in zoo.NAMES:
+        folder = Path(zoo.path(name))
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{name} is not at {folder}. Install mm-interp again, or make it: "
+                f"python -m mm_adapters.zoo.train {name}"
+            )
+        return Source(str(folder), folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        source = Source(str(folder), folder)
+        if not source.has_any(("config.json", "model_index.json")):
+            raise CheckpointError(
+                f"{folder} has neither config.json nor model_index.json, so it is no checkpoint of "
+                "transformers or diffusers. Pass the folder that save_pretrained wrote."
+            )
+        return source
+    if folder.is_file():
+        raise CheckpointError(f"{name} is a file. Pass its folder, which holds config.json too.")
+    return _at_hub(name, options, list(zoo.NAMES))
+
+
+def _at_hub(name: str, options: Mapping[str, Any], shipped: list[str]) -> Source:
+    near = difflib.get_close_matches(name, shipped, n=1)
+    source = Source.at_hub(name, options)
+    try:
+        if source.has_any(("model_index.json", "config.json")):
+            return source
+        reason = "its repository on the hub has neither config.json nor model_index.json"
+    except CheckpointError as error:
+        reason = f"as an id on the hub: {error}"
+    raise CheckpointError(
+        f"There is no model {name!r}: it is not one that ships with the package "
+        f"({', '.join(shipped)}), there is no such folder, and {reason}."
+        + (f" Did you mean {near[0]!r}?" if near else "")
+    )
