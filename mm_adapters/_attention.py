@@ -42,12 +42,10 @@ class Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        take = _TAKES.get(func)
-        if take is None or self.calls:
-            return func(*args, **kwargs)
+        if func not in _TAKES or self.calls:
+            return func(*args, **kwargs) if kwargs else func(*args)
         self.calls += 1
-        return take(self, func, *args, **kwargs)
+        return _TAKES[func](self, func, *args, **(kwargs or {}))
 
 
 def attend(
@@ -74,9 +72,10 @@ def attend(
     elif attn_mask is not None:
         scores = scores + attn_mask
     scores = fire("attn_scores", scores)
+    masked = attn_mask is not None
     # A row that may attend to nothing gives zeros, as the fused kernels do, not NaN.
-    pattern = torch.ops.aten._safe_softmax(scores, -1, dtype=torch.float32).to(query.dtype)
-    pattern = fire("pattern", pattern)
+    softmax = torch.ops.aten._safe_softmax if masked else torch.softmax
+    pattern = fire("pattern", softmax(scores, -1, dtype=torch.float32).to(query.dtype))
     return F.dropout(pattern, dropout_p) @ value if dropout_p else pattern @ value
 
 

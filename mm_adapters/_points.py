@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -23,16 +24,24 @@ from mm_adapters._taps import (
 
 
 class Points:
-    """The SitePoints of one model by site name, and the taps behind them."""
+    """The SitePoints of one model by site name, and the taps behind them.
 
-    def __init__(self, model: Any, sites: SiteMap) -> None:
+    `make` builds a point: a SitePoint, or what another engine puts in its place.
+    """
+
+    def __init__(self, model: Any, sites: SiteMap, make: Callable[[Site], Any] = SitePoint) -> None:
         self._model = model
         self._sites = sites
         self._taps: dict[tuple[int, Side], Tap] = {}
         self._residuals: dict[str, ResidualReader] = {}
-        self.by_name = {site.name: SitePoint(site) for site in sites}
+        self.by_name: dict[str, SitePoint] = {site.name: make(site) for site in sites}
         for site in sites:
             self._wire(site, self.by_name[site.name])
+
+    @property
+    def taps(self) -> list[Tap]:
+        """Every tap, in the order the sites come in."""
+        return list(self._taps.values())
 
     def unwind(self) -> None:
         """Takes down what an interrupted forward left standing in attention modules."""

@@ -62,15 +62,18 @@ class Session:
     def attached(self) -> Iterator[None]:
         """The run belongs inside. Whatever happens there, the model is left as it was."""
         with ExitStack() as stack:
-            for name in self._towers_used():
-                module = self.sites.towers[name].module
-                handle = module.register_forward_pre_hook(self.clocks[name].tick, with_kwargs=True)
-                stack.callback(handle.remove)
             stack.callback(self.points.unwind)
             for meter in self.meters:
                 self._on(stack, meter.edit.site, self._editor(meter))
             for i, item in enumerate(self.read):
                 self._on(stack, item.site, self._reader(i, item))
+            for name in self._towers_used():
+                module = self.sites.towers[name].module
+                # Put on last to be first in line: a site may be the tower's own input.
+                handle = module.register_forward_pre_hook(
+                    self.clocks[name].tick, prepend=True, with_kwargs=True
+                )
+                stack.callback(handle.remove)
             yield
 
     def result(self, output: Any, grad_of: Callable[[Any], Tensor] | None = None) -> Run:

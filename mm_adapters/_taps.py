@@ -24,15 +24,13 @@ Side = Literal["input", "output", "inside"]
 class SitePoint(HookPoint):
     """The HookPoint of one site. Adding or removing a hook puts its taps on the model or off it."""
 
+    live: bool
+    taps: list[Tap]
+
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.site = site
-        self.taps: list[Tap] = []
-
-    @property
-    def live(self) -> bool:
-        """Whether anybody listens."""
-        return bool(self._forward_hooks or self._backward_hooks)
+        # Plain entries: nn.Module's own __setattr__ is slow, and `live` changes often.
+        self.__dict__.update(site=site, taps=[], live=False)
 
     def layer(self) -> int:
         """The layer, counted within the tower (TransformerLens reads it off the name)."""
@@ -57,9 +55,12 @@ class SitePoint(HookPoint):
         return handle
 
     def refresh(self) -> None:
-        """Puts the taps on the model or takes them off, as the point is live or not."""
-        for tap in self.taps:
-            tap.refresh()
+        """Tells its taps if it has become live, or ceased to be."""
+        live = bool(self._forward_hooks or self._backward_hooks)
+        if live != self.live:
+            self.__dict__["live"] = live
+            for tap in self.taps:
+                tap.count(1 if live else -1)
 
 
 class Reader:
@@ -70,7 +71,8 @@ class Reader:
 
     @property
     def live(self) -> bool:
-        return any(p.live for p in self.points)
+        """Whether anybody listens."""
+        return self.points[0].live
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.points[0](x)
@@ -122,17 +124,28 @@ class NormReader(Reader):
         self.kind = kind
         self.source: Tensor | None = None
 
+    @property
+    def live(self) -> bool:
+        return self.points[0].live or self.points[1].live
+
     def __call__(self, x: Tensor) -> Tensor:
         scale_point, normalized_point = self.points
         assert self.source is not None
         source, self.source = self.source, None
         pooled = source.ndim == 2
         wide = (source.unsqueeze(1) if pooled else source).float()
-        centred = wide - wide.mean(-1, keepdim=True) if self.kind == "LN" else wide
         eps = getattr(self.norm, "eps", None) or getattr(self.norm, "variance_epsilon", 0.0)
-        denominator = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        if self.kind == "LN" and not _tracked(wide):
+            # One fused pass; it gives no gradient of the denominator, so only where none is wanted.
+            ratio, mean, inverse = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
+            denominator = inverse.reciprocal()
+        else:
+            mean = wide.mean(-1, keepdim=True) if self.kind == "LN" else 0.0
+            denominator = ((wide - mean).square().mean(-1, keepdim=True) + eps).sqrt()
+            ratio = None
         scale = scale_point(denominator)
-        ratio = centred / scale
+        if ratio is None or scale is not denominator:
+            ratio = (wide - mean) / scale
         normalized = normalized_point(ratio)
         if scale is denominator and normalized is ratio and not _tracked(normalized):
             return x
@@ -185,23 +198,27 @@ class ResidualReader(Reader):
 
 
 class Tap:
-    """One torch hook on one module, present only while one of its readers is live."""
+    """One torch hook on one module, present only while a point that it feeds is live."""
 
     def __init__(self, module: nn.Module, side: Side) -> None:
         self.module = module
         self.side = side
         self.readers: list[Reader | Keep] = []
+        self._n_live = 0
         self._handles: list[Any] = []
 
-    def refresh(self) -> None:
-        """Puts the hook on or takes it off, as the readers' points want."""
-        live = any(r.live for r in self.readers)
-        if live and not self._handles:
+    def count(self, change: int) -> None:
+        """One more or one fewer live point: the hook goes on with the first and off with the last."""
+        self._n_live += change
+        if self._n_live and not self._handles:
             self._handles = self._attach()
-        elif not live and self._handles:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
+        elif not self._n_live and self._handles:
+            self._detach()
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _attach(self) -> list[Any]:
         # First in line: the host library captures hidden states with hooks of its own.
@@ -241,18 +258,15 @@ class AttentionTap(Tap):
         self.points: dict[str, SitePoint] = {}
         self._watches: list[Watch] = []
 
-    def refresh(self) -> None:
-        live = any(p.live for p in self.points.values())
-        if live and not self._handles:
-            self._handles = [
-                self.module.register_forward_pre_hook(self._enter),
-                self.module.register_forward_hook(self._leave, always_call=True, prepend=True),
-            ]
-        elif not live and self._handles:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
-            self.unwind()
+    def _attach(self) -> list[Any]:
+        return [
+            self.module.register_forward_pre_hook(self._enter),
+            self.module.register_forward_hook(self._leave, always_call=True, prepend=True),
+        ]
+
+    def _detach(self) -> None:
+        super()._detach()
+        self.unwind()
 
     def unwind(self) -> None:
         """Takes down what an interrupted forward left standing."""
