@@ -262,3 +262,48 @@ def test_sites_print_names_axes_and_why_some_are_absent() -> None:
 def test_a_model_without_a_processor_says_how_to_give_one() -> None:
     with pytest.raises(mm.InputError, match=r"mm_adapters.wrap\(model, processor="):
         mm.HookedModel(tiny.clip().model)(text=["a cat"])
+
+
+def test_cross_attention_patterns_equal_plain_hooks_on_the_projections() -> None:
+    case = tiny.unet()
+    seen: dict[str, Tensor] = {}
+    attention = {
+        name: module
+        for name, module in case.model.named_modules()
+        if name.endswith(("attn1", "attn2"))
+    }
+    handles = [
+        getattr(module, part).register_forward_hook(
+            lambda m, a, out, key=f"{name}.{part}": seen.__setitem__(key, out)
+        )
+        for name, module in attention.items()
+        for part in ("to_q", "to_k")
+    ]
+    model = mm.HookedModel(case.model)
+    patterns = [s for s in model.sitemap.sites if s.endswith("hook_pattern")]
+    run = model.run(case.inputs, read=patterns)
+    for handle in handles:
+        handle.remove()
+    assert len(patterns) == len(attention) == 8
+    for site in patterns:
+        path = model.sitemap[site].module
+        heads = attention[path].heads
+        q, k = (seen[f"{path}.{part}"].unflatten(-1, (heads, -1)) for part in ("to_q", "to_k"))
+        by_hand = (torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+        torch.testing.assert_close(run[site], by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_of_a_unet_are_numbered_down_middle_up() -> None:
+    model = mm.HookedModel(tiny.unet().model)
+    parts = [path.partition("_")[0] for path in model.sitemap.towers["denoiser"].stacks["blocks"]]
+    assert parts == ["down", "mid", "up", "up"]
+
+
+def test_layout_says_which_positions_are_patches_and_words() -> None:
+    import tiny_tokenizers
+
+    case = tiny.clip()
+    model = mm.wrap(case.model, tokenizer=tiny_tokenizers.clip())
+    vision = model.layout(pixel_values=case.inputs["pixel_values"])["vision"]
+    assert vision.roles[0] == ("class", *["patch"] * 4)
+    assert vision.patch_rc(4) == (1, 1)

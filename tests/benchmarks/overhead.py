@@ -1,6 +1,6 @@
 """What hooks cost: a HookedModel beside the raw model and TransformerLens' bridge.
 
-    python -m tests.benchmarks.overhead [--rounds 15] [--small]
+python -m tests.benchmarks.overhead [--rounds 15] [--small]
 """
 
 from __future__ import annotations
@@ -36,15 +36,31 @@ LIMITS = {
 def vit_b32() -> CLIPVisionModel:
     """A random CLIP ViT-B/32 tower."""
     torch.manual_seed(0)
-    return CLIPVisionModel(CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                                            num_attention_heads=12, image_size=224, patch_size=32)).eval()  # fmt: skip
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            image_size=224,
+            patch_size=32,
+        )
+    ).eval()
 
 
 def narrow() -> CLIPVisionModel:
     """Twelve layers so narrow that Python is all they cost."""
     torch.manual_seed(0)
-    return CLIPVisionModel(CLIPVisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=12,
-                                            num_attention_heads=4, image_size=32, patch_size=16)).eval()  # fmt: skip
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=16,
+        )
+    ).eval()
 
 
 @torch.no_grad()
@@ -82,15 +98,17 @@ def python_bound(rounds: int) -> dict[str, float]:
             "hooked": lambda: hooked(pixels),
             "bridge": lambda: bridge(pixels),
             "hooked hook": lambda: hooked.run_with_hooks(
-                pixels, fwd_hooks=[("vision.blocks.5.hook_resid_post", nothing)]),
+                pixels, fwd_hooks=[("vision.blocks.5.hook_resid_post", nothing)]
+            ),
             "bridge hook": lambda: bridge.run_with_hooks(
-                pixels, fwd_hooks=[("blocks.5.hook_resid_post", nothing)]),
+                pixels, fwd_hooks=[("blocks.5.hook_resid_post", nothing)]
+            ),
             "hooked cache": lambda: hooked.run_with_cache(pixels),
             "bridge cache": lambda: bridge.run_with_cache(pixels),
         },
         rounds,
         repeat=5,
-    )  # fmt: skip
+    )
 
     def fixed(what: str) -> float:
         return max(extra(seconds, f"hooked{what}", "raw"), 0.0) / extra(seconds, f"bridge{what}", "raw")
@@ -121,20 +139,33 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def peak_memory() -> dict[str, float]:
     """Peak memory of unhooked forwards, in processes of their own: hooked over raw."""
     kilobytes = {
-        which: int(subprocess.run([sys.executable, "-W", "ignore", "-c", _PEAK, which], check=True,
-                                  capture_output=True, text=True).stdout)
+        which: int(
+            subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", _PEAK, which],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
         for which in ("raw", "hooked")
-    }  # fmt: skip
+    }
     return {"peak memory, no hooks / raw": kilobytes["hooked"] / kilobytes["raw"]}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--small", action="store_true", help="Python cost only, in seconds rather than minutes")
+    parser.add_argument(
+        "--small", action="store_true", help="Python cost only, in seconds rather than minutes"
+    )
     options = parser.parse_args(argv)
     if not ALLOCATOR.items() <= os.environ.items():
-        command = [sys.executable, "-m", "tests.benchmarks.overhead", *(sys.argv[1:] if argv is None else argv)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.overhead",
+            *(sys.argv[1:] if argv is None else argv),
+        ]
         return subprocess.run(command, env=os.environ | ALLOCATOR, check=False).returncode
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
