@@ -1,5 +1,7 @@
 """Multimodal models as TransformerLens and nnsight objects."""
 
+from typing import TYPE_CHECKING, Any
+
 from mm_adapters import families
 from mm_adapters._errors import (
     AttentionUnreachableError,
@@ -18,6 +20,19 @@ from mm_adapters._tokens import TokenLayout
 from mm_adapters.hooked import HookedModel
 from mm_adapters.loading import load, wrap
 
+if TYPE_CHECKING:
+    from mm_adapters.traced import TracedModel
+
+
+def __getattr__(name: str) -> Any:
+    # nnsight changes every Python object when it is imported, so only who asks for it gets it.
+    if name == "TracedModel":
+        from mm_adapters.traced import TracedModel
+
+        return TracedModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "AttentionUnreachableError",
     "CheckpointError",
@@ -33,6 +48,7 @@ __all__ = [
     "Run",
     "Site",
     "TokenLayout",
+    "TracedModel",
     "UnknownFamilyError",
     "WordNotFoundError",
     "families",

@@ -13,6 +13,7 @@ from mm_adapters._taps import (
     AttentionTap,
     Keep,
     NormReader,
+    Point,
     Reader,
     ResidualReader,
     Side,
@@ -34,7 +35,7 @@ class Points:
         self._sites = sites
         self._taps: dict[tuple[int, Side], Tap] = {}
         self._residuals: dict[str, ResidualReader] = {}
-        self.by_name: dict[str, SitePoint] = {site.name: make(site) for site in sites}
+        self.by_name: dict[str, Any] = {site.name: make(site) for site in sites}
         for site in sites:
             self._wire(site, self.by_name[site.name])
 
@@ -49,7 +50,7 @@ class Points:
             if isinstance(tap, AttentionTap):
                 tap.unwind()
 
-    def _wire(self, site: Site, point: SitePoint) -> None:
+    def _wire(self, site: Site, point: Point) -> None:
         place = site.place
         match place:
             case Output(like=str() as like):
@@ -81,7 +82,7 @@ class Points:
             case None:
                 raise AssertionError(f"{site.name} has no place.")
 
-    def _wire_residual(self, site: Site, point: SitePoint, place: Residual) -> None:
+    def _wire_residual(self, site: Site, point: Point, place: Residual) -> None:
         reader = self._residuals[site.name] = ResidualReader(point)
         base = self.by_name[self._sibling(site, place.base)]
         branch = self.by_name[self._sibling(site, place.branch)]
@@ -93,7 +94,7 @@ class Points:
         point.taps.extend(t for t in base.taps if t not in point.taps)
         self._feed(self._tap(branch.site, "output"), reader, point)
 
-    def _feed(self, tap: Tap, reader: Reader | Keep, *points: SitePoint) -> None:
+    def _feed(self, tap: Tap, reader: Reader | Keep, *points: Point) -> None:
         tap.readers.append(reader)
         for point in points:
             if tap not in point.taps:

@@ -7,7 +7,7 @@ the site shows (heads apart, one slice, a norm's scale), fires the point, and pu
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -21,9 +21,26 @@ from mm_adapters._spec import Site
 Side = Literal["input", "output", "inside"]
 
 
+@runtime_checkable
+class Point(Protocol):
+    """Where a site shows itself: called with a value, it returns the value or an edited one."""
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def live(self) -> bool: ...
+
+    @property
+    def taps(self) -> list[Tap]: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 class SitePoint(HookPoint):
     """The HookPoint of one site. Adding or removing a hook puts its taps on the model or off it."""
 
+    site: Site
     live: bool
     taps: list[Tap]
 
@@ -66,7 +83,7 @@ class SitePoint(HookPoint):
 class Reader:
     """Fires `points` with what the site shows of a tensor, and returns the tensor with any edit in it."""
 
-    def __init__(self, *points: SitePoint) -> None:
+    def __init__(self, *points: Point) -> None:
         self.points = points
 
     @property
@@ -81,7 +98,7 @@ class Reader:
 class View(Reader):
     """A part of the last axis, its heads apart."""
 
-    def __init__(self, point: SitePoint, n_heads: int | None, chunk: tuple[int, int] | None) -> None:
+    def __init__(self, point: Point, n_heads: int | None, chunk: tuple[int, int] | None) -> None:
         super().__init__(point)
         self.n_heads = n_heads
         self.chunk = chunk
@@ -118,7 +135,7 @@ class NormReader(Reader):
     shapes them.
     """
 
-    def __init__(self, scale: SitePoint, normalized: SitePoint, norm: nn.Module, kind: str) -> None:
+    def __init__(self, scale: Point, normalized: Point, norm: nn.Module, kind: str) -> None:
         super().__init__(scale, normalized)
         self.norm = norm
         self.kind = kind
@@ -177,7 +194,7 @@ class ResidualReader(Reader):
     base: Tensor | None = None
     kept_for: list[ResidualReader]
 
-    def __init__(self, point: SitePoint) -> None:
+    def __init__(self, point: Point) -> None:
         super().__init__(point)
         self.kept_for = []
 
@@ -255,7 +272,7 @@ class AttentionTap(Tap):
         super().__init__(module, "inside")
         self.n_heads = n_heads
         self.n_kv_heads = n_heads
-        self.points: dict[str, SitePoint] = {}
+        self.points: dict[str, Point] = {}
         self._watches: list[Watch] = []
 
     def _attach(self) -> list[Any]:

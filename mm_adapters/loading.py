@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,6 @@ from mm_adapters._load_diffusers import load_pipeline
 from mm_adapters._load_open_clip import load_open_clip
 from mm_adapters._load_transformers import load_module, processor_beside
 from mm_adapters._source import Source
-
-if TYPE_CHECKING:
-    from mm_adapters.hooked import HookedModel
 
 _ENGINES = ("hooked", "nnsight")
 _REFUSED = {
@@ -37,12 +34,13 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     **options: Any,
-) -> HookedModel:
+) -> Any:
     """A model ready to be read and edited, in eval mode, with what prepares its texts and images.
 
     `name` is, in this order, a model that ships with the package ("tiny-clip"), an open_clip model
     ("open_clip:ViT-B-32/laion2b_s34b_b79k"), a folder, or an id on the hub. `device` is the first
     GPU if there is one, else the CPU; `dtype` is the checkpoint's on a GPU and float32 on the CPU.
+    `engine` is "hooked" (a HookedModel, for TransformerLens) or "nnsight" (a TracedModel).
     On the device "meta" no weights are read: its sites can be listed and it cannot run. `options`
     go to the library's own from_pretrained.
 
@@ -78,7 +76,7 @@ def wrap(
     tokenizer: Any = None,
     image_processor: Any = None,
     engine: str = "hooked",
-) -> HookedModel:
+) -> Any:
     """Your own module or pipeline, to be read and edited; it is set to eval mode, else left as it is.
 
     A processor, or a tokenizer and an image processor, let it take raw text and images.
@@ -96,10 +94,9 @@ def _engine(engine: str) -> Any:
     if engine not in _ENGINES:
         raise ValueError(f"There is no engine {engine!r}; there is {', '.join(_ENGINES)}.")
     if engine == "nnsight":
-        raise NotImplementedError(
-            "engine='nnsight' comes with mm_adapters.traced, which this version does not have. "
-            "Leave engine out."
-        )
+        from mm_adapters.traced import TracedModel
+
+        return TracedModel
     from mm_adapters.hooked import HookedModel
 
     return HookedModel

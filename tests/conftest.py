@@ -7,6 +7,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# Before anything imports nnsight, which puts `.save` on every object: beartype cannot load after that.
+import beartype  # noqa: F401
 import pytest
 import torch
 

@@ -1,0 +1,209 @@
+"""A model's sites as locations of nnsight's interleaver: read, edited and counted as its own are.
+
+nnsight hands every module's input and output to its interleaver. At those of them where a site can
+be read, a `Station` turns the module's tensor into the site's value by the readers that the
+TransformerLens engine uses too, and offers it to the interleaver under the site's own location. It
+does so on demand, when a block or a hook waits for that value: what nobody waits for is only
+counted, and the model keeps its fused attention.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mm_adapters._attention import _TAKES, Watch
+from mm_adapters._errors import AttentionUnreachableError
+from mm_adapters._spec import Site
+from mm_adapters._taps import AttentionTap, Keep, NormReader, Reader, ResidualReader, Spread, Tap
+
+if TYPE_CHECKING:
+    from mm_adapters._traced_engine import SiteInterleaver
+
+Hook = Callable[..., Tensor | None]
+ROOT = "sites"
+
+
+class TracedPoint:
+    """Where one site's values pass: nnsight's blocks are served first, then a run's hooks."""
+
+    # The readers fire a point only if it is live; one that nobody waits for is never asked.
+    live = True
+
+    def __init__(self, site: Site, engine: SiteInterleaver) -> None:
+        self.site = site
+        self.path = f"{ROOT}.{site.name}"
+        self.location = f"{self.path}.output"
+        self.taps: list[Tap] = []
+        self.hooks: dict[int, Hook] = {}
+        self._engine = weakref.ref(engine)
+
+    @property
+    def engine(self) -> SiteInterleaver:
+        engine = self._engine()
+        assert engine is not None
+        return engine
+
+    @property
+    def due(self) -> bool:
+        """Whether somebody waits for this value."""
+        if self.hooks:
+            return True
+        engine, location = self.engine, self.location
+        return (location in engine.parked or location in engine.observers) and engine.awaits(location)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        value = self.engine.handle(self.location, value)
+        if self.hooks:
+            with self.engine.serving():
+                for hook in list(self.hooks.values()):
+                    new = hook(self, (value,), value)
+                    value = value if new is None else new
+        return value
+
+    def passed(self) -> None:
+        """A value that nobody waited for: it is counted, for a block may wait for a later one."""
+        counts = self.engine.counts
+        counts[self.location] = counts.get(self.location, 0) + 1
+
+    def register_forward_hook(self, hook: Hook) -> Handle:
+        """As a module's: `hook(point, (value,), value)` may return a new value."""
+        handle = Handle(self.hooks)
+        self.hooks[id(handle)] = hook
+        return handle
+
+    def refresh(self) -> None:
+        """Nothing: there is no torch hook to put on or take off."""
+
+
+class Handle:
+    """Takes one hook off its point."""
+
+    def __init__(self, hooks: dict[int, Hook]) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        self._hooks.pop(id(self), None)
+
+
+class OnDemand:
+    """A reader that is run when one of its points is due, and else lets go what was kept for it."""
+
+    live = True
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.points: tuple[Any, ...] = reader.points
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for point in self.points:
+            if point.due:
+                return self.reader(x)
+        for point in self.points:
+            point.passed()
+        match self.reader:
+            case NormReader():
+                self.reader.source = None
+            case Spread():
+                self.reader.like = None
+            case ResidualReader():
+                base, self.reader.base = self.reader.base, None
+                for other in self.reader.kept_for:
+                    assert base is not None
+                    other.base = base + x
+        return x
+
+
+class Always:
+    """A Keep, run whether or not its reader is due: that is known only later."""
+
+    live = True
+
+    def __init__(self, keep: Keep) -> None:
+        self.keep = keep
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.keep(x)
+
+    def reset(self) -> None:
+        """Lets go what an interrupted run left."""
+        setattr(self.keep.reader, self.keep.name, None)
+
+
+class Station:
+    """What is done at one module's input or output before and after nnsight's own blocks see it."""
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+        tap.readers = [Always(r) if isinstance(r, Keep) else OnDemand(r) for r in tap.readers]  # type: ignore[assignment]
+
+    def __call__(self, value: Any) -> Any:
+        """The handed value (an output, or args and kwargs) with what was done to the sites in it."""
+        if self.tap.side == "input":
+            args, kwargs = value
+            new = self.tap._given(self.tap.module, args, kwargs)
+        else:
+            new = self.tap._returned(self.tap.module, (), value)
+        return value if new is None else new
+
+    def reset(self) -> None:
+        for reader in self.tap.readers:
+            if isinstance(reader, Always):
+                reader.reset()
+
+
+class Gate(TorchFunctionMode):
+    """Stands inside one attention module's forward; lets a `Watch` take the call that attends.
+
+    `late` says that it was opened when the module had begun, at the request of a block.
+    """
+
+    def __init__(self, tap: AttentionTap, engine: SiteInterleaver, late: bool) -> None:
+        super().__init__()
+        self.tap = tap
+        self.engine = engine
+        self.late = late
+        self.points: dict[str, Any] = tap.points  # TracedPoints, for that is what they were made as.
+        self.watch = Watch(self._fire, tap.n_heads, tap.n_kv_heads)
+        self.attended = False
+        self.fired: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A block's or a hook's own torch calls, made while the model stands still, are not the model's.
+        if func in _TAKES and not self.attended and not self.engine.is_serving:
+            self.attended = True
+            if any(p.due for p in self.points.values()):
+                return self.watch.__torch_function__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+    def close(self) -> set[str]:
+        """Leaves; gives the names of the values that were shown.
+
+        Raises: AttentionUnreachableError if something was waited for and no call could be watched.
+        """
+        self.__exit__(None, None, None)
+        wanted = [p.site.name for p in self.points.values() if p.due]
+        if wanted and not self.attended and not self.late:
+            raise AttentionUnreachableError(
+                f"{', '.join(wanted)}: {type(self.tap.module).__name__} attended with a kernel that "
+                'cannot be watched. Load the model with attn_implementation="sdpa" or "eager" '
+                "(transformers), or set its attention backend to native (diffusers)."
+            )
+        return self.fired
+
+    def _fire(self, name: str, x: Tensor) -> Tensor:
+        point = self.points.get(name)
+        if point is None or not point.due:
+            return x
+        self.fired.add(name)
+        return point(x)
+
+
+def tracked(x: Tensor) -> bool:
+    """Whether autograd follows this tensor."""
+    return x.requires_grad and torch.is_grad_enabled()
