@@ -1,0 +1,22 @@
+"""Pictures of records: each takes a record, and takes and returns matplotlib Axes."""
+
+from methods_multimodal.plots.attention import mosaic, overlay, tiles
+from methods_multimodal.plots.attribution import head_shares, mlp_shares
+from methods_multimodal.plots.heatmap import heatmap
+from methods_multimodal.plots.lens import lens_table
+from methods_multimodal.plots.patching import patch_effects
+from methods_multimodal.plots.picture import picture
+from methods_multimodal.plots.words import word_lines
+
+__all__ = [
+    "head_shares",
+    "heatmap",
+    "lens_table",
+    "mlp_shares",
+    "mosaic",
+    "overlay",
+    "patch_effects",
+    "picture",
+    "tiles",
+    "word_lines",
+]

@@ -1,0 +1,211 @@
+"""The report on an image and texts: why does this image match this text?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from methods_multimodal._grids import image_layout
+from methods_multimodal._outputs import contrast_of, probabilities
+from methods_multimodal.activation_patching import ActivationPatching, patch_heads, patch_positions
+from methods_multimodal.attention_maps import HeadMaps, head_maps
+from methods_multimodal.logit_attribution import LogitAttribution, attribute_logits
+from methods_multimodal.plots import head_shares, heatmap, mlp_shares, mosaic, patch_effects, picture, tiles
+from methods_multimodal.report._page import (
+    LETTERS,
+    Report,
+    as_seen,
+    new_page,
+    rounded,
+    say,
+    spread,
+    strongest,
+    windows,
+)
+from mm_adapters import HookedModel, InputError, MissingSiteError
+
+TOWER = "vision"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything the page shows. `attribution` is None, with a reason, where there is none."""
+
+    logits: Float[Tensor, "image text"]
+    maps: HeadMaps
+    attribution: LogitAttribution | None
+    no_attribution: str
+    heads: ActivationPatching
+    patches: ActivationPatching
+    grid: tuple[int, int]
+
+
+def contrastive_report(
+    model: HookedModel,
+    images: Sequence[Any],
+    texts: Sequence[str],
+    names: Sequence[str] = ("image", "counterpart"),
+    *,
+    called: str = "",
+) -> Report:
+    """Explains the first image's logit for the first text (against the second, if there is one).
+
+    The second image is what activation patching compares the first with. `called` is the model's
+    name on the page.
+
+    Raises: InputError if there are not two images, or no text.
+    """
+    if len(images) != 2 or not texts:
+        raise InputError(
+            f"This report compares two images and takes a text; there are {len(images)} and {len(texts)}."
+        )
+    words, shown = model.prepare(text=list(texts)), model.prepare(images=list(images))
+    found = _find(model, words, shown, texts)
+    (pixels,) = (v for v in shown.values() if v.ndim == 4)
+    return _draw(
+        model, found, [as_seen(model, p) for p in pixels], texts, names, called or model.sitemap.family
+    )
+
+
+def _find(
+    model: HookedModel, words: Mapping[str, Tensor], shown: Mapping[str, Tensor], texts: Sequence[str]
+) -> Found:
+    (pixels,) = (v for v in shown.values() if v.ndim == 4)
+    layout = image_layout(model, pixels, TOWER)
+    n_layers = model.tower(TOWER).cfg.n_layers
+    both = {**words, **shown}
+    clean, corrupted = ({**words, **{k: v[[i]] for k, v in shown.items()}} for i in (0, 1))
+
+    def metric(output: Any) -> Tensor:
+        logits = contrast_of(output).logits
+        return logits[:, 0] - logits[:, 1] if len(texts) > 1 else logits[:, 0]
+
+    reason, attribution = "", None
+    try:
+        attribution = attribute_logits(model, both, texts=texts)
+    except MissingSiteError as error:
+        reason = f"No logit attribution: {error}"
+    every: dict[str, Any] = {"tower": TOWER, "stacked": set(shown)}
+    groups, grid = windows(layout)
+    query, name = (0, "class token") if "class" in layout.roles[0] else (None, "average position")
+    layers = range(n_layers)
+    return Found(
+        logits=contrast_of(model.run(both).output).logits.float(),
+        maps=head_maps(model, both, layout, tower=TOWER, layers=layers, query=query, query_name=name),
+        attribution=attribution,
+        no_attribution=reason,
+        heads=patch_heads(model, clean, corrupted, metric, layers=layers, **every),
+        patches=patch_positions(
+            model, clean, corrupted, metric, layers=spread(n_layers), units=groups, **every
+        ),
+        grid=grid,
+    )
+
+
+def _draw(
+    model: HookedModel,
+    found: Found,
+    seen: Sequence[Any],
+    texts: Sequence[str],
+    names: Sequence[str],
+    called: str,
+) -> Report:
+    target = f"“{texts[0]}” − “{texts[1]}”" if len(texts) > 1 else f"“{texts[0]}”"
+    page = new_page(17.0, 15.0, f"{called}: why this logit?  target: {target}")
+    grid = page.add_gridspec(3, 3)
+    likely = probabilities(found.logits)
+    for i, name in enumerate(names):
+        said = [
+            f"{float(found.logits[i, t]):+.2f}  p={float(likely[i, t]):.3f}  {text}"
+            for t, text in enumerate(texts[:6])
+        ]
+        picture(
+            seen[i],
+            page.add_subplot(grid[0, i]),
+            title=f"{LETTERS[i]}: {name}, as the model sees it",
+            caption="\n".join(said),
+        )
+    heatmap(found.logits, page.add_subplot(grid[0, 2]), unit="logit", signed=True, write="+.2f",
+            rows=list(LETTERS), columns=[_short(t) for t in texts], title="the model's logits")  # fmt: skip
+    mosaic(
+        found.maps, page.add_subplot(grid[1, 0]), title=f"A: attention of the {found.maps.query} over patches"
+    )
+    shares = found.attribution
+    if shares is None:
+        say(page.add_subplot(grid[1, 1:]), found.no_attribution)
+    else:
+        shares = shares.minus(0, 1) if len(texts) > 1 else shares
+        head_shares(shares, page.add_subplot(grid[1, 1]))
+        bars = mlp_shares(shares, page.add_subplot(grid[1, 2]))
+        bars.set_title(f"{bars.get_title()}\nresidual {shares.residual:.1e} of the logit", fontsize=10)
+    patch_effects(found.heads, page.add_subplot(grid[2, 0]), title="patching each head of A into B")
+    tiles(
+        rearrange(found.patches.effect[0], "layer (down across) -> layer down across", down=found.grid[0]),
+        page.add_subplot(grid[2, 1:]),
+        names=[f"into layer {i}" for i in found.patches.layers],
+        unit="effect (0 corrupted, 1 clean)",
+        signed=True,
+        title="patching each patch of A into B",
+    )
+    return Report(page, _numbers(called, found, texts, names), tuple(_lines(found, shares, texts, names)))
+
+
+def _lines(
+    found: Found, shares: LogitAttribution | None, texts: Sequence[str], names: Sequence[str]
+) -> list[str]:
+    likely = probabilities(found.logits)
+    lines = [
+        f"{names[i]}: {text!r} logit {float(found.logits[i, t]):+.4f}, probability {float(likely[i, t]):.4f}"
+        for i in range(len(names))
+        for t, text in enumerate(texts)
+    ]
+    if shares is None:
+        return [*lines, found.no_attribution]
+    top = ", ".join(f"layer {a} head {b} {v:+.3f}" for a, b, v in strongest(shares.heads[0, 0]))
+    return [
+        *lines,
+        f"attribution to {shares.texts[0]}: sum {float(shares.total[0, 0]):+.5f}, the model's own "
+        f"{float(shares.logit[0, 0]):+.5f}, residual {shares.residual:.1e}; strongest heads: {top}",
+        "strongest heads by patching: "
+        + ", ".join(f"layer {a} head {b} {v:+.3f}" for a, b, v in strongest(found.heads.effect[0])),
+    ]
+
+
+def _numbers(called: str, found: Found, texts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    shares = found.attribution
+    return {
+        "model": called,
+        "images": list(names),
+        "texts": list(texts),
+        "logits": rounded(found.logits),
+        "probabilities": rounded(probabilities(found.logits)),
+        "attention_class_to_patches": rounded(found.maps.maps[0]),
+        "attribution": {"absent": found.no_attribution} if shares is None else {
+            "embed": rounded(shares.embed),
+            "heads": rounded(shares.heads),
+            "attn_bias": rounded(shares.attn_bias),
+            "mlps": rounded(shares.mlps),
+            "final_norm_bias": rounded(shares.bias),
+            "sum": rounded(shares.total),
+            "logit": rounded(shares.logit),
+            "residual": shares.residual,
+        },
+        "patching": {
+            "target": "first text minus second" if len(texts) > 1 else "first text",
+            "clean": float(found.heads.clean[0]),
+            "corrupted": float(found.heads.corrupted[0]),
+            "heads": rounded(found.heads.effect[0]),
+            "patch_layers": list(found.patches.layers),
+            "patch_grid": list(found.grid),
+            "patches": rounded(found.patches.effect[0]),
+        },
+    }  # fmt: skip
+
+
+def _short(text: str, n: int = 22) -> str:
+    return text if len(text) <= n else f"{text[: n - 1]}…"

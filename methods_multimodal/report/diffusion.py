@@ -1,0 +1,98 @@
+"""The report on a prompt: how did the picture come about, and which words drew what?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from methods_multimodal.denoising import DenoisingSteps, StepReader, frames_of, to_array
+from methods_multimodal.plots import overlay, picture, word_lines
+from methods_multimodal.report._page import Report, new_page, rounded
+from methods_multimodal.word_maps import WordMaps, word_reader
+from mm_adapters import HookedModel, InputError
+
+MOST_WORDS = 12
+
+
+def diffusion_report(
+    model: HookedModel, prompt: str, *, seed: int = 0, steps: int = 25, called: str = "", **options: Any
+) -> Report:
+    """Draws the prompt once, and shows its steps and where each word was attended to.
+
+    `options` go to the pipeline (`guidance_scale`, `height`, ...).
+
+    Raises: InputError for an empty prompt or fewer than one step, before anything runs.
+    """
+    if not prompt.strip() or steps < 1:
+        raise InputError(
+            f"This report takes a prompt with words and at least one step; not {prompt!r}, {steps}."
+        )
+    if model.inputs is not None:
+        model.inputs.prepare(text=[prompt])  # A prompt that is too long would be cut silently.
+    words = word_reader(model, prompt)
+    frames = StepReader(steps)
+    given = frames.inputs({**options, "prompt": prompt, "seed": seed, "output_type": "pt"})
+    run = model.run(given, read=[*words.reads(), *frames.reads()])
+    final = run.output.images[0].float().cpu()
+    called = called or model.sitemap.family
+    shown, maps = frames.pictures(model, run), words.maps(run)
+    numbers = _numbers(called, prompt, seed, shown, maps)
+    return Report(_draw(called, prompt, final, shown, maps), numbers, tuple(_lines(numbers, maps)))
+
+
+def _draw(called: str, prompt: str, final: torch.Tensor, frames: DenoisingSteps, maps: WordMaps) -> Figure:
+    array = to_array(final)
+    shown = maps.words[:MOST_WORDS]
+    across = max(len(frames.steps) + 1, min(len(shown), 6), 2)
+    down = 1 + -(-len(shown) // across) + 1
+    page = new_page(2.7 * across, 2.75 * down + 0.5, f"{called}: “{prompt}”, {frames.n_steps} steps")
+    grid = page.add_gridspec(down, across)
+    what = "predicted picture" if frames.shows == "prediction" else "latent, decoded"
+    for i, (step, frame) in enumerate(zip(frames.steps, frames_of(frames), strict=True)):
+        title = f"{what} at\n" * (i == 0) + f"step {step + 1} of {frames.n_steps}"
+        picture(frame, page.add_subplot(grid[0, i]), title=title)
+    picture(array, page.add_subplot(grid[0, len(frames.steps)]), title="the picture")
+    mean = maps.at()[0]
+    for i, word in enumerate(shown):
+        ax = page.add_subplot(grid[1 + i // across, i % across])
+        overlay(mean[i], array, ax, unit="attention weight", title=f"“{word}”", smooth=True)
+    legend = page.add_subplot(grid[down - 1, across - 1])
+    word_lines(maps, page.add_subplot(grid[down - 1, : across - 1]), legend=legend)
+    return page
+
+
+def _numbers(called: str, prompt: str, seed: int, frames: DenoisingSteps, maps: WordMaps) -> dict[str, Any]:
+    mean = maps.at()[0]
+    return {
+        "model": called,
+        "prompt": prompt,
+        "seed": seed,
+        "steps": frames.n_steps,
+        "frames": {"steps": list(frames.steps), "shows": frames.shows},
+        "words": {
+            word: {"attention": float(mean[i].mean()), "peak": _peak(mean[i]), "map": rounded(mean[i])}
+            for i, word in enumerate(maps.words)
+        },
+        "attention_by_step": rounded(maps.strength()[:, 0]),
+        "resolutions": list(maps.by_grid),
+    }
+
+
+def _lines(numbers: dict[str, Any], maps: WordMaps) -> Iterator[str]:
+    yield f"{numbers['steps']} steps, seed {numbers['seed']}; latent {maps.latent[0]} x {maps.latent[1]}"
+    for word, value in numbers["words"].items():
+        down, across = value["peak"]
+        yield (
+            f"{word!r}: attention {value['attention']:.4f}, most at {down:.2f} of the height, "
+            f"{across:.2f} of the width"
+        )
+
+
+def _peak(values: torch.Tensor) -> tuple[float, float]:
+    """Where a map is largest, as fractions of the picture's height and width."""
+    at = int(values.argmax())
+    height, width = values.shape
+    return (at // width + 0.5) / height, (at % width + 0.5) / width

@@ -1,0 +1,78 @@
+"""`mm-interp`: the commands that installed packages bring, and `sites`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mm_adapters import _errors
+
+GROUP = "mm_interp.commands"
+MISTAKES = (
+    _errors.AttentionUnreachableError,
+    _errors.CheckpointError,
+    _errors.EditNeverFiredError,
+    _errors.InputError,
+    _errors.MetaDeviceError,
+    _errors.MissingSiteError,
+    _errors.UnknownFamilyError,
+    FileNotFoundError,
+)
+
+
+class Friendly(TyperGroup):
+    """A user's mistake is one line and exit code 2; anything else is ours, and shows where."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MISTAKES as error:
+            typer.echo(f"mm-interp: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+def sites(
+    model: Annotated[str, typer.Argument(help="A shipped model, a folder, or an id on the hub.")],
+    pattern: Annotated[str, typer.Argument(help="Which names, as a glob: 'vision.blocks.0.*'.")] = "*",
+    meta: Annotated[bool, typer.Option(help="Do not read the weights: faster, for large models.")] = False,
+) -> None:
+    """Lists what can be read and edited in a model: names and axes, and what is absent and why."""
+    from mm_adapters.loading import load
+
+    loaded = load(model, device="meta" if meta else "cpu")
+    found = loaded.sites(pattern)
+    if not found:
+        raise loaded.sitemap.missing(pattern)
+    typer.echo(str(found))
+
+
+def build(points: Iterable[EntryPoint] | None = None) -> typer.Typer:
+    """The application, with the commands of each entry point (None: those installed)."""
+    app = typer.Typer(
+        cls=Friendly,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Look inside multimodal models with TransformerLens' hooks.",
+    )
+    app.callback()(lambda: None)
+    app.command("sites")(sites)
+    for point in entry_points(group=GROUP) if points is None else points:
+        try:
+            register = point.load()
+        except (ImportError, AttributeError) as error:
+            typer.echo(
+                f"mm-interp: the commands of {point.name!r} ({point.value}) do not load: {error}", err=True
+            )
+            continue
+        register(app)
+    return app
+
+
+def main() -> None:
+    """The console command."""
+    build()()

@@ -1,0 +1,61 @@
+"""The same method gives the same numbers through both engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tiny
+import torch
+
+import mm_adapters as mm
+from methods_multimodal._grids import image_layout
+from methods_multimodal.activation_patching import patch_heads, patch_positions
+from methods_multimodal.attention_maps import head_maps
+from methods_multimodal.logit_attribution import attribute_logits, attribute_tokens
+from methods_multimodal.logit_lens import logit_lens
+from methods_multimodal.word_maps import word_maps
+from mm_adapters.traced import TracedModel
+
+
+def engines(name: str) -> tuple[tiny.Case, mm.HookedModel, TracedModel]:
+    """A case, and both engines, each over a model of its own with the same weights."""
+    built, again = tiny.CASES[name](), tiny.CASES[name]()
+    return built, mm.HookedModel(built.model), TracedModel(again.model)
+
+
+def test_attribution_and_maps_of_images_and_texts() -> None:
+    built, model, traced = engines("clip")
+    ours, theirs = attribute_logits(model, built.inputs), attribute_logits(model, built.inputs, lens=traced)
+    assert torch.equal(ours.heads, theirs.heads)
+    assert torch.equal(ours.logit, theirs.logit)
+    layout = image_layout(model, built.inputs["pixel_values"])
+    every: dict[str, Any] = {"tower": "vision", "layers": range(3)}
+    maps = [head_maps(lens, built.inputs, layout, **every).maps for lens in (model, traced)]
+    assert torch.equal(*maps)
+
+
+def test_attribution_and_lens_of_answers() -> None:
+    built, model, traced = engines("llava")
+    ours, theirs = (attribute_tokens(model, built.inputs, [5], lens=lens) for lens in (None, traced))
+    assert torch.equal(ours.heads, theirs.heads)
+    ours, theirs = (logit_lens(model, built.inputs, final_norm=True, lens=lens) for lens in (None, traced))
+    assert torch.equal(ours.logits, theirs.logits)
+
+
+def test_patching() -> None:
+    built, model, traced = engines("clip_vision")
+    clean, corrupted = ({"pixel_values": built.inputs["pixel_values"][[i]]} for i in (0, 1))
+    for patch in (patch_heads, patch_positions):
+        ours, theirs = (
+            patch(lens, clean, corrupted, lambda o: o.pooler_output[:, 0], tower="vision", layers=[0, 2])
+            for lens in (model, traced)
+        )
+        assert torch.equal(ours.patched, theirs.patched)
+
+
+def test_word_maps() -> None:
+    _, model, traced = engines("stable_diffusion")
+    inputs = {"prompt": "a cat", "num_inference_steps": 2, "seed": 0}
+    ours, theirs = (word_maps(model, inputs, lens=lens)[0] for lens in (None, traced))
+    for grid, maps in ours.by_grid.items():
+        assert torch.equal(maps, theirs.by_grid[grid])
