@@ -1,0 +1,136 @@
+"""The models' cards: what each is, how it was made, what was measured, what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from mm_adapters.zoo import world
+from mm_adapters.zoo.clip import SIMPLE_STEPS
+from mm_adapters.zoo.measures import Measure, draw, images_of
+
+_WHAT = {
+    "tiny-clip": (
+        "A `CLIPModel`: two towers of 4 layers, width 128, 4 heads; images of 64 x 64 in patches "
+        "of 8; 32 tokens of text. The tokenizer is byte-level BPE learnt from the world's words; "
+        '"triangle", "diamond", "striped", "purple" and "background" are several tokens on purpose.'
+    ),
+    "tiny-llava": (
+        "A `LlavaForConditionalGeneration`: tiny-clip's vision tower (frozen, its last layer but one, "
+        "64 image tokens), a two-layer projector, and a Llama of 4 layers, width 128, 4 heads, 2 key-value "
+        "heads. "
+        "Ask it in this form and decode greedily:\n\n"
+        "```\n<image>\nquestion: what colour is the circle? answer:\n```"
+    ),
+    "tiny-sd": (
+        "A `StableDiffusionPipeline`: an autoencoder from 64 x 64 pixels to 16 x 16 x 4 latents, a "
+        "`UNet2DConditionModel` with cross-attention at 16 x 16 and 8 x 8, tiny-clip's text tower, "
+        "and DDIM with v-prediction and no signal at the last step."
+    ),
+}
+_DATA = {
+    "tiny-clip": (
+        f"Every image is new: 40 % one object, 40 % two, 20 % two to six alike (in the first {SIMPLE_STEPS} "
+        "steps one only). A caption says a random part of what is true. A caption that is true of another "
+        "image is never its negative, and each image also meets its own caption with one thing changed. "
+        "Besides the contrastive loss, linear heads (not kept) read from each patch at the last layer but "
+        "one what object it lies on; without them the tower learnt colours only in the time there was."
+    ),
+    "tiny-llava": (
+        "Every image is new, with six questions: colour, shape, where, how many, is there. "
+        "The projector and the language model are trained, the vision tower is not."
+    ),
+    "tiny-sd": (
+        "A finite list of 12288 images, `mm_adapters.zoo.sd.training_example(i)`: solid objects, seven in 8 "
+        "with one object, the others with two; the caption is left out one time in ten. The autoencoder is "
+        "trained first, on images of the whole world."
+    ),
+}
+_LIMITS = {
+    "tiny-clip": "It knows this world only. Words outside it fall apart into letters and mean nothing to it.",
+    "tiny-llava": "It knows this world and these forms of question only. Its chat template holds one question.",
+    "tiny-sd": (
+        "It draws this world only. Prompts with two objects were a small part of its data and are not "
+        "measured. Numbers are with 25 steps and guidance 3."
+    ),
+}
+
+
+def write(name: str, folder: Path, measured: list[Measure]) -> None:
+    """Writes README.md and its pictures into the model's folder."""
+    world_sheet().save(folder / "world.png", optimize=True)
+    lines = [f"# {name}", "", _WHAT[name], ""]
+    lines += [
+        "Trained by this project on a rendered world whose truth is known (`mm_adapters.zoo.world`):",
+        "",
+    ]
+    lines += ["![Scenes of the world](world.png)", ""]
+    if name == "tiny-sd":
+        contact_sheet(folder).save(folder / "samples.png", optimize=True)
+        lines += ["Pictures it draws from prompts (25 steps, guidance 3, none chosen):", ""]
+        lines += ["![Drawn pictures with their prompts](samples.png)", ""]
+    lines += ["## Data", "", _DATA[name], ""]
+    pairs = ", ".join(f"{colour} {shape}" for shape, colour in world.HELD_OUT_PAIRS)
+    lines += [f"Never seen in training: {pairs}.", "", "## Training", "", _training(name, folder), ""]
+    lines += ["## Measured", "", "On scenes of the split `test` (other seeds than training):", ""]
+    lines += ["| what | value | required | samples |", "|---|---|---|---|"]
+    lines += [f"| {m.name} | {m.value:.1%} | {m.bound()} | {m.n} |" for m in measured]
+    lines += ["", f"By `python -m mm_adapters.zoo.evaluate {name}`.", "", "## Limits", "", _LIMITS[name], ""]
+    (folder / "README.md").write_text("\n".join(lines), "utf-8")
+
+
+def _training(name: str, folder: Path) -> str:
+    text = f"`python -m mm_adapters.zoo.train {name}` makes it again from a seed."
+    record = folder / "training.json"
+    if record.exists():
+        history = json.loads(record.read_text("utf-8"))
+        for stage, run in history["stages"].items():
+            text += f" {stage}: {run['steps_done']} steps in {run['seconds'] / 60:.0f} minutes."
+        text += (
+            f" Seed {history['seed']}, {history['device']}, {history['threads']} thread(s), shared machine."
+        )
+        text += f" {history['note']}" if "note" in history else ""
+    return text
+
+
+def world_sheet() -> Image.Image:
+    """Scenes of the training split, 4 rows of 8."""
+    return _grid(images_of([world.scene(i) for i in range(32)]), None, columns=8, side=96)
+
+
+def contact_sheet(folder: Path) -> Image.Image:
+    """What tiny-sd draws, each picture above its prompt."""
+    from mm_adapters.zoo.evaluate import load
+    from mm_adapters.zoo.measures import prompts_to_draw
+
+    texts = [text for _, text in prompts_to_draw(24)]
+    pipeline, _ = load(folder, "tiny-sd")
+    return _grid(draw(pipeline, texts), texts, columns=6, side=160)
+
+
+def _grid(images: list[Image.Image], texts: list[str] | None, columns: int, side: int) -> Image.Image:
+    gap, line_height = 8, 15
+    foot = 3 * line_height if texts else 0
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + foot + gap) + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for i, image in enumerate(images):
+        x, y = gap + (i % columns) * (side + gap), gap + (i // columns) * (side + foot + gap)
+        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        pen.rectangle((x - 1, y - 1, x + side, y + side), outline="lightgray")
+        for number, text in enumerate(_wrap(texts[i], pen, font, side) if texts else []):
+            pen.text((x, y + side + 1 + number * line_height), text, fill="black", font=font)
+    return sheet
+
+
+def _wrap(text: str, pen: ImageDraw.ImageDraw, font, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer, font=font) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

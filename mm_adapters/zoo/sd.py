@@ -1,0 +1,194 @@
+"""tiny-sd: a latent diffusion model that draws what a caption says, through tiny-clip's text tower.
+
+Its training set is a finite list: `training_example(i)` for i below `N_TRAINING` is everything the
+denoiser has ever seen, which is what data attribution needs.
+"""
+
+# The libraries annotate these constructors and calls more narrowly than they accept.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import CLIPModel, CLIPTextModel
+
+from mm_adapters.zoo import vae, world
+from mm_adapters.zoo._training import Schedule, device, fit, seeded
+from mm_adapters.zoo.captions import Claim, phrase_of
+from mm_adapters.zoo.tokenizer import CONTEXT, clip_tokenizer, save_clip_tokenizer
+
+SCHEDULE = Schedule(steps=7000, peak_rate=1.2e-3, warmup=150, weight_decay=0.01, average=0.998)
+BATCH = 32
+N_TRAINING = 12288
+CAPTION_DROPOUT = 0.1
+SIDE = 16
+
+
+def training_example(index: int, seed: int = 0) -> tuple[NDArray[np.uint8], str]:
+    """Image and caption number `index` of the training set."""
+    about = training_scene(index, seed)
+    return world.render(about), training_caption(about, index, seed)
+
+
+def training_scene(index: int, seed: int = 0) -> world.Scene:
+    """What training image number `index` shows.
+
+    Every eighth has two objects, the others one; large ones are twice as common as small ones,
+    because at 16 x 16 latents the shape of a small object is the hardest thing to learn.
+    """
+    if not 0 <= index < N_TRAINING:
+        raise IndexError(f"tiny-sd has {N_TRAINING} training images; there is no number {index}.")
+    kind = "two" if index % 8 == 7 else "one"
+    size = "large" if index % 3 == 0 else None
+    return world.scene(index, "train", seed + 3, kind=kind, solid=True, size=size)
+
+
+def training_caption(about: world.Scene, index: int, seed: int = 0) -> str:
+    """The caption of training image number `index`: most of what is true, sometimes less."""
+    rng = np.random.default_rng([index, 99, seed])
+    background = about.background if rng.random() < 0.75 else None
+    if len(about.things) == 2:
+        order = (0, 1) if rng.random() < 0.5 else (1, 0)
+        first, second = (about.things[i] for i in order)
+        relation = next(r for r in world.RELATIONS if world.holds(r, first, second))
+        phrases = tuple(phrase_of(thing, ["colour", "shape"]) for thing in (first, second))
+        return Claim(phrases, relation, None, background).text()
+    chances = {"size": 0.65, "colour": 0.85, "shape": 0.85, "position": 0.65}
+    named = [name for name, chance in chances.items() if rng.random() < chance]
+    return Claim((phrase_of(about.things[0], named),), None, None, background).text()
+
+
+def build(seed: int = 0) -> UNet2DConditionModel:
+    """The untrained denoiser: latents of 16 x 16, cross-attention at 16 and at 8."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=SIDE,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        # diffusers reads this as the number of heads.
+        attention_head_dim=2,
+        norm_num_groups=16,
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    """Noise that ends at no signal at all, so that flat bright and dark pictures can be drawn."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        # Not used with trailing steps; the pipeline insists on it.
+        steps_offset=1,
+    )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The training set as the denoiser meets it: scaled latents, text states, and those of ""."""
+
+    latents: Tensor
+    states: Tensor
+    empty: Tensor
+
+
+@torch.no_grad()
+def encode_texts(text_tower: CLIPTextModel, texts: list[str]) -> Tensor:
+    """Text states as the pipeline forms them, [text, position, width]: padded, without a mask."""
+    tokenizer = clip_tokenizer()
+    parts = [texts[i : i + 256] for i in range(0, len(texts), 256)]
+    options = {"padding": "max_length", "max_length": CONTEXT, "truncation": True, "return_tensors": "pt"}
+    where = next(text_tower.parameters()).device
+    return torch.cat([text_tower(tokenizer(part, **options).input_ids.to(where))[0] for part in parts])
+
+
+@torch.no_grad()
+def encode_training_set(autoencoder: AutoencoderKL, text_tower: CLIPTextModel, seed: int = 0) -> Encoded:
+    """All training images and captions, encoded once."""
+    scenes = [training_scene(i, seed) for i in range(N_TRAINING)]
+    texts = [training_caption(about, i, seed) for i, about in enumerate(scenes)]
+    latents = vae.latents(autoencoder, scenes) * autoencoder.config.scaling_factor
+    states = encode_texts(text_tower, [*texts, ""])
+    return Encoded(latents.to(device()), states[:-1].to(device()), states[-1].to(device()))
+
+
+def loss(unet: UNet2DConditionModel, noising: DDIMScheduler, data: Encoded, step: int, seed: int) -> Tensor:
+    """How far the predicted velocities of this step are off."""
+    generator = seeded(step, seed)
+    rows = torch.randint(len(data.latents), (BATCH,), generator=generator)
+    times = torch.randint(noising.config.num_train_timesteps, (BATCH,), generator=generator)
+    noise = torch.randn((BATCH, *data.latents.shape[1:]), generator=generator)
+    dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
+    where = data.latents.device
+    rows, times, noise, dropped = (x.to(where) for x in (rows, times, noise, dropped))
+    latents = data.latents[rows]
+    states = torch.where(dropped[:, None, None], data.empty, data.states[rows])
+    noisy = noising.add_noise(latents, noise, times)
+    wanted = noising.get_velocity(latents, noise, times)
+    return torch.nn.functional.mse_loss(unet(noisy, times, states).sample, wanted)
+
+
+def text_tower_of(clip: CLIPModel) -> CLIPTextModel:
+    """tiny-clip's text tower as a model of its own."""
+    tower = CLIPTextModel(clip.config.text_config)
+    have = {k: v.float() for k, v in clip.text_model.state_dict().items()}
+    # Some versions of transformers nest the tower once more.
+    nested = any(k.startswith("text_model.") for k in tower.state_dict())
+    tower.load_state_dict({f"text_model.{k}": v for k, v in have.items()} if nested else have)
+    return tower.eval()
+
+
+def train(
+    work: Path, clip: CLIPModel, *, steps: int | None = None, seed: int = 0, resume: bool = False
+) -> StableDiffusionPipeline:
+    """A trained pipeline that reads captions with this tiny-clip; trains its autoencoder first."""
+    schedule = SCHEDULE if steps is None else replace(SCHEDULE, steps=steps)
+    # A run that is finished is read back from its checkpoint without a step.
+    autoencoder = vae.train(work, steps=steps, seed=seed, resume=resume)
+    text_tower = text_tower_of(clip).to(device())
+    data = encode_training_set(autoencoder, text_tower, seed)
+    unet, noising = build(seed).to(device()), scheduler()
+    checkpoint = work / "tiny-sd.safetensors"
+    fit(unet, lambda step: loss(unet, noising, data, step, seed), schedule, checkpoint, resume=resume)
+    return assemble(autoencoder, text_tower, unet)
+
+
+def assemble(
+    autoencoder: AutoencoderKL, text_tower: CLIPTextModel, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """The pipeline of these parts."""
+    return StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_tower,
+        tokenizer=clip_tokenizer(),
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+
+
+def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Writes an ordinary checkpoint, the weights in half precision."""
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.half()
+    pipeline.save_pretrained(folder)
+    save_clip_tokenizer(clip_tokenizer(), folder / "tokenizer")
