@@ -50,7 +50,9 @@ _DATA = {
 }
 _LIMITS = {
     "tiny-clip": "It knows this world only. Words outside it fall apart into letters and mean nothing to it.",
-    "tiny-llava": "It knows this world and these forms of question only. Its chat template holds one question.",
+    "tiny-llava": (
+        "It knows this world and these forms of question only. Its chat template holds one question."
+    ),
     "tiny-sd": (
         "It draws this world only. Prompts with two objects were a small part of its data and are not "
         "measured. Numbers are with 25 steps and guidance 3."

@@ -89,8 +89,9 @@ def _tower_weights(clip: CLIPModel, tower: torch.nn.Module) -> dict[str, Tensor]
 CHAT = (
     "{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "question: {% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %} answer:"
-    "{% else %} {% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}</s>"
+    "question: {% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    " answer:{% else %} "
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}</s>"
     "{% endif %}{% endfor %}"
 )
 

@@ -78,14 +78,14 @@ def _pair_of_two(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, 
 
 def _pair_of_many(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, Claim, Claim]:
     named = [name for name in ("colour", "shape") if rng.random() < 0.6]
-    things: tuple[Thing, ...] = scene.things
+    things, old = scene.things, scene.things[0]
     if len(things) > 2:
         twin = replace(scene, things=things[:-1])
     else:
         twin = scene
         while twin is scene:
-            shape = _other(dict.fromkeys(world.SHAPES), things[0].shape, rng)
-            if (shape, things[0].colour) not in world.HELD_OUT_PAIRS:
+            shape = _other(dict.fromkeys(world.SHAPES), old.shape, rng)
+            if (shape, old.colour) not in world.HELD_OUT_PAIRS:
                 twin = replace(scene, things=tuple(replace(t, shape=shape) for t in things))
         named = ["shape"]
     first, second = (
