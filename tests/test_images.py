@@ -64,7 +64,7 @@ def test_half_precision_tensors_are_read_to_within_their_rounding(dtype: torch.d
         torch.from_numpy(GRAY.copy()),
         torch.from_numpy(GRAY.copy())[None],
     ],
-    ids=lambda x: f"{type(x).__name__}-{getattr(x, 'mode', getattr(x, 'shape', ''))}",
+    ids=lambda x: f"{type(x).__name__}-{list(x.shape) if hasattr(x, 'shape') else getattr(x, 'mode', '')}",
 )
 def test_gray_of_any_depth_is_repeated_over_the_channels(image: Any) -> None:
     assert np.array_equal(pixels(image), np.repeat(GRAY[:, :, None], 3, axis=2))
