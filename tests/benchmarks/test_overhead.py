@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-from tests.benchmarks.overhead import LIMITS, python_bound
 
-
-@pytest.mark.filterwarnings("ignore")
 def test_a_hooked_forward_costs_less_python_than_the_bridge() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = python_bound(rounds=7)
-    finally:
-        torch.set_num_threads(threads)
-    for name, value in rows.items():
-        assert value <= LIMITS[name], f"{name}: {value:.2f}"
+    # A process of its own: here every function of ours is slowed down by the shape checks.
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.overhead", "--small", "--rounds", "9"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
