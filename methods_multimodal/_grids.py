@@ -6,7 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mm_adapters import HookedModel, InputError
-from mm_adapters._tokens import Grid, TokenLayout, language_layout, vision_layout
+from mm_adapters._layouts import patch_layout
+from mm_adapters._tokens import Grid, TokenLayout, language_layout
 
 
 def image_layout(
@@ -16,12 +17,7 @@ def image_layout(
 
     Raises: InputError if the tower does not cut images into patches.
     """
-    mounted = model.sitemap.towers[tower]
-    if mounted.record.patch is None:
-        raise InputError(f"The {tower} tower has no patches.")
-    step_down, step_across = mounted.module.get_submodule(mounted.record.patch).stride  # type: ignore[misc]
-    grid = (pixels.shape[-2] // int(step_down), pixels.shape[-1] // int(step_across))  # type: ignore[arg-type]
-    return vision_layout(len(pixels), grid, mounted.record.n_class)
+    return patch_layout(model.sitemap.towers[tower], pixels)
 
 
 def answer_layout(

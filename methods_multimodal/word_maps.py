@@ -15,7 +15,7 @@ from torch import Tensor
 from methods_multimodal._grids import latent_grid
 from methods_multimodal._record import Record
 from mm_adapters import HookedModel, InputError, Lens, Read, Run
-from mm_adapters._tokens import TokenLayout, text_layout
+from mm_adapters._tokens import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,7 @@ class WordMaps(Record):
 
 def prompt_layout(model: HookedModel, prompt: str, tower: str = "text") -> TokenLayout:
     """Which positions of a prompt, padded as the pipeline pads it, are which word."""
-    tokenizer = model.tokenizer_of(tower)
-    length = tokenizer.model_max_length
-    if length > model.tower(tower).cfg.n_ctx:  # Some tokenizers know of no limit.
-        length = model.tower(tower).cfg.n_ctx
-    options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-    return text_layout([prompt], tokenizer, tokenizer([prompt], **options).input_ids)
+    return model.prompt_layout(tower, [prompt])
 
 
 @dataclass(frozen=True)

@@ -114,13 +114,16 @@ class HookedModel(HookedRootModule):
                 texts = self.inputs.prompts(text, images)
             prepared = self.prepare(text=text, images=images) if self.sitemap.mounts.loop is None else {}
         if self.sitemap.mounts.loop is not None:
-            return {name: self._prompt_layout(name, texts or []) for name in self.tower_names
+            return {name: self.prompt_layout(name, texts or []) for name in self.tower_names
                     if self.sitemap.towers[name].record.role == "text"}  # fmt: skip
         return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)
 
-    def _prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
+    def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
+        """What each position of a pipeline's prompts is, padded as the pipeline pads them."""
         tokenizer = self.tokenizer_of(tower)
-        options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        # Some tokenizers know of no limit.
+        length = min(tokenizer.model_max_length, self.tower(tower).cfg.n_ctx)
+        options = {"padding": "max_length", "max_length": length, "truncation": True}
         return text_layout(texts, tokenizer, tokenizer(texts, return_tensors="pt", **options).input_ids)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
