@@ -22,6 +22,7 @@ from transformer_lens import patching
 
 import mm_adapters as mm
 from methods_multimodal.plots import heatmap
+from mm_adapters.zoo import sample_images
 
 
 def script(
@@ -32,7 +33,7 @@ def script(
     logit_diff: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     tokens, corrupted_tokens = model.to_tokens(prompt), model.to_tokens(corrupted_prompt)
-    print(model.cfg.tower, model.to_str_tokens(prompt))
+    print(model.cfg.tower, model.to_str_tokens(prompt)[-12:])
     logits, cache = model.run_with_cache(tokens)
     corrupted_logits, _ = model.run_with_cache(corrupted_tokens)
     clean_diff, corrupted_diff = logit_diff(logits), logit_diff(corrupted_logits)
@@ -79,12 +80,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     with torch.no_grad():
         # model = HookedTransformer.from_pretrained("gpt2-small")
-        model = mm.load(args.llava).language
+        whole = mm.load(args.llava)
+        model = whole.language
         answers = (" red", " blue")
         ids = [model.to_single_token(answer) for answer in answers]
-        llava = script(model, "question: what colour is the circle? answer:",
-                       "question: what shape is the circle? answer:", answers,
-                       lambda logits: logits[0, -1, ids[0]] - logits[0, -1, ids[1]])  # fmt: skip
+        looking = whole.prepare(text="<image>\n", images=[sample_images()["red_circle"]])
+        picture = "".join(model.to_str_tokens(looking["input_ids"])[1:])
+        with model.given(pixel_values=looking["pixel_values"]):
+            llava = script(model, picture + "question: what colour is the circle? answer:",
+                           picture + "question: what shape is the circle? answer:", answers,
+                           lambda logits: logits[0, -1, ids[0]] - logits[0, -1, ids[1]])  # fmt: skip
 
         model = mm.load(args.clip).text
         answers = ("a photo of a red circle", "a photo of a blue circle")

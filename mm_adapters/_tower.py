@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -67,6 +68,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         self.__dict__["_tower_name"] = mounted.name
         self._class_names = None
         self._class_directions = None
+        self.__dict__["_given"] = {}
         for stack, paths in mounted.stacks.items():
             self.add_module(stack, nn.ModuleList([Part() for _ in paths]))
         if "blocks" not in mounted.stacks:
@@ -111,6 +113,19 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         blocks: Any = self.blocks
         return torch.stack([b.mlp.W_gate for b in blocks]) if self.cfg.gated_mlp else None
 
+    @contextmanager
+    def given(self, **inputs: Any) -> Iterator[None]:
+        """Every call inside also gets these inputs: `pixel_values` for a language tower that looks.
+
+        For scripts and TransformerLens functions that pass tokens only.
+        """
+        before = self.__dict__["_given"]
+        self.__dict__["_given"] = {**before, **inputs}
+        try:
+            yield
+        finally:
+            self.__dict__["_given"] = before
+
     def forward(self, input: Any, return_type: str | None = "logits", **kwargs: Any) -> Any:
         """Runs the tower on text, tokens or pixels, whichever it takes.
 
@@ -120,6 +135,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         """
         self._root.check_ready()
         mounted = self._mounted
+        kwargs = {**self.__dict__["_given"], **kwargs}
         kwargs.pop("prepend_bos", None)
         kwargs.pop("padding_side", None)
         if isinstance(input, str) or (isinstance(input, list) and input and isinstance(input[0], str)):

@@ -178,6 +178,22 @@ def test_language_tower_gives_the_whole_models_logits(language: HookedTower) -> 
 
 
 @torch.no_grad()
+def test_given_inputs_reach_every_call_inside_the_block_and_none_after(language: HookedTower) -> None:
+    whole, batch = model("llava").wrapped, inputs("llava")
+    tokens, image = batch["input_ids"], {"pixel_values": batch["pixel_values"]}
+    with language.given(**image):
+        assert torch.equal(language(tokens), whole(**batch).logits)
+        _, found = language.run_with_cache(tokens)
+    _, passed = language.run_with_cache(tokens, **image)
+    assert torch.equal(found["resid_post", 1], passed["resid_post", 1])
+    with pytest.raises(RuntimeError, match="inside"), language.given(**image):
+        raise RuntimeError("inside")
+    blind = whole(input_ids=tokens).logits
+    assert torch.equal(language(tokens), blind)
+    assert not torch.equal(blind, whole(**batch).logits)
+
+
+@torch.no_grad()
 def test_patching_by_head_equals_a_plain_torch_hook(vision: HookedTower) -> None:
     clean, corrupted = tiny.pixels(1), -tiny.pixels(1)
     _, cache_clean = vision.run_with_cache(clean)
