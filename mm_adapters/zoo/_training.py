@@ -11,7 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 
@@ -52,6 +54,28 @@ def seeded(*numbers: int) -> torch.Generator:
 def device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class _FullAttention(TorchFunctionMode):
+    """Attention in float32: its backward pass on a CPU is slower in bfloat16, not faster."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        args = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        given = {
+            k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in (kwargs or {}).items()
+        }
+        with torch.autocast(device().type, enabled=False):
+            return func(*args, **given)
+
+
+@contextmanager
+def mixed() -> Iterator[None]:
+    """Matrix products and convolutions in bfloat16, everything else in float32."""
+    with torch.autocast(device().type, torch.bfloat16), _FullAttention():
+        yield
 
 
 def fit(

@@ -13,9 +13,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from mm_adapters.zoo import world
-from mm_adapters.zoo._training import Schedule, device, fit, seeded
+from mm_adapters.zoo._training import Schedule, device, fit, mixed, seeded
 
-SCHEDULE = Schedule(steps=1000, peak_rate=2e-3, warmup=50, weight_decay=0.0, average=0.99)
+SCHEDULE = Schedule(steps=1300, peak_rate=2e-3, warmup=50, weight_decay=0.0, average=0.99)
 BATCH = 24
 KL_WEIGHT = 1e-6
 # Objects are a small part of the picture, and nearly all of what it says.
@@ -46,16 +46,17 @@ def pixels(images: list[world.Scene]) -> Tensor:
 def loss(model: AutoencoderKL, step: int, seed: int, batch: int = BATCH) -> Tensor:
     """How far the images of this step come back wrong, and how far the latents are from normal."""
     scenes = [world.scene(step * batch + i, "train", seed + 1, solid=i % 4 != 0) for i in range(batch)]
-    images = pixels(scenes).to(memory_format=torch.channels_last)
-    posterior = model.encode(images).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=seeded(seed, step)).to(images.device)
-    back = model.decode(posterior.mean + posterior.std * noise).sample
+    images = pixels(scenes)
+    with mixed():
+        posterior = model.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=seeded(seed, step)).to(images.device)
+        back = model.decode(posterior.mean + posterior.std * noise).sample.float()
     ground = images.new_tensor([scene.background_rgb for scene in scenes])[:, :, None, None] / 127.5 - 1
     on_object = ((images - ground).abs().amax(1, keepdim=True) > 0.02).float()
     weight = 1 + OBJECT_WEIGHT * nn.functional.max_pool2d(on_object, 3, 1, 1)
     off = back - images
     error = (weight / weight.mean() * (off.abs() + off.square())).mean()
-    return error + KL_WEIGHT * posterior.kl().mean()
+    return error + KL_WEIGHT * posterior.kl().float().mean()
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def latents(model: AutoencoderKL, scenes: list[world.Scene], batch: int = 64) ->
 def train(work: Path, *, steps: int | None = None, seed: int = 0, resume: bool = False) -> AutoencoderKL:
     """A trained autoencoder whose `scaling_factor` makes the latents of unit size."""
     schedule = SCHEDULE if steps is None else replace(SCHEDULE, steps=steps)
-    model = build(seed).to(device=device(), memory_format=torch.channels_last)
+    model = build(seed).to(device())
     fit(model, lambda step: loss(model, step, seed), schedule, work / "vae.safetensors", resume=resume)
     sample = latents(model, [world.scene(i, "validation", seed) for i in range(256)])
     model.register_to_config(scaling_factor=float(1 / sample.std()))

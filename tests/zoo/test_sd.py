@@ -1,0 +1,55 @@
+"""What tiny-sd's training knows of its pictures, and what its denoiser is given to learn from."""
+
+import numpy as np
+import torch
+
+from mm_adapters.zoo import _training, sd, world
+
+
+def test_places_are_labelled_with_the_shape_that_is_drawn_there():
+    scenes = [sd.training_scene(i) for i in range(40)]
+    texts = ["a " + " and a ".join(t.shape for t in scene.things) for scene in scenes]
+    shown = sd.what_is_shown(scenes, texts, 16).numpy()
+    for scene, labels in zip(scenes, shown, strict=True):
+        drawn = world.index_map(scene, 64)
+        for row, column in zip(*np.nonzero(labels < len(world.SHAPES)), strict=True):
+            # Within the object's radius, so near its pixels: a ring has a hole, a star has gaps.
+            near = drawn[max(0, 4 * row - 10) : 4 * row + 14, max(0, 4 * column - 10) : 4 * column + 14]
+            named = {scene.things[i - 1].shape for i in np.unique(near) if i}
+            assert world.SHAPES[labels[row, column]] in named
+        ground = labels == len(world.SHAPES)
+        covered = (drawn != 0).reshape(16, 4, 16, 4).mean((1, 3))
+        assert covered[ground].mean() < 0.05
+
+
+def test_a_shape_that_the_caption_leaves_out_is_not_asked_for():
+    scene = sd.training_scene(0)
+    labels = sd.what_is_shown([scene, scene], ["a red object", f"a {scene.things[0].shape}"], 8)
+    assert (labels[0] == sd.UNNAMED).any()
+    assert not (labels[1] == sd.UNNAMED).any()
+    assert torch.equal(labels[0] == sd.UNNAMED, labels[1] == world.SHAPES.index(scene.things[0].shape))
+
+
+def test_heads_leave_the_denoiser_as_it_is():
+    unet = sd.build(seed=1)
+    student = sd.Student(unet)
+    noisy, times, states = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randn(2, 32, 128)
+    with torch.no_grad():
+        velocity, named = student(noisy, times, states)
+        assert torch.equal(velocity, unet(noisy, times, states).sample)
+    assert [tuple(scores.shape) for scores in named] == [(2, 9, 8, 8), (2, 9, 16, 16)]
+    assert not unet.mid_block._forward_hooks
+    assert not any(key.startswith("heads") for key in unet.state_dict())
+
+
+def test_mixed_precision_keeps_attention_in_float32():
+    seen: dict[str, torch.dtype] = {}
+    real = torch.nn.functional.scaled_dot_product_attention
+    q = torch.randn(1, 2, 5, 8)
+    with _training.mixed():
+        product = q @ q.mT
+        seen["product"] = product.dtype
+        attended = torch.nn.functional.scaled_dot_product_attention(q.bfloat16(), q.bfloat16(), q.bfloat16())
+        seen["attention"] = attended.dtype
+    assert seen == {"product": torch.bfloat16, "attention": torch.float32}
+    torch.testing.assert_close(attended, real(*[q.bfloat16().float()] * 3))
