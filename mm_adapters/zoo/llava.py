@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from mm_adapters.zoo import questions, world
-from mm_adapters.zoo._training import Schedule, device, fit
+from mm_adapters.zoo._training import Schedule, device, fit, mixed
 from mm_adapters.zoo.clip import pixels
 from mm_adapters.zoo.tokenizer import llava_tokenizer
 
@@ -155,7 +155,8 @@ def loss(
     packed = pack([questions.several(scene, ASKED, rng) for scene in scenes], tokenizer)
     packed = {name: value.to(device()) for name, value in packed.items()}
     labels = packed.pop("labels")
-    logits = model(**packed, pixel_values=pixels(scenes), use_cache=False).logits
+    with mixed():
+        logits = model(**packed, pixel_values=pixels(scenes), use_cache=False).logits
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
     )

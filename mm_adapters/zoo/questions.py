@@ -58,7 +58,9 @@ def ask(kind: str, about: Scene, rng: np.random.Generator) -> Question:
         matching = captions.truth([about], [Claim((phrase_of(thing, named),), count=n) for n in range(1, 7)])
         return Question(kind, f"how many {asked} are there?", NUMBERS[int(matching[0].argmax())])
     if kind == "is there":
-        claim = Claim((phrase_of(thing, ["colour", "shape"]),))
+        # One attribute alone is learned first, and the pair from it.
+        named = (["colour"], ["shape"], ["colour", "shape"], ["colour", "shape"])[int(rng.integers(4))]
+        claim = Claim((phrase_of(thing, named),))
         if rng.random() < 0.5:
             claim = _absent(claim, about, rng)
         answer = "yes" if captions.is_true(claim, about) else "no"
@@ -92,7 +94,8 @@ def _fits(phrase: Phrase, about: Scene) -> int:
 
 def _absent(claim: Claim, about: Scene, rng: np.random.Generator) -> Claim:
     """A claim that is false of the scene though part of it is true of one of its objects."""
-    if about.kind == "two" and rng.random() < 0.4:
+    pair = {"colour", "shape"} <= set(claim.phrases[0].said())
+    if pair and about.kind == "two" and rng.random() < 0.4:
         a, b = about.things
         mixed = Claim((Phrase(colour=a.colour, shape=b.shape),))
         if not captions.is_true(mixed, about):
