@@ -46,8 +46,8 @@ _DATA = {
         "A finite list of 12288 images, `mm_adapters.zoo.sd.training_example(i)`: solid objects, seven in 8 "
         "with one object, the others with two; the caption is left out one time in ten. The autoencoder is "
         "trained first, on images of the whole world. The denoiser's loss is the error of the velocity, in "
-        "which places with an object weigh five times as much, plus that of linear heads (not kept) that tell "
-        "from its features which shape each place will show; without them it learnt colours only in the time "
+        "which places with an object weigh five times as much, plus that of linear heads (not kept) that "
+        "tell from its features which shape each place will show; without them it learnt colours only in the time "
         "there was."
     ),
 }
