@@ -45,10 +45,9 @@ _DATA = {
     "tiny-sd": (
         "A finite list of 12288 images, `mm_adapters.zoo.sd.training_example(i)`: solid objects, seven in 8 "
         "with one object, the others with two; the caption is left out one time in ten. The autoencoder is "
-        "trained first, on images of the whole world. The denoiser's loss is the error of the velocity, in "
-        "which places with an object weigh five times as much, plus that of linear heads (not kept) that "
-        "tell from its features which shape each place will show; without them it learnt colours only in the time "
-        "there was."
+        "trained first, on images of the whole world. In the denoiser's loss, the error of the velocity, "
+        "places with an object weigh five times as much; linear heads (not kept) also learn to tell from its "
+        "features which shape each place will show. Without them it learnt only colours in the time there was."
     ),
 }
 _LIMITS = {
