@@ -47,7 +47,7 @@ _DATA = {
         "with one object, the others with two; the caption is left out one time in ten. The autoencoder is "
         "trained first, on images of the whole world. In the denoiser's loss, the error of the velocity, "
         "places with an object weigh five times as much; linear heads (not kept) also learn to tell from its "
-        "features which shape each place will show. Without them it learnt only colours in the time there was."
+        "features which shape each place will show. Without them it learnt colours only."
     ),
 }
 _LIMITS = {
