@@ -29,7 +29,9 @@ from mm_adapters.zoo._training import Schedule, device, fit, mixed, seeded
 from mm_adapters.zoo.captions import Claim, phrase_of
 from mm_adapters.zoo.tokenizer import CONTEXT, clip_tokenizer, save_clip_tokenizer
 
-SCHEDULE = Schedule(steps=7500, peak_rate=1.2e-3, warmup=150, weight_decay=0.01, average=0.998)
+SCHEDULE = Schedule(
+    steps=7500, peak_rate=1.2e-3, warmup=150, weight_decay=0.01, average=0.998, stop_after=5400
+)
 BATCH = 32
 N_TRAINING = 12288
 CAPTION_DROPOUT = 0.1
@@ -229,7 +231,7 @@ def train(
     work: Path, clip: CLIPModel, *, steps: int | None = None, seed: int = 0, resume: bool = False
 ) -> StableDiffusionPipeline:
     """A trained pipeline that reads captions with this tiny-clip; trains its autoencoder first."""
-    schedule = SCHEDULE if steps is None else replace(SCHEDULE, steps=steps)
+    schedule = SCHEDULE if steps is None else replace(SCHEDULE, steps=steps, stop_after=None)
     # A run that is finished is read back from its checkpoint without a step.
     autoencoder = vae.train(work, steps=steps, seed=seed, resume=resume)
     text_tower = text_tower_of(clip).to(device())
