@@ -1,14 +1,13 @@
 """pyvene on multimodal models: every family registered from its record, and nobody's hooks deleted.
 
-    model = mm.load("tiny-llava")
-    config = IntervenableConfig([intervention(model, "language.blocks.2.hook_resid_post", RotatedSpaceIntervention)])
-    found = MMIntervenableModel(config, model.wrapped)
-    found({"input_ids": ...}, [{...}], {"sources->base": 7})
+model = mm.load("tiny-llava")
+config = IntervenableConfig([intervention(model, "language.blocks.2.hook_resid_post", RotatedSpaceIntervention)])
+found = MMIntervenableModel(config, model.wrapped)
+found({"input_ids": ...}, [{...}], {"sources->base": 7})
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,9 +63,7 @@ def register(model: Any) -> dict[str, str]:
             entry = (*entry, (card.split_head_and_permute, heads))
             width = None if width is None else width // heads
         # Blocks of one stack may lie under several paths: then each layer is a component of its own.
-        if name in modules and modules[name][0] != path:
-            name = site.name
-        elif "%s" not in path:
+        if "%s" not in path or (name in modules and modules[name][0] != path):
             name = site.name
         modules[name] = entry
         dimensions[name] = (str(width),) if width is not None else ()
@@ -222,7 +219,9 @@ class MMIntervenableModel(pv.IntervenableModel):
         for i, entry in enumerate(document["interventions"]):
             kind = getattr(pv, entry["class"], None) or _OWN.get(entry["class"])
             if kind is None:
-                raise CheckpointError(f"{folder} has an intervention {entry['class']!r}, which nobody here knows.")
+                raise CheckpointError(
+                    f"{folder} has an intervention {entry['class']!r}, which nobody here knows."
+                )
             one = kind(**entry["options"])
             own = {k.removeprefix(f"{i}."): v for k, v in tensors.items() if k.startswith(f"{i}.")}
             _restore(one, own)
@@ -313,8 +312,6 @@ class PipelineHost(nn.Module):
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 self.__dict__.setdefault("_modules", {})[name] = part
-
-    _made: dict[int, PipelineHost] = {}
 
     @classmethod
     def of(cls, pipeline: Any) -> PipelineHost:
@@ -409,9 +406,7 @@ def interchange_accuracy(
 ) -> float:
     """How often the counterfactual output is right, by `right(output, batch)` -> bool [row]."""
     found = [
-        right(
-            model(b["base"], b["sources"], b["unit_locations"], subspaces=b.get("subspaces"))[1], b
-        ).float()
+        right(model(b["base"], b["sources"], b["unit_locations"], subspaces=b.get("subspaces"))[1], b).float()
         for b in batches
     ]
     return float(torch.cat(found).mean())
@@ -500,4 +495,3 @@ __all__ = [
     "intervention",
     "register",
 ]
-_ = copy

@@ -70,8 +70,8 @@ def load(path: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mappin
     if differ:
         key = sorted(differ)[0]
         raise CheckpointError(
-            f"{path} is of other training: {', '.join(sorted(differ))} differ ({key}: there {was.get(key)!r}, "
-            f"asked for {now.get(key)!r}). Choose another folder, or pass resume=False."
+            f"{path} is of other training: {', '.join(sorted(differ))} differ ({key}: there "
+            f"{was.get(key)!r}, asked for {now.get(key)!r}). Choose another folder, or pass resume=False."
         )
     tensors = load_file(path / "state.safetensors")
     for i, (name, trainer) in enumerate(trainers.items()):

@@ -111,7 +111,7 @@ def layouts_of(lens: Any, inputs: Mapping[str, Any], places: Sequence[Place]) ->
 def mask_of(
     layout: TokenLayout | None, tokens: Tokens, place: Place, n_rows: int, n_pos: int
 ) -> Bool[Tensor, "row pos"]:
-    """The positions with these roles. Raises: InputError if there is no such role, listing those there are."""
+    """The positions with these roles. Raises: InputError if there is no such role, with those there are."""
     wanted = [tokens] if isinstance(tokens, str) else list(tokens)
     if layout is None:
         if set(wanted) - set(_PLAIN):

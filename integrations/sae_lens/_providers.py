@@ -151,8 +151,8 @@ class FromIterator:
             raise InputError(f"The provider gave a {type(batch).__name__}; it gives tensors [row, d_in].")
         if batch.ndim != 2:
             raise InputError(
-                f"The provider gave a tensor of shape {tuple(batch.shape)}; it gives [row, d_in]. Flatten its "
-                "positions: batch.flatten(0, -2)."
+                f"The provider gave a tensor of shape {tuple(batch.shape)}; it gives [row, d_in]. Flatten "
+                "its positions: batch.flatten(0, -2)."
             )
         if not batch.is_floating_point():
             raise InputError(f"The provider gave {batch.dtype}; it gives float16, bfloat16 or float32.")

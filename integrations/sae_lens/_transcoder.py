@@ -45,8 +45,8 @@ class BatchTopKTranscoderConfig(TrainingSAEConfig):
     def __post_init__(self) -> None:
         if self.apply_b_dec_to_input or self.normalize_activations != "none":
             raise ValueError(
-                "A transcoder's decoder bias is of another site than its input: set apply_b_dec_to_input=False "
-                "and normalize_activations='none'."
+                "A transcoder's decoder bias is of another site than its input: set "
+                "apply_b_dec_to_input=False and normalize_activations='none'."
             )
         super().__post_init__()
 

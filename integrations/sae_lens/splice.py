@@ -312,8 +312,8 @@ def _on(model: HookedModel, stack: ExitStack, site: str, hook: Callable[..., Any
 def _check_width(sae: SAE[Any], given: Tensor, place: Place) -> None:
     if given.shape[-1] != sae.cfg.d_in:
         raise InputError(
-            f"{place.name} has {given.shape[-1]} numbers a position and this SAE takes {sae.cfg.d_in}. It was "
-            "trained on another site or another model."
+            f"{place.name} has {given.shape[-1]} numbers a position and this SAE takes {sae.cfg.d_in}. It "
+            "was trained on another site or another model."
         )
 
 

@@ -79,8 +79,9 @@ def train(
     with _workplace(folder) as work:
         provider, about = _provider(
             lens, names, data, work,
-            tokens=tokens, steps=steps, size=trainer_cfg.train_batch_size_samples, seed=seed, on_disk=on_disk,
-            inputs=inputs, batch_size=batch_size, needed=trainer_cfg.total_training_samples, progress=progress,
+            tokens=tokens, steps=steps, size=trainer_cfg.train_batch_size_samples, seed=seed,
+            on_disk=on_disk, inputs=inputs, batch_size=batch_size,
+            needed=trainer_cfg.total_training_samples, progress=progress,
         )  # fmt: skip
         trainers = _trainers(lens, configs, trainer_cfg, tokens, steps, seed, fast)
         about |= {"sites": names, "trainer": _plain(trainer_cfg), "seed": seed,
@@ -266,8 +267,8 @@ def _fold(one: SAETrainer[Any, Any]) -> None:
 
 
 def _trainers(
-    lens: Any, configs: Mapping[str, Any], trainer_cfg: SAETrainerConfig, tokens: Tokens, steps: Any, seed: int,
-    fast: bool,
+    lens: Any, configs: Mapping[str, Any], trainer_cfg: SAETrainerConfig, tokens: Tokens, steps: Any,
+    seed: int, fast: bool,
 ) -> dict[str, SAETrainer[Any, Any]]:  # fmt: skip
     made: dict[str, SAETrainer[Any, Any]] = {}
     for i, (name, cfg) in enumerate(configs.items()):
@@ -312,8 +313,8 @@ def _describe(lens: Any, cfg: TrainingSAEConfig, name: str, tokens: Tokens, step
 
 
 def _provider(
-    lens: Any, names: Sequence[str], data: Any, work: Path, *, tokens: Tokens, steps: Any, size: int, seed: int,
-    on_disk: bool, inputs: Any, batch_size: int, needed: int, progress: bool,
+    lens: Any, names: Sequence[str], data: Any, work: Path, *, tokens: Tokens, steps: Any, size: int,
+    seed: int, on_disk: bool, inputs: Any, batch_size: int, needed: int, progress: bool,
 ) -> tuple[Provider, dict[str, Any]]:  # fmt: skip
     columns = list(dict.fromkeys(part.strip() for name in names for part in name.split("->")))
     places = [place_of(lens, column) for column in columns]
@@ -350,8 +351,8 @@ def _trainer_config(given: SAETrainerConfig | None, evaluator: Any) -> SAETraine
         )  # fmt: skip
     if given.lr_end is None:
         raise InputError(
-            "SAETrainerConfig.lr_end is None, which SAELens' trainer does not take. Set it: lr / 10 is what its "
-            "runner sets; for a constant rate it is not used."
+            "SAETrainerConfig.lr_end is None, which SAELens' trainer does not take. Set it: lr / 10 is what "
+            "its runner sets; for a constant rate it is not used."
         )
     return dataclasses.replace(given)
 
@@ -367,8 +368,8 @@ def _check(name: str, cfg: TrainingSAEConfig, trainer: SAETrainerConfig) -> None
         raise InputError(f"A transcoder is trained between two sites: 'IN -> OUT', not {name!r}.")
     if hasattr(cfg, "aux_loss_coefficient") and cfg.normalize_activations in _NO_AUXILIARY:
         raise InputError(
-            f"normalize_activations={cfg.normalize_activations!r} and {cfg.architecture()} do not go together: "
-            "SAELens' loss for dead latents stops with an error at the first one. Use "
+            f"normalize_activations={cfg.normalize_activations!r} and {cfg.architecture()} do not go "
+            "together: SAELens' loss for dead latents stops with an error at the first one. Use "
             "'expected_average_only_in' or 'none'."
         )
     if trainer.total_training_samples < trainer.train_batch_size_samples:

@@ -32,7 +32,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Case, str]:
 
 def swapped(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     """The inputs, and the same with their two rows in the other order."""
-    base = {k: v for k, v in case.inputs.items()}
+    base = dict(case.inputs)
     return base, {k: v.flip(0) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in base.items()}
 
 
@@ -130,7 +130,9 @@ def test_das_learns_and_is_saved_and_loaded(kind: str, name: str, tmp_path: Path
     assert all(torch.equal(v, before[k]) for k, v in case.model.state_dict().items())
     found.save(tmp_path)
     again = mm_pv.MMIntervenableModel.load(tmp_path, case.model)
-    assert torch.equal(case.head(again(base, [source], places)[1]), case.head(found(base, [source], places)[1]))
+    assert torch.equal(
+        case.head(again(base, [source], places)[1]), case.head(found(base, [source], places)[1])
+    )
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]
     del subspaces
 
@@ -229,5 +231,5 @@ def test_what_pyvene_cannot_reach_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no interventions\.json"):
         mm_pv.MMIntervenableModel.load(tmp_path, model)
     found = made(CASES["clip"](), SITES["clip"], pv.VanillaIntervention)
-    with pytest.raises(InputError, match="nothing to train|anything to train"):
+    with pytest.raises(InputError, match="anything to train"):
         mm_pv.align(found, [], lambda out, batch: out, progress=False)

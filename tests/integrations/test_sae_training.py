@@ -44,8 +44,9 @@ def batchtopk(d_in: int = D, **options: Any) -> BatchTopKTrainingSAEConfig:
 def trainer(steps: int = 24, size: int = 32, **options: Any) -> SAETrainerConfig:
     return SAETrainerConfig(
         **{
-            "total_training_samples": steps * size, "train_batch_size_samples": size, "lr": 1e-2, "lr_end": 1e-3,
-            "lr_warm_up_steps": 3, "lr_decay_steps": 6, "dead_feature_window": 5, "n_batches_for_norm_estimate": 3,
+            "total_training_samples": steps * size, "train_batch_size_samples": size, "lr": 1e-2,
+            "lr_end": 1e-3, "lr_warm_up_steps": 3, "lr_decay_steps": 6, "dead_feature_window": 5,
+            "n_batches_for_norm_estimate": 3,
         }
         | options
     )  # fmt: skip
@@ -201,8 +202,8 @@ def _train(clip: Any, rows: Store, folder: Path, at: int = 0, how: int = 0) -> N
         rows = Store(rows.folder)
         rows.batches = killer.batches  # type: ignore[method-assign]
     mm_sae.train(
-        clip, SITE, batchtopk(normalize_activations="expected_average_only_in"), data=rows, trainer=trainer(40),
-        folder=folder, checkpoint_every=7, log_every=5, progress=False,
+        clip, SITE, batchtopk(normalize_activations="expected_average_only_in"), data=rows,
+        trainer=trainer(40), folder=folder, checkpoint_every=7, log_every=5, progress=False,
     )  # fmt: skip
 
 
@@ -242,7 +243,8 @@ def test_streaming_stopped_and_resumed_gives_the_same_weights(
     def fit(folder: Path, evaluator: Any = None) -> None:
         mm_sae.train(
             clip, SITE, batchtopk(128), data=images, tokens="patch", on_disk=False, trainer=trainer(30, 128),
-            folder=folder, checkpoint_every=4, log_every=1, evaluator=evaluator, batch_size=16, progress=False,
+            folder=folder, checkpoint_every=4, log_every=1, evaluator=evaluator, batch_size=16,
+            progress=False,
         )  # fmt: skip
 
     def stop(saes: Any) -> dict[str, float]:
