@@ -1,7 +1,8 @@
 """pyvene on multimodal models: every family registered from its record, and nobody's hooks deleted.
 
 model = mm.load("tiny-llava")
-config = IntervenableConfig([intervention(model, "language.blocks.2.hook_resid_post", RotatedSpaceIntervention)])
+site = "language.blocks.2.hook_resid_post"
+config = pyvene.IntervenableConfig([intervention(model, site, pyvene.RotatedSpaceIntervention)])
 found = MMIntervenableModel(config, model.wrapped)
 found({"input_ids": ...}, [{...}], {"sources->base": 7})
 """

@@ -122,8 +122,8 @@ def evaluate(
     """Variance explained, L0 and dead latents over held-out items, per role and step.
 
     `tokens` (None: those it was trained on) are the positions that count. With `score(output, numbers)`
-    -> [row] (which items the rows are), higher is better, also what is recovered of it against zero- and mean-ablation:
-    `zero_shot`, `answer_likelihood`, or your own.
+    -> [row] (which items the rows are), higher is better, also what is recovered of it
+    against zero- and mean-ablation: `zero_shot`, `answer_likelihood`, or your own.
     """
     place = check_fit(lens, sae)
     tokens = tokens or sae.cfg.metadata.token_kind or "all"

@@ -234,7 +234,8 @@ def _format(folder: Path) -> str:
     if {"W_enc", "W_dec"} <= names:
         return "patch_sae" if "block_layer" in cfg else "vit_prisma"
     raise CheckpointError(
-        f"{folder} holds {', '.join(sorted(names)[:6])}, which is no SAE known here ({', '.join(CONVERTERS)})."
+        f"{folder} holds {', '.join(sorted(names)[:6])}, which is no SAE known here "
+        f"({', '.join(CONVERTERS)})."
     )
 
 

@@ -136,8 +136,8 @@ def gallery(found: TopImages, data: Any) -> Figure:
 
 
 def steer(
-    lens: Lens, sae: SAE[Any], latent: int, how: How, value: float = 0.0, *, steps: Any = None, rows: Any = "all",
-    mask: Tensor | None = None,
+    lens: Lens, sae: SAE[Any], latent: int, how: How, value: float = 0.0, *, steps: Any = None,
+    rows: Any = "all", mask: Tensor | None = None,
 ) -> list[Edit]:  # fmt: skip
     """Edits that turn one latent, for `lens.run(edit=...)` and `model.generate(edit=...)`.
 

@@ -114,9 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     says = {"gradients": "largest relative gap", "step": "SAELens / ours", "busy": "in the trainer's step"}
     for name, value in found.items():
-        print(
-            f"{name:<10} {value:10.3g}  {says[name]:<24} limit {LIMITS[name]}  {'ok' if ok[name] else 'MISSED'}"
-        )
+        verdict = "ok" if ok[name] else "MISSED"
+        print(f"{name:<10} {value:10.3g}  {says[name]:<24} limit {LIMITS[name]}  {verdict}")
     return int(not all(ok.values()))
 
 

@@ -222,7 +222,8 @@ def test_public_formats_give_what_their_own_code_gives(tmp_path: Path) -> None:
         "b_dec": w["b_dec"],
     }
     named = {"encoder.weight": w["enc"][None], "encoder.bias": w["b_enc"][None],
-             "decoder.weight": w["dec"][None], "pre_encoder_bias._bias_reference": w["b_dec"][None]}  # fmt: skip
+             "decoder.weight": w["dec"][None],
+             "pre_encoder_bias._bias_reference": w["b_dec"][None]}  # fmt: skip
     cases = {
         "vit_prisma": (own, {"hook_point": "blocks.9.hook_mlp_out"}, relu),
         "patch_sae": (own, {"block_layer": 11}, relu),
@@ -269,7 +270,8 @@ def test_cached_activations_go_to_saelens_and_back(clip: Any, images: list[Any],
     store = mm_sae.collect(clip, SITE, images[:6], tmp_path / "s", batch_size=4, progress=False)
     data = mm_sae.export_cached(store, SITE, tmp_path / "hf", context_size=65)
     theirs = ActivationsStore(
-        model=None, dataset=None, streaming=False, hook_name=SITE, hook_head_index=None, context_size=65, d_in=128,
+        model=None, dataset=None, streaming=False, hook_name=SITE, hook_head_index=None, context_size=65,
+        d_in=128,
         n_batches_in_buffer=4, total_training_tokens=390, store_batch_size_prompts=2, prepend_bos=False,
         normalize_activations="none", device=torch.device("cpu"), dtype="float32", train_batch_size_tokens=65,
         cached_activations_path=str(data),
