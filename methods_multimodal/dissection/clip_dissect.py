@@ -19,6 +19,8 @@ from mm_adapters import HookedModel, InputError, StoreError
 from mm_adapters.store import Column, Store, Writer
 
 JUDGE = "judge"
+# A shard closes when it is this large.
+SHARD_BYTES = 32 * 2**20
 # Concepts whose similarities to every image are in memory at once.
 _CONCEPTS = 512
 
@@ -70,7 +72,7 @@ def collect(
         return finished
     first = _probe(units, batches[0], judge, pool)
     columns = {name: Column(tuple(v.shape[1:]), torch.float32) for name, v in first.items()}
-    with Writer(folder, columns, known) as writer:
+    with Writer(folder, columns, known, shard_bytes=SHARD_BYTES) as writer:
         rest = batches[writer.appends :]
         bar = tqdm(rest, initial=writer.appends, total=len(batches), desc="probing", disable=not progress)
         for batch in bar:
@@ -102,7 +104,7 @@ def clip_dissect(
         raise InputError(f"No kernel {kernel!r}; there is {', '.join(kernels.KERNELS)}.")
     if len(names) != len(texts):
         raise InputError(f"There are {len(names)} names and {len(texts)} embeddings.")
-    stream = Stream(store, site, texts.float(), progress)
+    stream = Stream(store, site, texts.detach().float().cpu(), progress)
     scores = getattr(stream, kernel)(**options)
     return ClipDissection(scores, tuple(names), kernel, site, len(store))
 
@@ -110,7 +112,9 @@ def clip_dissect(
 class Stream:
     """The kernels of `similarity`, each in memory that does not grow with images times concepts."""
 
-    def __init__(self, store: Store, site: str, texts: Float[Tensor, "concept width"], progress: bool) -> None:
+    def __init__(
+        self, store: Store, site: str, texts: Float[Tensor, "concept width"], progress: bool
+    ) -> None:
         self._store, self._site, self._texts, self._progress = store, site, texts, progress
 
     def soft_wpmi(self, top_k: int = 100, scale: float = 10.0, **options: Any) -> Tensor:

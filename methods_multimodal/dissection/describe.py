@@ -60,7 +60,9 @@ def describe(
     """
     candidates = list(dict.fromkeys(c.strip() for c in describer(exemplars) if c.strip()))
     if not candidates:
-        raise InputError(f"The describer has nothing to say of the {len(exemplars)} exemplars of unit {unit}.")
+        raise InputError(
+            f"The describer has nothing to say of the {len(exemplars)} exemplars of unit {unit}."
+        )
     usual = baseline[:, unit].float()
     scores = []
     for candidate in candidates:

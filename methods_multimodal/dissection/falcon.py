@@ -57,7 +57,8 @@ def falcon(
     """
     if not (len(activations) == len(embeddings) and len(texts) == len(names)):
         raise InputError(
-            f"{len(activations)} images have {len(embeddings)} embeddings; {len(names)} names have {len(texts)}."
+            f"{len(activations)} images have {len(embeddings)} embeddings; "
+            f"{len(names)} names have {len(texts)}."
         )
     shares = torch.nn.functional.normalize(activations.float(), dim=1)
     mean = shares.mean()

@@ -71,7 +71,8 @@ class Multimodal(Record):
     def found(self, least: float = 0.9) -> list[tuple[int, str, float]]:
         """(unit, concept, score) of those above `least`, the best first."""
         rows = [
-            (unit, self.names[c], float(self.score[unit, c])) for unit, c in (self.score > least).nonzero().tolist()
+            (unit, self.names[c], float(self.score[unit, c]))
+            for unit, c in (self.score > least).nonzero().tolist()
         ]
         return sorted(rows, key=lambda row: -row[2])
 
@@ -91,7 +92,7 @@ def multimodal_neurons(
     """
     if on_images.shape[1] != on_texts.shape[1]:
         raise InputError(
-            f"Pictures have {on_images.shape[1]} units and texts {on_texts.shape[1]}: they are not the same units."
+            f"Pictures have {on_images.shape[1]} units and texts {on_texts.shape[1]}: they are not the same."
         )
     return Multimodal(
         auroc(on_images, shown).nan_to_num(0.5), auroc(on_texts, said).nan_to_num(0.5), tuple(names)

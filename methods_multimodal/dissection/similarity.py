@@ -132,11 +132,13 @@ def top_images(activations: Float[Tensor, "image unit"], top_k: int) -> Int[Tens
     """The images on which each unit is strongest, strongest first."""
     if top_k > len(activations):
         raise InputError(
-            f"The top {top_k} of {len(activations)} images were asked for. Give more images, or a smaller top_k."
+            f"The top {top_k} of {len(activations)} images were asked for. "
+            "Give more images, or a smaller top_k."
         )
     return activations.float().topk(top_k, 0).indices.T.contiguous()
 
 
+@torch.no_grad()
 def _log_odds(
     likely: Float[Tensor, "image concept"], top: Int[Tensor, "unit top"], p_first: float, p_last: float
 ) -> Float[Tensor, "unit concept"]:

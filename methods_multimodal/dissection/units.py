@@ -112,6 +112,8 @@ class Units:
         down, across = layout.grid
         places = [[p for p, spot in enumerate(row) if spot is not None] for row in layout.patches]
         if any(len(row) != down * across for row in places):
-            raise InputError(f"A dissection takes one image per row; a row of {self.site} has none, or several.")
+            raise InputError(
+                f"A dissection takes one image per row; a row of {self.site} has none, or several."
+            )
         chosen = torch.tensor(places, device=value.device)[..., None].expand(-1, -1, value.shape[-1])
         return rearrange(value.gather(1, chosen), "b (r c) unit -> b unit r c", r=down)

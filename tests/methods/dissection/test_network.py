@@ -40,7 +40,9 @@ def slow_iou(
         for concept, category in zip(CONCEPTS.names, CONCEPTS.categories, strict=True):
             shared = either = 0
             for image, shown in enumerate(masks):
-                of_category = [m for name, m in shown.items() if CONCEPTS.categories[CONCEPTS.index(name)] == category]
+                of_category = [
+                    m for name, m in shown.items() if CONCEPTS.categories[CONCEPTS.index(name)] == category
+                ]
                 on = (upsampled(maps[image], size)[unit] > thresholds[unit]).numpy()
                 if not of_category or (counted == "lite" and not any((on & m).any() for m in of_category)):
                     continue
@@ -140,7 +142,9 @@ def test_an_sae_s_latents_are_units_through_its_encoder() -> None:
 
 
 def test_results_are_saved_and_read_back(tmp_path: Any) -> None:
-    record = NetworkDissection(torch.rand(3, 4), torch.rand(3), CONCEPTS.names, CONCEPTS.categories, "site", 5)
+    record = NetworkDissection(
+        torch.rand(3, 4), torch.rand(3), CONCEPTS.names, CONCEPTS.categories, "site", 5
+    )
     again = NetworkDissection.load(record.save(tmp_path / "found.safetensors"))
     assert torch.equal(again.iou, record.iou)
     assert again.best() == record.best()
@@ -156,7 +160,7 @@ def test_what_cannot_be_dissected_says_so() -> None:
         Units(model, "vision.blocks.0.mlp.hook_post", steps=[1])
     whole = mm.load("tiny-clip")
     units = Units(whole, "text.blocks.0.mlp.hook_post")
-    with pytest.raises(InputError, match="do not lie on one grid.*Towers with a grid: vision"):
+    with pytest.raises(InputError, match=r"do not lie on one grid.*Towers with a grid: vision"):
         units.maps({"text": ["a red circle"], "images": [sample_images()["red_circle"]]})
     units = Units(model, "vision.blocks.0.mlp.hook_post")
     batch = [{"pixel_values": tiny.pixels(2)}]

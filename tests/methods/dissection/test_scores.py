@@ -7,7 +7,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from methods_multimodal.dissection import agreement, chance, faithfulness, falcon, multimodal_neurons, selectivity
+from methods_multimodal.dissection import (
+    agreement,
+    chance,
+    faithfulness,
+    falcon,
+    multimodal_neurons,
+    selectivity,
+)
 from methods_multimodal.dissection.neurons import contribution
 from methods_multimodal.dissection.scores import auroc, cell_iou, correlation
 from methods_multimodal.dissection.similarity import cosine

@@ -24,7 +24,7 @@ def test_soft_wpmi_is_the_published_formula(seen: tuple[Tensor, Tensor]) -> None
     likely = torch.softmax(10 * similarity, 1)
     slow = torch.zeros(N_UNITS, N_CONCEPTS, dtype=torch.float64)
     for unit in range(N_UNITS):
-        order = sorted(range(N_IMAGES), key=lambda image: -float(activations[image, unit]))  # noqa: B023
+        order = sorted(range(N_IMAGES), key=lambda image: -float(activations[image, unit]))
         for rank, image in enumerate(order[:100]):
             p = 0.998 - rank / 100 * (0.998 - 0.97)
             slow[unit] += torch.log(1 + p * (likely[image] - 1) + 1e-7)
@@ -45,7 +45,9 @@ def test_a_concept_that_is_certain_does_not_overflow_the_products(seen: tuple[Te
 def test_wpmi_is_the_published_formula(seen: tuple[Tensor, Tensor]) -> None:
     similarity, activations = (x.double() for x in seen)
     likely = torch.log(torch.softmax(2 * similarity, 1) + 1e-7)
-    slow = torch.stack([likely[activations[:, u].argsort(descending=True)[:28]].sum(0) for u in range(N_UNITS)])
+    slow = torch.stack(
+        [likely[activations[:, u].argsort(descending=True)[:28]].sum(0) for u in range(N_UNITS)]
+    )
     slow = slow - 0.6 * (slow.logsumexp(0) - torch.tensor(float(N_UNITS)).log())
     torch.testing.assert_close(kernels.wpmi(*seen).double(), slow, rtol=1e-5, atol=1e-5)
 
