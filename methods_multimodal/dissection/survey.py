@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from methods_multimodal.dissection.clip_dissect import JUDGE, clip_dissect, collect, embed_concepts
 from methods_multimodal.dissection.concepts import Concepts, Masks, presence, shares
+from methods_multimodal.dissection.naming import JUDGE, clip_dissect, collect, embed_concepts
 from methods_multimodal.dissection.network import NetworkDissection, active_places, network_dissection
 from methods_multimodal.dissection.scores import (
     Chance,

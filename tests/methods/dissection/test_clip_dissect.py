@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import mm_adapters as mm
 from methods_multimodal.dissection import Units, clip_dissect, collect, embed_concepts, read_concepts
-from methods_multimodal.dissection.clip_dissect import JUDGE
 from methods_multimodal.dissection.masks import read_masks
+from methods_multimodal.dissection.naming import JUDGE
 from methods_multimodal.dissection.similarity import KERNELS
 from mm_adapters import InputError, StoreError
 from mm_adapters.store import Column, Store, Writer
@@ -74,7 +74,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         return real(self, **given)
 
-    monkeypatch.setattr("methods_multimodal.dissection.clip_dissect.SHARD_BYTES", 1)
+    monkeypatch.setattr("methods_multimodal.dissection.naming.SHARD_BYTES", 1)
     monkeypatch.setattr(mm.HookedModel, "embed", dies)
     with pytest.raises(KeyboardInterrupt):
         collect(units, batches, model, tmp_path / "killed", progress=False)
@@ -192,7 +192,8 @@ def test_the_command_writes_a_page_and_the_numbers_behind_it(folder: Path) -> No
 
     out = folder / "out"
     arguments = ["dissect", "--site", "vision.blocks.1.attn.hook_z", "--images", str(folder / "images"),
-                 "--masks", str(folder / "masks"), "--batch", "2", "--cards", "4", "--out", str(out)]  # fmt: skip
+                 "--masks", str(folder / "masks"), "--batch", "2", "--cards", "4",
+                 "--out", str(out)]  # fmt: skip
     done = CliRunner().invoke(build(), arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     numbers = json.loads((out / "units.json").read_text())
