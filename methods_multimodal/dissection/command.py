@@ -1,0 +1,114 @@
+"""`mm-interp dissect`: which concept each unit of a site detects, as a page a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image, UnidentifiedImageError
+
+from mm_adapters import HookedModel, InputError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def dissect(
+    images: Annotated[Path, typer.Option(help="A folder of pictures.")],
+    site: Annotated[str, typer.Option(help="Whose units; mm-interp sites MODEL lists them.")],
+    model: Annotated[str, typer.Option(help="A shipped model, a folder, or an id on the hub.")] = "tiny-clip",
+    masks: Annotated[
+        Path | None, typer.Option(help="A folder of index maps with a legend.json, or a COCO file.")
+    ] = None,
+    concepts: Annotated[
+        Path | None, typer.Option(help="A concept a line, its category before a tab. Default: the masks'.")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="A model of images and texts that says what pictures show.")
+    ] = "tiny-clip",
+    template: Annotated[
+        str, typer.Option(help="A sentence around a concept, for the judge.")
+    ] = "a photo of {}",
+    question: Annotated[str, typer.Option(help="For a model that answers questions.")] = "what is this?",
+    cards: Annotated[int, typer.Option(min=1, help="How many units get a card.")] = 48,
+    batch: Annotated[int, typer.Option(min=1)] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU if there is one.")] = None,
+    out: Annotated[Path, typer.Option(help="A folder: index.html, units.json, units.csv.")] = Path(
+        "dissection"
+    ),
+) -> None:
+    """Names every unit of a site, says how sure that is, and writes a page of it."""
+    from methods_multimodal.dissection.concepts import read_concepts
+    from methods_multimodal.dissection.masks import read_masks
+
+    files = _files(images)
+    if masks is None and concepts is None:
+        raise InputError("Give --masks (names and where they are), --concepts (names), or both.")
+    labelled, known = (None, None) if masks is None else read_masks(masks, files)
+    listed = read_concepts(concepts) if concepts is not None else known
+    assert listed is not None
+    if labelled is not None and known is not None and concepts is not None:
+        unknown = sorted(set(known.names) - set(listed.names))
+        if unknown:
+            raise InputError(f"{concepts} lacks {', '.join(unknown[:6])}, which the masks have. Add them.")
+
+    from methods_multimodal.dissection.concepts import presence
+    from methods_multimodal.dissection.survey import survey
+    from methods_multimodal.dissection.units import Units
+    from methods_multimodal.report.dissection import strongest, write_page
+    from mm_adapters.loading import load
+
+    loaded = load(model, device=device)
+    units = Units(loaded, site)
+    pictures = [Image.open(path) for path in files]
+    batches = [
+        (_inputs(loaded, pictures[i : i + batch], question), pictures[i : i + batch])
+        for i in range(0, len(pictures), batch)
+    ]
+    about = {"model": model, "images": str(images), "n_images": len(files)}
+    found = survey(
+        units, batches, load(judge, device=device), listed, out / "activations",
+        masks=labelled, template=template, about=about,
+    )  # fmt: skip
+    maps: dict[int, list[Any]] = {}
+    chosen = strongest(found, cards)
+    wanted = sorted({int(i) for unit in chosen for i in found.top[unit, :5]})
+    seen = {}
+    for number in wanted:
+        seen[number] = units.maps(_inputs(loaded, [pictures[number]], question))[0]
+    for unit in chosen:
+        maps[unit] = [(int(i), seen[int(i)][unit]) for i in found.top[unit, :5]]
+    written = write_page(
+        found, out, model=model, pictures=pictures, maps=maps,
+        thresholds=None if found.network is None else found.network.thresholds,
+        shown=None if labelled is None else presence(labelled, listed),
+    )  # fmt: skip
+    for one in found.methods:
+        kept = one.chance.significant()
+        typer.echo(f"{one.method}: {len(kept)} of {len(one.names)} units better than chance")
+    typer.echo(f"wrote {', '.join(map(str, written))}")
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise InputError(f"{folder} has no pictures ({', '.join(_SUFFIXES)}).")
+    for path in files:
+        try:
+            with Image.open(path) as opened:
+                opened.verify()
+        except (UnidentifiedImageError, OSError, SyntaxError):
+            raise InputError(f"{path} is no picture that can be read. Remove or replace it.") from None
+    return files
+
+
+def _inputs(model: HookedModel, pictures: Sequence[Image.Image], question: str) -> Mapping[str, Any]:
+    """The model's inputs for these pictures, with whatever text it cannot do without."""
+    roles = {tower.record.role for tower in model.sitemap.towers.values()}
+    if "language" in roles:
+        return {"images": list(pictures), "text": [question] * len(pictures)}
+    # A dual tower's forward wants a text; which one does not matter to the other tower.
+    return {"images": list(pictures), **({"text": ["a"]} if "text" in roles else {})}

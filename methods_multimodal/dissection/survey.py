@@ -1,0 +1,167 @@
+"""Everything that is asked of one site in one go: names by each method, chance, and held-out checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from methods_multimodal.dissection.concepts import Concepts, Masks, presence, shares
+from methods_multimodal.dissection.naming import JUDGE, clip_dissect, collect, embed_concepts
+from methods_multimodal.dissection.network import NetworkDissection, active_places, network_dissection
+from methods_multimodal.dissection.scores import (
+    Chance,
+    Faithfulness,
+    cell_iou,
+    chance,
+    correlation,
+    faithfulness,
+)
+from methods_multimodal.dissection.similarity import KERNELS, cosine
+from methods_multimodal.dissection.units import Units
+from mm_adapters import HookedModel, InputError
+from mm_adapters.store import Store
+
+# Enough for a null distribution, few enough to hold.
+_SHUFFLED_IMAGES = 400
+
+
+@dataclass(frozen=True)
+class Named:
+    """One method's names for the units: the best concept, its score, chance, and the held-out check.
+
+    `faithful` is None where there are no masks to say what the held-out pictures show;
+    `follows[unit]` is then the only check: the correlation of activation and similarity there.
+    """
+
+    method: str
+    names: tuple[str, ...]
+    scores: Float[Tensor, " unit"]
+    chance: Chance
+    faithful: Faithfulness | None
+    follows: Float[Tensor, " unit"]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found out about a site. `top[unit]` are the pictures it is strongest on, by number."""
+
+    site: str
+    concepts: Concepts
+    methods: tuple[Named, ...]
+    activations: Float[Tensor, "image unit"]
+    top: Int[Tensor, "unit top"]
+    network: NetworkDissection | None
+
+    def by_name(self, method: str) -> Named:
+        """One method's names."""
+        return next(one for one in self.methods if one.method == method)
+
+
+def survey(
+    units: Units,
+    batches: Sequence[tuple[Mapping[str, Any], Sequence[Any]]],
+    judge: HookedModel,
+    concepts: Concepts,
+    folder: str | Path,
+    *,
+    masks: Sequence[Masks] | None = None,
+    texts: Sequence[str] | None = None,
+    template: str = "{}",
+    kernels: Sequence[str] = ("soft_wpmi", "cosine"),
+    held_out: float = 0.3,
+    share: float = 0.005,
+    n_shuffles: int = 99,
+    about: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Survey:
+    """Names every unit of a site by network dissection, where there are masks, and by CLIP-Dissect.
+
+    The last `held_out` of the batches name nothing: they check the names. `texts` are the captions of
+    the concepts; without, each concept's name in the template. Activations are kept in `folder`, so
+    that a killed run goes on.
+
+    Raises: InputError for unknown kernels or too few batches, before anything runs.
+    """
+    unknown = [k for k in kernels if k not in KERNELS]
+    if unknown:
+        raise InputError(f"No kernel {', '.join(unknown)}; there is {', '.join(KERNELS)}.")
+    n_check = max(1, round(held_out * len(batches)))
+    if len(batches) - n_check < 1:
+        raise InputError("One batch names the units and another checks the names: give more pictures.")
+    named, check = batches[:-n_check], batches[-n_check:]
+    store = collect([units], named, judge, Path(folder) / "named", about=about, progress=progress)
+    other = collect([units], check, judge, Path(folder) / "check", about=about, progress=progress)
+    said = embed_concepts(judge, texts or concepts.names, "{}" if texts else template)
+    own, held = _columns(store, units.site), _columns(other, units.site)
+    n_named = len(own[0])
+    shown = None if masks is None else presence(masks[n_named:], concepts)
+
+    found: list[Named] = []
+    network = None
+    if masks is not None:
+        network = network_dissection(
+            units, [b for b, _ in named], masks[:n_named], concepts, share=share, progress=progress
+        )
+        names = tuple(name for name, _ in network.best())
+        null = _network_chance(units, named, masks, concepts, network, n_shuffles)
+        found.append(_named("network", names, network.iou.amax(1), null, held, said, shown, concepts))
+    null = chance(lambda order: cosine((own[1] @ said.T)[order], own[0]), n_named, n_shuffles=n_shuffles)
+    for kernel in kernels:
+        options = {} if kernel != "soft_wpmi" else {"top_k": min(100, max(2, n_named // 5))}
+        options = {"top_k": min(28, max(2, n_named // 5))} if kernel == "wpmi" else options
+        by_kernel = clip_dissect(
+            store, units.site, said, concepts.names, kernel=kernel, progress=progress, **options
+        )
+        names = tuple(name for (name,) in by_kernel.best())
+        found.append(_named(kernel, names, by_kernel.scores.amax(1), null, held, said, shown, concepts))
+    top = own[0].topk(min(8, n_named), 0).indices.T
+    return Survey(units.site, concepts, tuple(found), own[0], top, network)
+
+
+def _columns(store: Store, site: str) -> tuple[Tensor, Tensor]:
+    rows = store.rows(columns=[site, JUDGE])
+    return rows[site].float(), rows[JUDGE].float()
+
+
+def _named(
+    method: str,
+    names: tuple[str, ...],
+    scores: Tensor,
+    null: Chance,
+    held: tuple[Tensor, Tensor],
+    said: Tensor,
+    shown: Tensor | None,
+    concepts: Concepts,
+) -> Named:
+    faithful = None if shown is None else faithfulness(names, held[0], shown, concepts.names)
+    table = correlation(held[0], held[1] @ said.T)
+    follows = torch.stack([table[unit, concepts.index(name)] for unit, name in enumerate(names)])
+    return Named(method, names, scores, null, faithful, follows)
+
+
+def _network_chance(
+    units: Units,
+    batches: Sequence[tuple[Mapping[str, Any], Sequence[Any]]],
+    masks: Sequence[Masks],
+    concepts: Concepts,
+    found: NetworkDissection,
+    n_shuffles: int,
+) -> Chance:
+    """Chance for IoUs, on the units' own grid and at most so many pictures."""
+    parts: list[Tensor] = []
+    n = 0
+    for inputs, _ in batches:
+        if n >= _SHUFFLED_IMAGES:
+            break
+        parts.append(active_places(units.maps(inputs).cpu(), found.thresholds.cpu()))
+        n += len(parts[-1])
+    active = torch.cat(parts)
+    down, across = int(active.shape[2]), int(active.shape[3])
+    covered = shares(masks[: len(active)], concepts, (down, across))
+    return chance(cell_iou(active, covered), len(active), n_shuffles=n_shuffles)
