@@ -168,7 +168,7 @@ class HookedModel(HookedRootModule):
         self.check_ready()
         session = self._session(read, edit, keep_graph=grad_of is not None)
         arguments = self._arguments(dict(inputs))
-        with torch.set_grad_enabled(grad_of is not None), session.attached():
+        with torch.set_grad_enabled(grad_of is not None), session.attached(arguments):
             output = self._call(arguments, differentiable=grad_of is not None)
         return session.result(output, grad_of)
 
@@ -313,7 +313,7 @@ class HookedModel(HookedRootModule):
         keep = names_filter if callable(names_filter) else _among(names_filter)
         move = (lambda value: value.to(device)) if device else None
         session = self._session([Read(n, move) for n in self.sitemap.sites if keep(n)], (), False)
-        with session.attached():
+        with session.attached(kwargs):
             output = self.forward(*args, **kwargs)
         found = dict(session.result(output).values)
         if remove_batch_dim:
