@@ -273,3 +273,9 @@ CASES: dict[str, Callable[[], Case]] = {
         llava_siglip_qwen, llava_mistral, unet, stable_diffusion, stable_diffusion_xl,
     )
 }  # fmt: skip
+
+# Each file of families adds its own.
+from tiny_contrastive import CASES as CONTRASTIVE_CASES  # noqa: E402
+from tiny_vision import CASES as VISION_CASES  # noqa: E402
+
+CASES |= CONTRASTIVE_CASES | VISION_CASES
