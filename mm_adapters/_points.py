@@ -40,7 +40,7 @@ class Points:
     def __init__(self, model: Any, sites: SiteMap, make: Callable[[Site], Any] = SitePoint) -> None:
         self._model = model
         self._sites = sites
-        self._taps: dict[tuple[int, Side, Slot], Tap] = {}
+        self._taps: dict[tuple[int, Side], Tap] = {}
         self._residuals: dict[str, ResidualReader] = {}
         self.by_name: dict[str, Any] = {site.name: make(site) for site in sites}
         for site in sites:
@@ -64,7 +64,7 @@ class Points:
                 reader = Spread(point)
                 first = self._tap(self.by_name[self._sibling(site, like)].site, "output")
                 self._feed(first, Keep(reader, "like"), point)
-                self._feed(self._tap(site, "output"), reader, point)
+                self._feed(self._tap(site, "output"), reader, point, slot=_slot(place))
             case Output() | Input():
                 side: Side = "output" if isinstance(place, Output) else "input"
                 n_heads = self._heads(site, place.heads)
@@ -72,7 +72,7 @@ class Points:
                 reader = Reader(point) if plain else View(point, n_heads, place.chunk)
                 if isinstance(place, Output) and place.in_place:
                     reader = Copy(point)
-                self._feed(self._tap(site, side), reader, point)
+                self._feed(self._tap(site, side), reader, point, slot=_slot(place))
             case Norm(value="normalized", kind=kind):
                 scale = self.by_name[self._sibling(site, site.part.replace("normalized", "scale"))]
                 reader = NormReader(scale, point, self._module(site), kind)
@@ -91,8 +91,8 @@ class Points:
             case Stream(until=until, item=item):
                 reader = StreamReader(point)
                 self._feed(self._tap(site, "input"), reader, point)
-                self._feed(self._tap_at(self._owner(site).get_submodule(until), "output", item),
-                           Carry(reader, "moved"), point)  # fmt: skip
+                end = self._tap_at(self._owner(site).get_submodule(until), "output")
+                self._feed(end, Carry(reader, "moved"), point, slot=item)
             case Residual():
                 self._wire_residual(site, point, place)
             case None:
@@ -106,35 +106,32 @@ class Points:
             self._residuals[base.site.name].kept_for.append(reader)
         else:
             tap = self._tap(base.site, "input" if isinstance(base.site.place, Input | Stream) else "output")
-            self._feed(tap, Keep(reader, "base"), point)
+            self._feed(tap, Keep(reader, "base"), point, slot=_slot(base.site.place))
         point.taps.extend(t for t in base.taps if t not in point.taps)
-        self._feed(self._tap(branch.site, "output"), reader, point)
+        self._feed(self._tap(branch.site, "output"), reader, point, slot=_slot(branch.site.place))
 
     def _wire_text(self, site: Site, point: Point, tap: AttentionTap) -> None:
         joint = self._sites.towers[site.tower].record.joint
         assert joint is not None, f"{site.name}: its tower has no `joint`."
         tap.text, tap.text_first = Text(point), joint.first == "text"
-        given = self._tap_at(self._owner(site), "input", joint.argument)
-        self._feed(given, Length(tap.text, "n_text"), point)
+        given = self._tap_at(self._owner(site), "input")
+        self._feed(given, Length(tap.text, "n_text"), point, slot=joint.argument)
 
-    def _feed(self, tap: Tap, reader: Reader | Keep, *points: Point) -> None:
-        tap.readers.append(reader)
+    def _feed(self, tap: Tap, reader: Reader | Keep, *points: Point, slot: Slot = None) -> None:
+        tap.add(reader, slot)
         for point in points:
             if tap not in point.taps:
                 point.taps.append(tap)
 
     def _tap(self, site: Site, side: Side) -> Tap:
-        place = site.place
-        slot = place.item if isinstance(place, Output) and side == "output" else None
-        slot = place.argument if isinstance(place, Input) and side == "input" else slot
-        return self._tap_at(self._module(site), side, slot)
+        return self._tap_at(self._module(site), side)
 
-    def _tap_at(self, module: nn.Module, side: Side, slot: Slot) -> Tap:
-        return self._taps.setdefault((id(module), side, slot), Tap(module, side, slot))
+    def _tap_at(self, module: nn.Module, side: Side) -> Tap:
+        return self._taps.setdefault((id(module), side), Tap(module, side))
 
     def _attention(self, site: Site, heads: str) -> AttentionTap:
         module = self._module(site)
-        key: tuple[int, Side, Slot] = (id(module), "inside", None)
+        key: tuple[int, Side] = (id(module), "inside")
         if key not in self._taps:
             count = self._heads(site, heads)
             assert count is not None
@@ -161,3 +158,8 @@ class Points:
     @staticmethod
     def _sibling(site: Site, part: str) -> str:
         return site.name.removesuffix(site.part) + part
+
+
+def _slot(place: Any) -> Slot:
+    """Which of the things a module is given or returns a place means."""
+    return place.item if isinstance(place, Output) else place.argument if isinstance(place, Input) else None

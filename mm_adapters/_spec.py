@@ -202,7 +202,10 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Mounts:
-    """A composite model: what kind it is and where its towers hang, in the order they run."""
+    """A composite model: what kind it is and where its towers hang, in the order they run.
+
+    `prompt` are the text towers whose sequences, one after the other, are the text of a joint attention.
+    """
 
     name: str
     kind: Kind
@@ -212,6 +215,7 @@ class Mounts:
     guidance: Guidance | None = None
     image_token: str | None = None
     logit_scale: str | None = None
+    prompt: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -270,16 +270,22 @@ class Text(Reader):
 class Tap:
     """One torch hook on one module, present only while a point that it feeds is live.
 
-    `slot` is which of the things it is given or returns: a name or a number; None is the first tensor.
+    Each reader has a slot: which of the things that the module is given or returns is its own, a
+    name or a number; None is the first tensor.
     """
 
-    def __init__(self, module: nn.Module, side: Side, slot: Slot = None) -> None:
+    def __init__(self, module: nn.Module, side: Side) -> None:
         self.module = module
         self.side = side
-        self.slot = slot
         self.readers: list[Reader | Keep] = []
+        self.slots: list[Slot] = []
         self._n_live = 0
         self._handles: list[Any] = []
+
+    def add(self, reader: Reader | Keep, slot: Slot = None) -> None:
+        """Hands what is in a slot to one more reader."""
+        self.readers.append(reader)
+        self.slots.append(slot)
 
     def count(self, change: int) -> None:
         """One more or one fewer live point: the hook goes on with the first and off with the last."""
@@ -301,34 +307,36 @@ class Tap:
         return [self.module.register_forward_hook(self._returned, prepend=True)]
 
     def _given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        slot = self._argument(args, kwargs)
-        x = args[slot] if isinstance(slot, int) else kwargs[slot]
-        new = self._read(x)
-        if new is x:
-            return None
-        if isinstance(slot, int):
-            return (*args[:slot], new, *args[slot + 1 :]), kwargs
-        return args, {**kwargs, slot: new}
+        new = args, kwargs
+        for reader, slot in zip(self.readers, self.slots, strict=True):
+            if reader.live:
+                at = self._argument(*new, slot)
+                x = new[0][at] if isinstance(at, int) else new[1][at]
+                y = reader(x)
+                if y is not x and isinstance(at, int):
+                    new = (*new[0][:at], y, *new[0][at + 1 :]), new[1]
+                elif y is not x:
+                    new = new[0], {**new[1], at: y}
+        return None if new[0] is args and new[1] is kwargs else new
 
     def _returned(self, module: nn.Module, args: tuple[Any, ...], output: Any):
-        at = _place_of(output, self.slot)
-        x = output if at is None else output[at]
-        new = self._read(x)
-        return None if new is x else _with_tensor(output, at, new)
-
-    def _argument(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-        if not isinstance(self.slot, str):
-            return _first_tensor(args, kwargs)
-        if self.slot in kwargs:
-            return self.slot
-        names = list(inspect.signature(type(self.module).forward).parameters)
-        return names.index(self.slot) - 1  # Less self.
-
-    def _read(self, x: Tensor) -> Tensor:
-        for reader in self.readers:
+        new = output
+        for reader, slot in zip(self.readers, self.slots, strict=True):
             if reader.live:
-                x = reader(x)
-        return x
+                at = _place_of(new, slot)
+                x = new if at is None else new[at]
+                y = reader(x)
+                if y is not x:
+                    new = _with_tensor(new, at, y)
+        return None if new is output else new
+
+    def _argument(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> int | str:
+        if not isinstance(slot, str):
+            return _first_tensor(args, kwargs)
+        if slot in kwargs:
+            return slot
+        names = list(inspect.signature(type(self.module).forward).parameters)
+        return names.index(slot) - 1  # Less self.
 
 
 class AttentionTap(Tap):

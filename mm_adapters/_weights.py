@@ -113,7 +113,13 @@ def norm_bias(norm: nn.Module) -> Tensor:
 
 
 def tensor_at(root: object, path: str) -> Tensor | None:
-    """The tensor at a dotted path, transposed if the path ends in ".T"; None if it is not there."""
+    """The tensor at a dotted path, transposed if the path ends in ".T"; None if it is not there.
+
+    Of several paths with "|" between them it is that of the first where there is one.
+    """
+    if "|" in path:
+        found = (tensor_at(root, one) for one in path.split("|"))
+        return next((tensor for tensor in found if tensor is not None), None)
     value: Any = root
     for name in path.removesuffix(".T").split("."):
         value = getattr(value, name, None)

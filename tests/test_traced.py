@@ -90,7 +90,9 @@ def test_edits_are_bit_equal_to_the_hooked_model(name: str) -> None:
 @each_family
 def test_gradients_are_bit_equal_to_the_hooked_model(name: str) -> None:
     built, hooked, traced = both(name)
-    inputs = built.inputs | ({"output_type": "latent"} if "output_type" in built.inputs else {})
+    inputs = built.differentiable()
+    if inputs is None:
+        pytest.skip("its pipeline gives no tensor, so no gradient")
 
     def loss(output: Any) -> torch.Tensor:
         return built.head(output).double().pow(2).sum()

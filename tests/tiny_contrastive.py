@@ -104,6 +104,89 @@ def roberta() -> Case:
     return Case(model, _ids(), _part)
 
 
+_OPEN_IDS = torch.tensor([[58, 3, 4, 7, 59, 0, 0, 0], [58, 5, 59, 0, 0, 0, 0, 0]])
+
+
+def _cosines(output: Any) -> Tensor:
+    return output["image_features"] @ output["text_features"].T
+
+
+def _open_clip(vision: dict[str, Any], text: dict[str, Any] | None = None, size: int = 28) -> Case:
+    from open_clip import CustomTextCLIP
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    words = {"context_length": 8, "vocab_size": 60, "width": 24, "heads": 3, "layers": 2}
+    model = seeded(lambda: CustomTextCLIP(16, CLIPVisionCfg(**vision), CLIPTextCfg(**words | (text or {})),
+                                          output_dict=True))  # fmt: skip
+    return Case(model, {"image": pixels(size=size), "text": _OPEN_IDS}, _cosines)
+
+
+_PLAIN = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 14, "image_size": 28, "mlp_ratio": 1.5}
+
+
+def open_clip_average() -> Case:
+    return _open_clip(_PLAIN | {"pool_type": "avg"}, {"pool_type": "last"})
+
+
+def open_clip_resnet() -> Case:
+    return _open_clip({"layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "image_size": 64}, size=64)
+
+
+def _timm(name: str, options: dict[str, Any], **vision: Any) -> Case:
+    import timm
+
+    # A tower made small: open_clip passes on no sizes.
+    case = _open_clip(_PLAIN | {"image_size": 32})
+    from open_clip.timm_model import TimmModel
+
+    visual = TimmModel(name, 16, 32, **vision)
+    visual.trunk = timm.create_model(name, num_classes=0, **options)
+    visual.head.proj = torch.nn.Linear(visual.trunk.num_features, 16, bias=False)
+    case.model.visual = seeded(lambda: visual)
+    return Case(case.model, {"image": pixels(size=32), "text": _OPEN_IDS}, _cosines)
+
+
+_SMALL = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
+
+
+def open_clip_timm_siglip() -> Case:
+    return _timm("vit_tiny_patch16_224", _SMALL | {"global_pool": "map", "class_token": False}, pool="map",
+                 proj="linear")  # fmt: skip
+
+
+def open_clip_eva() -> Case:
+    return _timm("eva02_tiny_patch14_224", _SMALL | {"img_size": 28, "global_pool": "token"}, pool="token",
+                 proj="linear")  # fmt: skip
+
+
+def open_clip_hf_text() -> Case:
+    from open_clip.hf_model import HFTextEncoder
+
+    case = _open_clip(_PLAIN)
+    config = hf.BertConfig(**_TEXT)
+    case.model.text = seeded(lambda: HFTextEncoder("", 16, config=config, pooler_type="mean_pooler",
+                                                   proj_type="linear", pretrained=False))  # fmt: skip
+    return case
+
+
+def coca() -> Case:
+    from open_clip.coca_model import CoCa, MultimodalCfg
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    words = {"vocab_size": 60, "width": 24, "heads": 3, "layers": 2, "mlp_ratio": 1.5}
+    vision = CLIPVisionCfg(**_PLAIN, attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=6,
+                           output_tokens=True)  # fmt: skip
+    text = CLIPTextCfg(context_length=7, embed_cls=True, output_tokens=True, **words)
+    decoder = MultimodalCfg(context_length=7, latent_dim=24, **words)
+    model = seeded(lambda: CoCa(24, decoder, text, vision))
+    head = lambda o: torch.cat([_cosines(o).flatten(), o["logits"].flatten()])  # noqa: E731
+    return Case(model, {"image": pixels(), "text": _OPEN_IDS[:, :7]}, head)
+
+
 CASES: dict[str, Callable[[], Case]] = {
-    f.__name__: f for f in (metaclip2, altclip, chinese_clip, siglip2, align, clap, bert, roberta)
-}
+    f.__name__: f
+    for f in (
+        metaclip2, altclip, chinese_clip, siglip2, align, clap, bert, roberta, open_clip_average,
+        open_clip_resnet, open_clip_timm_siglip, open_clip_eva, open_clip_hf_text, coca,
+    )
+}  # fmt: skip

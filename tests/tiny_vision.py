@@ -85,9 +85,9 @@ def timm_vit_average() -> Case:
 def timm_eva() -> Case:
     from timm.models.eva import Eva
 
-    make = lambda: Eva(**_TIMM | {"embed_dim": 32, "num_heads": 4}, qkv_fused=False, swiglu_mlp=True, scale_mlp=True,  # noqa: E731
-                       mlp_ratio=1.5, use_rot_pos_emb=True, init_values=0.5)  # fmt: skip
-    return _tower(make, lambda o: o, key="x")
+    options = _TIMM | {"embed_dim": 32, "num_heads": 4, "qkv_fused": False, "swiglu_mlp": True}
+    options |= {"scale_mlp": True, "mlp_ratio": 1.5, "use_rot_pos_emb": True, "init_values": 0.5}
+    return _tower(lambda: Eva(**options), lambda o: o, key="x")
 
 
 def timm_eva_fused() -> Case:
