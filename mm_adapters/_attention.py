@@ -9,6 +9,7 @@ in modelling code that writes attention out, the softmax.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,20 +20,42 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Fire = Callable[[str, Tensor], Tensor]
+Wants = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class JointText:
+    """Where text stands in a sequence of text and image."""
+
+    n_text: int
+    first: bool
+
+    def split(self, n: int) -> tuple[slice, slice]:
+        """The positions of the text and of the image, among `n`."""
+        if self.first:
+            return slice(0, self.n_text), slice(self.n_text, n)
+        return slice(n - self.n_text, n), slice(0, n - self.n_text)
 
 
 class Watch(TorchFunctionMode):
     """Stands inside one attention module's forward and hands its values to `fire(name, value)`.
 
+    `wants(name)` says whether somebody listens. While nobody wants scores or a pattern the module's
+    own kernel is called.
+
     `calls` counts the attention calls it took: a module may attend more than once (an image prompt
     beside the text); the first one is its own.
     """
 
-    def __init__(self, fire: Fire, n_heads: int, n_kv_heads: int) -> None:
+    def __init__(
+        self, fire: Fire, wants: Wants, n_heads: int, n_kv_heads: int, joint: JointText | None = None
+    ) -> None:
         super().__init__()
         self.fire = fire
+        self.wants = wants
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
+        self.joint = joint
         self.calls = 0
 
     def __torch_function__(
@@ -57,6 +80,7 @@ def attend(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    joint: JointText | None = None,
 ) -> Float[Tensor, "batch head query d_value"]:
     """Attention with its scores and pattern in the open. The softmax is taken in float32."""
     groups = query.shape[1] // key.shape[1]
@@ -76,7 +100,99 @@ def attend(
     # A row that may attend to nothing gives zeros, as the fused kernels do, not NaN.
     softmax = torch.ops.aten._safe_softmax if masked else torch.softmax
     pattern = fire("pattern", softmax(scores, -1, dtype=torch.float32).to(query.dtype))
+    if joint is not None:
+        pattern = _onto_text(fire, pattern, joint)
     return F.dropout(pattern, dropout_p) @ value if dropout_p else pattern @ value
+
+
+def attend_onto_text(
+    fire: Fire,
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
+    value: Float[Tensor, "batch kv_head key d_value"],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    joint: JointText,
+) -> Float[Tensor, "batch head query d_value"]:
+    """Attention with only its pattern from image onto text in the open.
+
+    That part is exp(q k - logsumexp): the fused kernel gives each row's logsumexp, so the whole
+    pattern, which is (text + image)^2, is never formed.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = repeat(key, "b h n d -> b (h g) n d", g=groups)
+        value = repeat(value, "b h n d -> b (h g) n d", g=groups)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if is_causal:
+        raise NotImplementedError("A causal attention over text and image together cannot be watched.")
+    out, total = fused(query, key, value, attn_mask, factor)
+    text, image = joint.split(key.shape[-2])
+    scores = (query[:, :, image] * factor) @ key[:, :, text].mT
+    if attn_mask is not None:
+        part = attn_mask.expand(*attn_mask.shape[:-2], query.shape[-2], key.shape[-2])[..., image, text]
+        scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+    block = (scores.float() - total[:, :, image, None]).exp().to(query.dtype)
+    new = fire("pattern_text", block.clone())  # A hook may write into it.
+    change = new - block
+    if not change.any():
+        return out
+    out = out.clone()
+    out[:, :, image] += change @ value[:, :, text]
+    return out
+
+
+def fused(
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch head key d_head"],
+    value: Float[Tensor, "batch head key d_value"],
+    attn_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Float[Tensor, "batch head query"]]:
+    """What a fused kernel attends to, and each row's logsumexp of the scores, in float32."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    match query.device.type:
+        case "cpu" if query.shape[-1] == value.shape[-1]:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, False, attn_mask=attn_mask, scale=scale
+            )
+        case "cuda" if attn_mask is None:
+            out, total, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+                query, key, value, None, True, scale=scale
+            )
+            return out, total[..., : query.shape[-2]]
+    return _by_rows(query, key, value, attn_mask, scale)
+
+
+def _by_rows(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float, size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """As `fused`, where no kernel gives the logsumexp: some rows of the pattern at a time."""
+    outs, totals = [], []
+    for start in range(0, query.shape[-2], size):
+        rows = slice(start, start + size)
+        scores = (query[:, :, rows] * scale) @ key.mT
+        scores = scores if attn_mask is None else scores + attn_mask[:, :, rows]
+        total = scores.float().logsumexp(-1)
+        outs.append((scores.float() - total[..., None]).exp().to(value.dtype) @ value)
+        totals.append(total)
+    return torch.cat(outs, -2), torch.cat(totals, -1)
+
+
+def _onto_text(fire: Fire, pattern: Tensor, joint: JointText) -> Tensor:
+    text, image = joint.split(pattern.shape[-1])
+    block = pattern[:, :, image, text]
+    new = fire("pattern_text", block)
+    # A view of the pattern is not on the path to the output, so what was seen is put back.
+    if new is block and not (new.requires_grad and torch.is_grad_enabled()):
+        return pattern
+    pattern = pattern.clone()
+    pattern[:, :, image, text] = new
+    return pattern
 
 
 def _take_sdpa(
@@ -91,13 +207,21 @@ def _take_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    query = _through(watch.fire, "rot_q", query)
-    # The library may have repeated grouped keys already: show each group once.
-    repeated = key.shape[1] // watch.n_kv_heads
-    shown = key[:, ::repeated]
-    new = _through(watch.fire, "rot_k", shown)
-    key = key if new is shown else repeat(new, "b h n d -> b (h g) n d", g=repeated)
-    return attend(watch.fire, query, key, value, attn_mask, dropout_p, is_causal, scale)
+    query = _through(watch, "q", query)
+    key = _through_groups(watch, "k", key)
+    value = _through_groups(watch, "v", value)
+    query = _through(watch, "rot_q", query)
+    key = _through_groups(watch, "rot_k", key)
+    joint = watch.joint if watch.wants("pattern_text") else None
+    tracked = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if watch.wants("attn_scores") or watch.wants("pattern") or (joint and (tracked or dropout_p)):
+        z = attend(watch.fire, query, key, value, attn_mask, dropout_p, is_causal, scale, joint)
+    elif joint is not None:
+        z = attend_onto_text(watch.fire, query, key, value, attn_mask, is_causal, scale, joint)
+    else:
+        given = {"enable_gqa": True} if enable_gqa else {}
+        z = func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **given)
+    return _through(watch, "z", z)
 
 
 def _take_softmax(watch: Watch, func: Callable[..., Tensor], scores: Tensor, *args: Any, **kw: Any):
@@ -153,13 +277,23 @@ def _mha_mask(call: Mapping[str, Any], n_heads: int) -> Tensor | None:
     return mask
 
 
-def _through(fire: Fire, name: str, x: Tensor) -> Tensor:
+def _through(watch: Watch, name: str, x: Tensor) -> Tensor:
     """Fires [batch, head, pos, d] as TransformerLens shapes it: [batch, pos, head, d]."""
+    if not watch.wants(name):
+        return x
     shown = rearrange(x, "b h n d -> b n h d")
-    new = fire(name, shown)
+    new = watch.fire(name, shown)
     if new is shown and not (new.requires_grad and torch.is_grad_enabled()):
         return x
     return rearrange(new, "b n h d -> b h n d")
+
+
+def _through_groups(watch: Watch, name: str, x: Tensor) -> Tensor:
+    """As `_through`; the library may have repeated grouped heads already, each is shown once."""
+    repeated = x.shape[1] // watch.n_kv_heads
+    shown = x[:, ::repeated]
+    new = _through(watch, name, shown)
+    return x if new is shown else repeat(new, "b h n d -> b (h g) n d", g=repeated)
 
 
 _MHA_ARGUMENTS = (

@@ -8,7 +8,8 @@ from typing import Any
 
 from mm_adapters._inputs import Inputs
 from mm_adapters._registry import by_name, find, kind_of, lookup
-from mm_adapters._spec import Tower
+from mm_adapters._settle import settle
+from mm_adapters._spec import Mount, Mounts, Tower
 
 _PROMPT_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -39,8 +40,8 @@ def inputs_for(
         image_processor=image_processor,
         context=_context(model, tokenizer),
         image_token=getattr(processor, "image_token", None),
-        text_key=_first(takes, "input_ids", "text"),
-        image_key=_first(takes, "pixel_values", "image"),
+        text_key=_taken(model, "text", "language"),
+        image_key=_taken(model, "vision"),
         accepts=takes,
         pad_to_context=_reads_last_position(model),
         image_size=_image_size(model),
@@ -61,6 +62,26 @@ def _pipeline_inputs(pipeline: Any, tokenizer: Any) -> Inputs:
         accepts=takes,
         prompt_tokenizers=tokenizers,
     )
+
+
+def _taken(model: Any, *roles: str) -> str:
+    """The argument by which the first tower of one of these roles is given its input; "" if none is."""
+    for mount in lookup(model).towers.values():
+        record = _record(model, mount)
+        if record is not None and record.role in roles:
+            return mount.takes or record.takes
+    return ""
+
+
+def _record(model: Any, mount: Mount) -> Tower | None:
+    if mount.tower:
+        return by_name(Tower, mount.tower)
+    module = attrgetter(mount.path)(model) if mount.path else model
+    record, inner = find(Tower, module), find(Mounts, module)
+    if record is None and inner is not None:
+        (within,) = inner.towers.values()
+        return _record(module, within)
+    return None if record is None else settle(record, module)
 
 
 def _first(takes: frozenset[str], *names: str) -> str:
@@ -103,6 +124,5 @@ def _reads_last_position(model: Any) -> bool:
     mount = lookup(model).towers.get("text")
     if mount is None:
         return False
-    module = attrgetter(mount.path)(model) if mount.path else model
-    record = by_name(Tower, mount.tower) if mount.tower else find(Tower, module)
+    record = _record(model, mount)
     return record is not None and record.pool == "last" and not record.causal

@@ -5,25 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mm_adapters._errors import InputError
 from mm_adapters._sitemap import MountedTower, SiteMap
-from mm_adapters._tokens import TokenLayout, language_layout, text_layout, vision_layout
+from mm_adapters._tokens import TokenLayout, cut_layout, language_layout, text_layout, vision_layout
 
 
-def patch_layout(tower: MountedTower, pixels: Float[Tensor, "image channel height width"]) -> TokenLayout:
+def patch_layout(
+    tower: MountedTower, pixels: Float[Tensor, "image ..."], grids: Int[Tensor, "image 2"] | None = None
+) -> TokenLayout:
     """The layout of a vision tower's sequence for these pixels.
 
-    Raises: InputError if the tower does not cut images into patches.
+    `grids` are each image's rows and columns of patches, where images come cut into patches and
+    padded to the same number.
+
+    Raises: InputError if the tower does not cut images into patches, or wants grids.
     """
+    record = tower.record
+    if record.grids is not None:
+        if grids is None:
+            raise InputError(f"The {tower.name} tower takes images cut into patches. Pass {record.grids}=.")
+        return cut_layout([(int(r), int(c)) for r, c in grids], pixels.shape[1])
     if tower.record.patch is None:
         raise InputError(f"The {tower.name} tower has no patches.")
     cut: Any = tower.module.get_submodule(tower.record.patch)
     down, across = cut.stride
     grid = (pixels.shape[-2] // down, pixels.shape[-1] // across)
-    return vision_layout(len(pixels), grid, tower.record.n_class)
+    return vision_layout(len(pixels), grid, _count(record.n_class), _count(record.n_register))
+
+
+def _count(number: object) -> int:
+    assert isinstance(number, int), "A mounted tower's record is settled."
+    return number
 
 
 def layouts(
@@ -40,7 +55,7 @@ def layouts(
         if given is None:
             continue
         if tower.record.role == "vision":
-            found[name] = patch_layout(tower, given)
+            found[name] = patch_layout(tower, given, prepared.get(tower.record.grids or ""))
         elif tower.record.role in ("text", "language"):
             ids, tokenizer = given, tokenizer_of(name)
             if tokenizer is None:

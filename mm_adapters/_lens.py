@@ -108,7 +108,7 @@ class Meter:
         new = new.to(device=value.device, dtype=value.dtype)
         self.fired += 1
         with torch.no_grad():
-            was, now = value.detach().float(), new.detach().float()
+            was, now = (_masked_as_infinite(x.detach().float()) for x in (value, new))
             # Masked scores are -inf: one that stays so did not move, one that does not moved by one.
             change = torch.where(was == now, 0.0, (now - was).nan_to_num(1.0, 1.0, 1.0))
             self._change = self._change + change.square().sum()
@@ -119,6 +119,11 @@ class Meter:
         change, size = float(self._change), float(self._size)
         moved = 0.0 if change == 0 else (change / size) ** 0.5 if size else float("inf")
         return Receipt(self.edit.site, self.fired, moved)
+
+
+def _masked_as_infinite(scores: Tensor) -> Tensor:
+    # Some models mask with the least number there is, whose square is not a number's size.
+    return scores.masked_fill(scores < torch.finfo(torch.float16).min * 2, -torch.inf)
 
 
 def as_read(item: str | Read) -> Read:

@@ -7,19 +7,26 @@ from typing import Any
 
 from torch import nn
 
-from mm_adapters._sitemap import SiteMap, head_count, resolve
-from mm_adapters._spec import Attention, Input, Norm, Output, Residual, Site
+from mm_adapters._settle import head_count
+from mm_adapters._sitemap import SiteMap, resolve
+from mm_adapters._spec import Attention, Input, Norm, Output, Residual, Site, Stream
 from mm_adapters._taps import (
     AttentionTap,
+    Carry,
+    Copy,
     Keep,
+    Length,
     NormReader,
     Point,
     Reader,
     ResidualReader,
     Side,
     SitePoint,
+    Slot,
     Spread,
+    StreamReader,
     Tap,
+    Text,
     View,
 )
 
@@ -57,13 +64,15 @@ class Points:
                 reader = Spread(point)
                 first = self._tap(self.by_name[self._sibling(site, like)].site, "output")
                 self._feed(first, Keep(reader, "like"), point)
-                self._feed(self._tap(site, "output"), reader, point)
+                self._feed(self._tap(site, "output"), reader, point, slot=_slot(place))
             case Output() | Input():
                 side: Side = "output" if isinstance(place, Output) else "input"
                 n_heads = self._heads(site, place.heads)
                 plain = n_heads is None and place.chunk is None
                 reader = Reader(point) if plain else View(point, n_heads, place.chunk)
-                self._feed(self._tap(site, side), reader, point)
+                if isinstance(place, Output) and place.in_place:
+                    reader = Copy(point)
+                self._feed(self._tap(site, side), reader, point, slot=_slot(place))
             case Norm(value="normalized", kind=kind):
                 scale = self.by_name[self._sibling(site, site.part.replace("normalized", "scale"))]
                 reader = NormReader(scale, point, self._module(site), kind)
@@ -74,9 +83,16 @@ class Points:
             case Attention(value=value, heads=heads):
                 tap = self._attention(site, heads)
                 tap.points[value] = point
-                if value == "rot_k":
+                if value in ("k", "v", "rot_k"):
                     tap.n_kv_heads = self._heads(site, heads) or tap.n_heads
                 point.taps.append(tap)
+                if value == "pattern_text":
+                    self._wire_text(site, point, tap)
+            case Stream(until=until, item=item):
+                reader = StreamReader(point)
+                self._feed(self._tap(site, "input"), reader, point)
+                end = self._tap_at(self._owner(site).get_submodule(until), "output")
+                self._feed(end, Carry(reader, "moved"), point, slot=item)
             case Residual():
                 self._wire_residual(site, point, place)
             case None:
@@ -89,24 +105,33 @@ class Points:
         if base.site.name in self._residuals:
             self._residuals[base.site.name].kept_for.append(reader)
         else:
-            tap = self._tap(base.site, "input" if isinstance(base.site.place, Input) else "output")
-            self._feed(tap, Keep(reader, "base"), point)
+            tap = self._tap(base.site, "input" if isinstance(base.site.place, Input | Stream) else "output")
+            self._feed(tap, Keep(reader, "base"), point, slot=_slot(base.site.place))
         point.taps.extend(t for t in base.taps if t not in point.taps)
-        self._feed(self._tap(branch.site, "output"), reader, point)
+        self._feed(self._tap(branch.site, "output"), reader, point, slot=_slot(branch.site.place))
 
-    def _feed(self, tap: Tap, reader: Reader | Keep, *points: Point) -> None:
-        tap.readers.append(reader)
+    def _wire_text(self, site: Site, point: Point, tap: AttentionTap) -> None:
+        joint = self._sites.towers[site.tower].record.joint
+        assert joint is not None, f"{site.name}: its tower has no `joint`."
+        tap.text, tap.text_first = Text(point), joint.first == "text"
+        given = self._tap_at(self._owner(site), "input")
+        self._feed(given, Length(tap.text, "n_text"), point, slot=joint.argument)
+
+    def _feed(self, tap: Tap, reader: Reader | Keep, *points: Point, slot: Slot = None) -> None:
+        tap.add(reader, slot)
         for point in points:
             if tap not in point.taps:
                 point.taps.append(tap)
 
     def _tap(self, site: Site, side: Side) -> Tap:
-        module = self._module(site)
+        return self._tap_at(self._module(site), side)
+
+    def _tap_at(self, module: nn.Module, side: Side) -> Tap:
         return self._taps.setdefault((id(module), side), Tap(module, side))
 
     def _attention(self, site: Site, heads: str) -> AttentionTap:
         module = self._module(site)
-        key = (id(module), "inside")
+        key: tuple[int, Side] = (id(module), "inside")
         if key not in self._taps:
             count = self._heads(site, heads)
             assert count is not None
@@ -121,12 +146,20 @@ class Points:
     def _heads(self, site: Site, where: str | None) -> int | None:
         if where is None:
             return None
+        return head_count(self._owner(site), where)
+
+    def _owner(self, site: Site) -> nn.Module:
+        """The repeated module a site belongs to, or its tower."""
         tower = self._sites.towers[site.tower]
-        owner = tower.module
-        if site.stack is not None and site.layer is not None:
-            owner = owner.get_submodule(tower.stacks[site.stack][site.layer])
-        return head_count(owner, where)
+        if site.stack is None or site.layer is None:
+            return tower.module
+        return tower.module.get_submodule(tower.stacks[site.stack][site.layer])
 
     @staticmethod
     def _sibling(site: Site, part: str) -> str:
         return site.name.removesuffix(site.part) + part
+
+
+def _slot(place: Any) -> Slot:
+    """Which of the things a module is given or returns a place means."""
+    return place.item if isinstance(place, Output) else place.argument if isinstance(place, Input) else None

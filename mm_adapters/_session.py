@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,18 +14,30 @@ from mm_adapters._errors import EditNeverFiredError, InputError
 from mm_adapters._lens import Edit, Meter, Read, Rows, Run
 from mm_adapters._points import Points
 from mm_adapters._sitemap import SiteMap
+from mm_adapters._spec import Guidance
 
 
 class Clock:
-    """Counts the calls of one tower within a run, and how many positions came before this call."""
+    """Counts the calls of one tower within a run, and how many positions came before this call.
 
-    def __init__(self) -> None:
+    Where guidance calls a denoiser once for each part, `part` is which one this is, and those calls
+    are one step: the first call's text is the first part's.
+    """
+
+    def __init__(self, text: str | None = None) -> None:
         self.call = -1
+        self.part = 0
         self.offset = 0
+        self._text = text
+        self._first: Any = None
 
     def tick(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook of the tower."""
-        self.call += 1
+        if self._text is not None:
+            text = kwargs.get(self._text)
+            self._first = text if self._first is None else self._first
+            self.part = 0 if text is self._first else self.part + 1
+        self.call += not self.part
         past = kwargs.get("past_key_values")
         self.offset = past.get_seq_length() if past is not None else 0
 
@@ -55,12 +68,19 @@ class Session:
         self.read = read
         self.meters = [Meter(e) for e in edit]
         self.keep_graph = keep_graph
-        self.clocks = {name: Clock() for name in sites.towers}
+        guidance = sites.mounts.guidance
+        by_calls = guidance.text if guidance is not None and guidance.denoiser_calls else None
+        self.clocks = {name: Clock(by_calls if name == sites.mounts.loop else None) for name in sites.towers}
         self.seen: dict[int, list[Tensor]] = {i: [] for i in range(len(read))}
+        self.parts: dict[int, list[int]] = {i: [] for i in range(len(read))}
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """The run belongs inside. Whatever happens there, the model is left as it was."""
+    def attached(self, arguments: Mapping[str, Any] | None = None) -> Iterator[None]:
+        """The run belongs inside. Whatever happens there, the model is left as it was.
+
+        `arguments` are the run's, by name.
+        """
+        self.arguments = arguments or {}
         with ExitStack() as stack:
             stack.callback(self.points.unwind)
             for meter in self.meters:
@@ -68,7 +88,8 @@ class Session:
             for i, item in enumerate(self.read):
                 self._on(stack, item.site, self._reader(i, item))
             for name in self._towers_used():
-                module = self.sites.towers[name].module
+                tower = self.sites.towers[name]
+                module = tower.module.get_submodule(tower.record.calls)
                 # Put on last to be first in line: a site may be the tower's own input.
                 handle = module.register_forward_pre_hook(
                     self.clocks[name].tick, prepend=True, with_kwargs=True
@@ -89,7 +110,7 @@ class Session:
                 "the steps, rows and positions it names. Check them, or that the inputs use the tower."
             )
         grads = self._gradients(output, grad_of) if grad_of is not None else {}
-        values = {r.site: self._join(r, self.seen[i]) for i, r in enumerate(self.read) if self.seen[i]}
+        values = {r.site: self._join(i, r, self.seen[i]) for i, r in enumerate(self.read) if self.seen[i]}
         if self.keep_graph:
             values = {k: v.detach() for k, v in values.items()}
         return Run(output, values, grads, receipts, self._rows_seen())
@@ -106,12 +127,12 @@ class Session:
             filled = [torch.zeros_like(x) if g is None else g
                       for x, g in zip(self.seen[i], own, strict=True)]  # fmt: skip
             if filled:
-                grads[item.site] = self._join(item, filled)
+                grads[item.site] = self._join(i, item, filled)
         return grads
 
-    def _join(self, item: Read, parts: list[Tensor]) -> Tensor:
+    def _join(self, index: int, item: Read, parts: list[Tensor]) -> Tensor:
         if self.sites[item.site].tower == self.sites.mounts.loop:
-            return torch.stack(parts)
+            return torch.stack(_by_step(parts, self.parts[index]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _on(self, stack: ExitStack, site: str, hook: Callable[..., Tensor | None]) -> None:
@@ -158,6 +179,7 @@ class Session:
             part = value if rows == slice(None) else value[rows]
             part = part if item.reduce is None else item.reduce(part)
             self.seen[index].append(part if self.keep_graph else part.detach())
+            self.parts[index].append(clock.part)
 
         return hook
 
@@ -178,7 +200,9 @@ class Session:
                 f"rows={rows!r} at {site}: {self.sites.family} has no classifier-free guidance; "
                 'give row numbers, a slice, or "all".'
             )
-        guided = bool(getattr(self.model, guidance.flag))
+        if tower == self.sites.mounts.loop and guidance.denoiser_calls:
+            return slice(None) if guidance.denoiser_calls[self.clocks[tower].part] == rows else None
+        guided = is_guided(self.model, guidance, self.arguments)
         if tower == self.sites.mounts.loop:
             if not guided:
                 return slice(None) if rows == "cond" else None
@@ -192,13 +216,35 @@ class Session:
         guidance, loop = self.sites.mounts.guidance, self.sites.mounts.loop
         if guidance is None or loop is None:
             return {}
-        if not getattr(self.model, guidance.flag):
+        if not guidance.denoiser_calls and not is_guided(self.model, guidance, self.arguments):
             return {loop: {"cond": slice(None)}}
         for i, item in enumerate(self.read):
             if self.sites[item.site].tower == loop and item.rows == "all" and item.reduce is None:
                 n, parts = self.seen[i][0].shape[0], guidance.denoiser_rows
+                if guidance.denoiser_calls:
+                    parts = guidance.denoiser_calls[: 1 + max(self.parts[i])]
+                    n *= len(parts)
                 return {loop: {name: half(k, n, len(parts)) for k, name in enumerate(parts)}}
         return {}
+
+
+def is_guided(model: Any, guidance: Guidance, arguments: Mapping[str, Any]) -> bool:
+    """Whether a run with these arguments has unconditional parts."""
+    if guidance.flag is not None:
+        return bool(getattr(model, guidance.flag))
+    default = inspect.signature(type(model).__call__).parameters[guidance.scale].default
+    return arguments.get(guidance.scale, default) > 1
+
+
+def _by_step(values: list[Tensor], parts: list[int]) -> list[Tensor]:
+    """Each step's values, the rows of its calls one after the other."""
+    steps: list[list[Tensor]] = []
+    for i, (value, part) in enumerate(zip(values, parts, strict=True)):
+        if i and part > parts[i - 1]:
+            steps[-1].append(value)
+        else:
+            steps.append([value])
+    return [step[0] if len(step) == 1 else torch.cat(step) for step in steps]
 
 
 def half(which: int, n: int, parts: int) -> slice:

@@ -14,7 +14,19 @@ from torch import nn
 
 from mm_adapters._errors import MissingSiteError
 from mm_adapters._registry import by_name, find, lookup, unknown
-from mm_adapters._spec import Attention, Input, Mount, Mounts, Output, Place, Residual, Site, Tower
+from mm_adapters._settle import first_path, head_count, places, settle
+from mm_adapters._spec import (
+    Attention,
+    Input,
+    Mount,
+    Mounts,
+    Output,
+    Place,
+    Residual,
+    Site,
+    Stack,
+    Tower,
+)
 
 _TOKEN = ("batch", "pos", "d_model")
 _AXES: dict[str, tuple[str, ...]] = {
@@ -26,7 +38,9 @@ _AXES: dict[str, tuple[str, ...]] = {
     "hook_rot_k": ("batch", "pos", "head", "d_head"),
     "hook_attn_scores": ("batch", "head", "query", "key"),
     "hook_pattern": ("batch", "head", "query", "key"),
+    "hook_pattern_text": ("batch", "head", "image", "text"),
     "hook_scale": ("batch", "pos", "1"),
+    "hook_pooled": ("batch", "d_model"),
     "hook_pre": ("batch", "pos", "d_mlp"),
     "hook_pre_linear": ("batch", "pos", "d_mlp"),
     "hook_post": ("batch", "pos", "d_mlp"),
@@ -36,7 +50,10 @@ _MAP = ("batch", "channel", "height", "width")
 
 @dataclass(frozen=True)
 class MountedTower:
-    """A tower where it hangs: its record, its module, and the paths of its repeated modules."""
+    """A tower where it hangs: its record as its module was built, and its repeated modules.
+
+    `stacks` are their paths, `parts` what each of them has; `before` and `after` are the tower's own.
+    """
 
     name: str
     record: Tower
@@ -44,6 +61,9 @@ class MountedTower:
     module: nn.Module
     path: str
     stacks: dict[str, list[str]]
+    parts: dict[str, list[dict[str, Place]]]
+    before: dict[str, Place]
+    after: dict[str, Place]
 
 
 class SiteMap:
@@ -71,8 +91,11 @@ class SiteMap:
                 record = find(Tower, module)
             if record is None:
                 raise unknown(module, Tower)
-            stacks = {s: _stack_paths(stack.paths, module) for s, stack in record.stacks.items()}
-            tower = MountedTower(name, record, mount, module, path, stacks)
+            stacks = {s: _stack_paths(stack, module) for s, stack in record.stacks.items()}
+            parts = {s: [places(record.stacks[s].parts, module.get_submodule(p)) for p in paths]
+                     for s, paths in stacks.items()}  # fmt: skip
+            ends = places(record.before, module), places(record.after, module)
+            tower = MountedTower(name, settle(record, module), mount, module, path, stacks, parts, *ends)
             self.towers[name] = tower
             for site in _tower_sites(tower):
                 (self.absent if site.reason else self.sites)[site.name] = site
@@ -111,34 +134,16 @@ def resolve(model: Any, path: str) -> Any:
     return attrgetter(path)(model) if path else model
 
 
-def head_count(owner: nn.Module, where: str) -> int:
-    """The number at "module:attribute", seen from `owner`."""
-    path, _, attribute = where.partition(":")
-    return int(attrgetter(attribute)(owner.get_submodule(path)))
-
-
 def _tower_sites(tower: MountedTower) -> Iterator[Site]:
     record = tower.record
-    yield from (_site(tower, None, None, part, place) for part, place in record.before.items())
+    yield from (_site(tower, None, None, part, place) for part, place in tower.before.items())
     for stack_name, paths in tower.stacks.items():
         for layer, path in enumerate(paths):
-            for part, place in record.stacks[stack_name].parts.items():
-                if _exists(tower.module.get_submodule(path), place):
-                    yield _site(tower, stack_name, layer, part, place, path)
-    yield from (_site(tower, None, None, part, place) for part, place in record.after.items())
+            for part, place in tower.parts[stack_name][layer].items():
+                yield _site(tower, stack_name, layer, part, place, path)
+    yield from (_site(tower, None, None, part, place) for part, place in tower.after.items())
     for part, reason in record.absent.items():
         yield Site(f"{tower.name}.{part}", tower.name, None, None, part, None, "", (), reason)
-
-
-def _exists(block: nn.Module, place: Place) -> bool:
-    # Optional modules are stored as None (a ResNet's shortcut, a block without cross-attention).
-    if isinstance(place, Residual):
-        return True
-    try:
-        block.get_submodule(place.path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _site(
@@ -159,10 +164,10 @@ def _site(
 
 def _axes(owner: nn.Module, part: str, place: Place) -> tuple[str, ...]:
     leaf = part.rpartition(".")[2]
-    if leaf in _AXES:
-        axes = _AXES[leaf]
-    elif isinstance(place, Output | Input) and place.is_map:
+    if isinstance(place, Output | Input) and place.is_map:
         axes = _MAP
+    elif leaf in _AXES:
+        axes = _AXES[leaf]
     else:
         axes = _TOKEN
     heads = place.heads if isinstance(place, Output | Input | Attention) else None
@@ -172,11 +177,12 @@ def _axes(owner: nn.Module, part: str, place: Place) -> tuple[str, ...]:
     return tuple(f"head={count}" if a == "head" else a for a in axes)
 
 
-def _stack_paths(globs: tuple[str, ...], module: nn.Module) -> list[str]:
+def _stack_paths(stack: Stack, module: nn.Module) -> list[str]:
     names = [name for name, _ in module.named_modules()]
     found: list[str] = []
-    for glob in globs:
+    for glob in stack.paths:
         match = re.compile(translate(glob)).match
         found += [n for n in names if n.count(".") == glob.count(".") and match(n)]
-    return found
-
+    if stack.needs is None:
+        return found
+    return [n for n in found if first_path(module.get_submodule(n), stack.needs) is not None]

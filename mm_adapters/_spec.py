@@ -1,22 +1,29 @@
-"""A family says where things are; nothing here knows any family, and nothing here does anything."""
+"""A family says where things are; nothing here knows any family, and nothing here does anything.
+
+A path is dotted, from the module a record says. It may be several, with "|" between them: the first
+that is there is meant, for a library moves its parts between versions and builds some only if its
+configuration says so. A place may be several, in a tuple, in the same way. "module:attribute" is an
+attribute of the module at a path.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["contrastive", "vlm", "diffusion", "tower"]
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a module returns (the first tensor, if it returns several).
+    """What a module returns: its first tensor, or the `item`-th thing if it returns several.
 
     `heads` is "module:attribute", the number of heads the last axis is made of.
     `chunk` is (how many, which): the activation is one of several equal slices of the last axis.
     `like` names a site that fires earlier and has a row for every input, where this has one for all.
-    `is_map` marks [batch, channel, height, width].
+    `is_map` marks [batch, channel, height, width]. `needs` is a path that must be there too.
+    `in_place` says that the model goes on to change it in place: what is shown is a copy.
     """
 
     path: str
@@ -24,16 +31,21 @@ class Output:
     chunk: tuple[int, int] | None = None
     like: str | None = None
     is_map: bool = False
+    item: int | None = None
+    needs: str | None = None
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
 class Input:
-    """What a module is given (its first tensor)."""
+    """What a module is given: its first tensor, or the `argument` of this name."""
 
     path: str
     heads: str | None = None
     chunk: tuple[int, int] | None = None
     is_map: bool = False
+    argument: str | None = None
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,16 +57,21 @@ class Norm:
     kind: Literal["LN", "RMS"] = "LN"
 
 
+Inside = Literal["attn_scores", "pattern", "pattern_text", "rot_q", "rot_k", "q", "k", "v", "z"]
+
+
 @dataclass(frozen=True)
 class Attention:
     """Inside an attention module: what its softmax sees and gives, whichever kernel computes it.
 
     `rot_q`, `rot_k` are what the scores are made of (after rotary embedding and norms). `q`, `k`,
-    `v`, `z` are for modules that keep their projections inside one fused call.
+    `v`, `z` are for modules that keep their projections inside one fused call, or join two streams
+    before they attend: they are what that call is given, and gives. `pattern_text` is the part of a
+    joint pattern where image positions look at text; the tower's `joint` says which those are.
     """
 
     path: str
-    value: Literal["attn_scores", "pattern", "rot_q", "rot_k", "q", "k", "v", "z"]
+    value: Inside
     heads: str
 
 
@@ -66,15 +83,54 @@ class Residual:
     branch: str
 
 
-Place = Output | Input | Norm | Attention | Residual
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream as a module is given it, when what it passes by is added on later.
+
+    An edit reaches that module, and the stream where it comes out: the `item` that the module at
+    `until` returns. For blocks that scale a branch before adding it, with no module that does so.
+    """
+
+    path: str
+    until: str = ""
+    item: int | None = None
+
+
+Place = Output | Input | Norm | Attention | Residual | Stream
+Parts = Mapping[str, Place | tuple[Place, ...]]
+Pool = Literal["first", "end", "last", "each", "mean", "attention", "none"]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Text and image in one sequence: which comes first, and the argument of a block that is the text."""
+
+    first: Literal["text", "image"]
+    argument: str = "encoder_hidden_states"
+
+
+@dataclass(frozen=True)
+class Built:
+    """What depends on how a module was built: the value beside the first attribute that is so.
+
+    `cases` are (attribute of the tower's module, what it equals, value); True and False stand for
+    anything that counts as such.
+    """
+
+    cases: tuple[tuple[str, Any, Any], ...]
+    otherwise: Any
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Modules that repeat. Globs are relative to the tower, in the order the modules run."""
+    """Modules that repeat. Globs are relative to the tower, in the order the modules run.
+
+    Those that a glob finds and that lack `needs` are no members.
+    """
 
     paths: tuple[str, ...]
-    parts: Mapping[str, Place]
+    parts: Parts
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,24 +139,31 @@ class Tower:
 
     `takes` names the argument it is run with; `gives` the attribute of its output that summarises
     it ("" is the output itself). `final_norm` is applied to what `pool` picks, before `project`.
+    `n_class` and `n_register` may be paths to the number. `calls` is the module whose calls are the
+    tower's, if it is not the tower itself. `grids` is the argument that says how many rows and
+    columns of patches each image has, where images come cut into patches.
     """
 
     name: str
     role: str
     classes: tuple[str, ...]
     stacks: Mapping[str, Stack]
-    before: Mapping[str, Place] = field(default_factory=dict)
-    after: Mapping[str, Place] = field(default_factory=dict)
+    before: Parts = field(default_factory=dict)
+    after: Parts = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     norm: Literal["LN", "RMS"] | None = "LN"
     takes: str = "pixel_values"
     gives: str = "pooler_output"
-    pool: Literal["first", "end", "last", "each", "attention", "none"] = "first"
+    pool: Pool | Built = "first"
     embed: str | None = None
     position: str | None = None
     patch: str | None = None
-    n_class: int = 0
+    n_class: int | str | Built = 0
+    n_register: int | str | Built = 0
     causal: bool = False
+    calls: str = ""
+    joint: Joint | None = None
+    grids: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,16 +185,27 @@ class Mount:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a pipeline runs classifier-free guidance: which flag says so, which rows are which."""
+    """How a pipeline runs classifier-free guidance: what says so, which rows are which.
 
-    flag: str = "do_classifier_free_guidance"
+    `flag` is the pipeline's attribute, or None where only the argument `scale` says it, above one.
+    `denoiser_calls` is for pipelines that call the denoiser once for each part, in this order, and
+    not with the parts as rows of one batch; such calls differ by their `text` argument.
+    """
+
+    flag: str | None = "do_classifier_free_guidance"
     denoiser_rows: tuple[str, ...] = ("uncond", "cond")
     text_calls: tuple[str, ...] = ("cond", "uncond")
+    scale: str = "guidance_scale"
+    denoiser_calls: tuple[str, ...] = ()
+    text: str = "encoder_hidden_states"
 
 
 @dataclass(frozen=True)
 class Mounts:
-    """A composite model: what kind it is and where its towers hang, in the order they run."""
+    """A composite model: what kind it is and where its towers hang, in the order they run.
+
+    `prompt` are the text towers whose sequences, one after the other, are the text of a joint attention.
+    """
 
     name: str
     kind: Kind
@@ -141,6 +215,7 @@ class Mounts:
     guidance: Guidance | None = None
     image_token: str | None = None
     logit_scale: str | None = None
+    prompt: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ the site shows (heads apart, one slice, a norm's scale), fires the point, and pu
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -14,11 +15,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from mm_adapters._attention import Watch
+from mm_adapters._attention import JointText, Watch
 from mm_adapters._errors import AttentionUnreachableError
 from mm_adapters._spec import Site
 
 Side = Literal["input", "output", "inside"]
+Slot = int | str | None
 
 
 @runtime_checkable
@@ -80,6 +82,13 @@ class SitePoint(HookPoint):
                 tap.count(1 if live else -1)
 
 
+def show(point: Point, x: Tensor) -> tuple[Tensor, bool]:
+    """What a point gives for a value, and whether that is another value: a hook may write into it."""
+    version = None if x.is_inference() else x._version
+    new = point(x)
+    return new, new is not x or (version is not None and x._version != version)
+
+
 class Reader:
     """Fires `points` with what the site shows of a tensor, and returns the tensor with any edit in it."""
 
@@ -93,6 +102,15 @@ class Reader:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.points[0](x)
+
+
+class Copy(Reader):
+    """Shows a copy of what the model goes on to change in place."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shown = x.clone()
+        new, changed = show(self.points[0], shown)
+        return new if changed or _tracked(new) else x
 
 
 class View(Reader):
@@ -160,11 +178,11 @@ class NormReader(Reader):
             mean = wide.mean(-1, keepdim=True) if self.kind == "LN" else 0.0
             denominator = ((wide - mean).square().mean(-1, keepdim=True) + eps).sqrt()
             ratio = None
-        scale = scale_point(denominator)
-        if ratio is None or scale is not denominator:
+        scale, rescaled = show(scale_point, denominator)
+        if ratio is None or rescaled:
             ratio = (wide - mean) / scale
-        normalized = normalized_point(ratio)
-        if scale is denominator and normalized is ratio and not _tracked(normalized):
+        normalized, changed = show(normalized_point, ratio)
+        if not rescaled and not changed and not _tracked(normalized):
             return x
         weight, bias = getattr(self.norm, "weight", None), getattr(self.norm, "bias", None)
         out = normalized if weight is None else normalized * weight.float()
@@ -206,23 +224,68 @@ class ResidualReader(Reader):
         assert self.base is not None
         base, self.base = self.base, None
         stream = base + x
-        new = self.points[0](stream)
-        if new is not stream or (self.points[0].live and _tracked(new)):
+        new, changed = show(self.points[0], stream)
+        if changed or (self.points[0].live and _tracked(new)):
             x = new - base
         for reader in self.kept_for:
             reader.base = base + x
         return x
 
 
+class StreamReader(Reader):
+    """The stream where a module is given it. `moved` is what an edit has yet to add where it comes out."""
+
+    moved: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shown = x.clone()  # What is written into it would be in the stream already.
+        new, changed = show(self.points[0], shown)
+        self.moved = new - x if changed or _tracked(new) else None
+        return x if self.moved is None else new
+
+
+class Carry(Keep):
+    """Adds to the stream, where it comes out, what an edit has moved it by on the way."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        moved = getattr(self.reader, self.name)
+        setattr(self.reader, self.name, None)
+        return x if moved is None else x + moved
+
+
+class Length(Keep):
+    """Keeps how many positions a tensor has."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        setattr(self.reader, self.name, x.shape[1])
+        return x
+
+
+class Text(Reader):
+    """Knows how much of a joint attention is text, while its pattern onto the text is live."""
+
+    n_text: int | None = None
+
+
 class Tap:
-    """One torch hook on one module, present only while a point that it feeds is live."""
+    """One torch hook on one module, present only while a point that it feeds is live.
+
+    Each reader has a slot: which of the things that the module is given or returns is its own, a
+    name or a number; None is the first tensor.
+    """
 
     def __init__(self, module: nn.Module, side: Side) -> None:
         self.module = module
         self.side = side
         self.readers: list[Reader | Keep] = []
+        self.slots: list[Slot] = []
         self._n_live = 0
         self._handles: list[Any] = []
+
+    def add(self, reader: Reader | Keep, slot: Slot = None) -> None:
+        """Hands what is in a slot to one more reader."""
+        self.readers.append(reader)
+        self.slots.append(slot)
 
     def count(self, change: int) -> None:
         """One more or one fewer live point: the hook goes on with the first and off with the last."""
@@ -244,25 +307,36 @@ class Tap:
         return [self.module.register_forward_hook(self._returned, prepend=True)]
 
     def _given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        slot = _first_tensor(args, kwargs)
-        x = args[slot] if isinstance(slot, int) else kwargs[slot]
-        new = self._read(x)
-        if new is x:
-            return None
-        if isinstance(slot, int):
-            return (*args[:slot], new, *args[slot + 1 :]), kwargs
-        return args, {**kwargs, slot: new}
+        new = args, kwargs
+        for reader, slot in zip(self.readers, self.slots, strict=True):
+            if reader.live:
+                at = self._argument(*new, slot)
+                x = new[0][at] if isinstance(at, int) else new[1][at]
+                y = reader(x)
+                if y is not x and isinstance(at, int):
+                    new = (*new[0][:at], y, *new[0][at + 1 :]), new[1]
+                elif y is not x:
+                    new = new[0], {**new[1], at: y}
+        return None if new[0] is args and new[1] is kwargs else new
 
     def _returned(self, module: nn.Module, args: tuple[Any, ...], output: Any):
-        x = _tensor_of(output)
-        new = self._read(x)
-        return None if new is x else _with_tensor(output, new)
-
-    def _read(self, x: Tensor) -> Tensor:
-        for reader in self.readers:
+        new = output
+        for reader, slot in zip(self.readers, self.slots, strict=True):
             if reader.live:
-                x = reader(x)
-        return x
+                at = _place_of(new, slot)
+                x = new if at is None else new[at]
+                y = reader(x)
+                if y is not x:
+                    new = _with_tensor(new, at, y)
+        return None if new is output else new
+
+    def _argument(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> int | str:
+        if not isinstance(slot, str):
+            return _first_tensor(args, kwargs)
+        if slot in kwargs:
+            return slot
+        names = list(inspect.signature(type(self.module).forward).parameters)
+        return names.index(slot) - 1  # Less self.
 
 
 class AttentionTap(Tap):
@@ -273,6 +347,8 @@ class AttentionTap(Tap):
         self.n_heads = n_heads
         self.n_kv_heads = n_heads
         self.points: dict[str, Point] = {}
+        self.text: Text | None = None
+        self.text_first = False
         self._watches: list[Watch] = []
 
     def _attach(self) -> list[Any]:
@@ -292,7 +368,7 @@ class AttentionTap(Tap):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.unwind()
-        watch = Watch(self._fire, self.n_heads, self.n_kv_heads)
+        watch = self.watch(self._fire, self._wants)
         self._watches.append(watch)
         watch.__enter__()
 
@@ -309,9 +385,18 @@ class AttentionTap(Tap):
                 "its attention backend to native (diffusers)."
             )
 
-    def _fire(self, name: str, x: Tensor) -> Tensor:
+    def watch(self, fire: Any, wants: Any) -> Watch:
+        """What stands in this module while it attends."""
+        n_text = self.text.n_text if self.text is not None else None
+        joint = None if n_text is None else JointText(n_text, self.text_first)
+        return Watch(fire, wants, self.n_heads, self.n_kv_heads, joint)
+
+    def _wants(self, name: str) -> bool:
         point = self.points.get(name)
-        return x if point is None or not point.live else point(x)
+        return point is not None and point.live
+
+    def _fire(self, name: str, x: Tensor) -> Tensor:
+        return self.points[name](x) if self._wants(name) else x
 
 
 def _tracked(x: Tensor) -> bool:
@@ -337,23 +422,20 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
     raise TypeError("The module was called without a tensor, so there is nothing to read at its input.")
 
 
-def _tensor_of(output: Any) -> Tensor:
+def _place_of(output: Any, slot: Slot) -> Any:
+    """The key or number of what is meant in an output; None if the output is it."""
     if isinstance(output, Tensor):
-        return output
-    return next(v for v in _entries(output) if isinstance(v, Tensor))
+        return None
+    if slot is not None:
+        return slot
+    entries = enumerate(output) if isinstance(output, tuple | list) else output.items()
+    return next(at for at, value in entries if isinstance(value, Tensor))
 
 
-def _with_tensor(output: Any, new: Tensor) -> Any:
-    if isinstance(output, Tensor):
+def _with_tensor(output: Any, at: Any, new: Tensor) -> Any:
+    if at is None:
         return new
     if isinstance(output, tuple):
-        i = next(i for i, v in enumerate(output) if isinstance(v, Tensor))
-        return (*output[:i], new, *output[i + 1 :])
-    name = next(n for n, v in output.items() if isinstance(v, Tensor))
-    output[name] = new
+        return (*output[:at], new, *output[at + 1 :])
+    output[at] = new
     return output
-
-
-def _entries(output: Any) -> Any:
-    return output if isinstance(output, tuple | list) else output.values()
-

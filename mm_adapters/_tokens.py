@@ -110,6 +110,18 @@ def vision_layout(
     )
 
 
+def cut_layout(grids: Sequence[Grid], n_pos: int) -> TokenLayout:
+    """The layout of images that come cut into patches, line by line, and are padded to `n_pos`."""
+    roles, patches = [], []
+    for rows, columns in grids:
+        places = [(r, c) for r in range(rows) for c in range(columns)]
+        n_pad = n_pos - len(places)
+        roles.append(("patch",) * len(places) + ("pad",) * n_pad)
+        patches.append((*places, *(None,) * n_pad))
+    index = tuple(tuple(None if p is None else 0 for p in row) for row in patches)
+    return TokenLayout(tuple(roles), _one_grid(grids), tuple(patches), index)
+
+
 def text_layout(
     texts: Sequence[str] | None,
     tokenizer: Any,

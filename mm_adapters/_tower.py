@@ -15,7 +15,8 @@ from transformer_lens.config import TransformerLensConfig
 
 from mm_adapters._cache import TowerCache
 from mm_adapters._points import Points
-from mm_adapters._sitemap import MountedTower, head_count, resolve
+from mm_adapters._settle import head_count
+from mm_adapters._sitemap import MountedTower, resolve
 from mm_adapters._spec import Attention, Input, Norm, Output
 from mm_adapters._tower_tokens import TowerTokens
 from mm_adapters._tower_weights import TowerWeights
@@ -209,10 +210,10 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
                     if not isinstance(part, Part):
                         continue
                     part.weights = source.names(name)
-                    place = mounted.record.stacks[stack].parts.get(f"{name}.hook_scale")
+                    place = mounted.parts[stack][layer].get(f"{name}.hook_scale")
                     if isinstance(place, Norm):
                         part.stands_for = [source.block.get_submodule(place.path)]
-        place = mounted.record.after.get("ln_final.hook_scale")
+        place = mounted.after.get("ln_final.hook_scale")
         if isinstance(place, Norm):
             norm = mounted.module.get_submodule(place.path)
             final: Any = self.ln_final
@@ -221,12 +222,14 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
 
     def _config(self) -> TowerConfig:
         mounted, record = self._mounted, self._mounted.record
-        parts = record.stacks["blocks"].parts if "blocks" in record.stacks else {}
+        parts = mounted.parts["blocks"][0] if mounted.parts.get("blocks") else {}
         device, dtype = self._root.device, self._root.dtype
         common: dict[str, Any] = {"tower": mounted.name, "device": str(device), "dtype": dtype,
                                   "model_name": self._root.sitemap.family,
                                   "normalization_type": record.norm}  # fmt: skip
-        if not len(self.blocks) or "attn.hook_q" not in parts:
+        first_block: Any = self.blocks[0] if "attn.hook_q" in parts else None
+        weights: Any = first_block.attn.weights if first_block is not None else {}
+        if not weights.keys() & {"W_Q", "W_O"}:
             return TowerConfig(d_model=0, d_head=0, n_heads=0, n_layers=len(self.blocks), n_ctx=0, **common)
         place, kv_place = parts["attn.hook_q"], parts["attn.hook_k"]
         assert isinstance(place, Output | Input | Attention)
@@ -236,7 +239,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         assert kv_place.heads is not None
         n_heads, n_kv = head_count(first, place.heads), head_count(first, kv_place.heads)
         block: Any = self.blocks[0]
-        _, d_model, d_head = block.attn.W_Q.shape
+        _, d_model, d_head = block.attn.W_Q.shape if "W_Q" in weights else block.attn.W_O.mT.shape
         positions = tensor_at(mounted.module, record.position) if record.position else None
         own = getattr(mounted.module, "config", None)
         longest = getattr(own, "max_position_embeddings", 0)

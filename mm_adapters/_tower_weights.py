@@ -184,7 +184,7 @@ class TowerWeights:
         return found
 
     def _final_norm(self) -> nn.Module:
-        place = self._mounted.record.after.get("ln_final.hook_scale")
+        place = self._mounted.after.get("ln_final.hook_scale")
         return self._mounted.module.get_submodule(place.path) if isinstance(place, Norm) else nn.Identity()
 
 

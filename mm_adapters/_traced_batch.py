@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_adapters._errors import InputError
+from mm_adapters._session import is_guided
 from mm_adapters._sitemap import MountedTower, SiteMap
 from mm_adapters._traced_points import ROOT
 from mm_adapters._traced_rows import MIXED, Axis
@@ -34,6 +35,7 @@ class Rows:
         homes |= self._of_projections()
         self._homes = sorted(homes.items(), key=lambda item: -len(item[0]))
         self._known: dict[str, Axis] = {}
+        self._given: dict[str, Any] = {}
 
     def axis(self, location: str) -> Axis:
         """The axis of what is at a location."""
@@ -64,7 +66,8 @@ class Rows:
         """How many rows of each axis one invoke gives."""
         if self._kind == "diffusion":
             n = n_prompts(arguments)
-            each = {**options, **arguments}.get("num_images_per_prompt") or 1
+            self._given = {**options, **arguments}
+            each = self._given.get("num_images_per_prompt") or 1
             return {_PROMPTS: n, _PICTURES: n * each}
         tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim}
         if self._kind == "tower":
@@ -116,7 +119,7 @@ class Rows:
 
     def _parts(self) -> int:
         guidance = self._sites.mounts.guidance
-        if guidance is None or not getattr(self._wrapped, guidance.flag):
+        if guidance is None or guidance.denoiser_calls or not is_guided(self._wrapped, guidance, self._given):
             return 1
         return len(guidance.denoiser_rows)
 

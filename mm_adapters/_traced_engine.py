@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from greenlet import getcurrent
@@ -31,7 +32,7 @@ class SiteInterleaver(Interleaver):
         super().__init__()
         self.points: dict[str, TracedPoint] = {}
         self.is_serving = False
-        self._stations: dict[str, Station] = {}
+        self._stations: dict[str, list[Station]] = {}
         self._attention: dict[str, AttentionTap] = {}
         self._entered: dict[int, AttentionTap] = {}
         self._gates: list[Gate] = []
@@ -46,7 +47,7 @@ class SiteInterleaver(Interleaver):
             if isinstance(tap, AttentionTap):
                 self._attention[f"{path}.input"] = self._attention[f"{path}.output"] = tap
             else:
-                self._stations[f"{path}.{tap.side}"] = Station(tap)
+                self._stations.setdefault(f"{path}.{tap.side}", []).append(Station(tap))
         if loop is not None:
             self._loop = self.envoys[id(loop)].path
             self._marks.add(f"{self._loop}.input")
@@ -80,9 +81,9 @@ class SiteInterleaver(Interleaver):
             self.is_serving = was
 
     def handle(self, provider: str, value: Any) -> Any:
-        station = self._stations.get(provider)
+        stations = self._stations.get(provider, ())
         tap = self._attention.get(provider)
-        if station is None and tap is None and provider not in self._marks:
+        if not stations and tap is None and provider not in self._marks:
             return self._serve(provider, value)
         if provider == "result":
             self._end_loops()
@@ -92,7 +93,7 @@ class SiteInterleaver(Interleaver):
         if leaving is not None:
             self._leave(leaving)
         value = self._serve(provider, value)
-        if station is not None:
+        for station in stations:
             value = station(value)
         if tap is not None and leaving is None:
             self._entered[id(tap)] = tap
@@ -117,7 +118,7 @@ class SiteInterleaver(Interleaver):
             self._gates.pop().__exit__(None, None, None)
         self._entered.clear()
         self.is_serving = False
-        for station in self._stations.values():
+        for station in chain.from_iterable(self._stations.values()):
             station.reset()
         return super().__exit__(*exc)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mm_adapters._attention import _TAKES, Watch
+from mm_adapters._attention import _TAKES
 from mm_adapters._errors import AttentionUnreachableError
 from mm_adapters._spec import Site
 from mm_adapters._taps import AttentionTap, Keep, NormReader, Reader, ResidualReader, Spread, Tap
@@ -169,7 +169,7 @@ class Gate(TorchFunctionMode):
         self.engine = engine
         self.late = late
         self.points: dict[str, Any] = tap.points  # TracedPoints, for that is what they were made as.
-        self.watch = Watch(self._fire, tap.n_heads, tap.n_kv_heads)
+        self.watch = tap.watch(self._fire, self._wants)
         self.attended = False
         self.fired: set[str] = set()
 
@@ -197,11 +197,14 @@ class Gate(TorchFunctionMode):
         return self.fired
 
     def _fire(self, name: str, x: Tensor) -> Tensor:
-        point = self.points.get(name)
-        if point is None or not point.due:
+        if not self._wants(name):
             return x
         self.fired.add(name)
-        return point(x)
+        return self.points[name](x)
+
+    def _wants(self, name: str) -> bool:
+        point = self.points.get(name)
+        return point is not None and point.due
 
 
 def tracked(x: Tensor) -> bool:

@@ -10,7 +10,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mm_adapters._sitemap import MountedTower, head_count
+from mm_adapters._settle import head_count
+from mm_adapters._sitemap import MountedTower
 from mm_adapters._spec import Attention, Input, Norm, Output, Place
 
 _QKV = {"Q": "hook_q", "K": "hook_k", "V": "hook_v"}
@@ -28,12 +29,18 @@ class BlockWeights:
     def block(self) -> nn.Module:
         return self.tower.module.get_submodule(self.tower.stacks[self.stack][self.layer])
 
+    @property
+    def places(self) -> dict[str, Place]:
+        """What the block has, and where."""
+        return self.tower.parts[self.stack][self.layer]
+
     def names(self, part: str) -> dict[str, Callable[[], Tensor]]:
         """What `part` ("attn", "cross_attn", "mlp", "ln1", ...) has, each as a function."""
-        places = self.tower.record.stacks[self.stack].parts
+        places = self.places
         found: dict[str, Callable[[], Tensor]] = {}
         if f"{part}.hook_z" in places:
-            for letter in "QKVO":
+            sites = {letter: f"{part}.{_QKV.get(letter, 'hook_z')}" for letter in "QKVO"}
+            for letter in (w for w, site in sites.items() if self._has_weight(places.get(site))):
                 found[f"W_{letter}"] = lambda w=letter: self._attention(part, w)[0]
                 found[f"b_{letter}"] = lambda w=letter: self._attention(part, w)[1]
         elif f"{part}.hook_post" in places:
@@ -50,7 +57,7 @@ class BlockWeights:
         return found
 
     def _attention(self, part: str, letter: str) -> tuple[Tensor, Tensor]:
-        places = self.tower.record.stacks[self.stack].parts
+        places = self.places
         n_heads = self._heads(places[f"{part}.hook_q"])
         if letter == "O":
             weight, bias = self._linear(f"{part}.hook_z", branch=f"hook_{part}_out")
@@ -66,7 +73,7 @@ class BlockWeights:
         return weight, bias
 
     def _linear(self, site: str, branch: str | None = None) -> tuple[Tensor, Tensor]:
-        place = self.tower.record.stacks[self.stack].parts[site]
+        place = self.places[site]
         weight, bias = _affine(self.block, place)
         if bias is None:
             bias = weight.new_zeros(weight.shape[0])
@@ -75,11 +82,17 @@ class BlockWeights:
 
     def _gain(self, branch: str | None) -> Tensor | None:
         """The per-channel gain some models put on a branch before it joins the stream."""
-        place = self.tower.record.stacks[self.stack].parts.get(branch or "")
+        place = self.places.get(branch or "")
         if not isinstance(place, Output):
             return None
         module = self.block.get_submodule(place.path)
         return next((g for n in ("gamma", "lambda1") if (g := getattr(module, n, None)) is not None), None)
+
+    def _has_weight(self, place: Place | None) -> bool:
+        # What a module attends with may have come out of several projections and a rotation.
+        if isinstance(place, Attention):
+            return getattr(self.block.get_submodule(place.path), "in_proj_weight", None) is not None
+        return place is not None
 
     def _heads(self, place: Place) -> int:
         assert isinstance(place, Output | Input | Attention)
@@ -100,7 +113,13 @@ def norm_bias(norm: nn.Module) -> Tensor:
 
 
 def tensor_at(root: object, path: str) -> Tensor | None:
-    """The tensor at a dotted path, transposed if the path ends in ".T"; None if it is not there."""
+    """The tensor at a dotted path, transposed if the path ends in ".T"; None if it is not there.
+
+    Of several paths with "|" between them it is that of the first where there is one.
+    """
+    if "|" in path:
+        found = (tensor_at(root, one) for one in path.split("|"))
+        return next((tensor for tensor in found if tensor is not None), None)
     value: Any = root
     for name in path.removesuffix(".T").split("."):
         value = getattr(value, name, None)

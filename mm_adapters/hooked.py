@@ -12,13 +12,15 @@ from transformer_lens import HookedRootModule
 
 from mm_adapters._cache import ModelCache
 from mm_adapters._errors import InputError, MetaDeviceError
+from mm_adapters._joint import prompt_layout, prompt_layouts
 from mm_adapters._layouts import layouts
 from mm_adapters._lens import Edit, Read, Run, as_read
 from mm_adapters._points import Points
 from mm_adapters._session import Session
 from mm_adapters._sitemap import SiteMap
 from mm_adapters._spec import Site
-from mm_adapters._tokens import TokenLayout, text_layout
+from mm_adapters._texts import as_texts
+from mm_adapters._tokens import TokenLayout
 from mm_adapters._tower import HookedTower
 
 if TYPE_CHECKING:
@@ -106,25 +108,24 @@ class HookedModel(HookedRootModule):
     def layout(self, *, text: Any = None, images: Any = None, **prepared: Any) -> dict[str, TokenLayout]:
         """What each position of each tower is: class, patch (row, column), word, image, padding.
 
-        Takes raw text and images, or the wrapped model's own tensors. For a pipeline, the prompt's.
+        Takes raw text and images, or the wrapped model's own tensors. For a pipeline, the prompt's, and
+        of a denoiser where text and image attend together: give `height`, `width` and
+        `max_sequence_length` as to the pipeline.
         """
         texts = None
         if text is not None or images is not None:
             if self.inputs is not None and text is not None:
                 texts = self.inputs.prompts(text, images)
-            prepared = self.prepare(text=text, images=images) if self.sitemap.mounts.loop is None else {}
+            if self.sitemap.mounts.loop is None:
+                prepared = self.prepare(text=text, images=images)
         if self.sitemap.mounts.loop is not None:
-            return {name: self.prompt_layout(name, texts or []) for name in self.tower_names
-                    if self.sitemap.towers[name].record.role == "text"}  # fmt: skip
+            given = texts if text is None or texts else as_texts(text)
+            return prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, given or [], prepared)
         return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
         """What each position of a pipeline's prompts is, padded as the pipeline pads them."""
-        tokenizer = self.tokenizer_of(tower)
-        # Some tokenizers know of no limit.
-        length = min(tokenizer.model_max_length, self.tower(tower).cfg.n_ctx)
-        options = {"padding": "max_length", "max_length": length, "truncation": True}
-        return text_layout(texts, tokenizer, tokenizer(texts, return_tensors="pt", **options).input_ids)
+        return prompt_layout(self.tower(tower).cfg.n_ctx, self.tokenizer_of(tower), texts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped model; raw `text` and `images` are prepared first."""
@@ -168,7 +169,7 @@ class HookedModel(HookedRootModule):
         self.check_ready()
         session = self._session(read, edit, keep_graph=grad_of is not None)
         arguments = self._arguments(dict(inputs))
-        with torch.set_grad_enabled(grad_of is not None), session.attached():
+        with torch.set_grad_enabled(grad_of is not None), session.attached(arguments):
             output = self._call(arguments, differentiable=grad_of is not None)
         return session.result(output, grad_of)
 
@@ -313,7 +314,7 @@ class HookedModel(HookedRootModule):
         keep = names_filter if callable(names_filter) else _among(names_filter)
         move = (lambda value: value.to(device)) if device else None
         session = self._session([Read(n, move) for n in self.sitemap.sites if keep(n)], (), False)
-        with session.attached():
+        with session.attached(kwargs):
             output = self.forward(*args, **kwargs)
         found = dict(session.result(output).values)
         if remove_batch_dim:

@@ -227,7 +227,7 @@ class TracedModel(Remotable):
         session = Session(self._wrapped, self.sitemap, self._points, reads, edit, keep)
         if keep and self.kind == "diffusion":
             arguments["differentiable"] = True
-        with torch.set_grad_enabled(keep), session.attached():
+        with torch.set_grad_enabled(keep), session.attached(arguments):
             tracer = super().trace(fn=fn, tracer_cls=SiteTracer, **arguments)
             with tracer:
                 output = nnsight.save(tracer.result)

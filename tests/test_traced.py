@@ -90,7 +90,9 @@ def test_edits_are_bit_equal_to_the_hooked_model(name: str) -> None:
 @each_family
 def test_gradients_are_bit_equal_to_the_hooked_model(name: str) -> None:
     built, hooked, traced = both(name)
-    inputs = built.inputs | ({"output_type": "latent"} if "output_type" in built.inputs else {})
+    inputs = built.differentiable()
+    if inputs is None:
+        pytest.skip("its pipeline gives no tensor, so no gradient")
 
     def loss(output: Any) -> torch.Tensor:
         return built.head(output).double().pow(2).sum()
@@ -149,7 +151,7 @@ def test_a_traced_model_computes_what_it_did(name: str) -> None:
     with torch.no_grad(), traced.trace(**built.inputs, fn=traced._plain) as tracer:
         output = nnsight.save(tracer.result)
     assert torch.equal(built.head(output), before)
-    site = next(s for s in traced.sitemap.sites if s.endswith("hook_pattern"))
+    site = next((s for s in traced.sitemap.sites if s.endswith("hook_pattern")), "vision.hook_embed")
     with pytest.raises(KeyboardInterrupt):
         traced.run(built.inputs, edit=[mm.Edit(site, interrupt)])
     assert not torch.overrides._get_current_function_mode_stack()

@@ -6,7 +6,7 @@ A case is the model, arguments it takes, and the tensor of its output that an ed
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,13 +54,21 @@ _DECODER = {
 class Case:
     """A tiny model, what it is called with, and the part of its output an edit must move.
 
-    `off_path` are globs of sites that the model computes and does not use.
+    `off_path` are globs of sites that the model computes and does not use. `smooth` are inputs with
+    which a pipeline's output has a derivative (pixels are clamped); None if it has none anyhow.
     """
 
     model: Any
     inputs: dict[str, Any]
     head: Callable[[Any], Tensor]
     off_path: tuple[str, ...] = ()
+    smooth: dict[str, Any] | None = field(default_factory=lambda: {"output_type": "latent"})
+
+    def differentiable(self) -> dict[str, Any] | None:
+        """Inputs with which the output has a derivative, or None."""
+        if self.smooth is None:
+            return None
+        return self.inputs | (self.smooth if "output_type" in self.inputs else {})
 
 
 def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -273,3 +281,10 @@ CASES: dict[str, Callable[[], Case]] = {
         llava_siglip_qwen, llava_mistral, unet, stable_diffusion, stable_diffusion_xl,
     )
 }  # fmt: skip
+
+# Each file of families adds its own.
+from tiny_contrastive import CASES as CONTRASTIVE_CASES  # noqa: E402
+from tiny_diffusion import CASES as DIFFUSION_CASES  # noqa: E402
+from tiny_vision import CASES as VISION_CASES  # noqa: E402
+
+CASES |= CONTRASTIVE_CASES | VISION_CASES | DIFFUSION_CASES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mm_adapters._spec import Attention, Input, Norm, Output, Place
+from mm_adapters._spec import Attention, Input, Inside, Norm, Output, Place
 
 
 def attention(
@@ -21,14 +21,14 @@ def attention(
 ) -> dict[str, Place]:
     """An attention module with a projection module each for q, k, v and the output.
 
-    `heads` and `kv_heads` are attributes of the attention module.
+    `heads` and `kv_heads` are attributes of the attention module. Each name may be several, with "|".
     """
-    n = f"{path}:{heads}"
-    n_kv = f"{path}:{kv_heads or heads}"
+    n = _each(f"{path}:", heads)
+    n_kv = _each(f"{path}:", kv_heads or heads)
     parts: dict[str, Place] = {
-        f"{name}.hook_q": Output(f"{path}.{q}", n),
-        f"{name}.hook_k": Output(f"{path}.{k}", n_kv),
-        f"{name}.hook_v": Output(f"{path}.{v}", n_kv),
+        f"{name}.hook_q": Output(_each(f"{path}.", q), n),
+        f"{name}.hook_k": Output(_each(f"{path}.", k), n_kv),
+        f"{name}.hook_v": Output(_each(f"{path}.", v), n_kv),
     }
     if rotary:
         parts[f"{name}.hook_rot_q"] = Attention(path, "rot_q", n)
@@ -36,17 +36,22 @@ def attention(
     return parts | {
         f"{name}.hook_attn_scores": Attention(path, "attn_scores", n),
         f"{name}.hook_pattern": Attention(path, "pattern", n),
-        f"{name}.hook_z": Input(f"{path}.{o}", n),
+        f"{name}.hook_z": Input(_each(f"{path}.", o), n),
     }
+
+
+def _each(start: str, names: str) -> str:
+    return "|".join(start + name for name in names.split("|"))
+
+
+def inside(path: str, heads: str, *values: Inside, name: str = "attn") -> dict[str, Place]:
+    """What an attention module's own call to a kernel is given and gives."""
+    return {f"{name}.hook_{value}": Attention(path, value, f"{path}:{heads}") for value in values}
 
 
 def fused_attention(path: str, *, heads: str = "num_heads", name: str = "attn") -> dict[str, Place]:
     """An nn.MultiheadAttention: projections and attention in one call."""
-    n = f"{path}:{heads}"
-    return {
-        f"{name}.hook_{value}": Attention(path, value, n)
-        for value in ("q", "k", "v", "attn_scores", "pattern", "z")
-    }
+    return inside(path, heads, "q", "k", "v", "attn_scores", "pattern", "z", name=name)
 
 
 def norm(path: str, name: str, kind: Literal["LN", "RMS"] = "LN") -> dict[str, Place]:

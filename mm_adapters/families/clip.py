@@ -16,7 +16,7 @@ BLOCKS = Stack(
     | {"hook_mlp_out": Output("mlp"), "hook_resid_post": Output("")},
 )
 
-register(
+VISION = register(
     Tower(
         "clip_vision",
         "vision",
@@ -29,7 +29,7 @@ register(
         n_class=1,
     )
 )
-register(
+TEXT = register(
     Tower(
         "clip_text",
         "text",
@@ -45,7 +45,7 @@ register(
         causal=True,
     )
 )  # fmt: skip
-register(
+CLIP = register(
     Mounts(
         "clip",
         "contrastive",

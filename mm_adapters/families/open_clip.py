@@ -1,7 +1,7 @@
 """open_clip's ViT towers, whose attention is nn.MultiheadAttention (arXiv 2212.07143)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Residual, Stack, Tower
+from mm_adapters._spec import Built, Input, Mount, Mounts, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import fused_attention, mlp, norm
 
 BLOCKS = Stack(
@@ -25,9 +25,11 @@ register(
         ("open_clip:VisionTransformer",),
         {"blocks": BLOCKS},
         before={"hook_embed": Output("ln_pre")},
-        after=norm("ln_post", "ln_final"),
-        takes="image",
+        after=fused_attention("attn_pool.attn", name="attn_pool") | norm("ln_post", "ln_final"),
+        takes="x",
         gives="",
+        pool=Built((("attn_pool", True, "attention"), ("pool_type", "avg", "mean"),
+                    ("pool_type", "none", "none")), "first"),
         position="positional_embedding",
         patch="conv1",
         n_class=1,
@@ -44,7 +46,9 @@ register(
         absent=TEXT_ABSENT,
         takes="text",
         gives="",
-        pool="end",
+        # An appended class token is read last, whatever else is said.
+        pool=Built((("cls_emb", True, "last"), ("pool_type", "first", "first"),
+                    ("pool_type", "last", "last")), "end"),
         embed="token_embedding.weight",
         position="positional_embedding",
         causal=True,
@@ -56,7 +60,7 @@ register(
         "contrastive",
         ("open_clip:CLIP",),
         {
-            "vision": Mount("visual", run="encode_image", project="visual.proj"),
+            "vision": Mount("visual", run="encode_image", takes="image", project="visual.proj"),
             # The text tower's parts are the model's own.
             "text": Mount("", tower="open_clip_text", run="encode_text", project="text_projection"),
         },
@@ -69,8 +73,10 @@ register(
         "contrastive",
         ("open_clip:CustomTextCLIP",),
         {
-            "vision": Mount("visual", run="encode_image", project="visual.proj"),
-            "text": Mount("text", run="encode_text", project="text.text_projection"),
+            "vision": Mount("visual", run="encode_image", takes="image",
+                            project="visual.proj|visual.head.proj"),
+            "text": Mount("text", run="encode_text", takes="text",
+                          project="text.text_projection|text.proj"),
         },
         logit_scale="logit_scale",
     )

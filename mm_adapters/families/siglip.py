@@ -5,7 +5,7 @@ from mm_adapters._spec import Mount, Mounts, Output, Tower
 from mm_adapters.families._parts import norm
 from mm_adapters.families.clip import BLOCKS
 
-register(
+VISION = register(
     Tower(
         "siglip_vision",
         "vision",
@@ -18,7 +18,7 @@ register(
         patch="embeddings.patch_embedding",
     )
 )
-register(
+TEXT = register(
     Tower(
         "siglip_text",
         "text",
@@ -33,7 +33,7 @@ register(
         position="embeddings.position_embedding.weight",
     )
 )  # fmt: skip
-register(
+SIGLIP = register(
     Mounts(
         "siglip",
         "contrastive",

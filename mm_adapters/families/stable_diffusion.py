@@ -4,6 +4,7 @@
 from mm_adapters._registry import register
 from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, norm
+from mm_adapters.families._unet import MAP_ATTENTION, RESNET, RESNETS
 
 TRANSFORMER_BLOCK = (
     {"hook_resid_pre": Input("")}
@@ -22,11 +23,6 @@ TRANSFORMER_BLOCK = (
     | {"mlp.hook_post": Input("ff.net.2")}
     | {"hook_mlp_out": Output("ff"), "hook_resid_post": Output("")}
 )
-RESNET = {
-    "hook_in": Input("", is_map=True),
-    "hook_mid": Output("conv1", is_map=True),
-    "hook_out": Output("", is_map=True),
-}
 
 register(
     Tower(
@@ -34,12 +30,11 @@ register(
         "denoiser",
         ("diffusers:UNet2DConditionModel",),
         {
-            # Up blocks are registered before the middle one but run after it.
-            "resnets": Stack(("down_blocks.*.resnets.*", "mid_block.resnets.*",
-                              "up_blocks.*.resnets.*"), RESNET),
+            "resnets": RESNETS,
             "blocks": Stack(("down_blocks.*.attentions.*.transformer_blocks.*",
                              "mid_block.attentions.*.transformer_blocks.*",
                              "up_blocks.*.attentions.*.transformer_blocks.*"), TRANSFORMER_BLOCK),
+            "attentions": MAP_ATTENTION,
         },
         before={"hook_in": Input("", is_map=True), "hook_embed": Output("conv_in", is_map=True)},
         after={"hook_mid_block": Output("mid_block", is_map=True), "hook_out": Output("", is_map=True)},
@@ -62,6 +57,7 @@ register(
         takes="sample",
         gives="sample",
         pool="none",
+        calls="decoder",  # A pipeline calls its decode, and not it.
     )
 )  # fmt: skip
 TOWERS = {
@@ -73,7 +69,8 @@ register(
     Mounts(
         "stable_diffusion",
         "diffusion",
-        ("diffusers:StableDiffusionPipeline",),
+        ("diffusers:StableDiffusionPipeline", "diffusers:StableDiffusionImg2ImgPipeline",
+         "diffusers:StableDiffusionInpaintPipeline"),
         TOWERS,
         loop="denoiser",
         guidance=Guidance(),
@@ -83,7 +80,8 @@ register(
     Mounts(
         "stable_diffusion_xl",
         "diffusion",
-        ("diffusers:StableDiffusionXLPipeline",),
+        ("diffusers:StableDiffusionXLPipeline", "diffusers:StableDiffusionXLImg2ImgPipeline",
+         "diffusers:StableDiffusionXLInpaintPipeline"),
         {"text": Mount("text_encoder"), "text_2": Mount("text_encoder_2")} | TOWERS,
         loop="denoiser",
         guidance=Guidance(),

@@ -1,0 +1,105 @@
+"""What each position of a pipeline's sequences is: its prompts; text and image where they attend as one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+from mm_adapters._sitemap import SiteMap
+from mm_adapters._tokens import TokenLayout, text_layout, vision_layout
+from mm_adapters._words import Word
+
+_APART = 1_000_000
+
+
+def prompt_layout(
+    context: int | None, tokenizer: Any, texts: Sequence[str], length: int | None = None
+) -> TokenLayout:
+    """What each position of a pipeline's prompts is, padded as the pipeline pads them: to `length`."""
+    # Some tokenizers know of no limit, and some text towers have none.
+    limits = [n for n in (tokenizer.model_max_length, context) if n and n < 10**9]
+    length = length or min(limits)
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    ids = tokenizer(list(texts), return_tensors="pt", **options).input_ids
+    return text_layout(texts, tokenizer, ids)
+
+
+def prompt_layouts(
+    pipeline: Any,
+    sites: SiteMap,
+    tokenizer_of: Callable[[str], Any],
+    texts: Sequence[str],
+    options: Mapping[str, Any],
+) -> dict[str, TokenLayout]:
+    """The layout of each text tower, and of a denoiser with a joint attention, for these prompts.
+
+    `options` are the pipeline's: `height` and `width` in pixels, `max_sequence_length`.
+    """
+    defaults = {n: p.default for n, p in inspect.signature(type(pipeline).__call__).parameters.items()}
+    given = {k: options.get(k, defaults.get(k)) for k in ("height", "width", "max_sequence_length")}
+    found: dict[str, TokenLayout] = {}
+    for name, tower in sites.towers.items():
+        if tower.record.role == "text" and tokenizer_of(name) is not None:
+            context = _context(tower.module)
+            # Towers without a limit of their own are given the pipeline's.
+            length = None if context else given["max_sequence_length"]
+            found[name] = prompt_layout(context, tokenizer_of(name), texts, length)
+    denoiser = sites.towers.get(sites.mounts.loop or "")
+    joint = None if denoiser is None else denoiser.record.joint
+    if denoiser is not None and joint is not None and found.keys() >= {*sites.mounts.prompt}:
+        parts = [found[name] for name in sites.mounts.prompt]
+        grid = _grid(pipeline, denoiser.module, given)
+        found[denoiser.name] = joint_layout(parts, grid, joint.first == "text")
+    return found
+
+
+def joint_layout(texts: Sequence[TokenLayout], grid: tuple[int, int], text_first: bool) -> TokenLayout:
+    """Texts one after the other, and an image's latents line by line, in one sequence."""
+    n_rows = texts[0].n_rows
+    image = vision_layout(n_rows, grid, n_class=0, role="latent")
+    order = [*texts, image] if text_first else [image, *texts]
+    starts = {id(part): sum(p.n_pos for p in order[:i]) for i, part in enumerate(order)}
+    rows = range(n_rows)
+
+    def joined(field: str) -> tuple[tuple[Any, ...], ...]:
+        each = [getattr(p, field) or ((None,) * p.n_pos,) * n_rows for p in order]
+        return tuple(tuple(chain.from_iterable(part[row] for part in each)) for row in rows)
+
+    def moved(field: str) -> tuple[tuple[Word, ...], ...]:
+        # The same text again has its characters after those of the text before.
+        return tuple(
+            tuple(
+                replace(w, positions=tuple(p + starts[id(part)] for p in w.positions),
+                        span=(w.span[0] + i * _APART, w.span[1] + i * _APART))
+                for i, part in enumerate(texts)
+                for w in getattr(part, field)[row]
+            )
+            for row in rows
+        )  # fmt: skip
+
+    return TokenLayout(
+        roles=joined("roles"),
+        grid=grid,
+        patches=joined("patches"),
+        image_index=joined("image_index"),
+        texts=texts[0].texts,
+        words=moved("words"),
+        marks=moved("marks"),
+    )
+
+
+def _context(module: Any) -> int | None:
+    return getattr(getattr(module, "config", None), "max_position_embeddings", None)
+
+
+def _grid(pipeline: Any, denoiser: Any, given: Mapping[str, Any]) -> tuple[int, int]:
+    """The rows and columns of patches: of the latent's, those that one patch packs."""
+    scale = pipeline.vae_scale_factor
+    packed = denoiser.config.patch_size
+    if denoiser.config.in_channels == 4 * pipeline.vae.config.latent_channels:
+        packed *= 2  # Four latents make one of the denoiser's channels.
+    height, width = ((given[k] or pipeline.default_sample_size * scale) for k in ("height", "width"))
+    return height // scale // packed, width // scale // packed

@@ -1,0 +1,40 @@
+"""ALIGN: an EfficientNet and a BERT (arXiv 2102.05918)."""
+
+from dataclasses import replace
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Mount, Mounts, Stack, Tower
+from mm_adapters.families import bert
+from mm_adapters.families._conv import NO_ATTENTION, maps
+
+register(
+    Tower(
+        "align_vision",
+        "vision",
+        ("transformers:AlignVisionModel",),
+        {
+            "blocks": Stack(
+                ("encoder.blocks.*",),
+                maps(hook_in="", hook_expand="expansion", hook_depthwise="depthwise_conv",
+                     hook_squeeze="squeeze_excite", hook_branch="projection.project_bn", hook_out=""),
+            )
+        },
+        before=maps(hook_embed="embeddings"),
+        after=maps(hook_pooled="pooler"),
+        absent=NO_ATTENTION,
+        norm=None,
+        pool="mean",
+    )
+)  # fmt: skip
+register(replace(bert.BERT, name="align_text", classes=("transformers:AlignTextModel",)))
+_TEXT = Mount("text_model", run="get_text_features", gives="pooler_output",
+              project="text_projection.weight.T")  # fmt: skip
+register(
+    Mounts(
+        "align",
+        "contrastive",
+        ("transformers:AlignModel",),
+        {"vision": Mount("vision_model", run="get_image_features"), "text": _TEXT},
+        # It divides by a temperature; it has no scale to multiply with.
+    )
+)

@@ -1,0 +1,40 @@
+"""AltCLIP: CLIP's image tower and a multilingual text tower (arXiv 2211.06679)."""
+
+from dataclasses import replace
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Mount, Mounts, Output, Stack, Tower
+from mm_adapters.families import _bert, clip
+from mm_adapters.families._parts import norm
+
+register(replace(clip.VISION, name="altclip_vision", classes=("transformers:AltCLIPVisionModel",)))
+register(
+    Tower(
+        "altclip_text",
+        "text",
+        ("transformers:AltCLIPTextModel",),
+        {"blocks": Stack(("roberta.encoder.layers.*",), _bert.PARTS)},
+        before={
+            "hook_embed": Output("roberta.embeddings.word_embeddings"),
+            "hook_pos_embed": Output("roberta.embeddings.position_embeddings", like="hook_embed"),
+            "hook_full_embed": Output("roberta.embeddings"),
+        },
+        after=norm("pre_LN", "ln_final") | {"hook_projected": Output("transformation")},
+        takes="input_ids",
+        embed="roberta.embeddings.word_embeddings.weight",
+        position="roberta.embeddings.position_embeddings.weight",
+    )
+)
+register(
+    Mounts(
+        "altclip",
+        "contrastive",
+        ("transformers:AltCLIPModel",),
+        {
+            "vision": clip.CLIP.towers["vision"],
+            # Two maps, one with a bias, stand between the final norm and the joint space.
+            "text": Mount("text_model", run="get_text_features"),
+        },
+        logit_scale="logit_scale",
+    )
+)

@@ -1,0 +1,20 @@
+"""Autoencoders beside AutoencoderKL, from the latent to the picture."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Input, Output, Tower
+
+register(
+    Tower(
+        "autoencoder",
+        "vae",
+        ("diffusers:AutoencoderDC", "diffusers:VQModel"),
+        {},
+        before={"hook_latent": Input("decoder", is_map=True)},
+        after={"hook_out": Output("decoder", is_map=True)},
+        norm=None,
+        takes="sample",
+        gives="sample",
+        pool="none",
+        calls="decoder",
+    )
+)

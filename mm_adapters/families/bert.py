@@ -1,0 +1,23 @@
+"""BERT and its kin, as text towers of composite models (arXiv 1810.04805)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Output, Stack, Tower
+from mm_adapters.families import _bert
+
+BERT = register(
+    Tower(
+        "bert",
+        "text",
+        ("transformers:BertModel", "transformers:RobertaModel", "transformers:XLMRobertaModel"),
+        {"blocks": Stack(("encoder.layer.*",), _bert.PARTS)},
+        before={
+            "hook_embed": Output("embeddings.word_embeddings"),
+            "hook_pos_embed": Output("embeddings.position_embeddings", like="hook_embed"),
+            "hook_full_embed": Output("embeddings"),
+        },
+        takes="input_ids",
+        gives="last_hidden_state",
+        embed="embeddings.word_embeddings.weight",
+        position="embeddings.position_embeddings.weight",
+    )
+)

@@ -1,0 +1,40 @@
+"""The prior of unCLIP and Kandinsky: a transformer that denoises an image's embedding (arXiv 2204.06125)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Residual, Stack, Tower
+from mm_adapters.families._parts import attention, mlp, norm
+
+register(
+    Tower(
+        "prior_transformer",
+        "denoiser",
+        ("diffusers:PriorTransformer",),
+        {
+            "blocks": Stack(
+                ("transformer_blocks.*",),
+                {"hook_resid_pre": Input("")}
+                | norm("norm1", "ln1")
+                | attention("attn1", q="to_q", k="to_k", v="to_v", o="to_out.0", heads="heads")
+                | {"hook_attn_out": Output("attn1")}
+                | {"hook_resid_mid": Residual("hook_resid_pre", "hook_attn_out")}
+                | norm("norm3", "ln2")
+                | mlp("ff", up="net.0.proj", down="net.2")
+                | {"hook_mlp_out": Output("ff"), "hook_resid_post": Output("")},
+            )
+        },
+        after=norm("norm_out", "ln_final") | {"hook_pooled": Output("")},
+        takes="hidden_states",
+        gives="predicted_image_embedding",
+        pool="last",
+    )
+)
+register(
+    Mounts(
+        "kandinsky_prior",
+        "diffusion",
+        ("diffusers:KandinskyV22PriorPipeline", "diffusers:KandinskyPriorPipeline"),
+        {"text": Mount("text_encoder"), "denoiser": Mount("prior")},
+        loop="denoiser",
+        guidance=Guidance(flag=None),
+    )
+)

@@ -1,0 +1,21 @@
+"""UNets without text: DDPM, DDIM and what else samples with UNet2DModel (arXiv 2006.11239)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Input, Mount, Mounts, Output, Tower
+from mm_adapters.families._unet import MAP_ATTENTION, RESNETS
+
+register(
+    Tower(
+        "unet2d",
+        "denoiser",
+        ("diffusers:UNet2DModel",),
+        {"resnets": RESNETS, "attentions": MAP_ATTENTION},
+        before={"hook_in": Input("", is_map=True), "hook_embed": Output("conv_in", is_map=True)},
+        after={"hook_mid_block": Output("mid_block", is_map=True), "hook_out": Output("", is_map=True)},
+        takes="sample",
+        gives="sample",
+        pool="none",
+    )
+)
+_PIPELINES = ("diffusers:DDPMPipeline", "diffusers:DDIMPipeline")
+register(Mounts("unconditional", "diffusion", _PIPELINES, {"denoiser": Mount("unet")}, loop="denoiser"))
