@@ -108,8 +108,10 @@ class Meter:
         new = new.to(device=value.device, dtype=value.dtype)
         self.fired += 1
         with torch.no_grad():
-            was, now = value.detach().float(), new.detach().float()
-            # Masked scores are -inf: one that stays so did not move, one that does not moved by one.
+            # Masked scores are -inf, or the lowest number there is: one that stays so did not move, one
+            # that does not moved by one.
+            floor = torch.finfo(value.dtype).min / 2
+            was, now = (x.detach().float().masked_fill(x < floor, -torch.inf) for x in (value, new))
             change = torch.where(was == now, 0.0, (now - was).nan_to_num(1.0, 1.0, 1.0))
             self._change = self._change + change.square().sum()
             self._size = self._size + was.nan_to_num(0.0, 0.0, 0.0).square().sum()

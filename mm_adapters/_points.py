@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from mm_adapters._sitemap import SiteMap, head_count, resolve
-from mm_adapters._spec import Attention, Input, Norm, Output, Residual, Site
+from mm_adapters._spec import Attention, Input, Norm, Output, Residual, Site, Stream
 from mm_adapters._taps import (
     AttentionTap,
+    Carry,
+    Gain,
     Keep,
     NormReader,
     Point,
@@ -19,6 +21,7 @@ from mm_adapters._taps import (
     Side,
     SitePoint,
     Spread,
+    StreamReader,
     Tap,
     View,
 )
@@ -61,12 +64,13 @@ class Points:
             case Output() | Input():
                 side: Side = "output" if isinstance(place, Output) else "input"
                 n_heads = self._heads(site, place.heads)
-                plain = n_heads is None and place.chunk is None
-                reader = Reader(point) if plain else View(point, n_heads, place.chunk)
+                gain = self._gain(site, place) if isinstance(place, Output) else None
+                plain = n_heads is None and place.chunk is None and gain is None
+                reader = Reader(point) if plain else View(point, n_heads, place.chunk, gain)
                 self._feed(self._tap(site, side), reader, point)
-            case Norm(value="normalized", kind=kind):
+            case Norm(value="normalized", kind=kind, offset=offset):
                 scale = self.by_name[self._sibling(site, site.part.replace("normalized", "scale"))]
-                reader = NormReader(scale, point, self._module(site), kind)
+                reader = NormReader(scale, point, self._module(site), kind, offset)
                 self._feed(self._tap(site, "input"), Keep(reader, "source"), scale, point)
                 self._feed(self._tap(site, "output"), reader, scale, point)
             case Norm():
@@ -79,6 +83,12 @@ class Points:
                 point.taps.append(tap)
             case Residual():
                 self._wire_residual(site, point, place)
+            case Stream():
+                reader = StreamReader(point)
+                self._feed(self._tap(site, "input"), reader, point)
+                block = self._tap_of(self._block(site), "output", site)
+                block.readers.insert(0, Carry(reader))  # The skip joins before the block's own sites.
+                point.taps.append(block)
             case None:
                 raise AssertionError(f"{site.name} has no place.")
 
@@ -92,17 +102,26 @@ class Points:
             tap = self._tap(base.site, "input" if isinstance(base.site.place, Input) else "output")
             self._feed(tap, Keep(reader, "base"), point)
         point.taps.extend(t for t in base.taps if t not in point.taps)
+        assert getattr(branch.site.place, "gain", None) is None, "A gained branch takes Stream."
         self._feed(self._tap(branch.site, "output"), reader, point)
 
     def _feed(self, tap: Tap, reader: Reader | Keep, *points: Point) -> None:
         tap.readers.append(reader)
         for point in points:
-            if tap not in point.taps:
-                point.taps.append(tap)
+            point.taps.extend(t for t in (tap.unfolds, tap) if t is not None and t not in point.taps)
 
     def _tap(self, site: Site, side: Side) -> Tap:
-        module = self._module(site)
-        return self._taps.setdefault((id(module), side), Tap(module, side))
+        tap = self._tap_of(self._module(site), side, site)
+        if site.stack is not None and tap.unfolds is None and not isinstance(site.place, Residual | None):
+            stack = self._sites.towers[site.tower].record.stacks[site.stack]
+            if site.place.path in stack.folded:
+                tap.unfolds = self._tap_of(self._block(site), "input", site)
+                tap.unfolds.readers.insert(0, Keep(tap, "block_input"))
+        return tap
+
+    def _tap_of(self, module: nn.Module, side: Side, site: Site) -> Tap:
+        packed = self._sites.towers[site.tower].record.packed
+        return self._taps.setdefault((id(module), side), Tap(module, side, packed))
 
     def _attention(self, site: Site, heads: str) -> AttentionTap:
         module = self._module(site)
@@ -119,13 +138,20 @@ class Points:
         return resolve(self._model, site.module)
 
     def _heads(self, site: Site, where: str | None) -> int | None:
-        if where is None:
-            return None
+        return None if where is None else head_count(self._block(site), where)
+
+    def _block(self, site: Site) -> nn.Module:
+        """The repeated module that a site belongs to, or its tower."""
         tower = self._sites.towers[site.tower]
-        owner = tower.module
-        if site.stack is not None and site.layer is not None:
-            owner = owner.get_submodule(tower.stacks[site.stack][site.layer])
-        return head_count(owner, where)
+        if site.stack is None or site.layer is None:
+            return tower.module
+        return tower.module.get_submodule(tower.stacks[site.stack][site.layer])
+
+    def _gain(self, site: Site, place: Output) -> Gain | None:
+        name = (place.gain or "").removesuffix(".tanh")
+        if getattr(self._block(site), name, None) is None:
+            return None
+        return Gain(self._block(site), name, squash=str(place.gain).endswith(".tanh"))
 
     @staticmethod
     def _sibling(site: Site, part: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
 from operator import attrgetter
@@ -14,7 +14,7 @@ from torch import nn
 
 from mm_adapters._errors import MissingSiteError
 from mm_adapters._registry import by_name, find, lookup, unknown
-from mm_adapters._spec import Attention, Input, Mount, Mounts, Output, Place, Residual, Site, Tower
+from mm_adapters._spec import Attention, Input, Mount, Mounts, Output, Place, Residual, Site, Stack, Tower
 
 _TOKEN = ("batch", "pos", "d_model")
 _AXES: dict[str, tuple[str, ...]] = {
@@ -71,7 +71,7 @@ class SiteMap:
                 record = find(Tower, module)
             if record is None:
                 raise unknown(module, Tower)
-            stacks = {s: _stack_paths(stack.paths, module) for s, stack in record.stacks.items()}
+            stacks = {s: _stack_paths(stack, module) for s, stack in record.stacks.items()}
             tower = MountedTower(name, record, mount, module, path, stacks)
             self.towers[name] = tower
             for site in _tower_sites(tower):
@@ -123,17 +123,17 @@ def _tower_sites(tower: MountedTower) -> Iterator[Site]:
     for stack_name, paths in tower.stacks.items():
         for layer, path in enumerate(paths):
             for part, place in record.stacks[stack_name].parts.items():
-                if _exists(tower.module.get_submodule(path), place):
+                if _exists(tower.module.get_submodule(path), place, record.stacks[stack_name].parts):
                     yield _site(tower, stack_name, layer, part, place, path)
     yield from (_site(tower, None, None, part, place) for part, place in record.after.items())
     for part, reason in record.absent.items():
         yield Site(f"{tower.name}.{part}", tower.name, None, None, part, None, "", (), reason)
 
 
-def _exists(block: nn.Module, place: Place) -> bool:
+def _exists(block: nn.Module, place: Place, parts: Mapping[str, Place]) -> bool:
     # Optional modules are stored as None (a ResNet's shortcut, a block without cross-attention).
     if isinstance(place, Residual):
-        return True
+        return all(_exists(block, parts[p], parts) for p in (place.base, place.branch))
     try:
         block.get_submodule(place.path)
     except AttributeError:
@@ -159,6 +159,8 @@ def _site(
 
 def _axes(owner: nn.Module, part: str, place: Place) -> tuple[str, ...]:
     leaf = part.rpartition(".")[2]
+    if isinstance(place, Output | Input) and place.axes is not None:
+        return place.axes
     if leaf in _AXES:
         axes = _AXES[leaf]
     elif isinstance(place, Output | Input) and place.is_map:
@@ -172,11 +174,13 @@ def _axes(owner: nn.Module, part: str, place: Place) -> tuple[str, ...]:
     return tuple(f"head={count}" if a == "head" else a for a in axes)
 
 
-def _stack_paths(globs: tuple[str, ...], module: nn.Module) -> list[str]:
+def _stack_paths(stack: Stack, module: nn.Module) -> list[str]:
     names = [name for name, _ in module.named_modules()]
     found: list[str] = []
-    for glob in globs:
+    for glob in stack.paths:
         match = re.compile(translate(glob)).match
         found += [n for n in names if n.count(".") == glob.count(".") and match(n)]
+    for block in map(module.get_submodule, found if stack.classes else ()):
+        if type(block).__name__ not in stack.classes:
+            raise unknown(block, Tower)
     return found
-

@@ -16,7 +16,9 @@ class Output:
     `heads` is "module:attribute", the number of heads the last axis is made of.
     `chunk` is (how many, which): the activation is one of several equal slices of the last axis.
     `like` names a site that fires earlier and has a row for every input, where this has one for all.
-    `is_map` marks [batch, channel, height, width].
+    `is_map` marks [batch, channel, height, width]; `axes` names others than the site's usual ones.
+    `gain` is a parameter of the block (".tanh" at its end: its tanh) that multiplies what is returned
+    before it joins the stream; the site shows the product. A block without it multiplies by nothing.
     """
 
     path: str
@@ -24,6 +26,8 @@ class Output:
     chunk: tuple[int, int] | None = None
     like: str | None = None
     is_map: bool = False
+    axes: tuple[str, ...] | None = None
+    gain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,20 @@ class Input:
     heads: str | None = None
     chunk: tuple[int, int] | None = None
     is_map: bool = False
+    axes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Norm:
-    """Inside a normalisation: `value` is its denominator ("scale") or the result before the affine map."""
+    """Inside a normalisation: `value` is its denominator ("scale") or the result before the affine map.
+
+    `offset` is added to its weight before that multiplies: Gemma stores its gains less one.
+    """
 
     path: str
     value: Literal["scale", "normalized"]
     kind: Literal["LN", "RMS"] = "LN"
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,32 @@ class Residual:
     branch: str
 
 
-Place = Output | Input | Norm | Attention | Residual
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream in the middle of a block, as the module at `path` (a norm) is given it.
+
+    For branches whose sum with the stream cannot be written as two sites: an edit goes on to the
+    module, and past it, over the skip connection, to what the block returns.
+    """
+
+    path: str
+
+
+Place = Output | Input | Norm | Attention | Residual | Stream
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Modules that repeat. Globs are relative to the tower, in the order the modules run."""
+    """Modules that repeat. Globs are relative to the tower, in the order the modules run.
+
+    `folded` are paths in a block where batch and position are one axis; its sites show them as two.
+    `classes`: names of the only classes that the parts describe, where a tower may hold others.
+    """
 
     paths: tuple[str, ...]
     parts: Mapping[str, Place]
+    folded: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +109,8 @@ class Tower:
 
     `takes` names the argument it is run with; `gives` the attribute of its output that summarises
     it ("" is the output itself). `final_norm` is applied to what `pool` picks, before `project`.
+    A `packed` tower lays the patches of all images end to end, without a batch axis: its sites show
+    them as one row, and its patterns are blocks on a diagonal.
     """
 
     name: str
@@ -101,6 +129,7 @@ class Tower:
     patch: str | None = None
     n_class: int = 0
     causal: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)

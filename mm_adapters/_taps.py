@@ -95,23 +95,53 @@ class Reader:
         return self.points[0](x)
 
 
-class View(Reader):
-    """A part of the last axis, its heads apart."""
+class Gain:
+    """What a block multiplies a branch by: one of its parameters, or the tanh of it."""
 
-    def __init__(self, point: Point, n_heads: int | None, chunk: tuple[int, int] | None) -> None:
+    def __init__(self, block: nn.Module, name: str, squash: bool) -> None:
+        self.block = block
+        self.name = name
+        self.squash = squash
+
+    def __call__(self) -> Tensor:
+        weight = getattr(self.block, self.name)
+        return weight.tanh() if self.squash else weight
+
+    def undo(self, x: Tensor) -> Tensor:
+        """What the branch must return for `x` to join the stream.
+
+        Raises: ValueError if the gain is zero somewhere, so that nothing could.
+        """
+        gain = self()
+        if not bool(gain.all()):
+            raise ValueError(
+                f"{self.name} is zero, so nothing that the branch returns joins the stream there. Edit the "
+                "residual stream (hook_resid_mid, hook_resid_post) instead."
+            )
+        return x / gain
+
+
+class View(Reader):
+    """A part of the last axis, its heads apart, times a gain."""
+
+    def __init__(
+        self, point: Point, n_heads: int | None, chunk: tuple[int, int] | None, gain: Gain | None = None
+    ) -> None:
         super().__init__(point)
         self.n_heads = n_heads
         self.chunk = chunk
+        self.gain = gain
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = list(x.chunk(self.chunk[0], dim=-1)) if self.chunk else [x]
         which = self.chunk[1] if self.chunk else 0
-        part = parts[which]
+        part = parts[which] if self.gain is None else parts[which] * self.gain()
         shown = part if self.n_heads is None else _split(part, self.n_heads)
         new = self.points[0](shown)
         if new is shown and not _tracked(new):
             return x
-        parts[which] = new if self.n_heads is None else _join(new)
+        joined = new if self.n_heads is None else _join(new)
+        parts[which] = joined if self.gain is None else self.gain.undo(joined)
         return torch.cat(parts, dim=-1) if self.chunk else parts[0]
 
 
@@ -135,10 +165,13 @@ class NormReader(Reader):
     shapes them.
     """
 
-    def __init__(self, scale: Point, normalized: Point, norm: nn.Module, kind: str) -> None:
+    def __init__(
+        self, scale: Point, normalized: Point, norm: nn.Module, kind: str, offset: float = 0.0
+    ) -> None:
         super().__init__(scale, normalized)
         self.norm = norm
         self.kind = kind
+        self.offset = offset
         self.source: Tensor | None = None
 
     @property
@@ -167,7 +200,7 @@ class NormReader(Reader):
         if scale is denominator and normalized is ratio and not _tracked(normalized):
             return x
         weight, bias = getattr(self.norm, "weight", None), getattr(self.norm, "bias", None)
-        out = normalized if weight is None else normalized * weight.float()
+        out = normalized if weight is None else normalized * (weight.float() + self.offset)
         out = out if bias is None else out + bias.float()
         return (out.squeeze(1) if pooled else out).to(x.dtype)
 
@@ -175,7 +208,7 @@ class NormReader(Reader):
 class Keep:
     """Keeps a tensor for a later reader of the same forward, while that one listens."""
 
-    def __init__(self, reader: Reader, name: str) -> None:
+    def __init__(self, reader: Reader | Tap, name: str) -> None:
         self.reader = reader
         self.name = name
 
@@ -214,15 +247,56 @@ class ResidualReader(Reader):
         return x
 
 
-class Tap:
-    """One torch hook on one module, present only while a point that it feeds is live."""
+class StreamReader(Reader):
+    """The stream as a block's inner norm is given it; `moved` is what an edit adds to the skip."""
 
-    def __init__(self, module: nn.Module, side: Side) -> None:
+    moved: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        new = self.points[0](x)
+        self.moved = None if new is x else new - x
+        return new
+
+
+class Carry:
+    """At a block's output: what an edit in its middle brings over the skip connection."""
+
+    name = "moved"
+
+    def __init__(self, reader: StreamReader) -> None:
+        self.reader = reader
+
+    @property
+    def live(self) -> bool:
+        return self.reader.live
+
+    def __call__(self, x: Tensor) -> Tensor:
+        moved, self.reader.moved = self.reader.moved, None
+        return x if moved is None else x + moved
+
+
+class Tap:
+    """One torch hook on one module, present only while a point that it feeds is live.
+
+    `packed`: the module's tensors have no batch axis; its readers are shown one row. `unfolds`: the
+    tap of the block's input, whose batch and positions this module's tensors have in one axis.
+    """
+
+    unfolds: Tap | None = None
+    block_input: Tensor | None = None
+
+    def __init__(self, module: nn.Module, side: Side, packed: bool = False) -> None:
         self.module = module
         self.side = side
-        self.readers: list[Reader | Keep] = []
+        self.packed = packed
+        self.readers: list[Reader | Keep | Carry] = []
         self._n_live = 0
         self._handles: list[Any] = []
+
+    @property
+    def live(self) -> bool:
+        """Whether a point that it feeds is live."""
+        return self._n_live > 0
 
     def count(self, change: int) -> None:
         """One more or one fewer live point: the hook goes on with the first and off with the last."""
@@ -259,10 +333,21 @@ class Tap:
         return None if new is x else _with_tensor(output, new)
 
     def _read(self, x: Tensor) -> Tensor:
+        shown = new = self._rows_apart(x)
         for reader in self.readers:
             if reader.live:
-                x = reader(x)
-        return x
+                new = reader(new)
+        if new is shown and (shown is x or not _tracked(new)):
+            return x
+        new = new if shown is x else new.reshape(x.shape)
+        # Modelling code takes views of what its modules give.
+        return new.contiguous() if x.is_contiguous() else new
+
+    def _rows_apart(self, x: Tensor) -> Tensor:
+        if self.unfolds is not None:
+            assert self.block_input is not None
+            return x.reshape(*self.block_input.shape[:2], -1)
+        return x.unsqueeze(0) if self.packed else x
 
 
 class AttentionTap(Tap):
@@ -356,4 +441,3 @@ def _with_tensor(output: Any, new: Tensor) -> Any:
 
 def _entries(output: Any) -> Any:
     return output if isinstance(output, tuple | list) else output.values()
-
