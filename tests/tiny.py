@@ -273,3 +273,9 @@ CASES: dict[str, Callable[[], Case]] = {
         llava_siglip_qwen, llava_mistral, unet, stable_diffusion, stable_diffusion_xl,
     )
 }  # fmt: skip
+
+# Each file of families adds its own.
+from tiny_unified import CASES as UNIFIED_CASES  # noqa: E402
+from tiny_vlm import CASES as VLM_CASES  # noqa: E402
+
+CASES |= VLM_CASES | UNIFIED_CASES

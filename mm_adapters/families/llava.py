@@ -7,7 +7,7 @@ register(
     Tower(
         "llava_projector",
         "projector",
-        ("transformers:LlavaMultiModalProjector",),
+        tuple(f"transformers:{c}MultiModalProjector" for c in ("Llava", "LlavaNext", "LlavaOnevision")),
         {},
         before={"hook_in": Input(""), "hook_pre": Output("linear_1"), "hook_post": Input("linear_2")},
         after={"hook_out": Output("")},
@@ -17,17 +17,19 @@ register(
         pool="none",
     )
 )
+LANGUAGE = Mount("model.language_model", run="", gives="logits", takes="input_ids",
+                 project="lm_head.weight.T")  # fmt: skip
+TOWERS = {
+    "vision": Mount("model.vision_tower"),
+    "projector": Mount("model.multi_modal_projector"),
+    "language": LANGUAGE,
+}
 register(
     Mounts(
         "llava",
         "vlm",
         ("transformers:LlavaForConditionalGeneration",),
-        {
-            "vision": Mount("model.vision_tower"),
-            "projector": Mount("model.multi_modal_projector"),
-            "language": Mount("model.language_model", run="", gives="logits", takes="input_ids",
-                              project="lm_head.weight.T"),
-        },
+        TOWERS,
         image_token="image_token_id",
     )
-)  # fmt: skip
+)

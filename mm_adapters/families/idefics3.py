@@ -1,0 +1,40 @@
+"""Idefics3 and SmolVLM: tiles, their patches shuffled into fewer (arXiv 2408.12637, 2504.05299)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Input, Mount, Mounts, Output, Tower
+from mm_adapters.families._parts import norm, projector
+from mm_adapters.families.clip import BLOCKS
+
+LANGUAGE = Mount("model.text_model", run="", gives="logits", takes="input_ids", project="lm_head.weight.T")
+
+register(
+    Tower(
+        "idefics_vision",
+        "vision",
+        tuple(f"transformers:{c}VisionTransformer" for c in ("Idefics2", "Idefics3", "SmolVLM")),
+        {"blocks": BLOCKS},
+        before={"hook_embed": Output("embeddings")},
+        after=norm("post_layernorm", "ln_final"),
+        gives="last_hidden_state",
+        pool="none",
+        position="embeddings.position_embedding.weight",
+        patch="embeddings.patch_embedding",
+    )
+)
+register(
+    projector(
+        "idefics3_connector",
+        "Idefics3Connector",
+        "SmolVLMConnector",
+        inside={"hook_shuffled": Input("modality_projection")},
+    )
+)
+register(
+    Mounts(
+        "idefics3",
+        "vlm",
+        ("transformers:Idefics3ForConditionalGeneration", "transformers:SmolVLMForConditionalGeneration"),
+        {"vision": Mount("model.vision_model"), "projector": Mount("model.connector"), "language": LANGUAGE},
+        image_token="image_token_id",
+    )
+)

@@ -1,0 +1,41 @@
+"""Qwen2-VL: packed patches, a merger, multi-axis rotary embedding (arXiv 2409.12191)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Input, Mount, Mounts, Output, Stack, Tower
+from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention
+from mm_adapters.families.llava import LANGUAGE
+
+BLOCKS = Stack(
+    ("blocks.*",),
+    pre_norm(ln1="norm1", attn="attn", heads=qkv_attention("attn", rotary=True),
+             ln2="norm2", ff="mlp", neurons=mlp("mlp")),
+)  # fmt: skip
+MERGER = {"hook_pre": Output("mlp.0"), "hook_post": Input("mlp.2")}
+TOWERS = {
+    "vision": Mount("model.visual"),
+    "projector": Mount("model.visual.merger"),
+    "language": LANGUAGE,
+}
+
+register(
+    Tower(
+        "qwen2_vl_vision",
+        "vision",
+        ("transformers:Qwen2VisionTransformerPretrainedModel",),
+        {"blocks": BLOCKS},
+        before={"hook_embed": Input("blocks.0")},
+        absent={"ln_final.*": "the merger normalises: projector.ln"},
+        pool="none",
+        packed=True,
+    )
+)
+register(projector("qwen2_vl_merger", "PatchMerger", inside=norm("ln_q", "ln") | MERGER, packed=True))
+register(
+    Mounts(
+        "qwen2_vl",
+        "vlm",
+        ("transformers:Qwen2VLForConditionalGeneration",),
+        TOWERS,
+        image_token="image_token_id",
+    )
+)
