@@ -104,13 +104,72 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Square:
+    """An image takes one place for each cell of a grid that has its proportions (LLaVA, Gemma 3)."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """An image takes as many places as there are queries, which belong to no patch (BLIP-2).
+
+    `count` is an attribute of the config; without it an image has one place. `mask` names the
+    argument that marks the places, where no token does.
+    """
+
+    count: str | None = None
+    role: Literal["query", "image"] = "query"
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class Anyres:
+    """The whole image, then its tiles as one grid with a newline after each line (LLaVA-NeXT)."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Patches of an image of any size, joined `merge` by `merge` (Qwen2-VL, Pixtral).
+
+    `grids` is the argument that has each image's size: in patches, or "image_sizes", in pixels.
+    `merge` is an attribute of the config. `newlines` are tokens that end a line or an image.
+    """
+
+    grids: str = "image_grid_thw"
+    merge: str | None = None
+    newlines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An image's tiles, then the whole, each a square of places (Idefics3, InternVL).
+
+    `marker` matches the token before a tile and has its row and column, from 1. Without it tiles lie
+    end to end, `count` (of the config) places each, and nobody says how they were cut.
+    """
+
+    marker: str | None = None
+    count: str | None = None
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Codes of an image of any size, with a newline after each line (Emu3)."""
+
+
+Placing = Square | Queries | Anyres | Merged | Tiles | Lines
+
+
+@dataclass(frozen=True)
 class Tower:
     """One tower: its stacks, its own sites in running order, and what it lacks, with the reason.
 
     `takes` names the argument it is run with; `gives` the attribute of its output that summarises
     it ("" is the output itself). `final_norm` is applied to what `pool` picks, before `project`.
     A `packed` tower lays the patches of all images end to end, without a batch axis: its sites show
-    them as one row, and its patterns are blocks on a diagonal.
+    them as one row, and its patterns are blocks on a diagonal. One of `any_size` reads images of other
+    sizes than its config names. `order` is that of its patches: line by line, end to end (all images
+    in one row), by cells that are merged later, by windows of such cells, or by tiles (all tiles of an
+    image in one row). `images`: how they lie among words.
     """
 
     name: str
@@ -130,6 +189,9 @@ class Tower:
     n_class: int = 0
     causal: bool = False
     packed: bool = False
+    any_size: bool = False
+    order: Literal["lines", "end to end", "cells", "windows", "tiles"] = "lines"
+    images: Placing | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +222,11 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Mounts:
-    """A composite model: what kind it is and where its towers hang, in the order they run."""
+    """A composite model: what kind it is and where its towers hang, in the order they run.
+
+    `image_token` is the config's attribute with the token that stands for image features; `images`
+    says how they lie there (its vision tower's `images` otherwise).
+    """
 
     name: str
     kind: Kind
@@ -169,6 +235,7 @@ class Mounts:
     loop: str | None = None
     guidance: Guidance | None = None
     image_token: str | None = None
+    images: Placing | None = None
     logit_scale: str | None = None
 
 

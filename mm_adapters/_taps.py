@@ -253,8 +253,9 @@ class StreamReader(Reader):
     moved: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        new = self.points[0](x)
-        self.moved = None if new is x else new - x
+        # A copy: what is written into it must reach the skip once, by way of `moved`.
+        new = self.points[0](x.clone())
+        self.moved = new - x
         return new
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import transformers as hf
-from tiny import Case, seeded
+from tiny_case import Case, seeded
 from tiny_vlm import DECODER, IMAGE, VISION, logits, noise, prompt
 
 _VQ = {"embed_dim": 4, "num_embeddings": 16, "latent_channels": 8, "base_channels": 32,

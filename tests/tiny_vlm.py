@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from tiny import Case, seeded
+from tiny_case import Case, seeded
 from torch import Tensor
 
 IMAGE = 59  # The token that stands where image features go.
@@ -43,6 +43,15 @@ def prompt(*runs: list[int], image: int = IMAGE) -> dict[str, Tensor]:
 
 def logits(output: Any) -> Tensor:
     return output.logits
+
+
+def llava_square() -> Case:
+    config = hf.LlavaConfig(
+        vision_config=hf.SiglipVisionConfig(**VISION), text_config=hf.LlamaConfig(**DECODER),
+        image_token_id=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    model = seeded(lambda: hf.LlavaForConditionalGeneration(config))
+    return Case(model, prompt([-4], [-4]) | {"pixel_values": noise(2, 3, 8, 8)}, logits)
 
 
 def llava_next() -> Case:

@@ -23,20 +23,21 @@ MLP = (
     | {"hook_normalized_resid_post": Output("")}
 )
 
-register(
-    Tower(
-        "bart",
-        "language",
-        ("transformers:BartModel",),
-        {"encoder": Stack(("encoder.layers.*",), SELF | MLP),
-         "decoder": Stack(("decoder.layers.*",), SELF | CROSS | MLP)},
-        before={"hook_embed": Output("encoder.layernorm_embedding"),
-                "hook_decoder_embed": Output("decoder.layernorm_embedding")},
-        absent={"ln_final.*": "each block normalises its own result"},
-        takes="input_ids",
-        gives="last_hidden_state",
-        pool="each",
-        embed="shared.weight",
-        position="encoder.embed_positions.weight",
+for _role, _parts in (("text", SELF | MLP), ("language", SELF | CROSS | MLP)):
+    _name = "encoder" if _role == "text" else "decoder"
+    register(
+        Tower(
+            f"bart_{_name}",
+            _role,
+            (f"transformers:Bart{_name.title()}",),
+            {"blocks": Stack(("layers.*",), _parts)},
+            before={"hook_embed": Output("layernorm_embedding")},
+            absent={"ln_final.*": "each block normalises its own result"},
+            takes="input_ids",
+            gives="last_hidden_state",
+            pool="each",
+            embed="embed_tokens.weight",
+            position="embed_positions.weight",
+            causal=_role == "language",
+        )
     )
-)  # fmt: skip

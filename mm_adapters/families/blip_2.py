@@ -1,7 +1,7 @@
 """BLIP-2 and InstructBLIP: a ViT, a Q-Former, one linear map, a language model (arXiv 2301.12597)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts, Output, Stack, Tower
+from mm_adapters._spec import Mount, Mounts, Output, Queries, Stack, Tower
 from mm_adapters.families._parts import mlp, pre_norm, projector, qkv_attention
 
 BLOCKS = Stack(
@@ -40,5 +40,6 @@ register(
                               project="language_model.lm_head.weight.T"),
         },
         image_token="image_token_id",
+        images=Queries("num_query_tokens"),
     )
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Emu3: a VQ model turns an image into lines of words for the language model (arXiv 2409.18869)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Stack, Tower
+from mm_adapters._spec import Input, Lines, Mount, Mounts, Output, Stack, Tower
 from mm_adapters.families.chameleon import RESNET
 
 FRAMES = ("batch", "channel", "time", "height", "width")
@@ -33,5 +33,6 @@ register(
                               project="lm_head.weight.T"),
         },
         image_token="image_token_id",
+        images=Lines(),
     )
 )  # fmt: skip

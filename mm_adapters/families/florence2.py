@@ -58,7 +58,10 @@ register(
         {
             "vision": Mount("model.vision_tower", takes="pixel_values"),
             "projector": Mount("model.multi_modal_projector"),
-            "language": Mount("model.language_model", project="lm_head.weight.T"),
+            "text": Mount("model.language_model.encoder"),
+            "language": Mount(
+                "model.language_model.decoder", takes="decoder_input_ids", project="lm_head.weight.T"
+            ),
         },
         image_token="image_token_id",
     )

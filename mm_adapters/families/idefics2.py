@@ -1,7 +1,7 @@
 """Idefics2: a perceiver reads each image with a few queries (arXiv 2405.02246)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Residual, Stack, Tower
+from mm_adapters._spec import Input, Mount, Mounts, Output, Queries, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, gated_mlp, norm
 from mm_adapters.families.idefics3 import LANGUAGE
 
@@ -40,5 +40,6 @@ register(
         ("transformers:Idefics2ForConditionalGeneration",),
         {"vision": Mount("model.vision_model"), "projector": Mount("model.connector"), "language": LANGUAGE},
         image_token="image_token_id",
+        images=Queries("perceiver_config.resampler_n_latents"),
     )
 )

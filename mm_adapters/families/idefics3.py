@@ -1,7 +1,7 @@
 """Idefics3 and SmolVLM: tiles, their patches shuffled into fewer (arXiv 2408.12637, 2504.05299)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Tower
+from mm_adapters._spec import Input, Mount, Mounts, Output, Tiles, Tower
 from mm_adapters.families._parts import norm, projector
 from mm_adapters.families.clip import BLOCKS
 
@@ -19,6 +19,7 @@ register(
         pool="none",
         position="embeddings.position_embedding.weight",
         patch="embeddings.patch_embedding",
+        any_size=True,
     )
 )
 register(
@@ -36,5 +37,6 @@ register(
         ("transformers:Idefics3ForConditionalGeneration", "transformers:SmolVLMForConditionalGeneration"),
         {"vision": Mount("model.vision_model"), "projector": Mount("model.connector"), "language": LANGUAGE},
         image_token="image_token_id",
+        images=Tiles(marker=r"<row_(\d+)_col_(\d+)>"),
     )
 )

@@ -1,7 +1,7 @@
 """InternVL: an InternViT on the image and its tiles, patches shuffled into fewer (arXiv 2404.16821)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mounts, Output, Stack, Stream, Tower
+from mm_adapters._spec import Input, Mounts, Output, Stack, Stream, Tiles, Tower
 from mm_adapters.families._parts import attention, mlp, norm, projector
 from mm_adapters.families.llava import TOWERS
 
@@ -45,5 +45,6 @@ register(
         ("transformers:InternVLForConditionalGeneration",),
         TOWERS,
         image_token="image_token_id",
+        images=Tiles(count="image_seq_length"),
     )
 )

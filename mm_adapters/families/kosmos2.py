@@ -1,7 +1,7 @@
 """Kosmos-2: a CLIP tower, queries that read it, a decoder that grounds phrases (arXiv 2306.14824)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Stack, Tower
+from mm_adapters._spec import Input, Mount, Mounts, Output, Queries, Stack, Tower
 from mm_adapters.families._parts import attention, mlp, norm, pre_norm, projector
 from mm_adapters.families.clip import BLOCKS as VISION_BLOCKS
 
@@ -58,5 +58,6 @@ register(
             "projector": Mount("image_to_text_projection"),
             "language": Mount("text_model", project="text_model.lm_head.weight.T"),
         },
+        images=Queries("latent_query_num", mask="image_embeds_position_mask"),
     )
 )

@@ -1,7 +1,7 @@
 """LLaVA-NeXT: LLaVA on the image and on its tiles (llava-vl.github.io/blog/2024-01-30-llava-next)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Mounts
+from mm_adapters._spec import Anyres, Mounts
 from mm_adapters.families.llava import TOWERS
 
 register(
@@ -11,5 +11,6 @@ register(
         ("transformers:LlavaNextForConditionalGeneration",),
         TOWERS,
         image_token="image_token_id",
+        images=Anyres(),
     )
 )

@@ -1,7 +1,7 @@
 """Llama 3.2 Vision: some language blocks read an image's tiles through a gate (arXiv 2407.21783)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Stack, Stream, Tower
+from mm_adapters._spec import Input, Mount, Mounts, Output, Queries, Stack, Stream, Tower
 from mm_adapters.families._parts import attention, gated_mlp, mlp, norm, pre_norm
 from mm_adapters.families.llava import LANGUAGE
 
@@ -41,6 +41,7 @@ register(
         pool="none",
         patch="patch_embedding",
         n_class=1,
+        order="tiles",
     )
 )  # fmt: skip
 TILES = ("batch", "image", "tile", "pos", "d_model")
@@ -84,6 +85,7 @@ register(
             "projector": Mount("model.multi_modal_projector", tower="mllama_projector"),
             "language": LANGUAGE,
         },
-        image_token="image_token_index",
+        image_token="image_token_id",
+        images=Queries(role="image"),
     )
 )

@@ -1,10 +1,11 @@
 """Pixtral's tower, for images of any size, and Mistral 3, which merges patches (arXiv 2410.07073)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mounts, Output, Stack, Tower
+from mm_adapters._spec import Input, Merged, Mounts, Output, Stack, Tower
 from mm_adapters.families._parts import attention, gated_mlp, norm, pre_norm, projector
 from mm_adapters.families.llava import TOWERS
 
+NEWLINES = ("[IMG_BREAK]", "[IMG_END]")
 BLOCKS = Stack(
     ("transformer.layers.*",),
     pre_norm(ln1="attention_norm", attn="attention", heads=attention("attention", o="o_proj", rotary=True),
@@ -24,6 +25,9 @@ register(
         gives="last_hidden_state",
         pool="none",
         patch="patch_conv",
+        any_size=True,
+        order="end to end",
+        images=Merged("image_sizes", newlines=NEWLINES),
     )
 )
 register(
@@ -43,5 +47,6 @@ register(
         ("transformers:Mistral3ForConditionalGeneration",),
         TOWERS,
         image_token="image_token_id",
+        images=Merged("image_sizes", merge="spatial_merge_size", newlines=NEWLINES),
     )
 )

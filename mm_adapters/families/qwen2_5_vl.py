@@ -1,7 +1,7 @@
 """Qwen2.5-VL: most blocks of its vision tower attend within windows (arXiv 2502.13923)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mounts, Stack, Tower
+from mm_adapters._spec import Input, Merged, Mounts, Stack, Tower
 from mm_adapters.families._parts import gated_mlp, norm, pre_norm, projector, qkv_attention
 from mm_adapters.families.qwen2_vl import MERGER, TOWERS
 
@@ -23,6 +23,7 @@ register(
         norm="RMS",
         pool="none",
         packed=True,
+        order="windows",
     )
 )
 register(
@@ -37,5 +38,6 @@ register(
         ("transformers:Qwen2_5_VLForConditionalGeneration",),
         TOWERS,
         image_token="image_token_id",
+        images=Merged(merge="vision_config.spatial_merge_size"),
     )
 )

@@ -1,7 +1,7 @@
 """Qwen2-VL: packed patches, a merger, multi-axis rotary embedding (arXiv 2409.12191)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Stack, Tower
+from mm_adapters._spec import Input, Merged, Mount, Mounts, Output, Stack, Tower
 from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention
 from mm_adapters.families.llava import LANGUAGE
 
@@ -27,6 +27,7 @@ register(
         absent={"ln_final.*": "the merger normalises: projector.ln"},
         pool="none",
         packed=True,
+        order="cells",
     )
 )
 register(projector("qwen2_vl_merger", "PatchMerger", inside=norm("ln_q", "ln") | MERGER, packed=True))
@@ -37,5 +38,6 @@ register(
         ("transformers:Qwen2VLForConditionalGeneration",),
         TOWERS,
         image_token="image_token_id",
+        images=Merged(merge="vision_config.spatial_merge_size"),
     )
 )

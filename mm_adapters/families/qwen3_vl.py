@@ -1,7 +1,7 @@
 """Qwen3-VL: features of several depths join the first language blocks (DeepStack; arXiv 2511.21631)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mounts, Output, Stack, Tower
+from mm_adapters._spec import Input, Merged, Mounts, Output, Stack, Tower
 from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention
 from mm_adapters.families.qwen2_vl import TOWERS
 
@@ -24,6 +24,7 @@ register(
         absent={"ln_final.*": "the merger normalises: projector.ln"},
         pool="none",
         packed=True,
+        order="cells",
     )
 )
 register(
@@ -37,5 +38,6 @@ register(
         ("transformers:Qwen3VLForConditionalGeneration",),
         TOWERS,
         image_token="image_token_id",
+        images=Merged(merge="vision_config.spatial_merge_size"),
     )
 )
