@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mm_adapters._spec import Attention, Input, Norm, Output, Place, Residual, Tower
+from mm_adapters._spec import (
+    Attention,
+    Input,
+    Mount,
+    Mounts,
+    Norm,
+    Output,
+    Place,
+    Placing,
+    Residual,
+    Stack,
+    Tower,
+)  # fmt: skip
 
 
 def attention(
@@ -139,3 +151,42 @@ def projector(
         packed=packed,
         **more,
     )
+
+
+def decoder(
+    name: str,
+    *classes: str,
+    blocks: Stack,
+    final: str = "norm",
+    kind: Literal["LN", "RMS"] = "RMS",
+    offset: float = 0.0,
+    **more: Any,
+) -> Tower:
+    """A causal language tower of these transformers classes, its blocks in `layers`."""
+    return Tower(
+        name,
+        "language",
+        tuple(f"transformers:{c}" for c in classes),
+        {"blocks": blocks},
+        # The layers' input: a composite model embeds words and images itself.
+        before={"hook_embed": Input("layers.0")},
+        after=norm(final, "ln_final", kind, offset),
+        norm=kind,
+        takes="input_ids",
+        gives="last_hidden_state",
+        pool="each",
+        embed="embed_tokens.weight",
+        causal=True,
+        **more,
+    )
+
+
+def vlm(name: str, *classes: str, towers: Mapping[str, Mount], images: Placing | None = None) -> Mounts:
+    """A model of images and text, of these transformers classes."""
+    named = tuple(f"transformers:{c}" for c in classes)
+    return Mounts(name, "vlm", named, towers, image_token="image_token_id", images=images)
+
+
+def language(path: str, tower: str | None = None) -> Mount:
+    """A language tower whose words the whole model predicts, by its `lm_head`."""
+    return Mount(path, tower, run="", gives="logits", takes="input_ids", project="lm_head.weight.T")

@@ -33,11 +33,7 @@ for _role, _parts in (("text", SELF | MLP), ("language", SELF | CROSS | MLP)):
             {"blocks": Stack(("layers.*",), _parts)},
             before={"hook_embed": Output("layernorm_embedding")},
             absent={"ln_final.*": "each block normalises its own result"},
-            takes="input_ids",
-            gives="last_hidden_state",
-            pool="each",
-            embed="embed_tokens.weight",
-            position="embed_positions.weight",
-            causal=_role == "language",
+            takes="input_ids", gives="last_hidden_state", pool="each", causal=_role == "language",
+            embed="embed_tokens.weight", position="embed_positions.weight",
         )
-    )
+    )  # fmt: skip

@@ -1,8 +1,8 @@
 """BLIP-2 and InstructBLIP: a ViT, a Q-Former, one linear map, a language model (arXiv 2301.12597)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts, Output, Queries, Stack, Tower
-from mm_adapters.families._parts import mlp, pre_norm, projector, qkv_attention
+from mm_adapters._spec import Mount, Output, Queries, Stack, Tower
+from mm_adapters.families._parts import mlp, pre_norm, projector, qkv_attention, vlm
 
 BLOCKS = Stack(
     ("encoder.layers.*",),
@@ -28,18 +28,11 @@ register(
 )  # fmt: skip
 register(projector("linear_projector"))
 register(
-    Mounts(
-        "blip_2",
-        "vlm",
-        tuple(f"transformers:{c}ForConditionalGeneration" for c in ("Blip2", "InstructBlip")),
-        {
-            "vision": Mount("vision_model"),
-            "qformer": Mount("qformer"),
-            "projector": Mount("language_projection", tower="linear_projector"),
-            "language": Mount("language_model", run="language_model", gives="logits", takes="input_ids",
-                              project="language_model.lm_head.weight.T"),
-        },
-        image_token="image_token_id",
-        images=Queries("num_query_tokens"),
-    )
+    vlm("blip_2", "Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration", towers={
+        "vision": Mount("vision_model"),
+        "qformer": Mount("qformer"),
+        "projector": Mount("language_projection", tower="linear_projector"),
+        "language": Mount("language_model", run="language_model", gives="logits", takes="input_ids",
+                          project="language_model.lm_head.weight.T"),
+    }, images=Queries("num_query_tokens"))
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """Chameleon: a VQ model turns an image into words for the language model (arXiv 2405.09818)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Stack, Tower
-from mm_adapters.families._parts import norm
+from mm_adapters._spec import Input, Mount, Output, Stack, Tower
+from mm_adapters.families._parts import decoder, language, vlm
 from mm_adapters.families.llama import BLOCKS
 
 RESNET = {
@@ -27,32 +27,13 @@ register(
     )
 )  # fmt: skip
 register(
-    Tower(
-        "chameleon_text",
-        "language",
-        (),
-        {"blocks": Stack(("layers.*",), BLOCKS.parts, classes=("ChameleonDecoderLayer",))},
-        before={"hook_embed": Input("layers.0")},
-        after=norm("norm", "ln_final", "RMS"),
-        norm="RMS",
-        takes="input_ids",
-        gives="last_hidden_state",
-        pool="each",
-        embed="embed_tokens.weight",
-        causal=True,
-    )
-)
+    decoder("chameleon_text",
+            blocks=Stack(("layers.*",), BLOCKS.parts, classes=("ChameleonDecoderLayer",)))
+)  # fmt: skip
 register(
-    Mounts(
-        "chameleon",
-        "vlm",
-        ("transformers:ChameleonForConditionalGeneration",),
-        {
-            "vision": Mount("model.vqmodel"),
-            # The language tower's parts are the model's own.
-            "language": Mount("model", tower="chameleon_text", run="", gives="logits", takes="input_ids",
-                              project="lm_head.weight.T"),
-        },
-        image_token="image_token_id",
-    )
+    vlm("chameleon", "ChameleonForConditionalGeneration", towers={
+        "vision": Mount("model.vqmodel"),
+        # Its parts are the model's own.
+        "language": language("model", "chameleon_text"),
+    })
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """Emu3: a VQ model turns an image into lines of words for the language model (arXiv 2409.18869)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Lines, Mount, Mounts, Output, Stack, Tower
+from mm_adapters._spec import Input, Lines, Mount, Output, Stack, Tower
+from mm_adapters.families._parts import language, vlm
 from mm_adapters.families.chameleon import RESNET
 
 FRAMES = ("batch", "channel", "time", "height", "width")
@@ -23,16 +24,8 @@ register(
     )
 )  # fmt: skip
 register(
-    Mounts(
-        "emu3",
-        "vlm",
-        ("transformers:Emu3ForConditionalGeneration",),
-        {
-            "vision": Mount("model.vqmodel"),
-            "language": Mount("model.text_model", run="", gives="logits", takes="input_ids",
-                              project="lm_head.weight.T"),
-        },
-        image_token="image_token_id",
-        images=Lines(),
-    )
+    vlm("emu3", "Emu3ForConditionalGeneration", towers={
+        "vision": Mount("model.vqmodel"),
+        "language": language("model.text_model"),
+    }, images=Lines())
 )  # fmt: skip

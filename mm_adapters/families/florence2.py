@@ -1,8 +1,8 @@
 """Florence-2: a DaViT, whose blocks attend among patches then among channels, and BART (arXiv 2311.06242)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Stack, Tower
-from mm_adapters.families._parts import mlp, norm, qkv_attention
+from mm_adapters._spec import Input, Mount, Output, Stack, Tower
+from mm_adapters.families._parts import mlp, norm, qkv_attention, vlm
 
 SKIP = "convolutions stand on the skip connection; read hook_resid_pre, hook_attn_out, hook_mlp_out"
 
@@ -51,18 +51,11 @@ register(
     )
 )
 register(
-    Mounts(
-        "florence2",
-        "vlm",
-        ("transformers:Florence2ForConditionalGeneration",),
-        {
-            "vision": Mount("model.vision_tower", takes="pixel_values"),
-            "projector": Mount("model.multi_modal_projector"),
-            "text": Mount("model.language_model.encoder"),
-            "language": Mount(
-                "model.language_model.decoder", takes="decoder_input_ids", project="lm_head.weight.T"
-            ),
-        },
-        image_token="image_token_id",
-    )
-)
+    vlm("florence2", "Florence2ForConditionalGeneration", towers={
+        "vision": Mount("model.vision_tower", takes="pixel_values"),
+        "projector": Mount("model.multi_modal_projector"),
+        "text": Mount("model.language_model.encoder"),
+        "language": Mount("model.language_model.decoder", takes="decoder_input_ids",
+                          project="lm_head.weight.T"),
+    })
+)  # fmt: skip

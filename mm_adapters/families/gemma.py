@@ -1,8 +1,8 @@
 """Gemma's language towers, whose norms store their gains less one (arXiv 2403.08295, 2503.19786)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Output, Residual, Stack, Tower
-from mm_adapters.families._parts import gated_mlp, norm, pre_norm
+from mm_adapters._spec import Input, Output, Residual, Stack
+from mm_adapters.families._parts import decoder, gated_mlp, norm, pre_norm
 from mm_adapters.families.llama import ATTENTION
 
 MLP = gated_mlp("mlp")
@@ -26,23 +26,5 @@ BLOCKS_3 = Stack(
     | {"hook_mlp_out": Output("post_feedforward_layernorm"), "hook_resid_post": Output("")},
 )
 
-for _name, _classes, _blocks in (
-    ("gemma", ("GemmaModel",), BLOCKS),
-    ("gemma3_text", ("Gemma2Model", "Gemma3TextModel"), BLOCKS_3),
-):
-    register(
-        Tower(
-            _name,
-            "language",
-            tuple(f"transformers:{c}" for c in _classes),
-            {"blocks": _blocks},
-            before={"hook_embed": Input("layers.0")},
-            after=norm("norm", "ln_final", "RMS", 1.0),
-            norm="RMS",
-            takes="input_ids",
-            gives="last_hidden_state",
-            pool="each",
-            embed="embed_tokens.weight",
-            causal=True,
-        )
-    )
+register(decoder("gemma", "GemmaModel", blocks=BLOCKS, offset=1.0))
+register(decoder("gemma3_text", "Gemma2Model", "Gemma3TextModel", blocks=BLOCKS_3, offset=1.0))

@@ -1,8 +1,7 @@
 """Gemma 3: SigLIP, patches averaged to fewer tokens, a Gemma decoder (arXiv 2503.19786)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Mounts
-from mm_adapters.families._parts import norm, projector
+from mm_adapters.families._parts import norm, projector, vlm
 from mm_adapters.families.llava import TOWERS
 
 register(
@@ -12,12 +11,4 @@ register(
         inside=norm("mm_soft_emb_norm", "ln", "RMS", 1.0),
     )
 )
-register(
-    Mounts(
-        "gemma3",
-        "vlm",
-        ("transformers:Gemma3ForConditionalGeneration",),
-        TOWERS,
-        image_token="image_token_id",
-    )
-)
+register(vlm("gemma3", "Gemma3ForConditionalGeneration", towers=TOWERS))

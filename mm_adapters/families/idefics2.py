@@ -1,8 +1,8 @@
 """Idefics2: a perceiver reads each image with a few queries (arXiv 2405.02246)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Queries, Residual, Stack, Tower
-from mm_adapters.families._parts import attention, gated_mlp, norm
+from mm_adapters._spec import Input, Mount, Output, Queries, Residual, Stack, Tower
+from mm_adapters.families._parts import attention, gated_mlp, norm, vlm
 from mm_adapters.families.idefics3 import LANGUAGE
 
 PERCEIVER = Stack(
@@ -28,18 +28,13 @@ register(
         before={"hook_in": Input("modality_projection"), "hook_projected": Output("modality_projection")},
         after=norm("perceiver_resampler.norm", "ln_final", "RMS") | {"hook_out": Output("")},
         norm="RMS",
-        takes="image_hidden_states",
-        gives="",
-        pool="none",
+        takes="image_hidden_states", gives="", pool="none",
     )
-)
+)  # fmt: skip
 register(
-    Mounts(
-        "idefics2",
-        "vlm",
-        ("transformers:Idefics2ForConditionalGeneration",),
-        {"vision": Mount("model.vision_model"), "projector": Mount("model.connector"), "language": LANGUAGE},
-        image_token="image_token_id",
-        images=Queries("perceiver_config.resampler_n_latents"),
-    )
-)
+    vlm("idefics2", "Idefics2ForConditionalGeneration", towers={
+        "vision": Mount("model.vision_model"),
+        "projector": Mount("model.connector"),
+        "language": LANGUAGE,
+    }, images=Queries("perceiver_config.resampler_n_latents"))
+)  # fmt: skip

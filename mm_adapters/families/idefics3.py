@@ -1,11 +1,11 @@
 """Idefics3 and SmolVLM: tiles, their patches shuffled into fewer (arXiv 2408.12637, 2504.05299)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Tiles, Tower
-from mm_adapters.families._parts import norm, projector
+from mm_adapters._spec import Input, Mount, Output, Tiles, Tower
+from mm_adapters.families._parts import language, norm, projector, vlm
 from mm_adapters.families.clip import BLOCKS
 
-LANGUAGE = Mount("model.text_model", run="", gives="logits", takes="input_ids", project="lm_head.weight.T")
+LANGUAGE = language("model.text_model")
 
 register(
     Tower(
@@ -31,12 +31,9 @@ register(
     )
 )
 register(
-    Mounts(
-        "idefics3",
-        "vlm",
-        ("transformers:Idefics3ForConditionalGeneration", "transformers:SmolVLMForConditionalGeneration"),
-        {"vision": Mount("model.vision_model"), "projector": Mount("model.connector"), "language": LANGUAGE},
-        image_token="image_token_id",
-        images=Tiles(marker=r"<row_(\d+)_col_(\d+)>"),
-    )
-)
+    vlm("idefics3", "Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration", towers={
+        "vision": Mount("model.vision_model"),
+        "projector": Mount("model.connector"),
+        "language": LANGUAGE,
+    }, images=Tiles(marker=r"<row_(\d+)_col_(\d+)>"))
+)  # fmt: skip

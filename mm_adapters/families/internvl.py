@@ -1,8 +1,8 @@
 """InternVL: an InternViT on the image and its tiles, patches shuffled into fewer (arXiv 2404.16821)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mounts, Output, Stack, Stream, Tiles, Tower
-from mm_adapters.families._parts import attention, mlp, norm, projector
+from mm_adapters._spec import Input, Output, Stack, Stream, Tiles, Tower
+from mm_adapters.families._parts import attention, mlp, norm, projector, vlm
 from mm_adapters.families.llava import TOWERS
 
 BLOCKS = Stack(
@@ -39,12 +39,6 @@ register(
     )
 )
 register(
-    Mounts(
-        "internvl",
-        "vlm",
-        ("transformers:InternVLForConditionalGeneration",),
-        TOWERS,
-        image_token="image_token_id",
-        images=Tiles(count="image_seq_length"),
-    )
-)
+    vlm("internvl", "InternVLForConditionalGeneration", towers=TOWERS,
+        images=Tiles(count="image_seq_length"))
+)  # fmt: skip

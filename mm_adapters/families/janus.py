@@ -1,8 +1,8 @@
 """Janus: a SigLIP-like tower to see with, VQ codes to draw with (arXiv 2410.13848, 2501.17811)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts, Output, Stack, Tower
-from mm_adapters.families._parts import attention, mlp, pre_norm, projector
+from mm_adapters._spec import Mount, Output, Stack, Tower
+from mm_adapters.families._parts import attention, mlp, pre_norm, projector, vlm
 from mm_adapters.families.llava import LANGUAGE
 
 BLOCKS = Stack(
@@ -36,11 +36,9 @@ register(
     )
 )
 register(
-    Mounts(
-        "janus",
-        "vlm",
-        ("transformers:JanusForConditionalGeneration",),
-        {"vision": Mount("model.vision_model"), "projector": Mount("model.aligner"), "language": LANGUAGE},
-        image_token="image_token_id",
-    )
-)
+    vlm("janus", "JanusForConditionalGeneration", towers={
+        "vision": Mount("model.vision_model"),
+        "projector": Mount("model.aligner"),
+        "language": LANGUAGE,
+    })
+)  # fmt: skip

@@ -1,8 +1,8 @@
 """Decoder-only language towers that name their parts as Llama does."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Stack, Tower
-from mm_adapters.families._parts import attention, gated_mlp, norm, pre_norm
+from mm_adapters._spec import Mount, Mounts, Stack
+from mm_adapters.families._parts import attention, decoder, gated_mlp, pre_norm
 
 ATTENTION = attention("self_attn", o="o_proj", heads="config.num_attention_heads",
                       kv_heads="config.num_key_value_heads", rotary=True)  # fmt: skip
@@ -13,24 +13,8 @@ BLOCKS = Stack(
 )  # fmt: skip
 
 register(
-    Tower(
-        "llama",
-        "language",
-        tuple(f"transformers:{c}" for c in (
-            "LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel", "Emu3TextModel",
-            "Qwen2VLTextModel", "Qwen2_5_VLTextModel", "Qwen3VLTextModel",
-        )),
-        {"blocks": BLOCKS},
-        # The layers' input: a composite model embeds words and images itself.
-        before={"hook_embed": Input("layers.0")},
-        after=norm("norm", "ln_final", "RMS"),
-        norm="RMS",
-        takes="input_ids",
-        gives="last_hidden_state",
-        pool="each",
-        embed="embed_tokens.weight",
-        causal=True,
-    )
+    decoder("llama", "LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel", "Emu3TextModel",
+            "Qwen2VLTextModel", "Qwen2_5_VLTextModel", "Qwen3VLTextModel", blocks=BLOCKS)
 )  # fmt: skip
 register(
     Mounts(

@@ -1,7 +1,8 @@
 """LLaVA: a vision tower, a projector, a language tower (arXiv 2304.08485)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Tower
+from mm_adapters._spec import Input, Mount, Output, Tower
+from mm_adapters.families._parts import language, vlm
 
 register(
     Tower(
@@ -17,19 +18,10 @@ register(
         pool="none",
     )
 )
-LANGUAGE = Mount("model.language_model", run="", gives="logits", takes="input_ids",
-                 project="lm_head.weight.T")  # fmt: skip
+LANGUAGE = language("model.language_model")
 TOWERS = {
     "vision": Mount("model.vision_tower"),
     "projector": Mount("model.multi_modal_projector"),
     "language": LANGUAGE,
 }
-register(
-    Mounts(
-        "llava",
-        "vlm",
-        ("transformers:LlavaForConditionalGeneration",),
-        TOWERS,
-        image_token="image_token_id",
-    )
-)
+register(vlm("llava", "LlavaForConditionalGeneration", towers=TOWERS))

@@ -1,8 +1,8 @@
 """Llama 3.2 Vision: some language blocks read an image's tiles through a gate (arXiv 2407.21783)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Queries, Stack, Stream, Tower
-from mm_adapters.families._parts import attention, gated_mlp, mlp, norm, pre_norm
+from mm_adapters._spec import Input, Mount, Output, Queries, Stack, Stream, Tower
+from mm_adapters.families._parts import attention, decoder, gated_mlp, mlp, norm, pre_norm, vlm
 from mm_adapters.families.llava import LANGUAGE
 
 VISION = pre_norm(ln1="input_layernorm", attn="self_attn", heads=attention("self_attn", o="o_proj"),
@@ -59,33 +59,11 @@ register(
         pool="none",
     )
 )
+register(decoder("mllama_text", "MllamaTextModel", blocks=LANGUAGE_BLOCKS))
 register(
-    Tower(
-        "mllama_text",
-        "language",
-        ("transformers:MllamaTextModel",),
-        {"blocks": LANGUAGE_BLOCKS},
-        before={"hook_embed": Input("layers.0")},
-        after=norm("norm", "ln_final", "RMS"),
-        norm="RMS",
-        takes="input_ids",
-        gives="last_hidden_state",
-        pool="each",
-        embed="embed_tokens.weight",
-        causal=True,
-    )
-)
-register(
-    Mounts(
-        "mllama",
-        "vlm",
-        ("transformers:MllamaForConditionalGeneration",),
-        {
-            "vision": Mount("model.vision_model"),
-            "projector": Mount("model.multi_modal_projector", tower="mllama_projector"),
-            "language": LANGUAGE,
-        },
-        image_token="image_token_id",
-        images=Queries(role="image"),
-    )
-)
+    vlm("mllama", "MllamaForConditionalGeneration", towers={
+        "vision": Mount("model.vision_model"),
+        "projector": Mount("model.multi_modal_projector", tower="mllama_projector"),
+        "language": LANGUAGE,
+    }, images=Queries(role="image"))
+)  # fmt: skip

@@ -1,8 +1,8 @@
 """OPT's language tower (arXiv 2205.01068)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Stack, Tower
-from mm_adapters.families._parts import attention, norm, pre_norm
+from mm_adapters._spec import Input, Mount, Mounts, Output, Stack
+from mm_adapters.families._parts import attention, decoder, pre_norm
 
 NEURONS = {"mlp.hook_pre": Output("fc1"), "mlp.hook_post": Input("fc2")}
 BLOCKS = Stack(
@@ -13,21 +13,9 @@ BLOCKS = Stack(
 )  # fmt: skip
 
 register(
-    Tower(
-        "opt",
-        "language",
-        ("transformers:OPTDecoder",),
-        {"blocks": BLOCKS},
-        before={"hook_embed": Input("layers.0")},
-        after=norm("final_layer_norm", "ln_final"),
-        takes="input_ids",
-        gives="last_hidden_state",
-        pool="each",
-        embed="embed_tokens.weight",
-        position="embed_positions.weight",
-        causal=True,
-    )
-)
+    decoder("opt", "OPTDecoder", blocks=BLOCKS, final="final_layer_norm", kind="LN",
+            position="embed_positions.weight")
+)  # fmt: skip
 register(
     Mounts(
         "opt_lm",

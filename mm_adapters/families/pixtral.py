@@ -1,8 +1,8 @@
 """Pixtral's tower, for images of any size, and Mistral 3, which merges patches (arXiv 2410.07073)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Merged, Mounts, Output, Stack, Tower
-from mm_adapters.families._parts import attention, gated_mlp, norm, pre_norm, projector
+from mm_adapters._spec import Input, Merged, Output, Stack, Tower
+from mm_adapters.families._parts import attention, gated_mlp, norm, pre_norm, projector, vlm
 from mm_adapters.families.llava import TOWERS
 
 NEWLINES = ("[IMG_BREAK]", "[IMG_END]")
@@ -41,12 +41,6 @@ register(
     )
 )
 register(
-    Mounts(
-        "mistral3",
-        "vlm",
-        ("transformers:Mistral3ForConditionalGeneration",),
-        TOWERS,
-        image_token="image_token_id",
-        images=Merged("image_sizes", merge="spatial_merge_size", newlines=NEWLINES),
-    )
-)
+    vlm("mistral3", "Mistral3ForConditionalGeneration", towers=TOWERS,
+        images=Merged("image_sizes", merge="spatial_merge_size", newlines=NEWLINES))
+)  # fmt: skip

@@ -1,8 +1,8 @@
 """Qwen2.5-VL: most blocks of its vision tower attend within windows (arXiv 2502.13923)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Merged, Mounts, Stack, Tower
-from mm_adapters.families._parts import gated_mlp, norm, pre_norm, projector, qkv_attention
+from mm_adapters._spec import Input, Merged, Stack, Tower
+from mm_adapters.families._parts import gated_mlp, norm, pre_norm, projector, qkv_attention, vlm
 from mm_adapters.families.qwen2_vl import MERGER, TOWERS
 
 BLOCKS = Stack(
@@ -32,12 +32,6 @@ register(
     )
 )
 register(
-    Mounts(
-        "qwen2_5_vl",
-        "vlm",
-        ("transformers:Qwen2_5_VLForConditionalGeneration",),
-        TOWERS,
-        image_token="image_token_id",
-        images=Merged(merge="vision_config.spatial_merge_size"),
-    )
-)
+    vlm("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", towers=TOWERS,
+        images=Merged(merge="vision_config.spatial_merge_size"))
+)  # fmt: skip

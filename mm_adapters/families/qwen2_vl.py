@@ -1,8 +1,8 @@
 """Qwen2-VL: packed patches, a merger, multi-axis rotary embedding (arXiv 2409.12191)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Merged, Mount, Mounts, Output, Stack, Tower
-from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention
+from mm_adapters._spec import Input, Merged, Mount, Output, Stack, Tower
+from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention, vlm
 from mm_adapters.families.llava import LANGUAGE
 
 BLOCKS = Stack(
@@ -32,12 +32,6 @@ register(
 )
 register(projector("qwen2_vl_merger", "PatchMerger", inside=norm("ln_q", "ln") | MERGER, packed=True))
 register(
-    Mounts(
-        "qwen2_vl",
-        "vlm",
-        ("transformers:Qwen2VLForConditionalGeneration",),
-        TOWERS,
-        image_token="image_token_id",
-        images=Merged(merge="vision_config.spatial_merge_size"),
-    )
-)
+    vlm("qwen2_vl", "Qwen2VLForConditionalGeneration", towers=TOWERS,
+        images=Merged(merge="vision_config.spatial_merge_size"))
+)  # fmt: skip

@@ -1,8 +1,8 @@
 """Qwen3-VL: features of several depths join the first language blocks (DeepStack; arXiv 2511.21631)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Merged, Mounts, Output, Stack, Tower
-from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention
+from mm_adapters._spec import Input, Merged, Output, Stack, Tower
+from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention, vlm
 from mm_adapters.families.qwen2_vl import TOWERS
 
 BLOCKS = Stack(
@@ -32,12 +32,6 @@ register(
     projector("qwen3_vl_merger", "Qwen3VLVisionPatchMerger", inside=norm("norm", "ln") | MERGER, packed=True)
 )
 register(
-    Mounts(
-        "qwen3_vl",
-        "vlm",
-        ("transformers:Qwen3VLForConditionalGeneration",),
-        TOWERS,
-        image_token="image_token_id",
-        images=Merged(merge="vision_config.spatial_merge_size"),
-    )
-)
+    vlm("qwen3_vl", "Qwen3VLForConditionalGeneration", towers=TOWERS,
+        images=Merged(merge="vision_config.spatial_merge_size"))
+)  # fmt: skip
