@@ -44,7 +44,8 @@ class Watch(TorchFunctionMode):
     own kernel is called.
 
     `calls` counts the attention calls it took: a module may attend more than once (an image prompt
-    beside the text); the first one is its own.
+    beside the text); the first one is its own. Code that cuts packed sequences apart, to attend to
+    each alone, is given them back whole: `lengths` are what it would have cut, and become a mask.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Watch(TorchFunctionMode):
         self.n_kv_heads = n_kv_heads
         self.joint = joint
         self.calls = 0
+        self.lengths: list[int] = []
 
     def __torch_function__(
         self,
@@ -65,10 +67,24 @@ class Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is torch.split and not self.calls and self._cuts_packed(*args, **(kwargs or {})):
+            return (args[0],)
         if func not in _TAKES or self.calls:
             return func(*args, **kwargs) if kwargs else func(*args)
         self.calls += 1
         return _TAKES[func](self, func, *args, **(kwargs or {}))
+
+    def _cuts_packed(self, tensor: Tensor, lengths: Any = None, dim: int = 0) -> bool:
+        """Whether this is q, k or v [1, head, pos, d], cut along its positions."""
+        if tensor.ndim != 4 or dim != 2 or not isinstance(lengths, list):
+            return False
+        self.lengths = lengths
+        return True
+
+    def packed_mask(self, scores: Tensor) -> Tensor:
+        """True where query and key are of the same sequence."""
+        of = torch.repeat_interleave(torch.tensor(self.lengths, device=scores.device))
+        return of[:, None] == of
 
 
 def attend(
@@ -212,6 +228,8 @@ def _take_sdpa(
     value = _through_groups(watch, "v", value)
     query = _through(watch, "rot_q", query)
     key = _through_groups(watch, "rot_k", key)
+    if watch.lengths and attn_mask is None:
+        attn_mask = watch.packed_mask(query)
     joint = watch.joint if watch.wants("pattern_text") else None
     tracked = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if watch.wants("attn_scores") or watch.wants("pattern") or (joint and (tracked or dropout_p)):
@@ -228,6 +246,8 @@ def _take_softmax(watch: Watch, func: Callable[..., Tensor], scores: Tensor, *ar
     folded = scores.ndim == 3  # [(batch head), query, key]
     if folded:
         scores = rearrange(scores, "(b h) q k -> b h q k", h=watch.n_heads)
+    if watch.lengths:
+        scores = scores.masked_fill(~watch.packed_mask(scores), -torch.inf)
     pattern = watch.fire("pattern", func(watch.fire("attn_scores", scores), *args, **kw))
     return rearrange(pattern, "b h q k -> (b h) q k") if folded else pattern
 

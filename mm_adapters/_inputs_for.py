@@ -98,6 +98,9 @@ def _context(model: Any, tokenizer: Any) -> int | None:
 
 
 def _image_size(model: Any) -> tuple[int, int] | None:
+    vision = _record_at(model, "vision")
+    if vision is not None and vision.any_size:
+        return None
     found = getattr(_vision_config(model), "image_size", None)
     if found is None:
         found = getattr(getattr(model, "visual", model), "image_size", None)
@@ -121,8 +124,14 @@ def _reads_last_position(model: Any) -> bool:
 
     Its texts must then fill the context, or the position read would be another for each length.
     """
-    mount = lookup(model).towers.get("text")
-    if mount is None:
-        return False
-    record = _record(model, mount)
+    record = _record_at(model, "text")
     return record is not None and record.pool == "last" and not record.causal
+
+
+def _record_at(model: Any, tower: str) -> Tower | None:
+    """What stands at one of the model's towers, if it has it and a record covers it."""
+    mount = lookup(model).towers.get(tower)
+    if mount is None:
+        return None
+    module = attrgetter(mount.path)(model) if mount.path else model
+    return by_name(Tower, mount.tower) if mount.tower else find(Tower, module)

@@ -14,6 +14,7 @@ from mm_adapters._taps import (
     AttentionTap,
     Carry,
     Copy,
+    Gain,
     Keep,
     Length,
     NormReader,
@@ -68,14 +69,15 @@ class Points:
             case Output() | Input():
                 side: Side = "output" if isinstance(place, Output) else "input"
                 n_heads = self._heads(site, place.heads)
-                plain = n_heads is None and place.chunk is None
-                reader = Reader(point) if plain else View(point, n_heads, place.chunk)
+                gain = self._gain(site, place) if isinstance(place, Output) else None
+                plain = n_heads is None and place.chunk is None and gain is None
+                reader = Reader(point) if plain else View(point, n_heads, place.chunk, gain)
                 if isinstance(place, Output) and place.in_place:
                     reader = Copy(point)
                 self._feed(self._tap(site, side), reader, point, slot=_slot(place))
-            case Norm(value="normalized", kind=kind):
+            case Norm(value="normalized", kind=kind, offset=offset):
                 scale = self.by_name[self._sibling(site, site.part.replace("normalized", "scale"))]
-                reader = NormReader(scale, point, self._module(site), kind)
+                reader = NormReader(scale, point, self._module(site), kind, offset)
                 self._feed(self._tap(site, "input"), Keep(reader, "source"), scale, point)
                 self._feed(self._tap(site, "output"), reader, scale, point)
             case Norm():
@@ -91,8 +93,9 @@ class Points:
             case Stream(until=until, item=item):
                 reader = StreamReader(point)
                 self._feed(self._tap(site, "input"), reader, point)
-                end = self._tap_at(self._owner(site).get_submodule(until), "output")
-                self._feed(end, Carry(reader, "moved"), point, slot=item)
+                end = self._tap_at(self._owner(site).get_submodule(until), "output", site)
+                # The skip joins before the block's own sites.
+                self._feed(end, Carry(reader, "moved"), point, slot=item, first=not until)
             case Residual():
                 self._wire_residual(site, point, place)
             case None:
@@ -108,26 +111,35 @@ class Points:
             tap = self._tap(base.site, "input" if isinstance(base.site.place, Input | Stream) else "output")
             self._feed(tap, Keep(reader, "base"), point, slot=_slot(base.site.place))
         point.taps.extend(t for t in base.taps if t not in point.taps)
+        assert getattr(branch.site.place, "gain", None) is None, "A gained branch takes Stream."
         self._feed(self._tap(branch.site, "output"), reader, point, slot=_slot(branch.site.place))
 
     def _wire_text(self, site: Site, point: Point, tap: AttentionTap) -> None:
         joint = self._sites.towers[site.tower].record.joint
         assert joint is not None, f"{site.name}: its tower has no `joint`."
         tap.text, tap.text_first = Text(point), joint.first == "text"
-        given = self._tap_at(self._owner(site), "input")
+        given = self._tap_at(self._owner(site), "input", site)
         self._feed(given, Length(tap.text, "n_text"), point, slot=joint.argument)
 
-    def _feed(self, tap: Tap, reader: Reader | Keep, *points: Point, slot: Slot = None) -> None:
-        tap.add(reader, slot)
+    def _feed(
+        self, tap: Tap, reader: Reader | Keep, *points: Point, slot: Slot = None, first: bool = False
+    ) -> None:
+        tap.add(reader, slot, first=first)
         for point in points:
-            if tap not in point.taps:
-                point.taps.append(tap)
+            point.taps.extend(t for t in (tap.unfolds, tap) if t is not None and t not in point.taps)
 
     def _tap(self, site: Site, side: Side) -> Tap:
-        return self._tap_at(self._module(site), side)
+        tap = self._tap_at(self._module(site), side, site)
+        if site.stack is not None and tap.unfolds is None and not isinstance(site.place, Residual | None):
+            stack = self._sites.towers[site.tower].record.stacks[site.stack]
+            if site.place.path in stack.folded:
+                tap.unfolds = self._tap_at(self._owner(site), "input", site)
+                tap.unfolds.add(Keep(tap, "block_input"), first=True)
+        return tap
 
-    def _tap_at(self, module: nn.Module, side: Side) -> Tap:
-        return self._taps.setdefault((id(module), side), Tap(module, side))
+    def _tap_at(self, module: nn.Module, side: Side, site: Site) -> Tap:
+        packed = self._sites.towers[site.tower].record.packed
+        return self._taps.setdefault((id(module), side), Tap(module, side, packed))
 
     def _attention(self, site: Site, heads: str) -> AttentionTap:
         module = self._module(site)
@@ -144,9 +156,7 @@ class Points:
         return resolve(self._model, site.module)
 
     def _heads(self, site: Site, where: str | None) -> int | None:
-        if where is None:
-            return None
-        return head_count(self._owner(site), where)
+        return None if where is None else head_count(self._owner(site), where)
 
     def _owner(self, site: Site) -> nn.Module:
         """The repeated module a site belongs to, or its tower."""
@@ -154,6 +164,12 @@ class Points:
         if site.stack is None or site.layer is None:
             return tower.module
         return tower.module.get_submodule(tower.stacks[site.stack][site.layer])
+
+    def _gain(self, site: Site, place: Output) -> Gain | None:
+        name = (place.gain or "").removesuffix(".tanh")
+        if getattr(self._owner(site), name, None) is None:
+            return None
+        return Gain(self._owner(site), name, squash=str(place.gain).endswith(".tanh"))
 
     @staticmethod
     def _sibling(site: Site, part: str) -> str:

@@ -41,6 +41,11 @@ class Clock:
         past = kwargs.get("past_key_values")
         self.offset = past.get_seq_length() if past is not None else 0
 
+    @property
+    def step(self) -> int:
+        """The number of this call. A tower whose parts alone are called (a VQ model's encoder) has one."""
+        return max(self.call, 0)
+
 
 class Session:
     """Puts a run's reads and edits on the points, and gathers what they gave.
@@ -148,7 +153,7 @@ class Session:
 
         def hook(point: Any, args: Any, value: Tensor) -> Tensor | None:
             rows = self._rows(edit.site, edit.rows, value.shape[0])
-            if rows is None or not _wanted(edit.steps, clock.call):
+            if rows is None or not _wanted(edit.steps, clock.step):
                 return None
             if edit.positions is None:
                 if rows == slice(None):
@@ -174,7 +179,7 @@ class Session:
 
         def hook(point: Any, args: Any, value: Tensor) -> None:
             rows = self._rows(item.site, item.rows, value.shape[0])
-            if rows is None or not _wanted(item.steps, clock.call):
+            if rows is None or not _wanted(item.steps, clock.step):
                 return
             part = value if rows == slice(None) else value[rows]
             part = part if item.reduce is None else item.reduce(part)

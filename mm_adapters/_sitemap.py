@@ -164,6 +164,8 @@ def _site(
 
 def _axes(owner: nn.Module, part: str, place: Place) -> tuple[str, ...]:
     leaf = part.rpartition(".")[2]
+    if isinstance(place, Output | Input) and place.axes is not None:
+        return place.axes
     if isinstance(place, Output | Input) and place.is_map:
         axes = _MAP
     elif leaf in _AXES:
@@ -183,6 +185,9 @@ def _stack_paths(stack: Stack, module: nn.Module) -> list[str]:
     for glob in stack.paths:
         match = re.compile(translate(glob)).match
         found += [n for n in names if n.count(".") == glob.count(".") and match(n)]
+    for block in map(module.get_submodule, found if stack.classes else ()):
+        if type(block).__name__ not in stack.classes:
+            raise unknown(block, Tower)
     if stack.needs is None:
         return found
     return [n for n in found if first_path(module.get_submodule(n), stack.needs) is not None]

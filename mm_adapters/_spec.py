@@ -22,8 +22,11 @@ class Output:
     `heads` is "module:attribute", the number of heads the last axis is made of.
     `chunk` is (how many, which): the activation is one of several equal slices of the last axis.
     `like` names a site that fires earlier and has a row for every input, where this has one for all.
-    `is_map` marks [batch, channel, height, width]. `needs` is a path that must be there too.
-    `in_place` says that the model goes on to change it in place: what is shown is a copy.
+    `is_map` marks [batch, channel, height, width]; `axes` names others than the site's usual ones.
+    `needs` is a path that must be there too. `in_place` says that the model goes on to change it in
+    place: what is shown is a copy. `gain` is a parameter of the block (".tanh" at its end: its tanh) that
+    multiplies what is returned before it joins the stream; the site shows the product. A block without
+    it multiplies by nothing.
     """
 
     path: str
@@ -34,6 +37,8 @@ class Output:
     item: int | None = None
     needs: str | None = None
     in_place: bool = False
+    axes: tuple[str, ...] | None = None
+    gain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,20 @@ class Input:
     is_map: bool = False
     argument: str | None = None
     needs: str | None = None
+    axes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Norm:
-    """Inside a normalisation: `value` is its denominator ("scale") or the result before the affine map."""
+    """Inside a normalisation: `value` is its denominator ("scale") or the result before the affine map.
+
+    `offset` is added to its weight before that multiplies: Gemma stores its gains less one.
+    """
 
     path: str
     value: Literal["scale", "normalized"]
     kind: Literal["LN", "RMS"] = "LN"
+    offset: float = 0.0
 
 
 Inside = Literal["attn_scores", "pattern", "pattern_text", "rot_q", "rot_k", "q", "k", "v", "z"]
@@ -125,12 +135,72 @@ class Built:
 class Stack:
     """Modules that repeat. Globs are relative to the tower, in the order the modules run.
 
-    Those that a glob finds and that lack `needs` are no members.
+    Those that a glob finds and that lack `needs` are no members. `folded` are paths in a block where
+    batch and position are one axis; its sites show them as two. `classes`: names of the only classes
+    that the parts describe, where a tower may hold others.
     """
 
     paths: tuple[str, ...]
     parts: Parts
     needs: str | None = None
+    folded: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Square:
+    """An image takes one place for each cell of a grid that has its proportions (LLaVA, Gemma 3)."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """An image takes as many places as there are queries, which belong to no patch (BLIP-2).
+
+    `count` is an attribute of the config; without it an image has one place. `mask` names the
+    argument that marks the places, where no token does.
+    """
+
+    count: str | None = None
+    role: Literal["query", "image"] = "query"
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class Anyres:
+    """The whole image, then its tiles as one grid with a newline after each line (LLaVA-NeXT)."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Patches of an image of any size, joined `merge` by `merge` (Qwen2-VL, Pixtral).
+
+    `grids` is the argument that has each image's size: in patches, or "image_sizes", in pixels.
+    `merge` is an attribute of the config. `newlines` are tokens that end a line or an image.
+    """
+
+    grids: str = "image_grid_thw"
+    merge: str | None = None
+    newlines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An image's tiles, then the whole, each a square of places (Idefics3, InternVL).
+
+    `marker` matches the token before a tile and has its row and column, from 1. Without it tiles lie
+    end to end, `count` (of the config) places each, and nobody says how they were cut.
+    """
+
+    marker: str | None = None
+    count: str | None = None
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Codes of an image of any size, with a newline after each line (Emu3)."""
+
+
+Placing = Square | Queries | Anyres | Merged | Tiles | Lines
 
 
 @dataclass(frozen=True)
@@ -142,6 +212,11 @@ class Tower:
     `n_class` and `n_register` may be paths to the number. `calls` is the module whose calls are the
     tower's, if it is not the tower itself. `grids` is the argument that says how many rows and
     columns of patches each image has, where images come cut into patches.
+    A `packed` tower lays the patches of all images end to end, without a batch axis: its sites show
+    them as one row, and its patterns are blocks on a diagonal. One of `any_size` reads images of other
+    sizes than its config names. `order` is that of its patches: line by line, end to end (all images
+    in one row), by cells that are merged later, by windows of such cells, or by tiles (all tiles of an
+    image in one row). `images`: how they lie among words.
     """
 
     name: str
@@ -164,6 +239,10 @@ class Tower:
     calls: str = ""
     joint: Joint | None = None
     grids: str | None = None
+    packed: bool = False
+    any_size: bool = False
+    order: Literal["lines", "end to end", "cells", "windows", "tiles"] = "lines"
+    images: Placing | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +284,8 @@ class Mounts:
     """A composite model: what kind it is and where its towers hang, in the order they run.
 
     `prompt` are the text towers whose sequences, one after the other, are the text of a joint attention.
+    `image_token` is the config's attribute with the token that stands for image features; `images`
+    says how they lie there (its vision tower's `images` otherwise).
     """
 
     name: str
@@ -214,6 +295,7 @@ class Mounts:
     loop: str | None = None
     guidance: Guidance | None = None
     image_token: str | None = None
+    images: Placing | None = None
     logit_scale: str | None = None
     prompt: tuple[str, ...] = ()
 

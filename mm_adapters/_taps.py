@@ -113,23 +113,53 @@ class Copy(Reader):
         return new if changed or _tracked(new) else x
 
 
-class View(Reader):
-    """A part of the last axis, its heads apart."""
+class Gain:
+    """What a block multiplies a branch by: one of its parameters, or the tanh of it."""
 
-    def __init__(self, point: Point, n_heads: int | None, chunk: tuple[int, int] | None) -> None:
+    def __init__(self, block: nn.Module, name: str, squash: bool) -> None:
+        self.block = block
+        self.name = name
+        self.squash = squash
+
+    def __call__(self) -> Tensor:
+        weight = getattr(self.block, self.name)
+        return weight.tanh() if self.squash else weight
+
+    def undo(self, x: Tensor) -> Tensor:
+        """What the branch must return for `x` to join the stream.
+
+        Raises: ValueError if the gain is zero somewhere, so that nothing could.
+        """
+        gain = self()
+        if not bool(gain.all()):
+            raise ValueError(
+                f"{self.name} is zero, so nothing that the branch returns joins the stream there. Edit the "
+                "residual stream (hook_resid_mid, hook_resid_post) instead."
+            )
+        return x / gain
+
+
+class View(Reader):
+    """A part of the last axis, its heads apart, times a gain."""
+
+    def __init__(
+        self, point: Point, n_heads: int | None, chunk: tuple[int, int] | None, gain: Gain | None = None
+    ) -> None:
         super().__init__(point)
         self.n_heads = n_heads
         self.chunk = chunk
+        self.gain = gain
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = list(x.chunk(self.chunk[0], dim=-1)) if self.chunk else [x]
         which = self.chunk[1] if self.chunk else 0
-        part = parts[which]
+        part = parts[which] if self.gain is None else parts[which] * self.gain()
         shown = part if self.n_heads is None else _split(part, self.n_heads)
-        new = self.points[0](shown)
-        if new is shown and not _tracked(new):
+        new, changed = show(self.points[0], shown)
+        if not changed and not _tracked(new):
             return x
-        parts[which] = new if self.n_heads is None else _join(new)
+        joined = new if self.n_heads is None else _join(new)
+        parts[which] = joined if self.gain is None else self.gain.undo(joined)
         return torch.cat(parts, dim=-1) if self.chunk else parts[0]
 
 
@@ -153,10 +183,13 @@ class NormReader(Reader):
     shapes them.
     """
 
-    def __init__(self, scale: Point, normalized: Point, norm: nn.Module, kind: str) -> None:
+    def __init__(
+        self, scale: Point, normalized: Point, norm: nn.Module, kind: str, offset: float = 0.0
+    ) -> None:
         super().__init__(scale, normalized)
         self.norm = norm
         self.kind = kind
+        self.offset = offset
         self.source: Tensor | None = None
 
     @property
@@ -185,7 +218,7 @@ class NormReader(Reader):
         if not rescaled and not changed and not _tracked(normalized):
             return x
         weight, bias = getattr(self.norm, "weight", None), getattr(self.norm, "bias", None)
-        out = normalized if weight is None else normalized * weight.float()
+        out = normalized if weight is None else normalized * (weight.float() + self.offset)
         out = out if bias is None else out + bias.float()
         return (out.squeeze(1) if pooled else out).to(x.dtype)
 
@@ -193,7 +226,7 @@ class NormReader(Reader):
 class Keep:
     """Keeps a tensor for a later reader of the same forward, while that one listens."""
 
-    def __init__(self, reader: Reader, name: str) -> None:
+    def __init__(self, reader: Reader | Tap, name: str) -> None:
         self.reader = reader
         self.name = name
 
@@ -270,22 +303,34 @@ class Text(Reader):
 class Tap:
     """One torch hook on one module, present only while a point that it feeds is live.
 
-    Each reader has a slot: which of the things that the module is given or returns is its own, a
-    name or a number; None is the first tensor.
+    `packed`: the module's tensors have no batch axis; its readers are shown one row. `unfolds`: the
+    tap of the block's input, whose batch and positions this module's tensors have in one axis. Each
+    reader has a slot: which of the things that the module is given or returns is its own, a name or a
+    number; None is the first tensor.
     """
 
-    def __init__(self, module: nn.Module, side: Side) -> None:
+    unfolds: Tap | None = None
+    block_input: Tensor | None = None
+
+    def __init__(self, module: nn.Module, side: Side, packed: bool = False) -> None:
         self.module = module
         self.side = side
+        self.packed = packed
         self.readers: list[Reader | Keep] = []
         self.slots: list[Slot] = []
         self._n_live = 0
         self._handles: list[Any] = []
 
-    def add(self, reader: Reader | Keep, slot: Slot = None) -> None:
-        """Hands what is in a slot to one more reader."""
-        self.readers.append(reader)
-        self.slots.append(slot)
+    @property
+    def live(self) -> bool:
+        """Whether a point that it feeds is live."""
+        return self._n_live > 0
+
+    def add(self, reader: Reader | Keep, slot: Slot = None, *, first: bool = False) -> None:
+        """Hands what is in a slot to one more reader, before the others if `first`."""
+        at = 0 if first else len(self.readers)
+        self.readers.insert(at, reader)
+        self.slots.insert(at, slot)
 
     def count(self, change: int) -> None:
         """One more or one fewer live point: the hook goes on with the first and off with the last."""
@@ -312,7 +357,7 @@ class Tap:
             if reader.live:
                 at = self._argument(*new, slot)
                 x = new[0][at] if isinstance(at, int) else new[1][at]
-                y = reader(x)
+                y = self._read(reader, x)
                 if y is not x and isinstance(at, int):
                     new = (*new[0][:at], y, *new[0][at + 1 :]), new[1]
                 elif y is not x:
@@ -325,7 +370,7 @@ class Tap:
             if reader.live:
                 at = _place_of(new, slot)
                 x = new if at is None else new[at]
-                y = reader(x)
+                y = self._read(reader, x)
                 if y is not x:
                     new = _with_tensor(new, at, y)
         return None if new is output else new
@@ -337,6 +382,21 @@ class Tap:
             return slot
         names = list(inspect.signature(type(self.module).forward).parameters)
         return names.index(slot) - 1  # Less self.
+
+    def _read(self, reader: Reader | Keep, x: Tensor) -> Tensor:
+        shown = self._rows_apart(x)
+        new = reader(shown)
+        if new is shown and (shown is x or not _tracked(new)):
+            return x
+        new = new if shown is x else new.reshape(x.shape)
+        # Modelling code takes views of what its modules give.
+        return new.contiguous() if x.is_contiguous() else new
+
+    def _rows_apart(self, x: Tensor) -> Tensor:
+        if self.unfolds is not None:
+            assert self.block_input is not None
+            return x.reshape(*self.block_input.shape[:2], -1)
+        return x.unsqueeze(0) if self.packed else x
 
 
 class AttentionTap(Tap):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Literal, cast, get_args
@@ -12,10 +12,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mm_adapters._errors import InputError, WordNotFoundError
+from mm_adapters._places import Spot, raster
 from mm_adapters._words import Word, spell, split_words
 
-Role = Literal["class", "register", "patch", "image", "start", "end", "word", "pad", "query", "latent"]
+Role = Literal[
+    "class", "register", "patch", "image", "newline", "start", "end", "word", "pad", "query", "latent"
+]
 Grid = tuple[int, int]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,19 @@ class TokenLayout:
 
     `roles[row][pos]`. `patches[row][pos]` is (row, column) in the grid of patches, and
     `image_index[row][pos]` which of its row's images a position belongs to; both are None elsewhere.
-    `grid` is (rows, columns), None if there is no grid or images differ. `words[row]` are the
-    words of the row's text and `marks[row]` its punctuation, each with all its positions.
+    `grid` is (rows, columns), None if there is no grid or images differ; `grids[row][pos]` is that of
+    each position. `tiles[row][pos]` is 0 for the whole image, and counts its tiles from 1, line by
+    line: rows and columns of tiles count over the whole picture, across tiles; within the tile, with
+    no grid, where it is not known how they lie. `words[row]` are the words of the row's text and
+    `marks[row]` its punctuation, each with all its positions.
     """
 
     roles: tuple[tuple[Role, ...], ...]
     grid: Grid | None = None
     patches: tuple[tuple[Grid | None, ...], ...] = ()
     image_index: tuple[tuple[int | None, ...], ...] = ()
+    grids: tuple[tuple[Grid | None, ...], ...] = ()
+    tiles: tuple[tuple[int | None, ...], ...] = ()
     texts: tuple[str, ...] = ()
     words: tuple[tuple[Word, ...], ...] = ()
     marks: tuple[tuple[Word, ...], ...] = ()
@@ -64,11 +73,34 @@ class TokenLayout:
             raise ValueError(f"Position {pos} is {self.roles[row][pos]!r}, which has no patch.")
         return place
 
-    def position_of(self, patch_row: int, patch_col: int, *, image: int = 0, row: int = 0) -> int:
-        """The position of a patch. Raises: ValueError if that image has no such patch."""
-        if self.patches:
+    def tile_of(self, pos: int, *, row: int = 0) -> int:
+        """The tile of the patch at a position, from 1; 0 if it is of the whole image."""
+        self.patch_rc(pos, row=row)
+        return (self.tiles[row][pos] or 0) if self.tiles else 0
+
+    def box(self, pos: int, *, row: int = 0) -> Box:
+        """(top, left, bottom, right) of what a position sees, as fractions of its image.
+
+        Raises: ValueError if it is no patch, or it is not known where its tile lies.
+        """
+        r, c = self.patch_rc(pos, row=row)
+        grid = self.grids[row][pos]
+        if grid is None:
+            raise ValueError(f"Position {pos} is of tile {self.tile_of(pos, row=row)}, of no known place.")
+        return r / grid[0], c / grid[1], (r + 1) / grid[0], (c + 1) / grid[1]
+
+    def position_of(
+        self, patch_row: int, patch_col: int, *, image: int = 0, row: int = 0, tiled: bool | None = None
+    ) -> int:
+        """The position of a patch: of the whole image (`tiled=False`), of its tiles (True), or of
+        whichever has it, the whole first.
+
+        Raises: ValueError if that image has no such patch.
+        """
+        for views in ((False, True) if tiled is None else (tiled,)) if self.patches else ():
             for pos, place in enumerate(self.patches[row]):
-                if place == (patch_row, patch_col) and self.image_index[row][pos] == image:
+                here = place == (patch_row, patch_col) and self.image_index[row][pos] == image
+                if here and bool(self.tiles and self.tiles[row][pos]) == views:
                     return pos
         size = f"the grid is {self.grid[0]} x {self.grid[1]}" if self.grid else "no single grid"
         raise ValueError(f"Row {row} has no patch ({patch_row}, {patch_col}) of image {image}: {size}.")
@@ -92,8 +124,37 @@ class TokenLayout:
         return sorted(found)
 
 
+@dataclass(frozen=True)
+class Seat:
+    """What stands at one position: its role and, of an image, where it lies there."""
+
+    role: Role
+    at: Grid | None = None
+    grid: Grid | None = None
+    tile: int | None = None
+    image: int | None = 0
+
+
+def seated(rows: Sequence[Sequence[Seat]], **text: Any) -> TokenLayout:
+    """The layout of these positions; `text` are its fields about words."""
+    grids = {seat.grid for row in rows for seat in row if seat.grid is not None}
+    return TokenLayout(
+        roles=tuple(tuple(s.role for s in row) for row in rows),
+        grid=grids.pop() if len(grids) == 1 else None,
+        patches=tuple(tuple(s.at for s in row) for row in rows),
+        image_index=tuple(tuple(s.image for s in row) for row in rows),
+        grids=tuple(tuple(s.grid for s in row) for row in rows),
+        tiles=tuple(tuple(s.tile for s in row) for row in rows),
+        **text,
+    )
+
+
 def vision_layout(
-    n_rows: int, grid: Grid, n_class: int = 1, n_register: int = 0, role: Role = "patch"
+    n_rows: int,
+    grid: Grid,
+    n_class: int = 1,
+    n_register: int = 0,
+    role: Role = "patch",
 ) -> TokenLayout:
     """The layout of an image's sequence: class, registers, then patches line by line.
 
@@ -102,24 +163,17 @@ def vision_layout(
     front = n_class + n_register
     places = [(r, c) for r in range(grid[0]) for c in range(grid[1])]
     roles = ("class",) * n_class + ("register",) * n_register + (role,) * len(places)
-    return TokenLayout(
-        roles=(cast(tuple[Role, ...], roles),) * n_rows,
-        grid=grid,
-        patches=((None,) * front + tuple(places),) * n_rows,
-        image_index=((0,) * len(roles),) * n_rows,
-    )
+    row = [Seat(cast(Role, name)) for name in roles[:front]] + [Seat(role, at, grid, 0) for at in places]
+    return seated([row] * n_rows)
 
 
 def cut_layout(grids: Sequence[Grid], n_pos: int) -> TokenLayout:
     """The layout of images that come cut into patches, line by line, and are padded to `n_pos`."""
-    roles, patches = [], []
-    for rows, columns in grids:
-        places = [(r, c) for r in range(rows) for c in range(columns)]
-        n_pad = n_pos - len(places)
-        roles.append(("patch",) * len(places) + ("pad",) * n_pad)
-        patches.append((*places, *(None,) * n_pad))
-    index = tuple(tuple(None if p is None else 0 for p in row) for row in patches)
-    return TokenLayout(tuple(roles), _one_grid(grids), tuple(patches), index)
+    rows = []
+    for grid in grids:
+        seats = [Seat("patch", (r, c), grid, 0) for r in range(grid[0]) for c in range(grid[1])]
+        rows.append([*seats, *[Seat("pad", image=None)] * (n_pos - len(seats))])
+    return seated(rows)
 
 
 def text_layout(
@@ -144,11 +198,14 @@ def language_layout(
     image_token_id: int | None = None,
     grids: Grid | Sequence[Grid] | None = None,
     n_class: int = 0,
+    places: Sequence[Sequence[Spot]] | None = None,
+    newline_ids: Sequence[int] = (),
 ) -> TokenLayout:
     """As `text_layout`, with the places that images take in the text.
 
     `grids` is the grid of every image, or one for each image of the batch in order; `n_class` is
-    how many places of each image come before its patches.
+    how many places of each image come before its patches. Or `places` are those of each image.
+    `newline_ids` are tokens that end a line of an image.
 
     Raises: InputError if the image tokens are more or fewer than the images have patches.
     """
@@ -165,59 +222,67 @@ def language_layout(
         for i, ids in enumerate(input_ids)
     ]
     counts = [row.roles.count("image") for row in rows]
-    single = None if grids is None else _one_grid(grids)
-    images = _image_places(counts, grids, n_class)
-    patches, index = [], []
-    for row, places in zip(rows, images, strict=True):
-        spots = iter(places)
-        filled = [next(spots) if role == "image" else (None, None) for role in row.roles]
-        patches.append(tuple(place for place, _ in filled))
-        index.append(tuple(image for _, image in filled))
-    return TokenLayout(
-        roles=tuple(row.roles for row in rows),
-        grid=single,
-        patches=tuple(patches),
-        image_index=tuple(index),
+    if places is None and grids is not None:
+        each = repeat(grids) if _is_grid(grids) else grids
+        endless = ([Spot()] * n_class + raster(cast(Grid, grid)) for grid in each)
+        images = _by_row(counts, endless, None if _is_grid(grids) else len(grids))
+    elif places is not None:
+        images = _by_row(counts, iter(places), len(places))
+    else:
+        images = [[(0, Spot())] * n for n in counts]
+    seats = []
+    for row, ids, spots in zip(rows, input_ids.tolist(), images, strict=True):
+        queue = iter(spots)
+        seats.append([
+            _seat(next(queue)) if role == "image" else _word(role, i in newline_ids)
+            for role, i in zip(row.roles, ids, strict=True)
+        ])
+    return seated(
+        seats,
         texts=tuple(row.text for row in rows),
         words=tuple(row.words for row in rows),
         marks=tuple(row.marks for row in rows),
     )
 
 
-def _one_grid(grids: Grid | Sequence[Grid]) -> Grid | None:
-    if isinstance(grids, tuple) and grids and isinstance(grids[0], int):
-        return cast(Grid, grids)
-    return cast(Grid, grids[0]) if len(set(grids)) == 1 else None
+def _word(role: Role, ends_line: bool) -> Seat:
+    return Seat("newline" if ends_line else role, image=None)
 
 
-def _image_places(
-    counts: list[int], grids: Grid | Sequence[Grid] | None, n_class: int
-) -> list[list[tuple[Grid | None, int | None]]]:
-    """For each row, (patch, which image) of each of its image tokens in turn."""
-    if grids is None:
-        return [[(None, 0)] * n for n in counts]
-    each = not (isinstance(grids, tuple) and grids and isinstance(grids[0], int))
-    queue = iter(cast(Sequence[Grid], grids)) if each else repeat(cast(Grid, grids))
-    out: list[list[tuple[Grid | None, int | None]]] = []
+def _seat(found: tuple[int, Spot]) -> Seat:
+    image, spot = found
+    return Seat(spot.role, spot.at, spot.grid, spot.tile if spot.at else None, image)
+
+
+def _is_grid(grids: Grid | Sequence[Grid]) -> bool:
+    return isinstance(grids, tuple) and bool(grids) and isinstance(grids[0], int)
+
+
+def _by_row(
+    counts: list[int], images: Iterator[Sequence[Spot]], n_images: int | None
+) -> list[list[tuple[int, Spot]]]:
+    """For each row, (which image of the row, its place) of each of its image tokens in turn."""
+    out: list[list[tuple[int, Spot]]] = []
+    used = 0
     for row, n in enumerate(counts):
-        places: list[tuple[Grid | None, int | None]] = []
+        places: list[tuple[int, Spot]] = []
         image = 0
         while len(places) < n:
-            grid = next(queue, None)
-            if grid is None:
+            spots = next(images, None)
+            if spots is None:
                 break
-            places += [(None, image)] * n_class
-            places += [((r, c), image) for r in range(grid[0]) for c in range(grid[1])]
+            places += [(image, spot) for spot in spots]
             image += 1
+        used += image
         if len(places) != n:
             raise InputError(
-                f"Row {row} has {n} image tokens and its {image} images take {len(places)} "
-                f"(grids {grids}). Pass the grid of each image, in order."
+                f"Row {row} has {n} image tokens and its {image} images take {len(places)}. Pass the grid of "
+                "each image, in order, and the tokens that the model's processor makes."
             )
         out.append(places)
-    if each and (left := len(list(queue))):
+    if n_images is not None and used < n_images:
         raise InputError(
-            f"There are {left} grids more than images in the tokens, which have {counts} a row. Pass one "
-            "for each image."
+            f"There are {n_images - used} grids more than images in the tokens, which have {counts} a row. "
+            "Pass one for each image."
         )
     return out

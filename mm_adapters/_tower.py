@@ -217,7 +217,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         if isinstance(place, Norm):
             norm = mounted.module.get_submodule(place.path)
             final: Any = self.ln_final
-            final.weights = {"w": lambda: norm_weight(norm), "b": lambda: norm_bias(norm)}
+            final.weights = {"w": lambda: norm_weight(norm, place.offset), "b": lambda: norm_bias(norm)}
             final.stands_for = [norm]
 
     def _config(self) -> TowerConfig:

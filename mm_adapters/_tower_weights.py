@@ -136,7 +136,9 @@ class TowerWeights:
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         ids = torch.as_tensor(tokens, device=self.W_U.device)
-        directions = rearrange(self.W_U[:, ids], "d ... -> ... d") * norm_weight(self._final_norm())
+        place = self._final_place()
+        gain = norm_weight(self._final_norm(), place.offset if place else 0.0)
+        directions = rearrange(self.W_U[:, ids], "d ... -> ... d") * gain
         return directions.reshape(-1) if ids.numel() == 1 and ids.ndim <= 1 else directions
 
     def accumulated_bias(
@@ -184,8 +186,12 @@ class TowerWeights:
         return found
 
     def _final_norm(self) -> nn.Module:
+        place = self._final_place()
+        return self._mounted.module.get_submodule(place.path) if place is not None else nn.Identity()
+
+    def _final_place(self) -> Norm | None:
         place = self._mounted.after.get("ln_final.hook_scale")
-        return self._mounted.module.get_submodule(place.path) if isinstance(place, Norm) else nn.Identity()
+        return place if isinstance(place, Norm) else None
 
 
 def _stacked(name: str) -> property:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from mm_adapters._attention import _TAKES
 from mm_adapters._errors import AttentionUnreachableError
 from mm_adapters._spec import Site
-from mm_adapters._taps import AttentionTap, Keep, NormReader, Reader, ResidualReader, Spread, Tap
+from mm_adapters._taps import AttentionTap, Carry, Keep, NormReader, Reader, ResidualReader, Spread, Tap
 
 if TYPE_CHECKING:
     from mm_adapters._traced_engine import SiteInterleaver
@@ -120,19 +120,19 @@ class OnDemand:
 
 
 class Always:
-    """A Keep, run whether or not its reader is due: that is known only later."""
+    """A Keep or a Carry, run whether or not its reader is due."""
 
     live = True
 
-    def __init__(self, keep: Keep) -> None:
-        self.keep = keep
+    def __init__(self, inner: Keep | Carry) -> None:
+        self.inner = inner
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.keep(x)
+        return self.inner(x)
 
     def reset(self) -> None:
         """Lets go what an interrupted run left."""
-        setattr(self.keep.reader, self.keep.name, None)
+        setattr(self.inner.reader, self.inner.name, None)
 
 
 class Station:
@@ -140,7 +140,9 @@ class Station:
 
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
-        tap.readers = [Always(r) if isinstance(r, Keep) else OnDemand(r) for r in tap.readers]  # type: ignore[assignment]
+        tap.readers = [  # type: ignore[assignment]
+            Always(r) if isinstance(r, Keep | Carry) else OnDemand(r) for r in tap.readers
+        ]
 
     def __call__(self, value: Any) -> Any:
         """The handed value (an output, or args and kwargs) with what was done to the sites in it."""
@@ -175,9 +177,11 @@ class Gate(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A block's or a hook's own torch calls, made while the model stands still, are not the model's.
+        if func is torch.split and not self.attended and not self.engine.is_serving:
+            return self.watch.__torch_function__(func, types, args, kwargs)
         if func in _TAKES and not self.attended and not self.engine.is_serving:
             self.attended = True
-            if any(p.due for p in self.points.values()):
+            if self.watch.lengths or any(p.due for p in self.points.values()):
                 return self.watch.__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 

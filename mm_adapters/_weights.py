@@ -52,7 +52,7 @@ class BlockWeights:
                 found[f"W_{name}"] = lambda s=site: self._linear(s)[0].T
                 found[f"b_{name}"] = lambda s=site: self._linear(s)[1]
         elif isinstance(place := places.get(f"{part}.hook_scale"), Norm):
-            found["w"] = lambda: norm_weight(self.block.get_submodule(place.path))
+            found["w"] = lambda: norm_weight(self.block.get_submodule(place.path), place.offset)
             found["b"] = lambda: norm_bias(self.block.get_submodule(place.path))
         return found
 
@@ -85,6 +85,9 @@ class BlockWeights:
         place = self.places.get(branch or "")
         if not isinstance(place, Output):
             return None
+        if place.gain is not None:
+            gain = getattr(self.block, place.gain.removesuffix(".tanh"), None)
+            return gain.tanh() if gain is not None and place.gain.endswith(".tanh") else gain
         module = self.block.get_submodule(place.path)
         return next((g for n in ("gamma", "lambda1") if (g := getattr(module, n, None)) is not None), None)
 
@@ -100,10 +103,12 @@ class BlockWeights:
         return head_count(self.block, place.heads)
 
 
-def norm_weight(norm: nn.Module) -> Tensor:
+def norm_weight(norm: nn.Module, offset: float = 0.0) -> Tensor:
     """A norm's gain; ones if it has none."""
     weight = getattr(norm, "weight", None)
-    return torch.ones(1) if weight is None else weight
+    if weight is None:
+        return torch.ones(1)
+    return weight + offset if offset else weight
 
 
 def norm_bias(norm: nn.Module) -> Tensor:

@@ -54,7 +54,7 @@ def spell(
     live = [m is not None for m in match] if match else _not_padding(ids, mask, speller)
     roles = _roles(ids, live, speller, image_id)
     shown = text
-    if image_id is not None:  # The image token's own letters are no word of the text.
+    if image_id is not None and image_id >= 0:  # The image token's own letters are no word of the text.
         token = speller.pieces([image_id])[0]
         shown = text.replace(token, " " * len(token))
     if match and offsets:

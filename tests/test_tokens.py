@@ -345,4 +345,6 @@ def test_a_layout_can_be_compared_and_hashed() -> None:
         grid=(2, 2),
         patches=((None, (0, 0), (0, 1), (1, 0), (1, 1)),),
         image_index=((0, 0, 0, 0, 0),),
+        grids=((None, (2, 2), (2, 2), (2, 2), (2, 2)),),
+        tiles=((None, 0, 0, 0, 0),),
     )

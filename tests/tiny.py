@@ -6,11 +6,13 @@ A case is the model, arguments it takes, and the tensor of its output that an ed
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
+import tiny_unified
+import tiny_vlm
 import torch
-from torch import Tensor, nn
+from tiny_case import Case, seeded, shaken  # noqa: F401
+from torch import Tensor
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -48,42 +50,6 @@ _DECODER = {
     "num_key_value_heads": 2, "vocab_size": 60, "max_position_embeddings": 64,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tiny model, what it is called with, and the part of its output an edit must move.
-
-    `off_path` are globs of sites that the model computes and does not use. `smooth` are inputs with
-    which a pipeline's output has a derivative (pixels are clamped); None if it has none anyhow.
-    """
-
-    model: Any
-    inputs: dict[str, Any]
-    head: Callable[[Any], Tensor]
-    off_path: tuple[str, ...] = ()
-    smooth: dict[str, Any] | None = field(default_factory=lambda: {"output_type": "latent"})
-
-    def differentiable(self) -> dict[str, Any] | None:
-        """Inputs with which the output has a derivative, or None."""
-        if self.smooth is None:
-            return None
-        return self.inputs | (self.smooth if "output_type" in self.inputs else {})
-
-
-def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model with noise on every weight, so that no bias is zero and no gain is one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model.eval()
-
-
-def seeded(make: Callable[[], Any]) -> Any:
-    """A module built under a fixed seed, then shaken."""
-    torch.manual_seed(0)
-    return shaken(make())
 
 
 def pixels(rows: int = 2, size: int = 28) -> Tensor:
@@ -287,4 +253,4 @@ from tiny_contrastive import CASES as CONTRASTIVE_CASES  # noqa: E402
 from tiny_diffusion import CASES as DIFFUSION_CASES  # noqa: E402
 from tiny_vision import CASES as VISION_CASES  # noqa: E402
 
-CASES |= CONTRASTIVE_CASES | VISION_CASES | DIFFUSION_CASES
+CASES |= CONTRASTIVE_CASES | VISION_CASES | DIFFUSION_CASES | tiny_vlm.CASES | tiny_unified.CASES

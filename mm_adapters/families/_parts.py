@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from mm_adapters._spec import Attention, Input, Inside, Norm, Output, Place
+from mm_adapters._spec import (
+    Attention,
+    Input,
+    Inside,
+    Mount,
+    Mounts,
+    Norm,
+    Output,
+    Place,
+    Placing,
+    Residual,
+    Stack,
+    Tower,
+)  # fmt: skip
 
 
 def attention(
@@ -18,10 +32,12 @@ def attention(
     kv_heads: str | None = None,
     rotary: bool = False,
     name: str = "attn",
+    out: str | None = None,
 ) -> dict[str, Place]:
     """An attention module with a projection module each for q, k, v and the output.
 
     `heads` and `kv_heads` are attributes of the attention module. Each name may be several, with "|".
+    `out` is the output projection's path from the block, where it is not inside.
     """
     n = _each(f"{path}:", heads)
     n_kv = _each(f"{path}:", kv_heads or heads)
@@ -36,7 +52,25 @@ def attention(
     return parts | {
         f"{name}.hook_attn_scores": Attention(path, "attn_scores", n),
         f"{name}.hook_pattern": Attention(path, "pattern", n),
-        f"{name}.hook_z": Input(_each(f"{path}.", o), n),
+        f"{name}.hook_z": Input(out or _each(f"{path}.", o), n),
+    }
+
+
+def qkv_attention(
+    path: str, *, qkv: str = "qkv", o: str = "proj", heads: str = "num_heads", rotary: bool = False
+) -> dict[str, Place]:
+    """An attention module with one projection for q, k and v, in that order, and one for the output."""
+    n = f"{path}:{heads}"
+    parts: dict[str, Place] = {
+        f"attn.hook_{name}": Output(f"{path}.{qkv}", n, chunk=(3, i)) for i, name in enumerate("qkv")
+    }
+    if rotary:
+        parts["attn.hook_rot_q"] = Attention(path, "rot_q", n)
+        parts["attn.hook_rot_k"] = Attention(path, "rot_k", n)
+    return parts | {
+        "attn.hook_attn_scores": Attention(path, "attn_scores", n),
+        "attn.hook_pattern": Attention(path, "pattern", n),
+        "attn.hook_z": Input(f"{path}.{o}", n),
     }
 
 
@@ -54,23 +88,111 @@ def fused_attention(path: str, *, heads: str = "num_heads", name: str = "attn") 
     return inside(path, heads, "q", "k", "v", "attn_scores", "pattern", "z", name=name)
 
 
-def norm(path: str, name: str, kind: Literal["LN", "RMS"] = "LN") -> dict[str, Place]:
+def norm(path: str, name: str, kind: Literal["LN", "RMS"] = "LN", offset: float = 0.0) -> dict[str, Place]:
     """A LayerNorm or an RMSNorm: its scale and its result before the affine map."""
     return {
-        f"{name}.hook_scale": Norm(path, "scale", kind),
-        f"{name}.hook_normalized": Norm(path, "normalized", kind),
+        f"{name}.hook_scale": Norm(path, "scale", kind, offset),
+        f"{name}.hook_normalized": Norm(path, "normalized", kind, offset),
     }
 
 
-def mlp(path: str, *, up: str, down: str) -> dict[str, Place]:
+def mlp(path: str, *, up: str = "fc1", down: str = "fc2") -> dict[str, Place]:
     """Up, activation, down."""
     return {"mlp.hook_pre": Output(f"{path}.{up}"), "mlp.hook_post": Input(f"{path}.{down}")}
 
 
-def gated_mlp(path: str, *, gate: str, up: str, down: str) -> dict[str, Place]:
+def gated_mlp(
+    path: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> dict[str, Place]:
     """Down(act(gate) * up), as in Llama: `hook_pre` is the gate's, `hook_pre_linear` the other."""
     return {
         "mlp.hook_pre": Output(f"{path}.{gate}"),
         "mlp.hook_pre_linear": Output(f"{path}.{up}"),
         "mlp.hook_post": Input(f"{path}.{down}"),
     }
+
+
+def pre_norm(
+    *,
+    ln1: str,
+    attn: str,
+    heads: Mapping[str, Place],
+    ln2: str,
+    ff: str,
+    neurons: Mapping[str, Place],
+    kind: Literal["LN", "RMS"] = "LN",
+    offset: float = 0.0,
+) -> dict[str, Place]:
+    """A block as most are: norm, attention, norm, MLP, each branch added to the stream as it is.
+
+    `ln1`, `attn`, `ln2`, `ff` are the four modules; `heads` and `neurons` what is inside two of them.
+    """
+    return (
+        {"hook_resid_pre": Input("")}
+        | norm(ln1, "ln1", kind, offset)
+        | dict(heads)
+        | {"hook_attn_out": Output(attn), "hook_resid_mid": Residual("hook_resid_pre", "hook_attn_out")}
+        | norm(ln2, "ln2", kind, offset)
+        | dict(neurons)
+        | {"hook_mlp_out": Output(ff), "hook_resid_post": Output("")}
+    )
+
+
+def projector(
+    name: str, *classes: str, inside: Mapping[str, Place] | None = None, packed: bool = False, **more: Any
+) -> Tower:
+    """What maps a vision tower's states to a language tower's, of these transformers classes."""
+    before: dict[str, Place] = {"hook_in": Input("")}
+    return Tower(
+        name,
+        "projector",
+        tuple(f"transformers:{c}" for c in classes),
+        {},
+        before=before | dict(inside or {}),
+        after={"hook_out": Output("")},
+        norm=None,
+        takes="",
+        gives="",
+        pool="none",
+        packed=packed,
+        **more,
+    )
+
+
+def decoder(
+    name: str,
+    *classes: str,
+    blocks: Stack,
+    final: str = "norm",
+    kind: Literal["LN", "RMS"] = "RMS",
+    offset: float = 0.0,
+    **more: Any,
+) -> Tower:
+    """A causal language tower of these transformers classes, its blocks in `layers`."""
+    return Tower(
+        name,
+        "language",
+        tuple(f"transformers:{c}" for c in classes),
+        {"blocks": blocks},
+        # The layers' input: a composite model embeds words and images itself.
+        before={"hook_embed": Input("layers.0")},
+        after=norm(final, "ln_final", kind, offset),
+        norm=kind,
+        takes="input_ids",
+        gives="last_hidden_state",
+        pool="each",
+        embed="embed_tokens.weight",
+        causal=True,
+        **more,
+    )
+
+
+def vlm(name: str, *classes: str, towers: Mapping[str, Mount], images: Placing | None = None) -> Mounts:
+    """A model of images and text, of these transformers classes."""
+    named = tuple(f"transformers:{c}" for c in classes)
+    return Mounts(name, "vlm", named, towers, image_token="image_token_id", images=images)
+
+
+def language(path: str, tower: str | None = None) -> Mount:
+    """A language tower whose words the whole model predicts, by its `lm_head`."""
+    return Mount(path, tower, run="", gives="logits", takes="input_ids", project="lm_head.weight.T")

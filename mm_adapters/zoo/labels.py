@@ -29,7 +29,7 @@ def masks_of(one: Scene, size_px: int = 64) -> dict[str, NDArray[np.bool_]]:
     covered = world.masks(one, size_px)
     for thing, mask in zip(one.things, covered, strict=True):
         for name in (thing.shape, thing.colour, thing.position, thing.size, thing.texture):
-            found[name] = found.get(name, np.zeros_like(mask)) | mask
+            found[name] = np.asarray(found[name] | mask if name in found else mask)
     found[one.background] = ~covered.any(0) if len(covered) else np.ones((size_px, size_px), bool)
     return found
 

@@ -1,0 +1,61 @@
+"""Florence-2: a DaViT, whose blocks attend among patches then among channels, and BART (arXiv 2311.06242)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Input, Mount, Output, Stack, Tower
+from mm_adapters.families._parts import mlp, norm, qkv_attention, vlm
+
+SKIP = "convolutions stand on the skip connection; read hook_resid_pre, hook_attn_out, hook_mlp_out"
+
+
+def _block(path: str, heads: str) -> dict:
+    return (
+        {"hook_resid_pre": Input("", is_map=True)}
+        | norm("norm1", "ln1")
+        | qkv_attention(path, heads=heads)
+        | {"hook_attn_out": Output(path)}
+        | norm("norm2", "ln2")
+        | mlp("ffn")
+        | {"hook_mlp_out": Output("ffn"), "hook_resid_post": Output("", is_map=True)}
+    )
+
+
+register(
+    Tower(
+        "davit",
+        "vision",
+        ("transformers:Florence2VisionBackbone",),
+        {
+            # A window is a row of the batch.
+            "spatial": Stack(("blocks.*.*.spatial_block",), _block("window_attn", "num_heads")),
+            # Heads are groups of channels; queries and keys are the channels of a group.
+            "channel": Stack(("blocks.*.*.channel_block",), _block("channel_attn", "groups")),
+        },
+        before={"hook_embed": Output("convs.0", is_map=True)},
+        absent={"spatial.*.hook_resid_mid": SKIP, "channel.*.hook_resid_mid": SKIP},
+        takes="hidden_states",
+        gives="",
+        pool="none",
+    )
+)
+register(
+    Tower(
+        "florence2_projector",
+        "projector",
+        ("transformers:Florence2MultiModalProjector",),
+        {},
+        before={"hook_in": Input("", is_map=True), "hook_projected": Output("image_projection")},
+        after=norm("image_proj_norm", "ln") | {"hook_out": Output("")},
+        takes="image_features",
+        gives="",
+        pool="none",
+    )
+)
+register(
+    vlm("florence2", "Florence2ForConditionalGeneration", towers={
+        "vision": Mount("model.vision_tower", takes="pixel_values"),
+        "projector": Mount("model.multi_modal_projector"),
+        "text": Mount("model.language_model.encoder"),
+        "language": Mount("model.language_model.decoder", takes="decoder_input_ids",
+                          project="lm_head.weight.T"),
+    })
+)  # fmt: skip

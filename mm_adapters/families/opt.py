@@ -1,0 +1,26 @@
+"""OPT's language tower (arXiv 2205.01068)."""
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Input, Mount, Mounts, Output, Stack
+from mm_adapters.families._parts import attention, decoder, pre_norm
+
+NEURONS = {"mlp.hook_pre": Output("fc1"), "mlp.hook_post": Input("fc2")}
+BLOCKS = Stack(
+    ("layers.*",),
+    pre_norm(ln1="self_attn_layer_norm", attn="self_attn", heads=attention("self_attn"),
+             ln2="final_layer_norm", ff="fc2", neurons=NEURONS),
+    folded=("final_layer_norm", "fc1", "fc2"),
+)  # fmt: skip
+
+register(
+    decoder("opt", "OPTDecoder", blocks=BLOCKS, final="final_layer_norm", kind="LN",
+            position="embed_positions.weight")
+)  # fmt: skip
+register(
+    Mounts(
+        "opt_lm",
+        "tower",
+        ("transformers:OPTForCausalLM",),
+        {"language": Mount("model.decoder", run="", gives="logits", project="lm_head.weight.T")},
+    )
+)
