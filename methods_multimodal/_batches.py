@@ -19,9 +19,7 @@ from mm_adapters._sitemap import MountedTower
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def batches(
-    model: Model, tower: MountedTower, given: Any, batch_size: int
-) -> Iterator[Mapping[str, Any]]:
+def batches(model: Model, tower: MountedTower, given: Any, batch_size: int) -> Iterator[Mapping[str, Any]]:
     """Batches of the tower's arguments.
 
     `given` is prepared (a tensor of all rows, or a mapping of the tower's arguments), one raw item,

@@ -113,7 +113,9 @@ def _gathered(parts: TowerParts, run: Run, over: Tensor, mass: Tensor, tokens: b
     )
 
 
-def _found_weights(model: Model, parts: TowerParts, inputs: Mapping[str, Any]) -> Float[Tensor, "row pool pos"]:
+def _found_weights(
+    model: Model, parts: TowerParts, inputs: Mapping[str, Any]
+) -> Float[Tensor, "row pool pos"]:
     """How much of each position the summary reads, over the norm's scale there."""
     scale_site, normal_site = parts.site("ln_final.hook_scale"), parts.site("ln_final.hook_normalized")
     if parts.pool == "attention":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import einsum, rearrange
@@ -20,6 +20,7 @@ from mm_adapters._weights import BlockWeights, norm_bias, norm_weight, tensor_at
 NEEDED = ("hook_resid_pre", "attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_mlp_out")
 
 
+@runtime_checkable
 class Model(Protocol):
     """A Lens that knows its own sites and prepares raw inputs: HookedModel and TracedModel."""
 
@@ -31,7 +32,12 @@ class Model(Protocol):
     def prepare(self, *, text: Any = None, images: Any = None) -> dict[str, Any]: ...
 
     def run(
-        self, inputs: Mapping[str, Any], *, read: Iterable[Any] = (), edit: Iterable[Any] = (), grad_of: Any = None
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        read: Iterable[Any] = (),
+        edit: Iterable[Any] = (),
+        grad_of: Any = None,
     ) -> Run: ...
 
 
@@ -92,6 +98,9 @@ def tower_parts(model: Model, tower: str = "vision") -> TowerParts:
     if tower not in sites.towers:
         raise sites.missing(tower)
     mounted = sites.towers[tower]
+    pool = mounted.record.pool
+    if pool not in ("first", "last", "end", "attention"):
+        raise MissingSiteError(f"{tower}: its summary is pooled by {pool}, which is not split here.")
     n_layers = len(mounted.stacks.get("blocks", ()))
     lacking = [part for part in NEEDED if f"{tower}.blocks.0.{part}" not in sites.sites]
     if lacking:
@@ -134,8 +143,6 @@ def _summary_weights(
     record = tower.record
     if record.pool == "attention":
         return _pooling_weights(model, tower)
-    if record.pool not in ("first", "last", "end"):
-        raise MissingSiteError(f"{tower.name}: its summary is pooled by {record.pool}, which is not split here.")
     path = tower.mount.project
     found = tensor_at(model.wrapped, path) if path else None
     if found is None:

@@ -92,10 +92,8 @@ def decompose(
     Source: Gandelsman et al. 2024, arXiv 2310.05916, section 3 and appendix (uniform shares).
     Raises: MissingSiteError if the tower's summary is not linear in one stream of attention and MLPs.
     """
-    made = list(
-        decompositions(model, images=images, texts=texts, tower=tower, tokens=tokens, shares=shares, onto=onto,
-                       batch_size=batch_size)
-    )  # fmt: skip
+    options: dict[str, Any] = {"tower": tower, "tokens": tokens, "shares": shares, "onto": onto}
+    made = list(decompositions(model, images=images, texts=texts, batch_size=batch_size, **options))
     if not made:
         raise InputError("There is nothing to decompose: no image or text was given.")
     first = made[0]
@@ -120,9 +118,13 @@ def decompositions(
         raise InputError(f"There are no {shares!r} shares; there are 'exact' and 'uniform'.")
     parts = tower_parts(model, tower)
     if shares == "uniform" and parts.pool == "attention":
-        raise InputError("Uniform shares are defined for a summary of one position; this tower pools by attention.")
+        raise InputError(
+            "Uniform shares are defined for a summary of one position; this tower pools by attention."
+        )
     if onto is not None and onto.shape[-1] != parts.width:
-        raise InputError(f"`onto` has directions of width {onto.shape[-1]}; the embedding's is {parts.width}.")
+        raise InputError(
+            f"`onto` has directions of width {onto.shape[-1]}; the embedding's is {parts.width}."
+        )
     for inputs in batches(model, parts.tower, images if texts is None else texts, batch_size):
         yield split(parts, folded(model, parts, inputs, tokens=tokens == "keep"), shares, onto,
                     _grid(parts, inputs))  # fmt: skip
@@ -141,7 +143,12 @@ def split(
     length = own.norm(dim=-1)
     if onto is not None:
         directions = onto.to(read).T
-        read, offset, own, plain = read @ directions, offset @ directions, own @ directions, plain @ directions
+        read, offset, own, plain = (
+            read @ directions,
+            offset @ directions,
+            own @ directions,
+            plain @ directions,
+        )
         pool = None if pool is None else pool @ directions
     reader = read if shares == "exact" else plain
     heads = _heads(parts, seen, reader)
@@ -185,7 +192,13 @@ def _heads(
 
 
 def _uniform(
-    parts: TowerParts, seen: Folded, heads: Tensor, mlps: Tensor, biases: Tensor, plain: Tensor, offset: Tensor
+    parts: TowerParts,
+    seen: Folded,
+    heads: Tensor,
+    mlps: Tensor,
+    biases: Tensor,
+    plain: Tensor,
+    offset: Tensor,
 ) -> tuple[Tensor, Tensor]:
     n_terms = 2 * parts.n_layers + 1
     cells = heads.shape[2] * heads.shape[3]
@@ -200,4 +213,3 @@ def _grid(parts: TowerParts, inputs: Mapping[str, Any]) -> tuple[int, int] | Non
     if record.role != "vision" or record.patch is None:
         return None
     return patch_layout(parts.tower, inputs[input_name(parts.tower)]).grid
-
