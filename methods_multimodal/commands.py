@@ -1,4 +1,7 @@
-"""`mm-interp report`: what the methods of this package say about a model and an input, as one picture."""
+"""`mm-interp report`: what the methods of this package say about a model and an input, as one picture.
+
+The other commands of this package are registered here too.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from methods_multimodal.dissection.command import dissect
+from methods_multimodal.heads_command import heads
 from mm_adapters import InputError
 
 _FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp")
@@ -23,6 +27,7 @@ def register(app: typer.Typer) -> None:
     """Adds this package's commands to `mm-interp`."""
     app.command("report")(report)
     app.command("dissect")(dissect)
+    app.command("heads")(heads)
 
 
 def report(
