@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from methods_multimodal.cross_attention.commands import register as register_cross_attention
 from mm_adapters import InputError
 
 _FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp")
@@ -21,6 +22,7 @@ _DEFAULT_PAIR = ("red_circle_left_of_blue_square", "blue_circle_left_of_red_squa
 def register(app: typer.Typer) -> None:
     """Adds this package's commands to `mm-interp`."""
     app.command("report")(report)
+    register_cross_attention(app)
 
 
 def report(
