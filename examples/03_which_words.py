@@ -12,9 +12,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import mm_adapters as mm
+from methods_multimodal.cross_attention import word_maps
 from methods_multimodal.denoising import to_array
 from methods_multimodal.plots import overlay, picture
-from methods_multimodal.word_maps import word_maps
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     maps, output = word_maps(model, inputs, words=args.word)
     drawn = to_array(output.images[0].float())
 
-    figure = Figure(figsize=(2.8 * (len(maps.words) + 1), 3), layout="constrained")
-    axes = figure.subplots(1, len(maps.words) + 1)
+    figure = Figure(figsize=(2.8 * (len(maps.words_of()) + 1), 3), layout="constrained")
+    axes = figure.subplots(1, len(maps.words_of()) + 1)
     picture(drawn, axes[0], title=args.prompt if len(args.prompt) < 30 else "the picture")
-    for ax, word, values in zip(axes[1:], maps.words, maps.at()[0], strict=True):
+    for ax, word, values in zip(axes[1:], maps.words_of(), maps.at()[0], strict=True):
         overlay(values, drawn, ax, unit="attention weight", title=f"“{word}”", smooth=True)
     figure.savefig(args.out, dpi=110)
     print(args.out)

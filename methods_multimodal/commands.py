@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from methods_multimodal.cross_attention.commands import register as register_cross_attention
 from methods_multimodal.dissection.command import dissect
 from methods_multimodal.heads_command import heads
 from mm_adapters import InputError
@@ -28,6 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command("report")(report)
     app.command("dissect")(dissect)
     app.command("heads")(heads)
+    register_cross_attention(app)
 
 
 def report(

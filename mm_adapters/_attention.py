@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 Fire = Callable[[str, Tensor], Tensor]
@@ -97,8 +98,13 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     joint: JointText | None = None,
+    own: Callable[[], Tensor] | None = None,
 ) -> Float[Tensor, "batch head query d_value"]:
-    """Attention with its scores and pattern in the open. The softmax is taken in float32."""
+    """Attention with its scores and pattern in the open. The softmax is taken in float32.
+
+    If nobody changed either and no gradient is wanted, the result is that of `own`, the model's own
+    kernel: who only looks moves no bit.
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key = repeat(key, "b h n d -> b (h g) n d", g=groups)
@@ -111,14 +117,28 @@ def attend(
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    scores = fire("attn_scores", scores)
+    scores, moved = _shown(fire, "attn_scores", scores)
     masked = attn_mask is not None
     # A row that may attend to nothing gives zeros, as the fused kernels do, not NaN.
     softmax = torch.ops.aten._safe_softmax if masked else torch.softmax
-    pattern = fire("pattern", softmax(scores, -1, dtype=torch.float32).to(query.dtype))
+    pattern = softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    del scores
+    pattern, moved_too = _shown(fire, "pattern", pattern)
     if joint is not None:
         pattern = _onto_text(fire, pattern, joint)
+    elif own is not None and not (moved or moved_too or pattern.requires_grad):
+        del pattern
+        return own()
     return F.dropout(pattern, dropout_p) @ value if dropout_p else pattern @ value
+
+
+def _shown(fire: Fire, name: str, x: Tensor) -> tuple[Tensor, bool]:
+    """What a site gives back, and whether it was changed: replaced, or written into."""
+    if x.is_inference() or isinstance(x, FakeTensor):  # They do not say if they were written into.
+        return fire(name, x), True
+    version = x._version
+    new = fire(name, x)
+    return new, x._version != version or not (new is x or torch.equal(new, x))
 
 
 def attend_onto_text(
@@ -228,17 +248,21 @@ def _take_sdpa(
     value = _through_groups(watch, "v", value)
     query = _through(watch, "rot_q", query)
     key = _through_groups(watch, "rot_k", key)
+
+    def own() -> Tensor:
+        given = {"enable_gqa": True} if enable_gqa else {}
+        return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **given)
+
     if watch.lengths and attn_mask is None:
         attn_mask = watch.packed_mask(query)
     joint = watch.joint if watch.wants("pattern_text") else None
     tracked = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if watch.wants("attn_scores") or watch.wants("pattern") or (joint and (tracked or dropout_p)):
-        z = attend(watch.fire, query, key, value, attn_mask, dropout_p, is_causal, scale, joint)
+        z = attend(watch.fire, query, key, value, attn_mask, dropout_p, is_causal, scale, joint, own)
     elif joint is not None:
         z = attend_onto_text(watch.fire, query, key, value, attn_mask, is_causal, scale, joint)
     else:
-        given = {"enable_gqa": True} if enable_gqa else {}
-        z = func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **given)
+        z = own()
     return _through(watch, "z", z)
 
 
@@ -268,12 +292,17 @@ def _take_mha(watch: Watch, func: Callable[..., Any], *args: Any, **kwargs: Any)
     bias = call.get("in_proj_bias")
     biases = (None,) * 3 if bias is None else bias.chunk(3)
     streams = []
-    for name, x, w, b in zip("qkv", (call["query"], call["key"], call["value"]), weights, biases,
-                             strict=True):
+    for name, x, w, b in zip(
+        "qkv", (call["query"], call["key"], call["value"]), weights, biases, strict=True
+    ):
         heads = rearrange(F.linear(x, w, b), "n b (h d) -> b n h d", h=n_heads)
         streams.append(rearrange(watch.fire(name, heads), "b n h d -> b h n d"))
-    z = attend(watch.fire, *streams, attn_mask=_mha_mask(call, n_heads),
-               dropout_p=call.get("dropout_p", 0.0) if call.get("training", True) else 0.0)
+    z = attend(
+        watch.fire,
+        *streams,
+        attn_mask=_mha_mask(call, n_heads),
+        dropout_p=call.get("dropout_p", 0.0) if call.get("training", True) else 0.0,
+    )
     z = watch.fire("z", rearrange(z, "b h n d -> b n h d"))
     out = F.linear(rearrange(z, "b n h d -> n b (h d)"), call["out_proj_weight"], call["out_proj_bias"])
     return out, None

@@ -2,14 +2,19 @@
 
 from methods_multimodal.plots.attention import mosaic, overlay, tiles
 from methods_multimodal.plots.attribution import head_shares, mlp_shares
+from methods_multimodal.plots.effects import effect_grid, effect_pairs
 from methods_multimodal.plots.heads import group_bars, head_table, text_map
 from methods_multimodal.plots.heatmap import heatmap
 from methods_multimodal.plots.lens import lens_table
 from methods_multimodal.plots.patching import patch_effects
 from methods_multimodal.plots.picture import picture
+from methods_multimodal.plots.word_maps import film_strip, word_map
 from methods_multimodal.plots.words import word_lines
 
 __all__ = [
+    "effect_grid",
+    "effect_pairs",
+    "film_strip",
     "group_bars",
     "head_shares",
     "head_table",
@@ -23,4 +28,5 @@ __all__ = [
     "text_map",
     "tiles",
     "word_lines",
+    "word_map",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from methods_multimodal.cross_attention import WordMaps
 from methods_multimodal.plots.heatmap import new_axes
-from methods_multimodal.word_maps import WordMaps
 
 
 def word_lines(
@@ -21,7 +21,7 @@ def word_lines(
     steps = range(1, len(table) + 1)
     lines = [
         ax.plot(steps, [row[i] for row in table], label=w, linewidth=1.5)[0]
-        for i, w in enumerate(record.words)
+        for i, w in enumerate(record.words_of(image))
     ]
     ax.set(xlabel="denoising step", ylabel="attention weight")
     ax.set_ylim(bottom=0)
@@ -31,5 +31,5 @@ def word_lines(
         ax.legend(fontsize=8)
     else:
         legend.axis("off")
-        legend.legend(lines, record.words, fontsize=8, loc="center left")
+        legend.legend(lines, record.words_of(image), fontsize=8, loc="center left")
     return ax

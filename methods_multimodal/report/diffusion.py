@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from methods_multimodal.cross_attention import WordMaps, word_reader
 from methods_multimodal.denoising import DenoisingSteps, StepReader, frames_of, to_array
 from methods_multimodal.plots import overlay, picture, word_lines
 from methods_multimodal.report._page import Report, new_page, rounded
-from methods_multimodal.word_maps import WordMaps, word_reader
 from mm_adapters import HookedModel, InputError
 
 MOST_WORDS = 12
@@ -45,7 +45,7 @@ def diffusion_report(
 
 def _draw(called: str, prompt: str, final: torch.Tensor, frames: DenoisingSteps, maps: WordMaps) -> Figure:
     array = to_array(final)
-    shown = maps.words[:MOST_WORDS]
+    shown = maps.words_of()[:MOST_WORDS]
     across = max(len(frames.steps) + 1, min(len(shown), 6), 2)
     down = 1 + -(-len(shown) // across) + 1
     page = new_page(2.7 * across, 2.75 * down + 0.5, f"{called}: “{prompt}”, {frames.n_steps} steps")
@@ -74,7 +74,7 @@ def _numbers(called: str, prompt: str, seed: int, frames: DenoisingSteps, maps: 
         "frames": {"steps": list(frames.steps), "shows": frames.shows},
         "words": {
             word: {"attention": float(mean[i].mean()), "peak": _peak(mean[i]), "map": rounded(mean[i])}
-            for i, word in enumerate(maps.words)
+            for i, word in enumerate(maps.words_of())
         },
         "attention_by_step": rounded(maps.strength()[:, 0]),
         "resolutions": list(maps.by_grid),

@@ -1,0 +1,137 @@
+"""What patching every head at every step would do, from one gradient through the sampling loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from methods_multimodal._record import Record
+from methods_multimodal.cross_attention._sites import TextAttention, text_attention, text_positions
+from methods_multimodal.cross_attention.cases import Case, Part, aligned, layouts_of
+from methods_multimodal.cross_attention.metrics import Metric
+from mm_adapters import InputError, Lens
+
+
+@dataclass(frozen=True)
+class Attribution(Record):
+    """The change of the metric that patching a head of a layer at a step would make, to first order.
+
+    A layer with fewer heads than another has NaN in the rest.
+    """
+
+    effects: Float[Tensor, "case step layer head"]
+    base: Float[Tensor, " case"]
+    layers: tuple[int, ...]
+    what: str
+
+    def of(self, parts: Sequence[Part]) -> Float[Tensor, "part case"]:
+        """The estimate for each part: the sum over its layers, heads and steps."""
+        return torch.stack([self._sum(part) for part in parts])
+
+    def _sum(self, part: Part) -> Float[Tensor, " case"]:
+        picked = self.effects.nan_to_num(0.0)
+        if part.steps is not None:
+            picked = picked[:, list(part.steps)]
+        if part.layers is not None:
+            picked = picked[:, :, [self.layers.index(layer) for layer in part.layers]]
+        if part.heads is not None:
+            picked = picked[..., list(part.heads)]
+        return reduce(picked, "case step layer head -> case", "sum")
+
+
+def attribute_patching(
+    model: Any,
+    cases: Sequence[Case],
+    metric: Metric,
+    *,
+    reach: str = "after",
+    options: Mapping[str, Any] | None = None,
+    lens: Lens | None = None,
+) -> Attribution:
+    """Estimates `patch_words` for every layer, head and step at once.
+
+    (what the other prompt has there - what this one has) times the metric's gradient there, over a
+    word's keys and values. Each case costs a run of the other prompt, and a run of its own with a
+    gradient; `tests/benchmarks/cross_attention.py` says what that is in generations.
+
+    Source: Nanda 2023, "Attribution patching"; Kramár et al. 2024, arXiv 2403.00745, section 2.
+    Raises: InputError if the metric has no gradient, or a case has no other prompt.
+    """
+    attention = text_attention(model)
+    layouts = layouts_of(model, cases, options)
+    for case, (_, other) in zip(cases, layouts, strict=True):
+        if other is None:
+            raise InputError(f"Patching takes two prompts; the case {case.prompt!r} has no other one.")
+    found, base = [], []
+    with tqdm(total=len(cases), desc="attribution", unit="case", disable=None, leave=False) as bar:
+        for case, (own, other) in zip(cases, layouts, strict=True):
+            assert other is not None
+            if case.word:
+                to, source = aligned(own, other, case.word, case.other_word or case.word, reach)
+            else:
+                to = source = text_positions(own)
+            effect, value = _one(lens or model, attention, case, to, source, metric, options)
+            found.append(effect)
+            base.append(value)
+            bar.update()
+    return Attribution(
+        effects=torch.stack(found),
+        base=torch.stack(base),
+        layers=tuple(a.layer for a in attention),
+        what=f"keys and values, reach {reach!r}",
+    )
+
+
+def _one(
+    lens: Lens,
+    attention: Sequence[TextAttention],
+    case: Case,
+    to: Sequence[int],
+    source: Sequence[int],
+    metric: Metric,
+    options: Mapping[str, Any] | None,
+) -> tuple[Float[Tensor, "step layer head"], Float[Tensor, ""]]:
+    names = [a.site(kind) for a in attention for kind in ("k", "v")]
+    inputs = {**(options or {}), "seed": case.seed, "output_type": "pt"}
+    donor = lens.run({**inputs, "prompt": case.other}, read=names)
+    measured: list[Tensor] = []
+
+    def scalar(output: Any) -> Tensor:
+        value = metric(output.images)
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            raise InputError(
+                f"The metric {getattr(metric, '__name__', metric)!r} gave a value without a gradient, so it "
+                "has no attribution. Use one made of torch operations, as clip_score; a rule on pixels "
+                "has none: patch_words takes that."
+            )
+        measured.append(value.detach().float().sum())
+        return value.sum()
+
+    run = lens.run({**inputs, "prompt": case.prompt}, read=names, grad_of=scalar)
+    layers: list[Tensor] = []
+    for layer in attention:
+        total: Tensor | None = None
+        for kind in ("k", "v"):
+            site = layer.site(kind)
+            given = _conditional(donor.values[site], donor.rows, site)[:, :, list(source)].float()
+            own = _conditional(run.values[site], run.rows, site)[:, :, list(to)].float()
+            grad = _conditional(run.grads[site], run.rows, site)[:, :, list(to)].float()
+            part = reduce((given - own) * grad, "step row pos head d -> step head", "sum")
+            total = part if total is None else total + part
+        assert total is not None
+        layers.append(total)
+    most = max(x.shape[1] for x in layers)
+    wide = [torch.nn.functional.pad(x, (0, most - x.shape[1]), value=float("nan")) for x in layers]
+    return torch.stack(wide, 1).cpu(), measured[0].cpu()
+
+
+def _conditional(value: Tensor, rows: Mapping[str, Mapping[str, slice]], site: str) -> Tensor:
+    """The rows under the prompt, [step, row, ...]."""
+    return value[:, rows[site.partition(".")[0]]["cond"]]

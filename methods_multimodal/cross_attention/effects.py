@@ -1,0 +1,92 @@
+"""How much each piece of a run does, over prompts and seeds, with intervals and a control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from methods_multimodal._record import Record
+from methods_multimodal.cross_attention.cases import Part
+from mm_adapters import InputError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over cases, and the bounds of its interval."""
+
+    mean: Float[Tensor, " part"]
+    low: Float[Tensor, " part"]
+    high: Float[Tensor, " part"]
+
+
+@dataclass(frozen=True)
+class Effects(Record):
+    """The metric of each case's picture after each intervention, and without any.
+
+    `base` is the picture as it is, `goal` the one that a whole intervention would give, `control`
+    the same intervention on a word drawn at random. `layers`, `heads` and `steps` say what each part
+    is; an empty tuple is all.
+    """
+
+    changed: Float[Tensor, "part case"]
+    base: Float[Tensor, " case"]
+    goal: Float[Tensor, " case"]
+    control: Float[Tensor, " case"]
+    layers: tuple[tuple[int, ...], ...]
+    heads: tuple[tuple[int, ...], ...]
+    steps: tuple[tuple[int, ...], ...]
+    what: str
+    metric: str
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The pieces, in the order of `changed`."""
+        every = zip(self.layers, self.heads, self.steps, strict=True)
+        return tuple(Part(a or None, b or None, c or None) for a, b, c in every)
+
+    def share(self, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
+        """Each part's effect as a share of the whole: 0 changes nothing, 1 reaches the goal.
+
+        The mean change over cases by the mean change to the goal; cases are drawn again with
+        replacement for the interval.
+
+        Raises: InputError if the goal is no change on average, so that there is nothing to share.
+        """
+        gap = self.goal - self.base
+        if abs(float(gap.mean())) < 1e-9:
+            raise InputError("The metric is the same at the goal as at the base, so an effect has no scale.")
+        return _interval(self.changed - self.base, gap, level, draws, seed)
+
+    def shift(self, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
+        """Each part's effect in the metric's own unit."""
+        return _interval(self.changed - self.base, torch.ones_like(self.base), level, draws, seed)
+
+    def control_share(self, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
+        """As `share`, of the control."""
+        return _interval((self.control - self.base)[None], self.goal - self.base, level, draws, seed)
+
+
+def correlation(one: Float[Tensor, " part"], two: Float[Tensor, " part"]) -> tuple[float, float]:
+    """Pearson's and Spearman's, between two estimates of the same effects."""
+    ranks = [x.argsort().argsort().float() for x in (one, two)]
+    return _pearson(one, two), _pearson(*ranks)
+
+
+def _pearson(one: Tensor, two: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([one.flatten().double(), two.flatten().double()]))[0, 1])
+
+
+def _interval(
+    change: Float[Tensor, "part case"], gap: Float[Tensor, " case"], level: float, draws: int, seed: int
+) -> Interval:
+    n = len(gap)
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(n, (draws, n), generator=generator)
+    change, gap = change.cpu(), gap.cpu()
+    ratios = change[:, picked].mean(-1) / gap[picked].mean(-1)
+    tail = (1 - level) / 2
+    low, high = ratios.nanquantile(torch.tensor([tail, 1 - tail]), dim=1)
+    return Interval(change.mean(1) / gap.mean(), low, high)

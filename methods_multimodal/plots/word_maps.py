@@ -1,0 +1,49 @@
+"""Word maps as pictures: one over the drawing, and its way through the steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from methods_multimodal.cross_attention import WordMaps
+from methods_multimodal.cross_attention._recipes import index_of, unit_range
+from methods_multimodal.plots.attention import overlay, tiles
+from methods_multimodal.plots.heatmap import new_axes
+
+UNITS = {"mean": "attention weight", "daam": "summed attention", "spread": "standard deviations"}
+
+
+def word_map(
+    record: WordMaps,
+    word: str,
+    pixels: Any,
+    ax: Axes | None = None,
+    *,
+    image: int = 0,
+    recipe: str = "mean",
+    threshold: float | None = None,
+) -> Axes:
+    """One word's map over the drawing, with a line around what is above `threshold` (0 to 1 of the map)."""
+    values = record.heat(word, image, recipe)
+    ax = overlay(values, pixels, ax, unit=UNITS[recipe], title=f"“{word}”", smooth=True)
+    if threshold is not None:
+        height, width = pixels.shape[:2]
+        table = unit_range(values).detach().float().cpu().numpy()
+        down, across = table.shape
+        x = [(i + 0.5) * width / across for i in range(across)]
+        y = [(i + 0.5) * height / down for i in range(down)]
+        ax.contour(x, y, table, levels=[threshold], colors="white", linewidths=1.2)
+    return ax
+
+
+def film_strip(
+    record: WordMaps, word: str, ax: Axes | None = None, *, image: int = 0, n_frames: int = 6
+) -> Axes:
+    """One word's map at some of the steps, from first to last, on one scale."""
+    ax = ax or new_axes()
+    maps = record.by_step()[:, image, index_of(word, record.words_of(image))]
+    last = len(maps) - 1
+    shown = sorted({round(i * last / max(n_frames - 1, 1)) for i in range(n_frames)})
+    names = [f"step {i + 1}" for i in shown]
+    return tiles(maps[shown], ax, names=names, unit="attention weight", title=f"“{word}”, step by step")

@@ -1,0 +1,1 @@
+"""Numbers that other packages gave, and the scripts that asked them."""
