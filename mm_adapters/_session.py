@@ -43,6 +43,7 @@ class Session:
         read: Sequence[Read],
         edit: Sequence[Edit],
         keep_graph: bool,
+        guided: Callable[[], bool] | None = None,
     ) -> None:
         for item in (*read, *edit):
             sites[item.site]  # Raises MissingSiteError before anything runs.
@@ -55,6 +56,7 @@ class Session:
         self.read = read
         self.meters = [Meter(e) for e in edit]
         self.keep_graph = keep_graph
+        self._guided = guided or self._asks_model
         self.clocks = {name: Clock() for name in sites.towers}
         self.seen: dict[int, list[Tensor]] = {i: [] for i in range(len(read))}
 
@@ -63,10 +65,9 @@ class Session:
         """The run belongs inside. Whatever happens there, the model is left as it was."""
         with ExitStack() as stack:
             stack.callback(self.points.unwind)
-            for meter in self.meters:
-                self._on(stack, meter.edit.site, self._editor(meter))
-            for i, item in enumerate(self.read):
-                self._on(stack, item.site, self._reader(i, item))
+            for name in self.sites_used():
+                for hook in self.hooks(name):
+                    self._on(stack, name, hook)
             for name in self._towers_used():
                 module = self.sites.towers[name].module
                 # Put on last to be first in line: a site may be the tower's own input.
@@ -75,6 +76,15 @@ class Session:
                 )
                 stack.callback(handle.remove)
             yield
+
+    def sites_used(self) -> list[str]:
+        """The sites read or edited, each once."""
+        return list(dict.fromkeys(i.site for i in (*(m.edit for m in self.meters), *self.read)))
+
+    def hooks(self, site: str) -> Iterator[Callable[..., Tensor | None]]:
+        """What is done with each value of a site, in order."""
+        yield from (self._editor(m) for m in self.meters if m.edit.site == site)
+        yield from (self._reader(i, item) for i, item in enumerate(self.read) if item.site == site)
 
     def result(self, output: Any, grad_of: Callable[[Any], Tensor] | None = None) -> Run:
         """The run's values, gradients and receipts.
@@ -148,16 +158,20 @@ class Session:
 
         return hook
 
-    def _reader(self, index: int, item: Read) -> Callable[..., None]:
+    def _reader(self, index: int, item: Read) -> Callable[..., Tensor | None]:
         clock = self.clocks[self.sites[item.site].tower]
 
-        def hook(point: Any, args: Any, value: Tensor) -> None:
+        def hook(point: Any, args: Any, value: Tensor) -> Tensor | None:
             rows = self._rows(item.site, item.rows, value.shape[0])
             if rows is None or not _wanted(item.steps, clock.call):
-                return
+                return None
+            # Of a model whose weights are frozen nothing is followed until the first read.
+            fresh = self.keep_graph and not value.requires_grad
+            value = value.detach().requires_grad_() if fresh else value
             part = value if rows == slice(None) else value[rows]
             part = part if item.reduce is None else item.reduce(part)
             self.seen[index].append(part if self.keep_graph else part.detach())
+            return value if fresh else None
 
         return hook
 
@@ -178,7 +192,7 @@ class Session:
                 f"rows={rows!r} at {site}: {self.sites.family} has no classifier-free guidance; "
                 'give row numbers, a slice, or "all".'
             )
-        guided = bool(getattr(self.model, guidance.flag))
+        guided = self._guided()
         if tower == self.sites.mounts.loop:
             if not guided:
                 return slice(None) if rows == "cond" else None
@@ -188,11 +202,15 @@ class Session:
             return slice(None) if guidance.text_calls[call : call + 1] == (rows,) else None
         return slice(None) if rows == "cond" else None
 
+    def _asks_model(self) -> bool:
+        guidance = self.sites.mounts.guidance
+        return guidance is not None and bool(getattr(self.model, guidance.flag))
+
     def _rows_seen(self) -> dict[str, dict[str, slice]]:
         guidance, loop = self.sites.mounts.guidance, self.sites.mounts.loop
         if guidance is None or loop is None:
             return {}
-        if not getattr(self.model, guidance.flag):
+        if not self._guided():
             return {loop: {"cond": slice(None)}}
         for i, item in enumerate(self.read):
             if self.sites[item.site].tower == loop and item.rows == "all" and item.reduce is None:
