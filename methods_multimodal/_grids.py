@@ -6,8 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mm_adapters import HookedModel, InputError
-from mm_adapters._layouts import patch_layout
-from mm_adapters._tokens import Grid, TokenLayout, language_layout
+from mm_adapters._layouts import layouts, patch_layout
+from mm_adapters._tokens import Grid, TokenLayout
 
 
 def image_layout(
@@ -25,22 +25,13 @@ def answer_layout(
     input_ids: Int[Tensor, "row pos"],
     attention_mask: Tensor | None,
     pixels: Tensor,
-    tower: str = "vision",
 ) -> TokenLayout:
     """The layout of a language tower's sequence: which positions are which patch of the image.
 
     Raises: InputError if the image takes another number of places than it has patches.
     """
-    name = model.sitemap.mounts.image_token
-    image_id = getattr(model.wrapped.config, name) if name else None
-    grid = image_layout(model, pixels, tower).grid
-    assert grid is not None
-    n_images = len(pixels) // len(input_ids)
-    places = int((input_ids[0] == image_id).sum()) // max(n_images, 1)
-    n_class = model.sitemap.towers[tower].record.n_class
-    extra = n_class if places == grid[0] * grid[1] + n_class else 0
-    tokenizer = model.tokenizer_of("language")
-    return language_layout(None, tokenizer, input_ids, attention_mask, image_id, grid, extra)
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixels}
+    return layouts(model.wrapped, model.sitemap, model.tokenizer_of, given, None)["language"]
 
 
 def latent_grid(n_positions: int, latent: Grid) -> Grid:

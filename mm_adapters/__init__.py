@@ -18,19 +18,24 @@ from mm_adapters._lens import Edit, Lens, Read, Receipt, Run
 from mm_adapters._registry import register
 from mm_adapters._spec import Site
 from mm_adapters._tokens import TokenLayout
-from mm_adapters.hooked import HookedModel
 from mm_adapters.loading import load, wrap
 
 if TYPE_CHECKING:
+    from mm_adapters.hooked import HookedModel
     from mm_adapters.traced import TracedModel
 
 
 def __getattr__(name: str) -> Any:
-    # nnsight changes every Python object when it is imported, so only who asks for it gets it.
+    # nnsight changes every Python object when it is imported, so only who asks for it gets it; and a
+    # service that runs nnsight need not have TransformerLens.
     if name == "TracedModel":
         from mm_adapters.traced import TracedModel
 
         return TracedModel
+    if name == "HookedModel":
+        from mm_adapters.hooked import HookedModel
+
+        return HookedModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -56,6 +56,15 @@ def to_rgb_list(images: Any) -> list[Image.Image]:
     return [_numbered(i, image) if len(many) > 1 else to_rgb(image) for i, image in enumerate(many)]
 
 
+def opened(images: Any) -> Any:
+    """The same, nested as it is, with a picture in place of each path: another machine has no such file."""
+    if isinstance(images, str | os.PathLike):
+        return _from_file(os.fspath(images))
+    if isinstance(images, list | tuple):
+        return [opened(image) for image in images]
+    return images.cpu() if isinstance(images, Tensor) else images
+
+
 def as_list(images: Any) -> list[Any]:
     """A list of what was given, whether it was one image or several; nothing is converted."""
     if isinstance(images, np.ndarray | Tensor):

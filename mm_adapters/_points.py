@@ -1,4 +1,4 @@
-"""Every site of a model as a HookPoint, wired to the taps that feed it."""
+"""Every site of a model as a point, wired to the taps that feed it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from mm_adapters._taps import (
     Reader,
     ResidualReader,
     Side,
-    SitePoint,
     Slot,
     Spread,
     StreamReader,
@@ -33,12 +32,12 @@ from mm_adapters._taps import (
 
 
 class Points:
-    """The SitePoints of one model by site name, and the taps behind them.
+    """The points of one model by site name, and the taps behind them.
 
-    `make` builds a point: a SitePoint, or what another engine puts in its place.
+    `make` builds a point: a SitePoint for TransformerLens, or what another engine has in its place.
     """
 
-    def __init__(self, model: Any, sites: SiteMap, make: Callable[[Site], Any] = SitePoint) -> None:
+    def __init__(self, model: Any, sites: SiteMap, make: Callable[[Site], Any]) -> None:
         self._model = model
         self._sites = sites
         self._taps: dict[tuple[int, Side], Tap] = {}
@@ -51,6 +50,11 @@ class Points:
     def taps(self) -> list[Tap]:
         """Every tap, in the order the sites come in."""
         return list(self._taps.values())
+
+    def n_heads(self, site: Site) -> int | None:
+        """How many heads a module's input or output is made of; None where heads are not apart."""
+        assert isinstance(site.place, Input | Output)
+        return self._heads(site, site.place.heads)
 
     def unwind(self) -> None:
         """Takes down what an interrupted forward left standing in attention modules."""

@@ -61,6 +61,7 @@ class Session:
         read: Sequence[Read],
         edit: Sequence[Edit],
         keep_graph: bool,
+        guided: Callable[[], bool] | None = None,
     ) -> None:
         for item in (*read, *edit):
             sites[item.site]  # Raises MissingSiteError before anything runs.
@@ -73,6 +74,8 @@ class Session:
         self.read = read
         self.meters = [Meter(e) for e in edit]
         self.keep_graph = keep_graph
+        self.arguments: Mapping[str, Any] = {}
+        self._guided = guided or self._asks_model
         guidance = sites.mounts.guidance
         by_calls = guidance.text if guidance is not None and guidance.denoiser_calls else None
         self.clocks = {name: Clock(by_calls if name == sites.mounts.loop else None) for name in sites.towers}
@@ -88,10 +91,9 @@ class Session:
         self.arguments = arguments or {}
         with ExitStack() as stack:
             stack.callback(self.points.unwind)
-            for meter in self.meters:
-                self._on(stack, meter.edit.site, self._editor(meter))
-            for i, item in enumerate(self.read):
-                self._on(stack, item.site, self._reader(i, item))
+            for name in self.sites_used():
+                for hook in self.hooks(name):
+                    self._on(stack, name, hook)
             for name in self._towers_used():
                 tower = self.sites.towers[name]
                 module = tower.module.get_submodule(tower.record.calls)
@@ -101,6 +103,15 @@ class Session:
                 )
                 stack.callback(handle.remove)
             yield
+
+    def sites_used(self) -> list[str]:
+        """The sites read or edited, each once."""
+        return list(dict.fromkeys(i.site for i in (*(m.edit for m in self.meters), *self.read)))
+
+    def hooks(self, site: str) -> Iterator[Callable[..., Tensor | None]]:
+        """What is done with each value of a site, in order."""
+        yield from (self._editor(m) for m in self.meters if m.edit.site == site)
+        yield from (self._reader(i, item) for i, item in enumerate(self.read) if item.site == site)
 
     def result(self, output: Any, grad_of: Callable[[Any], Tensor] | None = None) -> Run:
         """The run's values, gradients and receipts.
@@ -174,17 +185,21 @@ class Session:
 
         return hook
 
-    def _reader(self, index: int, item: Read) -> Callable[..., None]:
+    def _reader(self, index: int, item: Read) -> Callable[..., Tensor | None]:
         clock = self.clocks[self.sites[item.site].tower]
 
-        def hook(point: Any, args: Any, value: Tensor) -> None:
+        def hook(point: Any, args: Any, value: Tensor) -> Tensor | None:
             rows = self._rows(item.site, item.rows, value.shape[0])
             if rows is None or not _wanted(item.steps, clock.step):
-                return
+                return None
+            # Of a model whose weights are frozen nothing is followed until the first read.
+            fresh = self.keep_graph and not value.requires_grad
+            value = value.detach().requires_grad_() if fresh else value
             part = value if rows == slice(None) else value[rows]
             part = part if item.reduce is None else item.reduce(part)
             self.seen[index].append(part if self.keep_graph else part.detach())
             self.parts[index].append(clock.part)
+            return value if fresh else None
 
         return hook
 
@@ -207,7 +222,7 @@ class Session:
             )
         if tower == self.sites.mounts.loop and guidance.denoiser_calls:
             return slice(None) if guidance.denoiser_calls[self.clocks[tower].part] == rows else None
-        guided = is_guided(self.model, guidance, self.arguments)
+        guided = self._guided()
         if tower == self.sites.mounts.loop:
             if not guided:
                 return slice(None) if rows == "cond" else None
@@ -217,11 +232,15 @@ class Session:
             return slice(None) if guidance.text_calls[call : call + 1] == (rows,) else None
         return slice(None) if rows == "cond" else None
 
+    def _asks_model(self) -> bool:
+        guidance = self.sites.mounts.guidance
+        return guidance is not None and is_guided(self.model, guidance, self.arguments)
+
     def _rows_seen(self) -> dict[str, dict[str, slice]]:
         guidance, loop = self.sites.mounts.guidance, self.sites.mounts.loop
         if guidance is None or loop is None:
             return {}
-        if not guidance.denoiser_calls and not is_guided(self.model, guidance, self.arguments):
+        if not guidance.denoiser_calls and not self._guided():
             return {loop: {"cond": slice(None)}}
         for i, item in enumerate(self.read):
             if self.sites[item.site].tower == loop and item.rows == "all" and item.reduce is None:

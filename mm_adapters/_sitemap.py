@@ -129,6 +129,15 @@ class SiteMap:
         return len(self.sites)
 
 
+class SiteTable(tuple[Site, ...]):
+    """Sites, one a line when printed: name and axes, or why it is absent."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self)) or "no sites"
+
+    __str__ = __repr__
+
+
 def resolve(model: Any, path: str) -> Any:
     """What stands at a dotted path; "" is the model itself. Works for modules and pipelines."""
     return attrgetter(path)(model) if path else model

@@ -1,8 +1,8 @@
-"""HookPoints on an untouched model: a torch hook is there only while somebody listens.
+"""Taps on an untouched model: a torch hook is there only while somebody listens.
 
-A `SitePoint` is TransformerLens' HookPoint. A `Tap` is one torch hook on one module; it hands the
-module's tensor to its readers in the order the sites come in. A reader turns that tensor into what
-the site shows (heads apart, one slice, a norm's scale), fires the point, and puts an edit back.
+A `Tap` is one torch hook on one module; it hands the module's tensor to its readers in the order the
+sites come in. A reader turns that tensor into what the site shows (heads apart, one slice, a norm's
+scale), fires the site's point, and puts an edit back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from mm_adapters._attention import JointText, Watch
 from mm_adapters._errors import AttentionUnreachableError
@@ -37,49 +36,6 @@ class Point(Protocol):
     def taps(self) -> list[Tap]: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
-
-
-class SitePoint(HookPoint):
-    """The HookPoint of one site. Adding or removing a hook puts its taps on the model or off it."""
-
-    site: Site
-    live: bool
-    taps: list[Tap]
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        # Plain entries: nn.Module's own __setattr__ is slow, and `live` changes often.
-        self.__dict__.update(site=site, taps=[], live=False)
-
-    def layer(self) -> int:
-        """The layer, counted within the tower (TransformerLens reads it off the name)."""
-        if self.site.layer is None:
-            raise ValueError(f"{self.site.name} belongs to no layer.")
-        return self.site.layer
-
-    # Every way on passes through torch's own two; TransformerLens' one way off is `remove_hooks`.
-    def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
-        if self.fwd_hooks or self.bwd_hooks:
-            super().remove_hooks(*args, **kwargs)
-            self.refresh()
-
-    def register_forward_hook(self, *args: Any, **kwargs: Any):
-        handle = super().register_forward_hook(*args, **kwargs)
-        self.refresh()
-        return handle
-
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any):
-        handle = super().register_full_backward_hook(*args, **kwargs)
-        self.refresh()
-        return handle
-
-    def refresh(self) -> None:
-        """Tells its taps if it has become live, or ceased to be."""
-        live = bool(self._forward_hooks or self._backward_hooks)
-        if live != self.live:
-            self.__dict__["live"] = live
-            for tap in self.taps:
-                tap.count(1 if live else -1)
 
 
 def show(point: Point, x: Tensor) -> tuple[Tensor, bool]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from greenlet import getcurrent
 from nnsight.intervention.editing import EditingTracer
-from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderError
+from nnsight.intervention.interleaver import Event, Interleaver, Mediator, OutOfOrderError
 from nnsight.intervention.iterator import Iterations
 from nnsight.intervention.tracer import InterleavingTracer
 
@@ -18,7 +18,7 @@ from mm_adapters._traced_points import ROOT, Gate, Station, TracedPoint
 from mm_adapters._traced_rows import RowBatcher
 
 STEP = "step"
-END = object()
+END = "the run has ended"
 
 
 class SiteInterleaver(Interleaver):
@@ -61,15 +61,11 @@ class SiteInterleaver(Interleaver):
 
         Raises: OutOfOrderError if the model has come past it; ValueError outside a trace.
         """
-        mediator = _current(point.site.name)
+        mediator = current(point.site.name)
         if mediator.iteration == 0 and mediator.occurrence(point.location) > 0:
             raise OutOfOrderError(_too_late(point.site.name, mediator))
         if isinstance(self.batcher, RowBatcher):
             self.batcher.check_rows(mediator.batch_group, point.location, point.site.name)
-        for tap in point.taps:
-            inside = isinstance(tap, AttentionTap) and id(tap) in self._entered
-            if inside and not any(gate.tap is tap for gate in self._gates):
-                self._open(tap, late=True)  # type: ignore[arg-type]
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -132,6 +128,8 @@ class SiteInterleaver(Interleaver):
             mediator.__dict__["last"] = provider
         with self.serving():
             value = super().handle(provider, value)
+        if self._entered:
+            self._open_late()
         for mediator in self.mediators:
             step, pending = mediator.__dict__.get("step"), mediator.pending
             if step is None or pending is None or pending.iteration is None:
@@ -140,6 +138,16 @@ class SiteInterleaver(Interleaver):
                 # nnsight would take this for the next step's, and say nothing.
                 _throw(mediator, OutOfOrderError(_too_late(_shown(str(pending.provider)), mediator)))
         return value
+
+    def _open_late(self) -> None:
+        """Opens an attention module that had begun when a block came to wait for what is inside."""
+        for mediator in self.mediators:
+            pending = mediator.pending
+            point = self.points.get(str(pending.provider)) if pending is not None else None
+            for tap in point.taps if point is not None else ():
+                inside = isinstance(tap, AttentionTap) and id(tap) in self._entered
+                if inside and not any(gate.tap is tap for gate in self._gates):
+                    self._open(tap, late=True)  # type: ignore[arg-type]
 
     def _in_loop(self, provider: str | None) -> bool:
         if provider is None or not self._loop:
@@ -167,8 +175,10 @@ class SiteInterleaver(Interleaver):
 
     def _end_loops(self) -> None:
         for mediator in self.mediators:
-            if mediator.alive and mediator.pending is not None and mediator.pending.provider == STEP:
-                mediator.pending = mediator.switch(END)
+            while mediator.alive and mediator.pending is not None and mediator.pending.provider == STEP:
+                # A sandbox hands back what it read, as if it had been written into.
+                told = (END,) if mediator.pending.event is Event.VALUE else ()
+                mediator.pending = mediator.switch(*told)
         self._reindex_parked()
 
     def _why_not(self, mediator: Mediator) -> str:
@@ -193,7 +203,7 @@ class Steps(Iterations):
     """
 
     def __iter__(self) -> Iterator[int]:
-        mediator = _current("tracer.iter")
+        mediator = current("tracer.iter")
         previous = mediator.iteration, mediator.__dict__.get("step")
         try:
             for step in self._indices():
@@ -201,7 +211,7 @@ class Steps(Iterations):
                     raise ValueError(f"Steps are counted from 0; there is no step {step}.")
                 mediator.iteration = step
                 mediator.__dict__["step"] = None
-                if step > 0 and Mediator.value(STEP) is END:
+                if step > 0 and Mediator.value(STEP) == END:
                     if self.must_exist(step):
                         raise IndexError(f"Step {step} was asked for, and this run did not make it.")
                     return
@@ -242,7 +252,8 @@ class SiteEditor(EditingTracer):
         return Steps()
 
 
-def _current(what: str) -> Mediator:
+def current(what: str) -> Mediator:
+    """The worker that is asking. Raises: ValueError outside a trace."""
     mediator: Callable[[], Mediator] | None = getattr(getcurrent(), "mediator", None)
     if mediator is None:
         raise ValueError(f"{what} has a value only inside `with model.trace(...):`.")

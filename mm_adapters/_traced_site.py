@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
@@ -10,8 +10,12 @@ from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.tracer import ScanningTracer
 from torch import Tensor
 
+from mm_adapters._guest import raw_location, shown
 from mm_adapters._traced_engine import SiteInterleaver
 from mm_adapters._traced_points import TracedPoint, tracked
+
+if TYPE_CHECKING:
+    from mm_adapters.traced import TracedModel
 
 
 class SiteEnvoy:
@@ -20,27 +24,58 @@ class SiteEnvoy:
     What is written into the value goes back into the model when the block moves on.
     """
 
-    def __init__(self, point: TracedPoint, interleaver: SiteInterleaver) -> None:
+    def __init__(self, model: TracedModel, point: TracedPoint) -> None:
         self.site = point.site
         self.path = point.path
-        self.interleaver = interleaver
+        self.interleaver = model.interleaver
+        self._model = model
         self._point = point
         self._version: int | None = None
+
+    def __reduce__(self) -> Any:
+        # As the model, a site is not shipped but found again where the job runs.
+        return type(self._model).envoy, (self._model, self.site.name)
 
     @property
     def output(self) -> Tensor:
         """The site's value, in TransformerLens' shape."""
-        self.interleaver.ask(self._point)
+        if not self._model.is_here:
+            return self._from_afar()
+        self._ask()
         return self.value  # type: ignore[return-value]
 
     @output.setter
     def output(self, new: Tensor) -> None:
-        self.interleaver.ask(self._point)
+        if not self._model.is_here:
+            was = self._from_afar()
+            self._check(new, was)
+            was.copy_(new)
+            return
+        self._ask()
         was = Mediator.value(self._point.location)
+        self._check(new, was)
+        Mediator.swap(self._point.location, new.to(was.device, was.dtype))
+
+    def _check(self, new: Any, was: Tensor) -> None:
         if not isinstance(new, Tensor) or new.shape != was.shape:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise ValueError(f"{self.site.name} is {tuple(was.shape)} here and was set to {got}.")
-        Mediator.swap(self._point.location, new.to(was.device, was.dtype))
+
+    def _from_afar(self) -> Tensor:
+        """The value in a service's sandbox, where what is written into it goes back by itself.
+
+        NDIF 0.1.2 (ray/sandbox/nns.py, writeback) sends back the very object that it gave.
+        """
+        if self._model.is_guest:
+            raw = Mediator.value(raw_location(self._model.path, self.site))
+            return shown(self.site, raw, self._model.points.n_heads(self.site))
+        served = Mediator.value(self._point.location)
+        served.data = served.data.contiguous()
+        return served
+
+    def _ask(self) -> None:
+        if isinstance(self.interleaver, SiteInterleaver):
+            self.interleaver.ask(self._point)
 
     @eproperty(key="output")
     def value(self, served: Tensor) -> Any:

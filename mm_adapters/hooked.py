@@ -18,8 +18,8 @@ from mm_adapters._layouts import layouts
 from mm_adapters._lens import Edit, Read, Run, as_read
 from mm_adapters._points import Points
 from mm_adapters._session import Session
-from mm_adapters._sitemap import SiteMap
-from mm_adapters._spec import Site
+from mm_adapters._site_point import SitePoint
+from mm_adapters._sitemap import SiteMap, SiteTable
 from mm_adapters._texts import as_texts
 from mm_adapters._tokens import TokenLayout
 from mm_adapters._tower import HookedTower
@@ -28,15 +28,6 @@ if TYPE_CHECKING:
     from mm_adapters._inputs import Inputs
 
 _RAW = ("text", "images")
-
-
-class SiteTable(tuple[Site, ...]):
-    """Sites, one a line when printed: name and axes, or why it is absent."""
-
-    def __repr__(self) -> str:
-        return "\n".join(map(str, self)) or "no sites"
-
-    __str__ = __repr__
 
 
 class HookedModel(HookedRootModule):
@@ -55,7 +46,7 @@ class HookedModel(HookedRootModule):
         self.__dict__["wrapped"] = wrapped
         self.__dict__["inputs"] = inputs
         self.sitemap = SiteMap(wrapped)
-        self.points = Points(wrapped, self.sitemap)
+        self.points = Points(wrapped, self.sitemap, SitePoint)
         for name, mounted in self.sitemap.towers.items():
             self.add_module(name, HookedTower(self, mounted, self.points))
         self.setup()

@@ -16,6 +16,7 @@ from mm_adapters._inputs_for import inputs_for
 from mm_adapters._load_diffusers import load_pipeline
 from mm_adapters._load_open_clip import load_open_clip
 from mm_adapters._load_transformers import load_module, processor_beside
+from mm_adapters._origin import Origin
 from mm_adapters._source import Source
 
 _ENGINES = ("hooked", "nnsight")
@@ -66,7 +67,10 @@ def load(
     model = model.to(place) if precision is None else model.to(place, precision)
     for module in _modules(model):
         module.eval()
-    return build(model, inputs=inputs_for(model, **parts))
+    inputs = inputs_for(model, **parts)
+    if engine == "nnsight":
+        return build(model, inputs=inputs, origin=Origin.of(name, options))
+    return build(model, inputs=inputs)
 
 
 def wrap(

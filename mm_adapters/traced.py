@@ -16,33 +16,36 @@ from typing import TYPE_CHECKING, Any, no_type_check
 
 import nnsight
 import torch
-from nnsight.modeling.mixins.remotable import Remotable
 from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mm_adapters._alone import runner
 from mm_adapters._errors import InputError, MetaDeviceError
+from mm_adapters._images import opened
 from mm_adapters._lens import Edit, Read, Run, as_read
+from mm_adapters._origin import Origin
 from mm_adapters._points import Points
-from mm_adapters._session import Session
-from mm_adapters._sitemap import SiteMap
-from mm_adapters._spec import Site
+from mm_adapters._sitemap import SiteMap, SiteTable
 from mm_adapters._taps import AttentionTap
 from mm_adapters._traced_batch import PipelineModule, Rows, combine, combine_prompts, n_prompts
 from mm_adapters._traced_engine import SiteEditor, SiteInterleaver, SiteTracer
 from mm_adapters._traced_points import TracedPoint
+from mm_adapters._traced_record import Recorder
+from mm_adapters._traced_remote import ServedModel
 from mm_adapters._traced_rows import RowBatcher
 from mm_adapters._traced_site import SiteEnvoy, TracedPart
 
 if TYPE_CHECKING:
     from mm_adapters._inputs import Inputs
+    from mm_adapters.remote import PendingRun
 
 _RAW = ("text", "images")
+_REMOTE = ("remote", "blocking", "job_id", "verbose")
 _KEEP = object()
 
 
-class TracedModel(Remotable):
+class TracedModel(ServedModel):
     """CLIP, LLaVA or Stable Diffusion for nnsight: its own paths, and every site by its name.
 
     `wrapped` is a module or a pipeline; it keeps its weights and its behaviour. It is called with its
@@ -51,15 +54,19 @@ class TracedModel(Remotable):
         with model.trace(text=["a red circle"], images=[image]):
             z = model.site("vision.blocks.3.attn.hook_z").save()
             model.site("vision.blocks.5.attn.hook_pattern")[:] = 0
+
+    With `remote=True` a block, a session or a `run` goes to the NDIF service that nnsight is configured
+    for (or `remote="http://..."`), if the model was loaded by a name; `origin` is that name.
     """
 
     _batcher_class = RowBatcher
 
-    def __init__(self, wrapped: Any, *, inputs: Inputs | None = None) -> None:
+    def __init__(self, wrapped: Any, *, inputs: Inputs | None = None, origin: Origin | None = None) -> None:
         module = wrapped if isinstance(wrapped, nn.Module) else PipelineModule(wrapped)
         super().__init__(module, interleaver=SiteInterleaver(), envoys=TracedPart)
         self._wrapped = wrapped
         self._inputs = inputs
+        self.origin = origin
         self.sitemap = SiteMap(wrapped)
         engine = self.interleaver
         assert isinstance(engine, SiteInterleaver)
@@ -76,8 +83,13 @@ class TracedModel(Remotable):
         return self._wrapped
 
     @property
+    def points(self) -> Points:
+        """Where the sites' values pass."""
+        return self._points
+
+    @property
     def kind(self) -> str:
-        """"contrastive", "vlm", "diffusion" or "tower"."""
+        """ "contrastive", "vlm", "diffusion" or "tower"."""
         return self.sitemap.mounts.kind
 
     @property
@@ -90,10 +102,8 @@ class TracedModel(Remotable):
         """The dtype of the weights."""
         return next(p.dtype for p in self._module.parameters() if p.is_floating_point())
 
-    def sites(self, pattern: str = "*") -> tuple[Site, ...]:
+    def sites(self, pattern: str = "*") -> SiteTable:
         """The sites whose names match a glob, with axes; and what is absent there, with the reason."""
-        from mm_adapters.hooked import SiteTable
-
         return SiteTable(self.sitemap.find(pattern))
 
     def site(self, name: str, new: Any = _KEEP) -> Any:
@@ -113,9 +123,7 @@ class TracedModel(Remotable):
         Raises: MissingSiteError for a name that is no site.
         """
         self.sitemap[name]
-        point: Any = self._points.by_name[name]
-        engine: Any = self.interleaver
-        return SiteEnvoy(point, engine)
+        return SiteEnvoy(self, self._points.by_name[name])
 
     def prepare(self, *, text: Any = None, images: Any = None) -> dict[str, Any]:
         """Raw text and images as the wrapped model's own arguments, on its device, in its dtype."""
@@ -151,6 +159,11 @@ class TracedModel(Remotable):
         """
         if self.kind == "diffusion" and fn is None:
             kwargs.setdefault("num_inference_steps", 1)
+        if kwargs.get("remote"):
+            kwargs = self._opened(kwargs)
+            if self.needs_own_inputs(kwargs["remote"]):
+                job = {k: kwargs.pop(k) for k in _REMOTE if k in kwargs}
+                inputs, kwargs = (), self.arguments(inputs, kwargs) | job
         return super().trace(*inputs, fn=fn or self._forward, tracer_cls=tracer_cls or SiteTracer, **kwargs)
 
     def scan(self, *inputs: Any, fn: Any = None, **kwargs: Any) -> Any:
@@ -177,19 +190,19 @@ class TracedModel(Remotable):
         """`with model.generate(...):` traces the wrapped model's generation, or a pipeline's loop with
         all its steps; called without `with` it runs it, and gives a `Run` if sites are read or edited.
         """
-        fn = self._module if self.kind == "diffusion" else self._generate
+        fn = self._plain if self.kind == "diffusion" else self._generate
         if self.interleaver.interleaving:
             return fn(*inputs, **kwargs)
         reads, edits = list(read), list(edit)
+        remote = {k: kwargs.pop(k) for k in _REMOTE if k in kwargs}
         if reads or edits:
-            return self._recorded(self.arguments(inputs, kwargs), reads, edits, None, fn)
-        tracer = self.trace(*inputs, fn=fn, **kwargs)
+            return self._recorded(self.named(inputs, kwargs), reads, edits, None, fn, **remote)
+        tracer = self.trace(*inputs, fn=fn, **kwargs, **remote)
         try:
             tracer.capture()
         except WithBlockNotFoundError:
-            for local in ("remote", "backend", "blocking", "job_id", "verbose"):
-                if kwargs.pop(local, None):
-                    raise ValueError(f"{local}= needs a block: `with model.generate(...):`.") from None
+            if remote.get("remote"):
+                return self._recorded(self.named(inputs, kwargs), [], [], None, fn, **remote).output
             return self.interleave(fn, *inputs, **kwargs)
         return tracer
 
@@ -200,39 +213,76 @@ class TracedModel(Remotable):
         read: Iterable[str | Read] = (),
         edit: Iterable[Edit] = (),
         grad_of: Callable[[Any], Tensor] | None = None,
-    ) -> Run:
-        """One forward (for a pipeline, one sampling loop), with sites read and edited.
+        remote: bool | str = False,
+        blocking: bool = True,
+        verbose: bool = False,
+    ) -> Any:
+        """One forward (for a pipeline, one sampling loop), with sites read and edited: a `Run`.
 
         Where the inputs are one tower's alone (images of a CLIP, or of a VLM), that tower is run.
         `grad_of` is a scalar function of the output; its gradients at the read sites come back too.
+        With `remote` the functions of the reads and edits are sent along, by their source; with
+        `blocking=False` what comes back is a `PendingRun`.
 
         Raises: MissingSiteError before anything runs; EditNeverFiredError if an edit touched nothing.
         """
-        return self._recorded(self.arguments((), dict(inputs)), list(read), list(edit), grad_of, self._plain)
+        job = {"remote": remote, "blocking": blocking, "verbose": verbose} if remote else {}
+        return self._recorded(dict(inputs), list(read), list(edit), grad_of, self._plain, **job)
 
-    def arguments(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """One call's arguments, by name, with raw text and images prepared."""
+    def named(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """One call's arguments by name, raw text and images as they are."""
         kwargs = dict(kwargs)
         if inputs and self.kind != "diffusion" and _is_text(inputs[0]):
             kwargs["text"], inputs = inputs[0], inputs[1:]
-        kwargs |= dict(zip(self._argument_names(), inputs, strict=False))
+        return kwargs | dict(zip(self._argument_names(), inputs, strict=False))
+
+    def arguments(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """One call's arguments, by name, with raw text and images prepared."""
+        kwargs = self.named(inputs, kwargs)
         raw = {k: kwargs.pop(k) for k in _RAW if kwargs.get(k) is not None and not self._is_own(k, kwargs[k])}
         return {**self.prepare(**raw), **kwargs} if raw else kwargs
 
     def _recorded(
-        self, arguments: dict[str, Any], read: list[str | Read], edit: list[Edit], grad_of: Any, fn: Any
-    ) -> Run:
-        self.check_ready()
-        keep = grad_of is not None
+        self,
+        arguments: dict[str, Any],
+        read: list[str | Read],
+        edit: list[Edit],
+        grad_of: Any,
+        fn: Any,
+        *,
+        blocking: bool = True,
+        **remote: Any,
+    ) -> Run | PendingRun:
         reads = [as_read(item) for item in read]
-        session = Session(self._wrapped, self.sitemap, self._points, reads, edit, keep)
-        if keep and self.kind == "diffusion":
+        for item in (*reads, *edit):
+            self.sitemap[item.site]  # Raises MissingSiteError before anything runs, or is sent.
+        if grad_of is not None and self.kind == "diffusion":
             arguments["differentiable"] = True
-        with torch.set_grad_enabled(keep), session.attached(arguments):
-            tracer = super().trace(fn=fn, tracer_cls=SiteTracer, **arguments)
-            with tracer:
-                output = nnsight.save(tracer.result)
-        return session.result(output, grad_of)
+        if remote:
+            arguments = self._opened(arguments)
+            if self.needs_own_inputs(remote["remote"]):
+                arguments = self.arguments((), arguments)
+        found: dict[str, Any] = {}
+        tracer = super().trace(fn=fn, tracer_cls=SiteTracer, blocking=blocking, **remote)
+        with tracer:
+            recorder = Recorder(self, reads, edit, grad_of, arguments)
+            with tracer.invoke(**arguments):
+                found = nnsight.save(recorder.record(tracer))
+            for site in recorder.followed:
+                with tracer.invoke():
+                    recorder.follow(site)
+        if blocking:
+            return Run(**found)
+        from mm_adapters.remote import PendingRun
+
+        return PendingRun(tracer.backend)
+
+    def _opened(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments as another machine can take them: pictures for paths, tensors on the CPU."""
+        out = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        if out.get("images") is not None:
+            out["images"] = opened(out["images"])
+        return out
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
         if args or self.kind == "diffusion":
@@ -244,6 +294,12 @@ class TracedModel(Remotable):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._plain(*args, **kwargs)
+
+    def tower_alone(self, arguments: Mapping[str, Any]) -> str | None:
+        """Of a model of images and texts that is given one side only: what runs that side's tower."""
+        takes = {t: tower.mount.takes or tower.record.takes for t, tower in self.sitemap.towers.items()}
+        given = [t for t, key in takes.items() if arguments.get(key) is not None]
+        return self.sitemap.mounts.towers[given[0]].run if len(given) == 1 else None
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
         if inputs or any(kwargs.get(k) is not None for k in _RAW):
@@ -265,11 +321,11 @@ class TracedModel(Remotable):
         left = self.kind == "vlm" and getattr(tokenizer, "padding_side", "right") == "left"
         return (), combine(given, 0 if pad is None else pad, left)
 
-    def _remoteable_model_key(self) -> str:
-        raise ValueError(
-            "This model was made from an object, which a remote service cannot know, so it runs on this "
-            "machine only. Leave remote out."
-        )
+    def is_guided(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a pipeline called with these arguments runs under classifier-free guidance."""
+        default = inspect.signature(self._wrapped.__call__).parameters.get("guidance_scale")
+        scale = arguments.get("guidance_scale", default.default if default else 1.0)
+        return self.sitemap.mounts.guidance is not None and scale > 1
 
     def _loop_module(self) -> nn.Module | None:
         for tower in self.sitemap.towers.values():
@@ -286,7 +342,11 @@ class TracedModel(Remotable):
         return name == "text" and isinstance(value, Tensor)
 
     def _placed(self, x: Tensor) -> Tensor:
-        return x.to(self.device, self.dtype if x.is_floating_point() else None)
+        # On the meta device there is nothing to compute with, but a job to send.
+        device = (
+            torch.device("cpu") if self.device is not None and self.device.type == "meta" else self.device
+        )
+        return x.to(device, self.dtype if x.is_floating_point() else None)
 
 
 def _is_text(value: Any) -> bool:

@@ -78,7 +78,7 @@ def asking(model: HookedModel, question: str, *, n: int = 5, max_new_tokens: int
     def describer(pictures: Sequence[Picture]) -> list[str]:
         answers = []
         for picture in pictures:
-            ready = model.prepare(text=question, images=[picture])
+            ready: dict[str, Any] = model.prepare(text=question, images=[picture])
             made = model.generate(**ready, max_new_tokens=max_new_tokens, do_sample=False)
             text = model.tokenizer_of("language").decode(
                 made[0, ready["input_ids"].shape[1] :], skip_special_tokens=True

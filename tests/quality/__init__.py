@@ -1,1 +1,1 @@
-"""Quality checks that take minutes: `python -m tests.quality.das`, `python -m tests.quality.sae`."""
+"""What the methods are worth on the zoo's models; each with a command of its own, and a small part in CI."""

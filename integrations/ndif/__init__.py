@@ -1,0 +1,1 @@
+"""A real NDIF on this machine, which serves this package's models to nnsight."""

@@ -1,0 +1,84 @@
+"""What NDIF runs in place of its own controller and model actor, here on a CPU or one GPU.
+
+Imported by the service's processes only. NDIF takes both by name (NDIF_CONTROLLER_IMPORT_PATH,
+NDIF_MODEL_IMPORT_PATH; its docs/developing/adding-a-model-actor.md). Ray ships a decorated class by
+value and an undecorated base by name, so what is changed is in the bases.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+from ndif.services.ray.deployments.controller import controller
+from ndif.services.ray.deployments.modeling.base import BaseModelDeployment
+from ndif.services.ray.sandbox import host
+from ndif.services.ray.sandbox.model import SandboxModelDeployment
+from nnsight.modeling.mixins.remotable import Remotable
+
+# NDIF 0.1.2 (deployments/modeling/base.py) synchronises CUDA after each job, whether it is there or not.
+if not torch.cuda.is_available():
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_, **__: None  # type: ignore[assignment]
+
+# NDIF 0.1.2 (ray/sandbox/host.py, spawn) gives a runner 30 s to import torch; a busy machine takes longer.
+host.spawn = partial(host.spawn, timeout=300.0)
+
+
+def accept_trust_remote_code(name: str) -> None:
+    """NDIF 0.1.2 (cluster/evaluator.py) passes trust_remote_code=; nnsight 0.8.1 reads it off the key."""
+    method = getattr(Remotable, name).__func__
+    if "trust_remote_code" in inspect.signature(method).parameters:
+        return
+
+    def taking(cls: Any, *args: Any, trust_remote_code: bool = False, **kwargs: Any) -> Any:
+        return method(cls, *args, **kwargs)
+
+    setattr(Remotable, name, classmethod(taking))
+
+
+for _name in ("describe_checkpoint", "max_tp_size"):
+    accept_trust_remote_code(_name)
+
+
+class Controller(controller._ControllerActor):
+    """NDIF's controller, imported through this module."""
+
+
+class Deployment(SandboxModelDeployment):
+    """NDIF's sandboxing actor, which also serves from a CPU."""
+
+    def load_from_disk(self) -> Any:
+        if torch.cuda.is_available():
+            return super().load_from_disk()
+        model = Remotable.from_model_key(self.model_key, dispatch=True, dtype=self.dtype_name)
+        # nnsight 0.8.1 (modeling/diffusion.py, _load) passes dtype= on to where it is not heard.
+        model._module.to(self.dtype).requires_grad_(False)
+        return model
+
+    async def to_cache(self) -> None:
+        if torch.cuda.is_available():
+            return await super().to_cache()
+        await self.cancel("preempted")
+        self.cached = True
+
+    def from_cache(self, gpu_mem_bytes_by_id: dict[int, int]) -> None:
+        if torch.cuda.is_available():
+            return super().from_cache(gpu_mem_bytes_by_id)
+        self.gpu_mem_bytes_by_id, self.cached = gpu_mem_bytes_by_id, False
+
+
+assert issubclass(Deployment, BaseModelDeployment)
+
+
+@ray.remote(num_cpus=0, num_gpus=0, max_restarts=-1, resources={"head": 1})
+class ControllerActor(Controller):
+    """What Ray runs."""
+
+
+@ray.remote(num_cpus=0, max_restarts=2)
+class ModelActor(Deployment):
+    """What Ray runs, one for each model."""

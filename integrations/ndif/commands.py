@@ -1,0 +1,130 @@
+"""`mm-interp ndif up|down|status`: an NDIF service on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from integrations.ndif.environment import InstallError, ensure, home
+from integrations.ndif.service import answers, is_open
+
+DEFAULT_PORT = 18001
+
+ndif = typer.Typer(no_args_is_help=True, help="Serve models to nnsight from this machine.")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `ndif` to the application; called through the entry point group `mm_interp.commands`."""
+    app.add_typer(ndif, name="ndif")
+
+
+@ndif.command()
+def up(
+    port: Annotated[int, typer.Option(help="Where the service listens.")] = DEFAULT_PORT,
+    gpus: Annotated[int | None, typer.Option(help="How many to serve from; 0 is the CPU.")] = None,
+    sandbox: Annotated[int, typer.Option(help="Processes kept warm for jobs that are not trusted.")] = 1,
+    dtype: Annotated[str, typer.Option(help="What weights are held in.")] = "float32",
+    python: Annotated[str | None, typer.Option(help="Which Python the service gets.")] = None,
+    foreground: Annotated[bool, typer.Option(help="Stay, and end the service with Ctrl-C.")] = False,
+) -> None:
+    """Starts the service, in an environment of its own, and prints READY and its address."""
+    if not sys.platform.startswith("linux"):
+        _fail("The service runs on Linux only: its processes are found again through /proc.")
+    running = state()
+    if running is not None:
+        if running["ready"]:
+            typer.echo(f"READY {running['address']}")
+            return
+        _fail(f"A service is being started (process {running['pid']}). Wait, or end it: mm-interp ndif down.")
+    if is_open(port):
+        _fail(f"Something listens on port {port} already. Choose another: --port.")
+    try:
+        ensure(python, lambda line: typer.echo(line, err=True))
+    except InstallError as error:
+        _fail(str(error))
+    command = [sys.executable, "-m", "integrations.ndif.service", str(home()), str(port)]
+    command += ["--gpus", str(_gpus() if gpus is None else gpus), "--sandbox", str(sandbox), "--dtype", dtype]
+    (home() / "failed.txt").unlink(missing_ok=True)
+    root = str(Path(__file__).resolve().parents[2])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    if foreground:
+        os.execve(sys.executable, command, env)
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    started = subprocess.Popen(command, start_new_session=True, env=env, **quiet)
+    try:
+        while not ((found := state()) and found["ready"]):
+            if started.poll() is not None:
+                reason = home() / "failed.txt"
+                _fail(
+                    reason.read_text(encoding="utf-8") if reason.is_file() else "The service did not start."
+                )
+            time.sleep(0.2)
+    except BaseException:
+        started.terminate()
+        raise
+    typer.echo(f"READY {found['address']}")
+    typer.echo(
+        f'Trace with remote="{found["address"]}", or set NDIF_HOST. End it: mm-interp ndif down.', err=True
+    )
+
+
+@ndif.command()
+def down() -> None:
+    """Ends the service and every process it started."""
+    found = state()
+    if found is None:
+        typer.echo("No service is running.")
+        return
+    os.kill(found["pid"], signal.SIGTERM)
+    while state() is not None:
+        time.sleep(0.2)
+    typer.echo("Ended.")
+
+
+@ndif.command()
+def status() -> None:
+    """Says whether the service answers, and which models it holds; exit code 1 if there is none."""
+    import httpx
+
+    found = state()
+    if found is None:
+        typer.echo("No service is running.")
+        raise typer.Exit(1)
+    if not found["ready"] or not answers(f"{found['address']}/connected"):
+        typer.echo(f"Not ready: {found['address']}; logs in {found['logs']}")
+        raise typer.Exit(1)
+    typer.echo(f"READY {found['address']}")
+    reply = httpx.get(f"{found['address']}/status", timeout=60).json()
+    for held in reply.get("deployments", {}).values():
+        where = f"{held.get('deployment_level')}, {held.get('application_state')}"
+        typer.echo(f"{held.get('repo_id')}  {where}")
+
+
+def state() -> dict[str, Any] | None:
+    """What the running service says of itself; None if there is none."""
+    path = home() / "service.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        command = Path(f"/proc/{found['pid']}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return found if b"integrations.ndif.service" in command else None
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _fail(reason: str) -> None:
+    typer.echo(f"mm-interp: {reason}", err=True)
+    raise typer.Exit(1)

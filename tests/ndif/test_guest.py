@@ -1,0 +1,117 @@
+"""A stock service, which does not have this package: the same block, with our code sent along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import nnsight
+import pytest
+import torch
+from zoo_inputs import INPUTS
+
+import mm_adapters as mm
+from mm_adapters import zoo
+from mm_adapters._guest import guest_key, sources
+from mm_adapters._remote_backend import Dispatch
+
+Load = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def stock() -> Iterator[Any]:
+    from tests.ndif.conftest import Standin
+
+    server = Standin("--without", "mm_adapters")
+    yield server
+    server.kill()
+
+
+@pytest.fixture(
+    params=[
+        "standin",
+        pytest.param("trusted", marks=pytest.mark.ndif),
+        pytest.param("sandbox", marks=pytest.mark.ndif),
+    ]
+)
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A service that serves nnsight's own classes only. The real one is told not to look at our package."""
+    if request.param == "standin":
+        return request.getfixturevalue("stock").host
+    monkeypatch.setattr(Dispatch, "trusted", request.param == "trusted")
+    monkeypatch.setattr(Dispatch, "is_guest", True)
+    return request.getfixturevalue("service")
+
+
+def test_the_key_is_that_of_nnsights_own_model(load: Load) -> None:
+    key = guest_key(load("tiny-clip"))
+    assert key.startswith("nnsight.modeling.transformers.TransformersModel:{")
+    assert str(zoo.path("tiny-clip")) in key
+    assert "zero-shot-image-classification" in key
+    assert "image-text-to-text" in guest_key(load("tiny-llava"))
+    assert guest_key(load("tiny-sd")).startswith("nnsight.modeling.diffusion.DiffusionModel:{")
+
+
+def test_what_is_sent_along_is_source_and_small() -> None:
+    files = sources()
+    assert "mm_adapters/traced.py" in files
+    assert not any("zoo" in name or "hooked" in name for name in files)
+    assert sum(map(len, files.values())) < 400_000
+
+
+def test_clip(host: str, load: Load) -> None:
+    model = load("tiny-clip")
+    read = ["vision.blocks.1.attn.hook_z", "text.blocks.1.hook_resid_post"]
+    edit = [mm.Edit("vision.blocks.0.attn.hook_q", lambda q: q * 2)]
+    here = model.run(INPUTS["tiny-clip"], read=read, edit=edit)
+    there = model.run(INPUTS["tiny-clip"], read=read, edit=edit, remote=host)
+    for site in read:
+        torch.testing.assert_close(here[site], there[site], rtol=1e-5, atol=1e-5)
+    assert there.receipts[0].fired == 1
+    torch.testing.assert_close(
+        here.output.logits_per_image, there.output.logits_per_image, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_pattern_is_reached_or_said_to_be_out_of_reach(host: str, load: Load) -> None:
+    model, site = load("tiny-clip"), "vision.blocks.1.attn.hook_pattern"
+    if Dispatch.trusted is False:
+        with pytest.raises(mm.AttentionUnreachableError, match="Serve the model yourself"):
+            model.run(INPUTS["tiny-clip"], read=[site], remote=host)
+        return
+    there = model.run(INPUTS["tiny-clip"], read=[site], remote=host)
+    torch.testing.assert_close(model.run(INPUTS["tiny-clip"], read=[site])[site], there[site])
+
+
+def test_a_generation_of_llava(host: str, load: Load) -> None:
+    model = load("tiny-llava")
+    options = INPUTS["tiny-llava"] | {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    site = "language.blocks.0.attn.hook_z"
+    edit = [mm.Edit(site, lambda z: z * 3, positions=[2])]
+    here = model.generate(**options, read=[site], edit=edit)
+    there = model.generate(**options, read=[site], edit=edit, remote=host)
+    assert torch.equal(here.output, there.output)
+    torch.testing.assert_close(here[site], there[site], rtol=1e-5, atol=1e-5)
+
+
+def test_steps_of_stable_diffusion(host: str, load: Load) -> None:
+    model = load("tiny-sd")
+    site = next(s for s in model.sitemap.sites if s.endswith("cross_attn.hook_q"))
+    edit = [mm.Edit("denoiser.hook_out", lambda x: x * 0.5, steps=[1])]
+    here = model.run(INPUTS["tiny-sd"], read=[site], edit=edit)
+    there = model.run(INPUTS["tiny-sd"], read=[site], edit=edit, remote=host)
+    torch.testing.assert_close(here[site], there[site], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(here.output.images, there.output.images, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_with_sites_and_native_paths(host: str, load: Load) -> None:
+    model = load("tiny-clip")
+    z, logits = torch.empty(0), torch.empty(0)
+    with model.trace(**INPUTS["tiny-clip"], remote=host):
+        z = model.site("vision.blocks.1.attn.hook_z").detach().clone().save()
+        model.site("vision.blocks.2.attn.hook_z")[:] = 0
+        logits = nnsight.save(model.output.logits_per_image.detach())
+    edit = [mm.Edit("vision.blocks.2.attn.hook_z", torch.zeros_like)]
+    here = model.run(INPUTS["tiny-clip"], read=["vision.blocks.1.attn.hook_z"], edit=edit)
+    torch.testing.assert_close(here["vision.blocks.1.attn.hook_z"], z, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(here.output.logits_per_image, logits, rtol=1e-5, atol=1e-5)
