@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_loading_does_not_hold_the_weights_twice(tmp_path: Path) -> None:
-    sizes = {"large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}, "small": {
+    sizes = {"large": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6}, "small": {
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}}  # fmt: skip
     for name, size in sizes.items():
         config = CLIPVisionConfig(**size, num_attention_heads=4, image_size=28, patch_size=14)
