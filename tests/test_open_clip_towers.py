@@ -13,8 +13,7 @@ from mm_adapters._errors import MissingSiteError
 
 @pytest.mark.parametrize(
     ("name", "vision", "text"),
-    [("open_clip", "first", "end"), ("open_clip_average", "mean", "last"), ("coca", "attention", "last"),
-     ("open_clip_timm_siglip", "attention", "end")],
+    [("open_clip", "first", "end"), ("open_clip_average", "mean", "last"), ("open_clip_timm_siglip", "attention", "end")],
 )  # fmt: skip
 def test_a_tower_pools_as_it_was_built(name: str, vision: str, text: str) -> None:
     towers = mm.HookedModel(tiny.CASES[name]().model).sitemap.towers
@@ -32,7 +31,7 @@ def test_the_mean_of_patches_projected_is_the_image_embedding() -> None:
 
 
 def test_a_tower_that_pools_by_attention_has_no_matrix_to_its_summary() -> None:
-    model = mm.HookedModel(tiny.CASES["coca"]().model)
+    model = mm.HookedModel(tiny.CASES["open_clip_timm_siglip"]().model)
     with pytest.raises(MissingSiteError, match="attention"):
         _ = model.vision.projection
 

@@ -167,24 +167,10 @@ def open_clip_hf_text() -> Case:
     return case
 
 
-def coca() -> Case:
-    from open_clip.coca_model import CoCa, MultimodalCfg
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-
-    words = {"vocab_size": 60, "width": 24, "heads": 3, "layers": 2, "mlp_ratio": 1.5}
-    vision = CLIPVisionCfg(**_PLAIN, attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=6,
-                           output_tokens=True)  # fmt: skip
-    text = CLIPTextCfg(context_length=7, embed_cls=True, output_tokens=True, **words)
-    decoder = MultimodalCfg(context_length=7, **words)
-    model = seeded(lambda: CoCa(24, decoder, text, vision))
-    head = lambda o: torch.cat([_cosines(o).flatten(), o["logits"].flatten()])  # noqa: E731
-    return Case(model, {"image": pixels(), "text": _OPEN_IDS[:, :7]}, head)
-
-
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
         metaclip2, altclip, chinese_clip, siglip2, align, clap, bert, roberta, open_clip_average,
-        open_clip_resnet, open_clip_timm_siglip, open_clip_eva, open_clip_hf_text, coca,
+        open_clip_resnet, open_clip_timm_siglip, open_clip_eva, open_clip_hf_text,
     )
 }  # fmt: skip
