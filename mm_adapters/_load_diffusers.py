@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from mm_adapters._registry import lookup
 from mm_adapters._source import Source
 
 
-def load_pipeline(source: Source, dtype: torch.dtype | None, **options: Any) -> Any:
-    """The pipeline, on the CPU. No dtype: the one its denoiser is stored in.
+def load_pipeline(source: Source, place: torch.device, dtype: torch.dtype | None, **options: Any) -> Any:
+    """The pipeline, on the CPU, or without weights if `place` is "meta". No dtype: its denoiser's.
 
     `options` may hold components, which are then not read, or None for those to leave out.
 
@@ -33,6 +34,8 @@ def load_pipeline(source: Source, dtype: torch.dtype | None, **options: Any) -> 
             "Build it yourself and pass it to mm_adapters.wrap."
         )
     lookup(cls.__new__(cls))
+    if place.type == "meta":
+        return cls(**_without_weights(source, index, cls))
     folder = source.folder
     if folder is None:
         fetch = {k: v for k, v in options.items() if k in {*source.where, "variant"}}
@@ -44,3 +47,30 @@ def load_pipeline(source: Source, dtype: torch.dtype | None, **options: Any) -> 
     local = Source(str(folder), folder)
     rest = {k: v for k, v in options.items() if k not in source.where}
     return local.read(cls.from_pretrained, dtype=dtype, **rest)
+
+
+def _without_weights(source: Source, index: dict[str, Any], cls: Any) -> dict[str, Any]:
+    """A pipeline's parts: modules on the meta device, schedulers, and None for what only prepares inputs."""
+    import diffusers
+    import transformers
+
+    parts: dict[str, Any] = {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or len(entry) != 2:
+            if not name.startswith("_"):
+                parts[name] = entry
+            continue
+        library = {"transformers": transformers, "diffusers": diffusers}.get(entry[0])
+        made = getattr(library, str(entry[1]), None)
+        parts[name] = None
+        where = {"subfolder": name, **source.where}
+        if isinstance(made, type) and issubclass(made, diffusers.SchedulerMixin):
+            parts[name] = made.from_config(made.load_config(source.name, **where))
+        elif isinstance(made, type) and issubclass(made, torch.nn.Module):
+            with torch.device("meta"):
+                if library is diffusers:
+                    parts[name] = made.from_config(made.load_config(source.name, **where))
+                else:
+                    parts[name] = made(made.config_class.from_pretrained(source.name, **where))
+    takes = inspect.signature(cls.__init__).parameters
+    return {name: part for name, part in parts.items() if name in takes}

@@ -81,7 +81,8 @@ def unknown(model: Any, kind: type) -> UnknownFamilyError:
     )
     return UnknownFamilyError(
         f"No family covers {key}. The nearest are {', '.join(near)}. "
-        f"Describe it in one record and pass it to mm_adapters.register:\n    {record}"
+        "Describe it in one record, as mm_adapters/families/README.md says, and pass it to "
+        f"mm_adapters.register:\n    {record}"
     )
 
 

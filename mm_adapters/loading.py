@@ -59,7 +59,7 @@ def load(
     else:
         source = _source(name, options)
         if source.file("model_index.json") is not None:
-            model, parts = load_pipeline(source, precision, **options), {}
+            model, parts = load_pipeline(source, place, precision, **options), {}
             precision = None  # A pipeline's parts were given it; some keep a dtype of their own.
         else:
             model = load_module(source, place, precision, **options)

@@ -15,8 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
-    BertConfig,
-    BertModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -25,6 +23,8 @@ from transformers import (
     CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    ElectraConfig,
+    ElectraModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -34,6 +34,7 @@ from transformers import (
 from mm_adapters import loading, zoo
 from mm_adapters._checkpoint import check_safetensors, stored_dtype
 from mm_adapters._errors import CheckpointError, InputError, UnknownFamilyError
+from mm_adapters._spec import Mount, Mounts
 from mm_adapters.hooked import HookedModel
 
 _SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -401,21 +402,27 @@ def test_a_pipelines_parts_are_checked_one_by_one(
     edit_json(folder / "model_index.json", _class_name="MyPipeline")
     with pytest.raises(CheckpointError, match="is a MyPipeline, which diffusers"):
         load(folder)
-    edit_json(folder / "model_index.json", _class_name="DDPMPipeline")
-    with pytest.raises(UnknownFamilyError, match="diffusers:DDPMPipeline"):
+    edit_json(folder / "model_index.json", _class_name="StableAudioPipeline")
+    with pytest.raises(UnknownFamilyError, match="diffusers:StableAudioPipeline"):
         load(folder)
 
 
 def test_a_model_of_no_known_family_is_refused_before_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = BertModel(BertConfig(**_SIZE, vocab_size=30))
+    model = ElectraModel(ElectraConfig(**_SIZE, vocab_size=30))
     model.save_pretrained(tmp_path)
-    with pytest.raises(UnknownFamilyError, match="transformers:BertModel"):
+    with pytest.raises(UnknownFamilyError, match="transformers:ElectraModel"):
         loading.wrap(model)
     no_weights_are_read(monkeypatch)
-    with pytest.raises(UnknownFamilyError, match="transformers:BertModel"):
+    with pytest.raises(UnknownFamilyError, match="transformers:ElectraModel") as raised:
         load(tmp_path)
+    said = str(raised.value)
+    assert "mm_adapters/families/README.md" in said
+    assert "The nearest are" in said
+    # The record it shows is one that can be written as it is.
+    record = eval(said.splitlines()[-1].strip(), {"Mounts": Mounts, "Mount": Mount})
+    assert record.classes == ("transformers:ElectraModel",)
 
 
 def test_an_unreadable_tokenizer_is_an_error_and_not_left_out(

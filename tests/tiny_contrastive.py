@@ -132,31 +132,29 @@ def open_clip_resnet() -> Case:
     return _open_clip({"layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "image_size": 64}, size=64)
 
 
-def _timm(name: str, options: dict[str, Any], **vision: Any) -> Case:
+def _timm(name: str, options: dict[str, Any]) -> Case:
     import timm
-
-    # A tower made small: open_clip passes on no sizes.
-    case = _open_clip(_PLAIN | {"image_size": 32})
     from open_clip.timm_model import TimmModel
 
-    visual = TimmModel(name, 16, 32, **vision)
+    # A tower made small: open_clip passes on no sizes.
+    size = options["img_size"]
+    case = _open_clip(_PLAIN)
+    visual = TimmModel(name, 16, size, pool="token", proj="linear")
     visual.trunk = timm.create_model(name, num_classes=0, **options)
     visual.head.proj = torch.nn.Linear(visual.trunk.num_features, 16, bias=False)
     case.model.visual = seeded(lambda: visual)
-    return Case(case.model, {"image": pixels(size=32), "text": _OPEN_IDS}, _cosines)
+    return Case(case.model, {"image": pixels(size=size), "text": _OPEN_IDS}, _cosines)
 
 
 _SMALL = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
 
 def open_clip_timm_siglip() -> Case:
-    return _timm("vit_tiny_patch16_224", _SMALL | {"global_pool": "map", "class_token": False}, pool="map",
-                 proj="linear")  # fmt: skip
+    return _timm("vit_tiny_patch16_224", _SMALL | {"global_pool": "map", "class_token": False})
 
 
 def open_clip_eva() -> Case:
-    return _timm("eva02_tiny_patch14_224", _SMALL | {"img_size": 28, "global_pool": "token"}, pool="token",
-                 proj="linear")  # fmt: skip
+    return _timm("eva02_tiny_patch14_224", _SMALL | {"img_size": 28, "global_pool": "token"})
 
 
 def open_clip_hf_text() -> Case:
@@ -169,24 +167,10 @@ def open_clip_hf_text() -> Case:
     return case
 
 
-def coca() -> Case:
-    from open_clip.coca_model import CoCa, MultimodalCfg
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-
-    words = {"vocab_size": 60, "width": 24, "heads": 3, "layers": 2, "mlp_ratio": 1.5}
-    vision = CLIPVisionCfg(**_PLAIN, attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=6,
-                           output_tokens=True)  # fmt: skip
-    text = CLIPTextCfg(context_length=7, embed_cls=True, output_tokens=True, **words)
-    decoder = MultimodalCfg(context_length=7, latent_dim=24, **words)
-    model = seeded(lambda: CoCa(24, decoder, text, vision))
-    head = lambda o: torch.cat([_cosines(o).flatten(), o["logits"].flatten()])  # noqa: E731
-    return Case(model, {"image": pixels(), "text": _OPEN_IDS[:, :7]}, head)
-
-
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
         metaclip2, altclip, chinese_clip, siglip2, align, clap, bert, roberta, open_clip_average,
-        open_clip_resnet, open_clip_timm_siglip, open_clip_eva, open_clip_hf_text, coca,
+        open_clip_resnet, open_clip_timm_siglip, open_clip_eva, open_clip_hf_text,
     )
 }  # fmt: skip

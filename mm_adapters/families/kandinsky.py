@@ -1,4 +1,4 @@
-"""Kandinsky 2.2's decoder, guided by an image's embedding alone; unCLIP, which draws in four loops."""
+"""Kandinsky 2.2's decoder, guided by an image's embedding alone."""
 
 from mm_adapters._registry import register
 from mm_adapters._spec import Guidance, Mount, Mounts
@@ -11,22 +11,5 @@ register(
         {"denoiser": Mount("unet"), "vae": Mount("movq")},
         loop="denoiser",
         guidance=Guidance(),
-    )
-)
-register(
-    Mounts(
-        "unclip",
-        "diffusion",
-        ("diffusers:UnCLIPPipeline",),
-        # Its steps are the decoder's; what the others' loops give is joined along the rows.
-        {
-            "text": Mount("text_encoder"),
-            "prior": Mount("prior"),
-            "denoiser": Mount("decoder"),
-            "super_res": Mount("super_res_first"),
-            "super_res_last": Mount("super_res_last"),
-        },
-        loop="denoiser",
-        guidance=Guidance(flag=None, scale="decoder_guidance_scale"),
     )
 )

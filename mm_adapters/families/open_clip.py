@@ -25,7 +25,7 @@ register(
         ("open_clip:VisionTransformer",),
         {"blocks": BLOCKS},
         before={"hook_embed": Output("ln_pre")},
-        after=fused_attention("attn_pool.attn", name="attn_pool") | norm("ln_post", "ln_final"),
+        after=norm("ln_post", "ln_final"),
         takes="x",
         gives="",
         pool=Built((("attn_pool", True, "attention"), ("pool_type", "avg", "mean"),
