@@ -12,7 +12,7 @@ from torch import Tensor
 from mm_adapters._errors import InputError
 from mm_adapters._images import to_rgb_list
 from mm_adapters._spec import Kind
-from mm_adapters._texts import as_texts, check_lengths, interleave, token_counts
+from mm_adapters._texts import as_texts, check_lengths, image_rows, interleave, token_counts
 
 Side = Literal["left", "right"]
 
@@ -30,9 +30,11 @@ class Inputs:
 
     `text_key`, `image_key`: the arguments of the model's forward ("" if it takes none). `accepts`:
     all that it takes; what a processor adds beyond it is dropped (None: keep all). `context`: the
-    longest sequence, in tokens. `pad_to_context`: the model was trained on texts padded to their
-    full length and reads the last position (SigLIP), so no attention mask is given. `image_size` is
-    (height, width) in pixels. `prompt_tokenizers`: a pipeline's tokenizers, each with its limit.
+    longest sequence, in tokens. `image_token` stands for an image in a text; a text that has none gets
+    `image_prompt` in front for each, unless the processor makes places itself. `pad_to_context`: the
+    model was trained on texts padded to their full length and reads the last position (SigLIP), so no
+    attention mask is given. `image_size` is (height, width) in pixels. `prompt_tokenizers`: a
+    pipeline's tokenizers, each with its limit.
     """
 
     kind: Kind
@@ -41,6 +43,8 @@ class Inputs:
     image_processor: Any = None
     context: int | None = None
     image_token: str | None = None
+    image_prompt: str | None = None
+    processor_places_images: bool = False
     text_key: str = "input_ids"
     image_key: str = "pixel_values"
     accepts: frozenset[str] | None = None
@@ -80,7 +84,7 @@ class Inputs:
         texts = as_texts(text)
         if self.image_token is None or images is None:
             return texts
-        return interleave(texts, images, self.image_token)[0]
+        return interleave(texts, images, self.image_token, self.image_prompt)[0]
 
     def _text(self, texts: list[str], side: Side | None) -> dict[str, Any]:
         tokenizer = self._need("tokenizer", self.text_key, "text")
@@ -119,12 +123,15 @@ class Inputs:
                 if token and token in text:
                     raise InputError(f"text[{i}] has {token} and no images were given. Pass images.")
             return self._text(texts, side)
-        if self.processor is None or self.image_token is None:
+        if self.processor is None or (self.image_token is None and not self.processor_places_images):
             raise InputError(
                 "This model has no processor, which puts the images' places into the text. "
                 f"Pass it: {_HOW['processor']}, or pass tensors."
             )
-        prompts, rows = interleave(texts, images, self.image_token)
+        if self.image_token is None:
+            prompts, rows = texts, image_rows(images, len(texts))
+        else:
+            prompts, rows = interleave(texts, images, self.image_token, self.image_prompt)
         pictures = [picture for row in rows for picture in row]
         options: dict[str, Any] = {"return_tensors": "pt"}
         if len(prompts) > 1:
@@ -133,7 +140,9 @@ class Inputs:
         side = side or self.padding_side
         if side:
             options["padding_side"] = side
-        given = {"images": to_rgb_list(pictures)} if pictures else {}
+        made = iter(to_rgb_list(pictures) if pictures else ())
+        # By rows: some processors count the images of each.
+        given = {"images": [[next(made) for _ in row] for row in rows]} if pictures else {}
         batch = dict(self.processor(text=prompts, **given, **options))
         length = int(batch["input_ids"].shape[1])
         if self.context is not None and length > self.context:

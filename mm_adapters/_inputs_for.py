@@ -33,13 +33,16 @@ def inputs_for(
     if kind == "diffusion":
         return _pipeline_inputs(model, tokenizer)
     takes = frozenset(inspect.signature(model.forward).parameters)
+    prompt, token = lookup(model).prompt, getattr(processor, "image_token", None)
     return Inputs(
         kind,
         processor=processor,
         tokenizer=tokenizer,
         image_processor=image_processor,
         context=_context(model, tokenizer),
-        image_token=getattr(processor, "image_token", None),
+        image_token=None if token is None or prompt is None else str(token),
+        image_prompt=None if token is None or prompt is None else prompt.format(image_token=token),
+        processor_places_images=prompt is None,
         text_key=_taken(model, "text", "language"),
         image_key=_taken(model, "vision"),
         accepts=takes,

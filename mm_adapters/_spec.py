@@ -285,7 +285,8 @@ class Mounts:
 
     `prompt` are the text towers whose sequences, one after the other, are the text of a joint attention.
     `image_token` is the config's attribute with the token that stands for image features; `images`
-    says how they lie there (its vision tower's `images` otherwise).
+    says how they lie there (its vision tower's `images` otherwise). `prompt` is what a text has in an
+    image's place, with the processor's own attributes; None if the processor makes places itself.
     """
 
     name: str
@@ -296,6 +297,7 @@ class Mounts:
     guidance: Guidance | None = None
     image_token: str | None = None
     images: Placing | None = None
+    prompt: str | None = "{image_token}"
     logit_scale: str | None = None
     prompt: tuple[str, ...] = ()
 

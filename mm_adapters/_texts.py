@@ -45,19 +45,25 @@ def check_lengths(texts: list[str], lengths: list[int], context: int | None) -> 
             )
 
 
-def interleave(texts: list[str], images: Any, token: str) -> tuple[list[str], list[list[Any]]]:
+def interleave(
+    texts: list[str], images: Any, token: str, prompt: str | None = None
+) -> tuple[list[str], list[list[Any]]]:
     """Each row's text with one image token for each of its images, and each row's images.
 
-    A text without any gets them in front, each on a line of its own.
+    A text without any gets them in front, each on a line of its own, as `prompt` writes them.
 
     Raises: InputError if images and rows, or images and tokens of a row, differ in number.
     """
-    rows = _image_rows(images, len(texts))
+    rows = image_rows(images, len(texts))
     pairs = enumerate(zip(texts, rows, strict=True))
-    return [_with_tokens(i, text, len(row), token) for i, (text, row) in pairs], rows
+    return [_with_tokens(i, text, len(row), token, prompt or token) for i, (text, row) in pairs], rows
 
 
-def _image_rows(images: Any, n_rows: int) -> list[list[Any]]:
+def image_rows(images: Any, n_rows: int) -> list[list[Any]]:
+    """The images of each row of text.
+
+    Raises: InputError if there are none, or they and the rows differ in number.
+    """
     rows = as_list(images)
     if not rows:
         raise InputError("images is empty. Pass at least one image, or leave images out.")
@@ -73,10 +79,10 @@ def _image_rows(images: Any, n_rows: int) -> list[list[Any]]:
     return [list(row) if many else [row] for row, many in zip(rows, nested, strict=True)]
 
 
-def _with_tokens(index: int, text: str, n_images: int, token: str) -> str:
+def _with_tokens(index: int, text: str, n_images: int, token: str, prompt: str) -> str:
     count = text.count(token)
     if count == 0:
-        return f"{token}\n" * n_images + text
+        return f"{prompt}\n" * n_images + text
     if count != n_images:
         raise InputError(
             f"text[{index}] has {count} {token} and {n_images} images. Write one for each image, or none: "

@@ -187,10 +187,16 @@ def decoder(
     )
 
 
-def vlm(name: str, *classes: str, towers: Mapping[str, Mount], images: Placing | None = None) -> Mounts:
+def vlm(
+    name: str,
+    *classes: str,
+    towers: Mapping[str, Mount],
+    images: Placing | None = None,
+    prompt: str | None = "{image_token}",
+) -> Mounts:
     """A model of images and text, of these transformers classes."""
     named = tuple(f"transformers:{c}" for c in classes)
-    return Mounts(name, "vlm", named, towers, image_token="image_token_id", images=images)
+    return Mounts(name, "vlm", named, towers, image_token="image_token_id", images=images, prompt=prompt)
 
 
 def language(path: str, tower: str | None = None) -> Mount:

@@ -51,4 +51,4 @@ for _name, _model, _towers in (
         "vision": VISION, "text": ENCODER,
         "language": Mount("text_decoder.bert", takes="decoder_input_ids")}),
 ):  # fmt: skip
-    register(Mounts(_name, "vlm", (f"transformers:BlipFor{_model}",), _towers))
+    register(Mounts(_name, "vlm", (f"transformers:BlipFor{_model}",), _towers, prompt=None))

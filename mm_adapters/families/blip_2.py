@@ -34,5 +34,5 @@ register(
         "projector": Mount("language_projection", tower="linear_projector"),
         "language": Mount("language_model", run="language_model", gives="logits", takes="input_ids",
                           project="language_model.lm_head.weight.T"),
-    }, images=Queries("num_query_tokens"))
+    }, images=Queries("num_query_tokens"), prompt=None)
 )  # fmt: skip

@@ -57,5 +57,5 @@ register(
         "text": Mount("model.language_model.encoder"),
         "language": Mount("model.language_model.decoder", takes="decoder_input_ids",
                           project="lm_head.weight.T"),
-    })
+    }, prompt=None)
 )  # fmt: skip

@@ -59,5 +59,6 @@ register(
             "language": Mount("text_model", project="text_model.lm_head.weight.T"),
         },
         images=Queries("latent_query_num", mask="image_embeds_position_mask"),
+        prompt=None,
     )
 )

@@ -11,6 +11,7 @@ BLOCKS = Stack(
              ln2="norm2", ff="mlp", neurons=mlp("mlp")),
 )  # fmt: skip
 MERGER = {"hook_pre": Output("mlp.0"), "hook_post": Input("mlp.2")}
+PROMPT = "<|vision_start|>{image_token}<|vision_end|>"
 TOWERS = {
     "vision": Mount("model.visual"),
     "projector": Mount("model.visual.merger"),
@@ -33,5 +34,5 @@ register(
 register(projector("qwen2_vl_merger", "PatchMerger", inside=norm("ln_q", "ln") | MERGER, packed=True))
 register(
     vlm("qwen2_vl", "Qwen2VLForConditionalGeneration", towers=TOWERS,
-        images=Merged(merge="vision_config.spatial_merge_size"))
+        images=Merged(merge="vision_config.spatial_merge_size"), prompt=PROMPT)
 )  # fmt: skip

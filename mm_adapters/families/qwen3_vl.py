@@ -3,7 +3,7 @@
 from mm_adapters._registry import register
 from mm_adapters._spec import Input, Merged, Output, Stack, Tower
 from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention, vlm
-from mm_adapters.families.qwen2_vl import TOWERS
+from mm_adapters.families.qwen2_vl import PROMPT, TOWERS
 
 BLOCKS = Stack(
     ("blocks.*",),
@@ -33,5 +33,5 @@ register(
 )
 register(
     vlm("qwen3_vl", "Qwen3VLForConditionalGeneration", towers=TOWERS,
-        images=Merged(merge="vision_config.spatial_merge_size"))
+        images=Merged(merge="vision_config.spatial_merge_size"), prompt=PROMPT)
 )  # fmt: skip
