@@ -10,6 +10,7 @@ from mm_adapters._errors import (
     InputError,
     MetaDeviceError,
     MissingSiteError,
+    StoreError,
     UnknownFamilyError,
     WordNotFoundError,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Receipt",
     "Run",
     "Site",
+    "StoreError",
     "TokenLayout",
     "TracedModel",
     "UnknownFamilyError",

@@ -33,5 +33,9 @@ class CheckpointError(OSError):
     """A checkpoint is missing, truncated, pickled, or not one that this package reads."""
 
 
+class StoreError(OSError):
+    """A store of activations cannot be written, resumed or read as asked."""
+
+
 class MetaDeviceError(RuntimeError):
     """A model whose weights are on the meta device, so have no values, was asked to run."""

@@ -19,6 +19,7 @@ MISTAKES = (
     _errors.InputError,
     _errors.MetaDeviceError,
     _errors.MissingSiteError,
+    _errors.StoreError,
     _errors.UnknownFamilyError,
     FileNotFoundError,
 )

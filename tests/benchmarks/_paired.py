@@ -10,8 +10,10 @@ from collections.abc import Callable
 Work = Callable[[], object]
 
 
-def paired(works: dict[str, Work], rounds: int, repeat: int = 1) -> dict[str, list[float]]:
-    """Seconds of processor time per call, one entry a round.
+def paired(
+    works: dict[str, Work], rounds: int, repeat: int = 1, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
+    """Seconds of processor time (or of another clock) per call, one entry a round.
 
     The order turns by one each round, so that no contestant always follows the same one.
     """
@@ -25,10 +27,10 @@ def paired(works: dict[str, Work], rounds: int, repeat: int = 1) -> dict[str, li
         for turn in range(rounds):
             for i in range(len(names)):
                 name = names[(i + turn) % len(names)]
-                start = time.process_time()
+                start = clock()
                 for _ in range(repeat):
                     works[name]()
-                seconds[name].append((time.process_time() - start) / repeat)
+                seconds[name].append((clock() - start) / repeat)
     finally:
         gc.enable()
     return seconds

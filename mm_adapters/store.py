@@ -1,0 +1,193 @@
+"""Activations and gradients on disk: safetensors shards and a manifest, written whole or not at all.
+
+    with Writer(folder, {"vision.blocks.3.hook_resid_post": Column((128,))}, about={...}) as writer:
+        for images in batches[writer.appends :]:          # What is stored already is not made again.
+            writer.append({"vision.blocks.3.hook_resid_post": rows}, items=len(images))
+    for batch in Store(folder).batches(4096, seed=0): ...
+
+A folder holds `manifest.json` and, for each shard, one safetensors file a column. A shard closes
+between two appends, when it is large enough; then the manifest counts it. What came after the last
+closed shard is lost when the process dies, and made again: the store ends up the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_adapters._checkpoint import check_safetensors
+from mm_adapters._errors import CheckpointError, StoreError
+from mm_adapters._store_files import CODES, DTYPES, Mapped
+from mm_adapters._store_manifest import Column, file_name, read_manifest
+from mm_adapters._store_writer import Writer
+
+__all__ = ["Column", "Store", "Writer"]
+
+
+class Store:
+    """Reads a store: its rows in order, or shuffled batches, in memory that does not grow with it.
+
+    `partial=True` also opens one whose writer was stopped, with the rows that are safely stored.
+
+    Raises: StoreError if it is no store, not complete, or a file of it is cut.
+    """
+
+    def __init__(self, folder: str | Path, *, partial: bool = False) -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        if not manifest["complete"] and not partial:
+            raise StoreError(
+                f"{self.folder} is not complete: its writer stopped after {len(manifest['shards'])} shards. "
+                "Run what makes it again, or open it with partial=True."
+            )
+        self.about: dict[str, Any] = manifest["about"]
+        self.columns = {
+            entry["name"]: Column(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            for entry in manifest["columns"]
+        }
+        self.n_items: int = sum(s["items"] for s in manifest["shards"])
+        self._ends = list(accumulate(s["rows"] for s in manifest["shards"]))
+        self._shards: list[dict[str, Mapped]] = []
+        for i, shard in enumerate(manifest["shards"]):
+            self._shards.append(
+                {name: self._map(self.folder / file_name(i, k), name, column, shard["rows"])
+                 for k, (name, column) in enumerate(self.columns.items())}
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def rows(
+        self, start: int = 0, stop: int | None = None, columns: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Rows `start` to `stop` of each column; a view of the disk where one shard has them all."""
+        names = self._names(columns)
+        stop = len(self) if stop is None else min(stop, len(self))
+        if not 0 <= start <= stop:
+            raise StoreError(f"There are no rows {start} to {stop}: {self.folder} has {len(self)}.")
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        at, shard = start, bisect_right(self._ends, start)
+        while at < stop:
+            first = self._ends[shard - 1] if shard else 0
+            end = min(stop, self._ends[shard])
+            for name in names:
+                parts[name].append(self._shards[shard][name].tensor[at - first : end - first])
+            at, shard = end, shard + 1
+        return {name: _joined(found, self.columns[name]) for name, found in parts.items()}
+
+    def batches(
+        self,
+        size: int,
+        *,
+        seed: int | None = 0,
+        epoch: int = 0,
+        start: int = 0,
+        columns: Sequence[str] | None = None,
+        buffer_rows: int = 65_536,
+        block_rows: int = 256,
+        drop_last: bool = False,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Every row once, in batches, shuffled by (`seed`, `epoch`); in order if `seed` is None.
+
+        Blocks of `block_rows` neighbours are drawn from all over the store into a window of
+        `buffer_rows`, whose rows are mixed: what is read from the disk lies together. Within a batch,
+        rows of one shard stand together. `start` is the number of the first batch wanted; what comes
+        before is not read.
+        """
+        names = self._names(columns)
+        if size < 1:
+            raise StoreError(f"A batch has at least one row, not {size}.")
+        if seed is None:
+            for at in range(start * size, len(self) - (size - 1 if drop_last else 0), size):
+                yield self.rows(at, at + size, names)
+            return
+        left = torch.empty(0, dtype=torch.int64)
+        for window in self._windows(seed, epoch, start * size, buffer_rows, block_rows, names):
+            order = torch.cat([left, window])
+            whole = len(order) - len(order) % size
+            for at in range(0, whole, size):
+                yield self._gathered(order[at : at + size], names)
+            left = order[whole:]
+        if len(left) and not drop_last:
+            yield self._gathered(left, names)
+
+    def _windows(
+        self, seed: int, epoch: int, skip: int, buffer_rows: int, block_rows: int, names: list[str]
+    ) -> Iterator[Tensor]:
+        """The numbers of the shuffled rows, a window at a time, without the first `skip`."""
+        n_blocks = math.ceil(len(self) / block_rows)
+        order = torch.randperm(n_blocks, generator=_generator(seed, epoch, -1))
+        for number, blocks in enumerate(order.split(max(1, buffer_rows // block_rows))):
+            rows = (blocks[:, None] * block_rows + torch.arange(block_rows)).flatten()
+            rows = rows[rows < len(self)]
+            if skip >= len(rows):
+                skip -= len(rows)
+                continue
+            for block in blocks.tolist():
+                self._expect(block * block_rows, (block + 1) * block_rows, names)
+            yield rows[torch.randperm(len(rows), generator=_generator(seed, epoch, number))[skip:]]
+            skip = 0
+
+    def _gathered(self, rows: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """These rows, those of one shard together."""
+        shards = torch.bucketize(rows, torch.tensor(self._ends), right=True)
+        rows = rows[shards.argsort(stable=True)]
+        out = {n: torch.empty(len(rows), *self.columns[n].shape, dtype=self.columns[n].dtype) for n in names}
+        at = 0
+        for shard, count in enumerate(shards.bincount(minlength=len(self._ends)).tolist()):
+            if not count:
+                continue
+            local = rows[at : at + count] - (self._ends[shard - 1] if shard else 0)
+            for name in names:
+                torch.index_select(self._shards[shard][name].tensor, 0, local, out=out[name][at : at + count])
+            at += count
+        return out
+
+    def _expect(self, start: int, stop: int, names: list[str]) -> None:
+        """Tells the system that these rows are wanted soon."""
+        shard = bisect_right(self._ends, start)
+        first = self._ends[shard - 1] if shard else 0
+        for name in names:
+            self._shards[shard][name].expect(start - first, stop - first)
+
+    def _names(self, columns: Sequence[str] | None) -> list[str]:
+        names = list(self.columns) if columns is None else list(columns)
+        unknown = [n for n in names if n not in self.columns]
+        if unknown or not names:
+            raise StoreError(f"{self.folder} has no column {unknown}; it has {list(self.columns)}.")
+        return names
+
+    def _map(self, path: Path, name: str, column: Column, n_rows: int) -> Mapped:
+        try:
+            header = check_safetensors(path)
+        except CheckpointError as error:
+            raise StoreError(f"{error} Or delete {self.folder} and make it again.") from None
+        shape = [n_rows, *column.shape]
+        said = header.get(name, {})
+        if said.get("shape") != shape or said.get("dtype") != CODES[column.dtype]:
+            raise StoreError(
+                f"{path} holds {header} and the manifest says {name!r}, {column.dtype}, {shape}. It is of "
+                f"another store; delete {self.folder} and make it again."
+            )
+        return Mapped(path, tuple(shape), column.dtype)
+
+
+def _joined(parts: list[Tensor], column: Column) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else torch.empty((0, *column.shape), dtype=column.dtype)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator for these numbers; other numbers give another."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (2**63 - 25)
+    return torch.Generator().manual_seed(seed)

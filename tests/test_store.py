@@ -1,0 +1,254 @@
+"""A store loses nothing it has promised, and gives back what was put in."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mm_adapters import StoreError
+from mm_adapters.store import Column, Store, Writer
+
+COLUMNS = {"site": Column((6,), torch.float16), "label": Column((), torch.int64)}
+ABOUT = {"model": "tiny", "steps": [0, 1], "seed": 3}
+SMALL = 200  # Bytes: some three appends of five rows a shard.
+
+
+def append_number(i: int, n_rows: int = 5) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(i)
+    return {"site": torch.randn(n_rows, 6, generator=generator),
+            "label": torch.arange(i * n_rows, (i + 1) * n_rows)}  # fmt: skip
+
+
+def fill(folder: Path, n: int = 8, stop: int | None = None, shard_bytes: int = SMALL) -> int:
+    """Appends what is missing; with `stop`, dies at that append. Returns where it began."""
+    with Writer(folder, COLUMNS, ABOUT, shard_bytes=shard_bytes) as writer:
+        begun = writer.appends
+        for i in range(begun, n):
+            if i == stop:
+                raise InterruptedError
+            writer.append(append_number(i), items=2)
+    return begun
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.bool])
+def test_what_is_appended_comes_back_in_order(tmp_path: Path, dtype: torch.dtype) -> None:
+    parts = [torch.randint(0, 2, (n, 2, 3)).to(dtype) for n in (4, 1, 7)]
+    with Writer(tmp_path / "s", {"x": Column((2, 3), dtype)}, shard_bytes=40) as writer:
+        for part in parts:
+            writer.append({"x": part})
+    store = Store(tmp_path / "s")
+    assert len(store) == 12
+    assert store.rows()["x"].dtype == dtype
+    assert torch.equal(store.rows()["x"], torch.cat(parts))
+    assert torch.equal(store.rows(3, 9)["x"], torch.cat(parts)[3:9])
+
+
+def test_any_reader_of_safetensors_reads_a_shard(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    first = load_file(tmp_path / "s" / "000000-00.safetensors")
+    assert torch.equal(first["site"], Store(tmp_path / "s").rows(0, len(first["site"]))["site"])
+
+
+def test_writing_into_a_row_does_not_reach_the_disk(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    before = contents(tmp_path / "s")
+    Store(tmp_path / "s").rows(0, 3)["site"].zero_()
+    assert contents(tmp_path / "s") == before
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_a_resumed_store_is_the_same_byte_for_byte(tmp_path: Path, stop: int) -> None:
+    fill(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        fill(tmp_path / "cut", stop=stop)
+    safe = len(Store(tmp_path / "cut", partial=True))
+    begun = fill(tmp_path / "cut")
+    assert begun <= stop
+    assert safe == begun * 5
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def _write_slowly(folder: Path, begun: Any) -> None:
+    with Writer(folder, COLUMNS, ABOUT, shard_bytes=2000) as writer:
+        begun.set()
+        for i in range(writer.appends, 90):
+            writer.append(append_number(i, 40))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_kill_9_at_any_moment_loses_nothing_that_was_promised(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    folder = tmp_path / "killed"
+    rows = []
+    for n_shards in (0, 1, 4, 9, 15):
+        begun = fork.Event()
+        process = fork.Process(target=_write_slowly, args=(folder, begun))
+        process.start()
+        begun.wait()
+        while process.is_alive() and len(Store(folder, partial=True)) < 120 * n_shards:
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        store = Store(folder, partial=True)
+        assert store.rows()["label"].tolist() == list(range(len(store)))
+        rows.append(len(store))
+    assert rows == sorted(rows)
+    assert rows[-1] > 0
+    _write_slowly(folder, fork.Event())
+    _write_slowly(tmp_path / "whole", fork.Event())
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_a_writer_says_how_many_items_are_stored(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedError):
+        fill(tmp_path / "s", stop=7)
+    writer = Writer(tmp_path / "s", COLUMNS, ABOUT, shard_bytes=SMALL)
+    assert writer.items == 2 * writer.appends == 2 * 6
+    assert writer.rows == 30
+
+
+def test_a_disk_that_takes_no_more_is_one_clear_error_and_the_store_goes_on(tmp_path: Path) -> None:
+    """A limit on file size stands in for a full disk: the same OSError at the same place."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    columns = {"x": Column((1000,))}
+    folder = tmp_path / "s"
+    try:
+        with Writer(folder, columns, shard_bytes=8000) as writer:
+            writer.append({"x": torch.ones(2, 1000)})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+            with pytest.raises(StoreError, match=r"could not be written: File too large\. 2 rows of 1 items"):
+                writer.append({"x": torch.ones(2, 1000)})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            writer.append({"x": torch.full((2, 1000), 2.0)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert Store(folder).rows()["x"][:, 0].tolist() == [1, 1, 2, 2]
+
+
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    shard = tmp_path / "s" / "000001-00.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(StoreError, match=r"000001-00\.safetensors is cut short"):
+        Store(tmp_path / "s")
+
+
+def test_a_missing_or_foreign_shard_is_named(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    shard = tmp_path / "s" / "000001-00.safetensors"
+    whole = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(StoreError, match=r"no file .*000001-00"):
+        Store(tmp_path / "s")
+    shard.write_bytes(whole.replace(b'"F16"', b'"I16"'))
+    with pytest.raises(StoreError, match="It is of another store"):
+        Store(tmp_path / "s")
+
+
+def test_a_store_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    with pytest.raises(StoreError, match=r"about\['seed'\].*there 3, asked for 4"):
+        Writer(tmp_path / "s", COLUMNS, ABOUT | {"seed": 4}, shard_bytes=SMALL)
+    with pytest.raises(StoreError, match="columns differ"):
+        Writer(tmp_path / "s", {"site": Column((7,))}, ABOUT, shard_bytes=SMALL)
+
+
+def test_what_does_not_fit_is_refused_and_the_rest_stands(tmp_path: Path) -> None:
+    with Writer(tmp_path / "s", COLUMNS, ABOUT) as writer:
+        good = append_number(0)
+        for wrong, message in [
+            ({"site": good["site"]}, "was given the columns"),
+            (good | {"site": torch.zeros(5, 7)}, r"shape \(6,\), not \(7,\)"),
+            (good | {"site": torch.zeros(4, 6)}, "unequal length"),
+            (good | {"site": torch.zeros(5, 6, dtype=torch.int64)}, "Convert it"),
+            (good | {"site": torch.full((5, 6), 7e4)}, "more than torch.float16 holds"),
+        ]:
+            with pytest.raises(StoreError, match=message):
+                writer.append(wrong)
+        writer.append(good)
+    assert len(Store(tmp_path / "s")) == 5
+    with pytest.raises(StoreError, match="is complete"):
+        Writer(tmp_path / "s", COLUMNS, ABOUT).append(good)
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    first = Writer(tmp_path / "s", COLUMNS, ABOUT)
+    with pytest.raises(StoreError, match="Another process"):
+        Writer(tmp_path / "s", COLUMNS, ABOUT)
+    first.close()
+    with pytest.raises(StoreError, match="no store"):
+        Store(tmp_path)
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(StoreError, match="holds other files"):
+        Writer(tmp_path, COLUMNS, ABOUT)
+
+
+def test_an_unfinished_store_is_opened_on_request(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedError):
+        fill(tmp_path / "s", stop=7)
+    with pytest.raises(StoreError, match="not complete"):
+        Store(tmp_path / "s")
+    assert len(Store(tmp_path / "s", partial=True)) == 30
+
+
+def shuffled(folder: Path, **options: int) -> list[torch.Tensor]:
+    store = Store(folder)
+    return [b["label"] for b in store.batches(7, buffer_rows=24, block_rows=4, **options)]
+
+
+def test_shuffled_batches_hold_every_row_once_and_columns_stay_together(tmp_path: Path) -> None:
+    fill(tmp_path / "s", 20)
+    whole = Store(tmp_path / "s").rows()
+    labels = torch.cat(shuffled(tmp_path / "s"))
+    assert labels.tolist() != sorted(labels.tolist())
+    assert sorted(labels.tolist()) == list(range(100))
+    for batch in Store(tmp_path / "s").batches(7, buffer_rows=24, block_rows=4):
+        assert torch.equal(batch["site"], whole["site"][batch["label"]])
+
+
+def test_a_seed_and_an_epoch_fix_the_order_and_any_batch_can_be_the_first(tmp_path: Path) -> None:
+    fill(tmp_path / "s", 20)
+    folder = tmp_path / "s"
+    once = shuffled(folder, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(once, shuffled(folder, seed=5), strict=True))
+    assert not torch.equal(torch.cat(once), torch.cat(shuffled(folder, seed=6)))
+    assert not torch.equal(torch.cat(once), torch.cat(shuffled(folder, seed=5, epoch=1)))
+    for start in range(len(once)):
+        left = shuffled(folder, seed=5, start=start)
+        assert len(left) == len(once) - start
+        assert all(torch.equal(a, b) for a, b in zip(left, once[start:], strict=True))
+
+
+def _own_memory_kib() -> int:
+    """What the process holds that is not a mapped file."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted as Linux does")
+def test_reading_keeps_a_buffer_and_no_more(tmp_path: Path) -> None:
+    with Writer(tmp_path / "s", {"x": Column((256,))}, shard_bytes=2**22) as writer:
+        for _ in range(64):
+            writer.append({"x": torch.ones(1024, 256)})
+    store = Store(tmp_path / "s")
+    peaks = []
+    before = _own_memory_kib()
+    for batch in store.batches(256, buffer_rows=2048):
+        assert batch["x"].sum() == batch["x"].numel()
+        peaks.append(_own_memory_kib() - before)
+    assert len(peaks) == 256
+    assert max(peaks) < 16 * 1024  # The store has 64 MiB, a buffer two.
