@@ -1,0 +1,126 @@
+"""All that training stands on, in one folder that is there as a whole or not at all. No pickles."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.training.activation_scaler import ActivationWhitening
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mm_adapters import CheckpointError
+
+_NUMBERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples", "started_fine_tuning")
+_TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
+_WHITENING = ("mean", "matrix", "inverse_matrix")
+_KEPT = 2
+
+
+def save(
+    folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mapping[str, Any], place: Any
+) -> Path:
+    """Writes step_N beside its predecessors, of which the last is kept."""
+    step = next(iter(trainers.values())).n_training_steps
+    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    plain: dict[str, Any] = {}
+    for i, (name, trainer) in enumerate(trainers.items()):
+        found, plain[name] = _state(trainer)
+        tensors |= {f"{i}/{key}": value for key, value in found.items()}
+    target = folder / f"step_{step:09d}"
+    draft = folder / f"{target.name}.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, draft / "state.safetensors"
+    )
+    document = {"about": about, "place": place, "trainers": plain}
+    (draft / "state.json").write_text(json.dumps(document, indent=1))
+    for path in draft.iterdir():
+        with path.open("rb") as opened:
+            os.fsync(opened.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(draft, target)
+    for old in _all(folder)[:-_KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, if there is one."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def load(path: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mapping[str, Any]) -> Any:
+    """Puts the trainers where they were; returns the provider's place.
+
+    Raises: CheckpointError if the checkpoint is of other training.
+    """
+    document = json.loads((path / "state.json").read_text())
+    was, now = document["about"], json.loads(json.dumps(about))
+    differ = [k for k in {*was, *now} if was.get(k) != now.get(k)]
+    if differ:
+        key = sorted(differ)[0]
+        raise CheckpointError(
+            f"{path} is of other training: {', '.join(sorted(differ))} differ ({key}: there "
+            f"{was.get(key)!r}, asked for {now.get(key)!r}). Choose another folder, or pass resume=False."
+        )
+    tensors = load_file(path / "state.safetensors")
+    for i, (name, trainer) in enumerate(trainers.items()):
+        own = {k.removeprefix(f"{i}/"): v for k, v in tensors.items() if k.startswith(f"{i}/")}
+        _restore(trainer, own, document["trainers"][name])
+    torch.set_rng_state(tensors["rng"])
+    return document["place"]
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp")
+
+
+def _state(trainer: SAETrainer[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"sae/{k}": v for k, v in trainer.sae.state_dict().items()}
+    tensors |= {key: getattr(trainer, key) for key in _TENSORS}
+    optimizer = trainer.optimizer.state_dict()
+    for number, moments in optimizer["state"].items():
+        tensors |= {f"optimizer/{number}/{k}": v for k, v in moments.items()}
+    whitening = trainer.activation_scaler.whitening
+    if whitening is not None:
+        tensors |= {f"whitening/{key}": getattr(whitening, key) for key in _WHITENING}
+    plain: dict[str, Any] = {key: getattr(trainer, key) for key in _NUMBERS}
+    plain["param_groups"] = optimizer["param_groups"]
+    plain["lr_scheduler"] = trainer.lr_scheduler.state_dict()
+    plain["coefficients"] = {k: v.state_dict() for k, v in trainer.coefficient_schedulers.items()}
+    plain["scaling_factor"] = trainer.activation_scaler.scaling_factor
+    return tensors, plain
+
+
+def _restore(trainer: SAETrainer[Any, Any], tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    device = trainer.cfg.device
+    own = {k.removeprefix("sae/"): v for k, v in tensors.items() if k.startswith("sae/")}
+    trainer.sae.load_state_dict(own)
+    for key in _TENSORS:
+        setattr(trainer, key, tensors[key].to(device))
+    for key in _NUMBERS:
+        setattr(trainer, key, plain[key])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, number, name = key.split("/")
+            moments.setdefault(int(number), {})[name] = value
+    trainer.optimizer.load_state_dict({"state": moments, "param_groups": plain["param_groups"]})
+    trainer.lr_scheduler.load_state_dict(plain["lr_scheduler"])
+    for key, value in plain["coefficients"].items():
+        trainer.coefficient_schedulers[key].load_state_dict(value)
+    trainer.activation_scaler.scaling_factor = plain["scaling_factor"]
+    if "whitening/mean" in tensors:
+        trainer.activation_scaler.whitening = ActivationWhitening(
+            *(tensors[f"whitening/{key}"] for key in _WHITENING)
+        )

@@ -1,0 +1,95 @@
+"""What activations are collected from: images, prompts, or rows of a lens' own inputs, a batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mm_adapters import InputError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+def items_of(data: Any) -> Sequence[Any]:
+    """The items of `data`: a folder's images in order of name, or the sequence itself.
+
+    Raises: InputError if there are none.
+    """
+    if isinstance(data, str | Path):
+        folder = Path(data)
+        if not folder.is_dir():
+            raise InputError(f"data={str(data)!r} is no folder of images. Pass one, or a list of items.")
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        if not found:
+            raise InputError(f"{folder} has no image ({', '.join(_SUFFIXES)}).")
+        return found
+    if not isinstance(data, Sequence) or not len(data):
+        raise InputError("data is a folder of images, or a list of images, prompts or dicts of inputs.")
+    return data
+
+
+def inputs_of(
+    lens: Any, items: Sequence[Any], numbers: Sequence[int], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One batch of items as a lens' inputs.
+
+    An item is a dict of one row's inputs, a text (a prompt), or an image. A model of images and
+    texts that is given one side is run with a blank for the other. Each item of a sampling loop
+    keeps its own seed, whatever batch it is in.
+    """
+    first = items[0]
+    if isinstance(first, Mapping):
+        merged: dict[str, Any] = {k: _stacked([item[k] for item in items]) for k in first}
+    elif isinstance(first, str):
+        merged = {"text": list(items)}
+    else:
+        merged = {"images": list(items)}
+    if lens.sitemap.mounts.loop is not None:
+        if "images" in merged and "text" not in merged and "prompt" not in merged:
+            raise InputError("A pipeline that draws is given prompts, not images.")
+        merged["prompt"] = merged.pop("text", merged.get("prompt"))
+        merged.setdefault("seed", list(numbers))
+        merged = {"output_type": "latent"} | merged
+    elif lens.sitemap.mounts.kind == "contrastive" and "images" in merged and "text" not in merged:
+        merged["text"] = ["."]
+    elif lens.sitemap.mounts.kind == "contrastive" and "text" in merged and "images" not in merged:
+        merged["images"] = [Image.new("RGB", (64, 64))]
+    return merged | dict(options)
+
+
+def _stacked(values: list[Any]) -> Any:
+    return torch.stack(values) if all(isinstance(v, Tensor) for v in values) else values
+
+
+def fingerprint(data: Any) -> str:
+    """A hash of what the items are: of their content, and of a file its name and size."""
+    digest = hashlib.sha256()
+    for item in items_of(data):
+        digest.update(_bytes_of(item))
+    return digest.hexdigest()[:16]
+
+
+def _bytes_of(item: Any) -> bytes:
+    if isinstance(item, Mapping):
+        return b"".join(str(k).encode() + _bytes_of(v) for k, v in sorted(item.items()))
+    if isinstance(item, str):
+        return item.encode()
+    if isinstance(item, Path):
+        return f"{item.name}:{item.stat().st_size}".encode()
+    if isinstance(item, Image.Image):
+        return f"{item.size}{item.mode}".encode() + item.tobytes()
+    if isinstance(item, Tensor):
+        return np.ascontiguousarray(item.detach().float().cpu().numpy()).tobytes()
+    if isinstance(item, np.ndarray):
+        return np.ascontiguousarray(item).tobytes()
+    if isinstance(item, list | tuple):
+        return b"".join(map(_bytes_of, item))
+    return json.dumps(item, default=str).encode()

@@ -1,0 +1,117 @@
+"""Activations of one or several sites, collected through a lens into stores, or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from integrations.sae_lens._data import fingerprint, inputs_of, items_of
+from integrations.sae_lens._places import Place, Tokens, layouts_of, place_of, reads_of, rows_of
+from mm_adapters import InputError, Lens
+from mm_adapters.store import Column, Store, Writer
+
+_WHERE = ("item", "position", "step")
+
+
+def collect(
+    lens: Lens,
+    sites: str | Sequence[str],
+    data: Any,
+    folder: str | Path,
+    *,
+    tokens: Tokens = "all",
+    steps: Iterable[int] | None = None,
+    batch_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    inputs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Store:
+    """A store with one column a site, and where each row is from: item, position and step.
+
+    `sites` are site names, or updates, "OUT - IN". `data` is a folder of images, or a list of
+    images, prompts, or dicts of one row's inputs; `inputs` go to every run (a pipeline's
+    `num_inference_steps`, ...). `tokens` are roles of the token layout ("class", "patch", "image",
+    "word", "pad", ..., "all"); `steps` those of a sampling loop, of whose rows only the conditional
+    ones are taken. Killed and called again, it goes on; the store ends up the same.
+
+    Raises: MissingSiteError or InputError before any run; StoreError if the folder holds another store.
+    """
+    names = [sites] if isinstance(sites, str) else list(sites)
+    steps = None if steps is None else sorted(set(steps))
+    places = [place_of(lens, name) for name in names]
+    about = {
+        "made_by": "integrations.sae_lens.collect",
+        "model": lens.sitemap.family,  # type: ignore[attr-defined]
+        "sites": names,
+        "tokens": [tokens] if isinstance(tokens, str) else list(tokens),
+        "steps": steps,
+        "rows": "cond",
+        "data": fingerprint(data),
+        "inputs": {k: v for k, v in (inputs or {}).items() if isinstance(v, str | int | float | bool)},
+        "batch_size": batch_size,
+    }
+    items = items_of(data)
+    n_batches = -(-len(items) // batch_size)
+    if (Path(folder) / "manifest.json").is_file():
+        widths = {n: c.shape for n, c in Store(folder, partial=True).columns.items() if n in names}
+        pending = None
+    else:
+        pending = next(batches(lens, places, items, tokens, steps, batch_size, inputs))
+        widths = {name: tuple(pending[name].shape[1:]) for name in names}
+    columns = {name: Column(widths.get(name, ()), dtype) for name in names}
+    columns |= {name: Column((), torch.int32) for name in _WHERE}
+    with ExitStack() as stack:
+        writer = stack.enter_context(Writer(folder, columns, about))
+        if not writer.complete:
+            bar = tqdm(total=n_batches, initial=writer.appends, desc="activations", disable=not progress)
+            stack.callback(bar.close)
+            start = writer.appends
+            if pending is not None and start == 0:
+                writer.append(pending, items=min(batch_size, len(items)))
+                bar.update()
+                start = 1
+            for found in batches(lens, places, items, tokens, steps, batch_size, inputs, start):
+                writer.append(found, items=batch_size)
+                bar.update()
+    return Store(folder)
+
+
+def batches(
+    lens: Lens,
+    places: Sequence[Place],
+    items: Sequence[Any],
+    tokens: Tokens,
+    steps: Sequence[int] | None,
+    batch_size: int,
+    inputs: Mapping[str, Any] | None,
+    start: int = 0,
+    order: Sequence[int] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """The rows of one batch of items after the other: a column a place, and item, position, step."""
+    numbers = list(range(len(items))) if order is None else list(order)
+    reads = reads_of(lens, places, steps)
+    for at in range(start * batch_size, len(numbers), batch_size):
+        part = numbers[at : at + batch_size]
+        given = inputs_of(lens, [items[i] for i in part], part, inputs or {})
+        run = lens.run(given, read=reads)
+        unread = [r.site for r in reads if r.site not in run.values]
+        if unread:
+            raise InputError(
+                f"{', '.join(unread)}: nothing was read there. This run does not come by, or not at "
+                f"steps {steps}."
+            )
+        found = rows_of(lens, run, places, tokens, layouts_of(lens, given, places))
+        where = found.pop("where")
+        done = {"item": torch.tensor(part, dtype=torch.int32)[where[:, 0].long()], "position": where[:, 1]}
+        step = where[:, 2]
+        if steps is not None:  # The loop counts what was read; the user counts the sampler's steps.
+            step = torch.where(
+                step < 0, step, torch.tensor(steps, dtype=torch.int32)[step.clamp_min(0).long()]
+            )
+        yield found | done | {"step": step}

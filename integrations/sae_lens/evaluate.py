@@ -1,0 +1,305 @@
+"""How good an SAE is on a multimodal model: by role and step, and by what the model still can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from integrations.sae_lens._data import inputs_of, items_of
+from integrations.sae_lens._places import Tokens, editor, layouts_of, mask_of, place_of, reads_of, value_at
+from integrations.sae_lens.splice import check_fit, splice
+from mm_adapters import Edit, InputError, Lens, Read
+
+Score = Callable[[Any, Sequence[int]], Tensor]
+
+
+@dataclass
+class _Tally:
+    """Sums over rows of one role or step, in float64."""
+
+    n: int = 0
+    error: float = 0.0
+    active: float = 0.0
+    total: Tensor | None = None
+    square: float = 0.0
+    fired: Tensor | None = None
+
+    def add(self, x: Tensor, out: Tensor, acts: Tensor) -> None:
+        if not len(x):
+            return
+        x, out = x.double(), out.double()
+        self.n += len(x)
+        self.error += float((x - out).square().sum())
+        self.square += float(x.square().sum())
+        self.total = x.sum(0) if self.total is None else self.total + x.sum(0)
+        self.active += float((acts != 0).sum())
+        fired = (acts != 0).any(0)
+        self.fired = fired if self.fired is None else self.fired | fired
+
+    def scores(self) -> Scores:
+        assert self.total is not None
+        assert self.fired is not None
+        variance = self.square - float(self.total.square().sum()) / self.n
+        return Scores(
+            self.n, 1 - self.error / variance if variance else float("nan"), self.active / self.n,
+            1 - float(self.fired.float().mean()),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of `n_rows` activations: the share of their variance that is explained, how many latents are
+    active in one on average, and which share of the latents never is."""
+
+    n_rows: int
+    explained: float
+    l0: float
+    dead: float
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A score of the model with the site as it is, reconstructed, set to zero, and set to its mean.
+
+    `of_zero` is (sae - zero) / (plain - zero): 1 if the SAE costs nothing, 0 if it is as bad as zeros.
+    """
+
+    plain: float
+    sae: float
+    zero: float
+    mean: float
+
+    @property
+    def of_zero(self) -> float:
+        return _share(self.sae, self.plain, self.zero)
+
+    @property
+    def of_mean(self) -> float:
+        return _share(self.sae, self.plain, self.mean)
+
+
+@dataclass(frozen=True)
+class SAEReport:
+    """What `evaluate` found: overall, per role, per step, and what the model still can do."""
+
+    overall: Scores
+    by_role: Mapping[str, Scores]
+    by_step: Mapping[int, Scores] = field(default_factory=dict)
+    recovered: Recovered | None = None
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, Scores]] = [("all", self.overall), *self.by_role.items()]
+        rows += [(f"step {step}", scores) for step, scores in self.by_step.items()]
+        lines = [f"{'':<10} {'rows':>9} {'explained':>10} {'L0':>8} {'dead':>7}"]
+        lines += [f"{n:<10} {s.n_rows:>9} {s.explained:>10.3f} {s.l0:>8.2f} {s.dead:>7.1%}" for n, s in rows]
+        if self.recovered is not None:
+            r = self.recovered
+            lines.append(
+                f"score {r.plain:.3f}; with the SAE {r.sae:.3f}, zeros {r.zero:.3f}, the mean {r.mean:.3f}: "
+                f"{r.of_zero:.1%} recovered of zeros, {r.of_mean:.1%} of the mean"
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SAE[Any],
+    lens: Lens,
+    data: Any,
+    *,
+    tokens: Tokens | None = None,
+    steps: Sequence[int] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    score: Score | None = None,
+    batch_size: int = 32,
+) -> SAEReport:
+    """Variance explained, L0 and dead latents over held-out items, per role and step.
+
+    `tokens` (None: those it was trained on) are the positions that count. With `score(output, numbers)`
+    -> [row] (which items the rows are), higher is better, also what is recovered of it
+    against zero- and mean-ablation: `zero_shot`, `answer_likelihood`, or your own.
+    """
+    place = check_fit(lens, sae)
+    tokens = tokens or sae.cfg.metadata.token_kind or "all"
+    items = items_of(data)
+    overall, roles, by_step = _Tally(), {}, {}
+    loop = lens.sitemap.mounts.loop  # type: ignore[attr-defined]
+    for numbers in _parts(len(items), batch_size):
+        given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
+        run = lens.run(given, read=reads_of(lens, [place], steps))
+        value = value_at(run, place)
+        looped = place.site.tower == loop
+        value = value if looped else value[None]
+        layout = layouts_of(lens, given, [place]).get(place.site.tower)
+        mask = mask_of(layout, tokens, place, *value.shape[1:3])
+        for i, here in enumerate(value):
+            x = here[mask].float()
+            acts = sae.encode(x)
+            out = sae.decode(acts)
+            overall.add(x, out, acts)
+            if looped:
+                step = i if steps is None else sorted(set(steps))[i]
+                by_step.setdefault(step, _Tally()).add(x, out, acts)
+            for role, rows in _by_role(layout, mask).items():
+                roles.setdefault(role, _Tally()).add(x[rows], out[rows], acts[rows])
+    assert overall.total is not None
+    mean = (overall.total / overall.n).float()
+    found = None
+    if score is not None:
+        found = recovered(
+            sae, lens, items, score, mean=mean, tokens=tokens, inputs=inputs, batch_size=batch_size
+        )
+    return SAEReport(
+        overall.scores(),
+        {role: tally.scores() for role, tally in roles.items()},
+        {step: tally.scores() for step, tally in by_step.items()},
+        found,
+    )
+
+
+@torch.no_grad()
+def recovered(
+    sae: SAE[Any],
+    lens: Lens,
+    data: Any,
+    score: Score,
+    *,
+    mean: Float[Tensor, " d"],
+    tokens: Tokens = "all",
+    inputs: Mapping[str, Any] | None = None,
+    batch_size: int = 32,
+) -> Recovered:
+    """The mean score with the site as it is, reconstructed, zeroed, and set to `mean`."""
+    place = check_fit(lens, sae)
+    items = items_of(data)
+    sums = dict.fromkeys(("plain", "sae", "zero", "mean"), 0.0)
+    n = 0
+    for numbers in _parts(len(items), batch_size):
+        given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
+        layout = layouts_of(lens, given, [place]).get(place.site.tower)
+        mask = None
+        if layout is not None:
+            mask = mask_of(layout, tokens, place, layout.n_rows, layout.n_pos)
+        edits = {
+            "plain": [],
+            "sae": splice(lens, sae, mask=mask),
+            "zero": [_set(lens, place.site.name, torch.zeros_like(mean), mask)],
+            "mean": [_set(lens, place.site.name, mean, mask)],
+        }
+        for name, edit in edits.items():
+            got = score(lens.run(given, edit=edit).output, numbers).float()
+            sums[name] += float(got.sum())
+        n += len(numbers)
+    return Recovered(**{name: total / n for name, total in sums.items()})
+
+
+def zero_shot(labels: Sequence[int]) -> Score:
+    """1 where a contrastive model's highest logit is the right text's; `labels[i]` is item i's.
+
+    The texts are in `inputs={"text": [...]}`.
+    """
+    truth = torch.as_tensor(list(labels))
+
+    def score(output: Any, numbers: Sequence[int]) -> Tensor:
+        return (output.logits_per_image.argmax(-1).cpu() == truth[list(numbers)]).float()
+
+    return score
+
+
+def answer_likelihood(tokenizer: Any, answers: Sequence[str]) -> Score:
+    """The log-likelihood, in nats, of each item's answer, whose tokens end its text.
+
+    Rows are padded on the left, as a model that generates pads them.
+    """
+    tokens = [torch.tensor(tokenizer(f" {a}", add_special_tokens=False).input_ids) for a in answers]
+
+    def score(output: Any, numbers: Sequence[int]) -> Tensor:
+        logs = torch.log_softmax(output.logits.float(), -1).cpu()
+        ends = [(row, tokens[i]) for row, i in zip(logs, numbers, strict=True)]
+        return torch.stack([row[-1 - len(t) : -1].gather(1, t[:, None]).sum() for row, t in ends])
+
+    return score
+
+
+@torch.no_grad()
+def noise_recovered(
+    sae: SAE[Any], lens: Lens, data: Any, steps: Sequence[int], *, inputs: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
+) -> dict[int, float]:  # fmt: skip
+    """For each step, 1 - error with the SAE / error with zeros, of what the denoiser predicts there.
+
+    The SAE (or the zeros) is there at that step only, so every prediction is of the same latent.
+    """
+    place = check_fit(lens, sae)
+    loop = lens.sitemap.mounts.loop  # type: ignore[attr-defined]
+    if place.site.tower != loop:
+        raise InputError(f"{place.name} is not in a sampling loop.")
+    items = items_of(data)
+    errors = {step: [0.0, 0.0] for step in steps}
+    for numbers in _parts(len(items), batch_size):
+        given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
+        site = f"{loop}.hook_out"
+        plain = lens.run(given, read=[Read(site, steps=list(steps), rows="cond")])[site]
+        zero = torch.zeros(sae.cfg.d_in)
+        for i, step in enumerate(sorted(steps)):
+            read = [Read(site, steps=[step], rows="cond")]
+            ways = (
+                splice(lens, sae, steps=[step], rows="cond"),
+                [_set(lens, place.site.name, zero, None, [step])],
+            )
+            for which, edits in enumerate(ways):
+                moved = lens.run(given, read=read, edit=edits)[site][0]
+                errors[step][which] += float((moved - plain[i]).square().sum())
+    return {step: 1 - ours / zeros for step, (ours, zeros) in errors.items()}
+
+
+def monosemanticity(
+    acts: Float[Tensor, "image latent"], embeddings: Float[Tensor, "image d"]
+) -> Float[Tensor, " latent"]:
+    """How alike the images are that activate a latent: the mean cosine of all pairs, weighted by the
+    product of their activations, scaled to 0..1. NaN for a latent active in fewer than two images.
+
+    Source: Pach et al. 2025, arXiv 2504.02821, equations 5 to 8.
+    """
+    low, high = acts.min(0).values, acts.max(0).values
+    weight = ((acts - low) / (high - low).clamp_min(1e-12)).double()
+    unit = torch.nn.functional.normalize(embeddings.double(), dim=-1)
+    # The sum over pairs i != j of w_i w_j e_i.e_j is |sum w e|^2 without its diagonal.
+    own = weight.square().sum(0)
+    together = (weight.T @ unit).square().sum(-1) - own
+    pairs = weight.sum(0).square() - own
+    return torch.where(pairs > 1e-9, together / pairs, torch.nan).float()
+
+
+def _set(lens: Any, site: str, vector: Tensor, mask: Tensor | None, steps: Any = None) -> Edit:
+    """An edit that puts one vector at all positions, or at those of a mask."""
+    place = place_of(lens, site)
+
+    def put(flat: Tensor) -> Tensor:
+        new = vector.to(flat).expand_as(flat)
+        return new.clone() if mask is None else torch.where(mask.to(flat.device)[..., None], new, flat)
+
+    rows: Any = "cond" if place.site.tower == lens.sitemap.mounts.loop else "all"
+    return Edit(site, editor(place, put), steps=steps, rows=rows)
+
+
+def _parts(n: int, size: int) -> list[list[int]]:
+    return [list(range(at, min(at + size, n))) for at in range(0, n, size)]
+
+
+def _by_role(layout: Any, mask: Tensor) -> dict[str, Tensor]:
+    """For each role, which of the chosen rows have it."""
+    if layout is None:
+        return {}
+    there = {role for row in layout.roles for role in row}
+    return {role: layout.mask(role)[mask] for role in sorted(there) if bool((layout.mask(role) & mask).any())}
+
+
+def _share(value: float, best: float, worst: float) -> float:
+    return float("nan") if best == worst else (value - worst) / (best - worst)
