@@ -1,0 +1,117 @@
+"""`mm-interp sae train`: an SAE on any site of any model that can be loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mm_adapters import InputError
+
+_TRAINER = ("total_training_samples", "train_batch_size_samples")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this package's commands to `mm-interp`."""
+    sae = typer.Typer(no_args_is_help=True, help="Sparse autoencoders, with SAELens.")
+    sae.callback()(lambda: None)
+    sae.command("train")(train)
+    app.add_typer(sae, name="sae")
+
+
+def train(
+    site: Annotated[
+        str, typer.Option(help="Where: mm-interp sites MODEL lists them. 'A -> B': a transcoder.")
+    ],
+    config: Annotated[
+        Path, typer.Option(help="YAML or JSON: architecture and SAELens' fields; trainer: {...}.")
+    ],
+    out: Annotated[Path, typer.Option(help="Checkpoints, metrics and the finished SAE go here.")] = Path(
+        "sae"
+    ),
+    model: Annotated[str, typer.Option(help="A shipped model, a folder, or an id on the hub.")] = "tiny-clip",
+    images: Annotated[Path | None, typer.Option(help="A folder of images.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, a prompt a line.")] = None,
+    tokens: Annotated[str, typer.Option(help="class, patch, image, word, pad, ... or all.")] = "all",
+    steps: Annotated[str | None, typer.Option(help="Of a sampling loop: '3' or '0-9'.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of rows.")] = 0,
+) -> None:
+    """Collects activations and trains an SAE on them; run again after a stop, it goes on."""
+    given = read_config(config)
+    if (images is None) == (prompts is None):
+        raise InputError("Pass --images FOLDER or --prompts FILE, one of the two.")
+    chosen = _steps(steps)
+    data: Any = images
+    if prompts is not None:
+        if not prompts.is_file():
+            raise FileNotFoundError(f"There is no file {prompts}.")
+        data = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from integrations import sae_lens as mm_sae
+    from mm_adapters.loading import load
+
+    cfg, trainer = made(given)
+    found = mm_sae.train(
+        load(model, device=device), site, cfg, data=data, tokens=tokens, steps=chosen, trainer=trainer,
+        folder=out, seed=seed,
+    )  # fmt: skip
+    meta = found.cfg.metadata
+    typer.echo(
+        f"{meta.hook_name}: {found.cfg.d_sae} latents, L0 {meta.l0:.1f}, {meta.num_dead_features} dead"
+    )
+    typer.echo(f"wrote {out / 'sae'}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file (JSON is YAML). Raises: InputError if it does not hold one."""
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config {path}.")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {error}.") from None
+    if not isinstance(found, dict) or "architecture" not in found:
+        raise InputError(f"{path} needs a line 'architecture: batchtopk' (or another of SAELens').")
+    return found
+
+
+def made(given: dict[str, Any]) -> tuple[Any, Any]:
+    """SAELens' configs of a mapping: the SAE's fields, and the trainer's under `trainer`.
+
+    Raises: InputError for an unknown architecture or field, listing those there are.
+    """
+    from dataclasses import fields
+
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+    from integrations import sae_lens as _  # noqa: F401  Registers the transcoder.
+
+    given = dict(given)
+    architecture, trainer = given.pop("architecture"), given.pop("trainer", None)
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
+        raise InputError(f"There is no architecture {architecture!r} to train; there is {known}.")
+    cls = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    for kind, values in ((cls, given), (SAETrainerConfig, trainer or {})):
+        known = [f.name for f in fields(kind)]
+        unknown = [k for k in values if k not in known]
+        if unknown:
+            raise InputError(f"{kind.__name__} has no {unknown[0]!r}; it has {', '.join(known)}.")
+    if trainer is not None:
+        missing = [k for k in _TRAINER if k not in trainer]
+        if missing:
+            raise InputError(f"trainer: needs {', '.join(missing)}.")
+    return cls(**given), None if trainer is None else SAETrainerConfig(**trainer)
+
+
+def _steps(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not first.isdigit() or (last and not last.isdigit()):
+        raise InputError(f"--steps {text}: a number, or a range like 0-9.")
+    return list(range(int(first), int(last or first) + 1))
