@@ -1,0 +1,245 @@
+"""pyvene on CLIP, LLaVA and Stable Diffusion: its interventions do what ours do, and touch nobody's hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pyvene as pv
+import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from tiny import CASES, Case
+
+import mm_adapters as mm
+from integrations import pyvene as mm_pv
+from mm_adapters import CheckpointError, Edit, InputError, MissingSiteError
+
+# A site, and the base and source rows of the case's two.
+SITES = {
+    "clip": "vision.blocks.1.hook_resid_post",
+    "siglip": "vision.blocks.1.hook_mlp_out",
+    "llava": "language.blocks.1.hook_resid_post",
+    "llava_siglip_qwen": "language.blocks.1.hook_attn_out",
+    "unet": "denoiser.blocks.1.hook_resid_post",
+}
+
+
+@pytest.fixture(params=sorted(SITES))
+def case(request: pytest.FixtureRequest) -> tuple[Case, str]:
+    return CASES[request.param](), SITES[request.param]
+
+
+def swapped(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The inputs, and the same with their two rows in the other order."""
+    base = dict(case.inputs)
+    return base, {k: v.flip(0) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in base.items()}
+
+
+def made(case: Case, site: str, kind: Any, **options: Any) -> mm_pv.MMIntervenableModel:
+    one = mm_pv.intervention(case.model, site, kind, **options)
+    return mm_pv.MMIntervenableModel(pv.IntervenableConfig([one]), case.model)
+
+
+def test_an_interchange_is_what_our_own_edit_gives(case: tuple[Case, str]) -> None:
+    model, site = case
+    base, source = swapped(model)
+    lens = mm.wrap(model.model)
+    value = lens.run(source, read=[site])[site]
+    positions = [1, 3]
+
+    def put(here: torch.Tensor) -> torch.Tensor:
+        return value[:, positions]
+
+    want = model.head(lens.run(base, edit=[Edit(site, put, positions=positions)]).output)
+    found = made(model, site, pv.VanillaIntervention, max_number_of_units=2)
+    _, output = found(base, [source], mm_pv.units(positions, 2))
+    torch.testing.assert_close(model.head(output), want, rtol=0, atol=1e-6)
+    assert not torch.equal(model.head(output), model.head(model.model(**base)))
+
+
+def hooks_of(model: Any) -> dict[str, list[int]]:
+    return {n: [*m._forward_hooks, *m._forward_pre_hooks] for n, m in model.named_modules()}
+
+
+def test_hooks_of_others_survive_and_the_model_is_as_before(case: tuple[Case, str]) -> None:
+    model, site = case
+    base, source = swapped(model)
+    called = []
+    handle = model.model.register_forward_hook(lambda *a: called.append(1))
+    plain = model.head(model.model(**base))
+    before = hooks_of(model.model)
+    found = made(model, site, pv.VanillaIntervention)
+    n = len(called)
+    found(base, [source], {"sources->base": 1})
+    assert len(called) == n + 2
+    assert torch.equal(model.head(model.model(**base)), plain)
+    assert hooks_of(model.model) == before
+    assert all(p.requires_grad for p in model.model.parameters())
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", ["clip_vision", "llava"])
+def test_transformers_hidden_states_survive(name: str) -> None:
+    case = CASES[name]()
+    base, source = swapped(case)
+    before = case.model(**base, output_hidden_states=True).hidden_states
+    site = "vision.blocks.1.hook_resid_post" if name == "clip_vision" else SITES["llava"]
+    made(case, site, pv.VanillaIntervention)(base, [source], {"sources->base": 1})
+    after = case.model(**base, output_hidden_states=True).hidden_states
+    assert len(after) == len(before) > 1
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_an_interrupted_call_leaves_no_hook() -> None:
+    case = CASES["clip_vision"]()
+    base, source = swapped(case)
+
+    class Broken(pv.VanillaIntervention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            raise InterruptedError
+
+    found = made(case, "vision.blocks.1.hook_resid_post", Broken)
+    with pytest.raises(InterruptedError):
+        found(base, [source], {"sources->base": 1})
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
+
+
+KINDS = {
+    "rotated": (pv.RotatedSpaceIntervention, {}),
+    "boundless": (pv.BoundlessRotatedSpaceIntervention, {}),
+    "low rank": (pv.LowRankRotatedSpaceIntervention, {"low_rank_dimension": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["clip_vision", "llava"])
+def test_das_learns_and_is_saved_and_loaded(kind: str, name: str, tmp_path: Path) -> None:
+    case = CASES[name]()
+    base, source = swapped(case)
+    site = "vision.blocks.1.hook_resid_post" if name == "clip_vision" else SITES["llava"]
+    one, options = KINDS[kind]
+    found = made(case, site, one, max_number_of_units=3, **options)
+    whole = made(case, site, pv.VanillaIntervention, max_number_of_units=3)
+    places = mm_pv.units([1, 2, 3], 2)
+    subspaces = [[list(range(8))] * 2] if kind == "rotated" else None
+    want = case.head(whole(base, [source], places)[1]).detach()
+    batch = {"base": base, "sources": [source], "unit_locations": places}
+    before = {k: v.clone() for k, v in case.model.state_dict().items()}
+    done = mm_pv.align(
+        found, [batch] * 40, lambda out, _: (case.head(out) - want).square().mean(), lr=2e-2,
+        temperature=(5.0, 0.5) if kind == "boundless" else None, progress=False,
+    )  # fmt: skip
+    assert done.losses[-1] < (1.0 if kind == "rotated" else 0.6) * done.losses[0] or done.losses[0] < 1e-9
+    assert all(torch.equal(v, before[k]) for k, v in case.model.state_dict().items())
+    found.save(tmp_path)
+    again = mm_pv.MMIntervenableModel.load(tmp_path, case.model)
+    assert torch.equal(
+        case.head(again(base, [source], places)[1]), case.head(found(base, [source], places)[1])
+    )
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]
+    del subspaces
+
+
+def test_several_patches_share_one_subspace() -> None:
+    case = CASES["clip_vision"]()
+    one = made(case, "vision.blocks.1.hook_resid_post", pv.LowRankRotatedSpaceIntervention,
+               max_number_of_units=5, low_rank_dimension=4)  # fmt: skip
+    assert sum(p.numel() for p in one.interventions.parameters()) == 32 * 4
+
+
+def test_heads_are_units_too() -> None:
+    case = CASES["clip_vision"]()
+    base, source = swapped(case)
+    lens = mm.wrap(case.model)
+    site = "vision.blocks.1.attn.hook_z"
+    value = lens.run(source, read=[site])[site]
+
+    def put(here: torch.Tensor) -> torch.Tensor:
+        here = here.clone()
+        here[:, :, 2] = value[:, :, 2]
+        return here
+
+    want = case.head(lens.run(base, edit=[Edit(site, put)]).output)
+    found = made(case, site, pv.VanillaIntervention, unit="h")
+    _, output = found(base, [source], {"sources->base": 2})
+    torch.testing.assert_close(case.head(output), want, rtol=0, atol=1e-6)
+
+
+def test_zero_and_addition(case: tuple[Case, str]) -> None:
+    model, site = case
+    base, _ = swapped(model)
+    lens = mm.wrap(model.model)
+    want = model.head(lens.run(base, edit=[Edit(site, torch.zeros_like, positions=[2])]).output)
+    _, output = made(model, site, pv.ZeroIntervention)(base, unit_locations={"base": 2})
+    torch.testing.assert_close(model.head(output), want, rtol=0, atol=1e-6)
+    width = lens.run(base, read=[site])[site].shape[-1]
+    vector = torch.linspace(-1, 1, width)
+    want = model.head(lens.run(base, edit=[Edit(site, lambda v: v + vector, positions=[2])]).output)
+    one = made(model, site, pv.AdditionIntervention, source_representation=vector)
+    _, output = one(base, unit_locations={"base": 2})
+    torch.testing.assert_close(model.head(output), want, rtol=0, atol=1e-5)
+
+
+def test_an_sae_intervention_without_a_change_changes_nothing_and_with_one_does(tmp_path: Path) -> None:
+    case = CASES["clip_vision"]()
+    base, source = swapped(case)
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64))
+    site = "vision.blocks.1.hook_resid_post"
+    plain = case.head(case.model(**base))
+
+    def run(change: Any) -> torch.Tensor:
+        found = made(case, site, mm_pv.SAEIntervention(sae, change), max_number_of_units=5)
+        return case.head(found(base, unit_locations={"base": [0, 1, 2, 3, 4]})[1])
+
+    torch.testing.assert_close(run(None), plain, rtol=0, atol=1e-5)
+    assert (run(lambda acts: 2 * acts) - plain).abs().max() > 1e-3
+    some = mm_pv.SAEInterchange(sae, list(range(64)))
+    found = made(case, site, some)
+    moved = case.head(found(base, [source], {"sources->base": 0})[1])
+    found.save(tmp_path)
+    again = mm_pv.MMIntervenableModel.load(tmp_path, case.model)
+    assert torch.equal(case.head(again(base, [source], {"sources->base": 0})[1]), moved)
+    with pytest.raises(InputError, match="A function cannot be saved"):
+        made(case, site, mm_pv.SAEIntervention(sae, torch.relu)).save(tmp_path)
+    assert (moved - plain).abs().max() > 1e-4
+
+
+def test_a_pipeline_is_intervened_on_in_some_steps_only() -> None:
+    case = CASES["stable_diffusion"]()
+    inputs = case.inputs | {"num_inference_steps": 3}
+    inputs.pop("seed")
+    fresh = lambda: inputs | {"generator": torch.Generator().manual_seed(0)}  # noqa: E731
+    site = "denoiser.resnets.1.hook_out"
+    lens = mm.wrap(case.model)
+    want = lens.run(case.inputs | {"num_inference_steps": 3}, edit=[Edit(site, torch.zeros_like, steps=[1])])
+    gate = mm_pv.StepGate(mm_pv.MapIntervention(pv.ZeroIntervention(embed_dim=32, keep_last_dim=True)), [1])
+    found = made(case, site, gate)
+    _, output = found.generate(fresh(), unit_locations=None)
+    torch.testing.assert_close(case.head(output), case.head(want.output), rtol=0, atol=1e-5)
+    assert gate.step == 3
+    plain = case.head(case.model(**fresh()))
+    assert not torch.equal(case.head(output), plain)
+
+
+def test_every_family_is_registered_from_its_record() -> None:
+    for name in ("clip", "siglip", "open_clip", "llama", "llava_mistral", "unet"):
+        model = CASES[name]().model
+        missing = mm_pv.register(model)
+        lens = mm.wrap(model)
+        reach = [s for s in lens.sites() if not s.reason and mm_pv.component_of(s) not in missing]
+        assert len(reach) > 10, name
+        assert any(s.part == "hook_resid_post" for s in reach), name
+
+
+def test_what_pyvene_cannot_reach_is_said(tmp_path: Path) -> None:
+    model = CASES["clip"]().model
+    with pytest.raises(MissingSiteError, match="nearest"):
+        mm_pv.intervention(model, "vision.blocks.1.hook_resid_pots", pv.VanillaIntervention)
+    with pytest.raises(InputError, match=r"Reach it with model\.run"):
+        mm_pv.intervention(model, "vision.blocks.1.attn.hook_pattern", pv.VanillaIntervention)
+    with pytest.raises(CheckpointError, match=r"no interventions\.json"):
+        mm_pv.MMIntervenableModel.load(tmp_path, model)
+    found = made(CASES["clip"](), SITES["clip"], pv.VanillaIntervention)
+    with pytest.raises(InputError, match="anything to train"):
+        mm_pv.align(found, [], lambda out, batch: out, progress=False)
