@@ -1,0 +1,130 @@
+"""Does DAS find the colour in tiny-llava? Interchange accuracy on held-out pairs, beside a random subspace.
+
+python -m tests.quality.das [--steps 120] [--site language.blocks.2.hook_resid_post] [--rank 16]
+
+Two single-object scenes of different colours and the question "what colour is the SHAPE?" about each.
+At the last token, a subspace is swapped from the second run into the first; the answer should become
+the second's colour. Counted over held-out pairs of which the model answers both rightly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import numpy as np
+import pyvene as pv
+import torch
+from PIL import Image
+
+import mm_adapters as mm
+from integrations import pyvene as mm_pv
+from mm_adapters.zoo import world
+
+SITE = "language.blocks.2.hook_resid_post"
+
+
+def scenes(n: int, split: str) -> list[world.Scene]:
+    return [world.scene(i, split, seed=21, kind="one", solid=True, size="large") for i in range(n)]
+
+
+def prepared(model: Any, told: list[world.Scene]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The model's own arguments for each scene, left-padded, so that the last token is the last."""
+    images = [Image.fromarray(p) for p in world.render_batch(told)]
+    text = [f"<image>\nquestion: what colour is the {s.things[0].shape}? answer:" for s in told]
+    ready = model.inputs.prepare(text=text, images=[[i] for i in images], padding_side="left")
+    ready = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in ready.items()}
+    return ready, [s.things[0].colour for s in told]
+
+
+def pairs(model: Any, n: int, split: str, size: int, seed: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """Batches of base and source whose colours differ, with the token of the source's colour."""
+    ready, colours = prepared(model, scenes(n, split))
+    tokenizer = model.inputs.tokenizer
+    names = list(world.COLOURS)
+    tokens = torch.tensor([tokenizer(f" {c}", add_special_tokens=False).input_ids[-1] for c in names])
+    code = torch.tensor([names.index(c) for c in colours])
+    rng = np.random.default_rng(seed)
+    base = torch.from_numpy(rng.permutation(n))
+    source = torch.tensor([int(rng.choice(np.flatnonzero((code != code[i]).numpy()))) for i in base.tolist()])
+    last = ready["input_ids"].shape[1] - 1
+    made = []
+    for at in range(0, n - size + 1, size):
+        b, s = base[at : at + size], source[at : at + size]
+        made.append(
+            {
+                "base": {k: v[b] for k, v in ready.items()},
+                "sources": [{k: v[s] for k, v in ready.items()}],
+                "unit_locations": {"sources->base": last},
+                "labels": code[s],
+                "own": code[b],
+            }
+        )
+    return made, tokens
+
+
+def measure(
+    site: str = SITE, rank: int = 16, steps: int = 120, n: int = 384, n_test: int = 128, lr: float = 1e-2
+) -> dict[str, float]:
+    """Interchange accuracies: trained and random subspace, whole vector; and the model's own answers."""
+    torch.manual_seed(0)
+    model = mm.load("tiny-llava", dtype=torch.float32)
+    train, tokens = pairs(model, n, "train", 32, 1)
+    test, _ = pairs(model, n_test, "test", 32, 2)
+
+    def loss(output: Any, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(output.logits[:, -1][:, tokens].float(), batch["labels"])
+
+    def right(output: Any, batch: Any) -> torch.Tensor:
+        return output.logits[:, -1].argmax(-1) == tokens[batch["labels"]]
+
+    def right_if_known(output: Any, batch: Any) -> torch.Tensor:
+        return right(output, batch)[batch["known"]]
+
+    def made(kind: Any, **options: Any) -> Any:
+        one = mm_pv.intervention(model, site, kind, **options)
+        return mm_pv.MMIntervenableModel(pv.IntervenableConfig([one]), model)
+
+    own = [_answers(model, b["base"], tokens) == b["own"] for b in test]
+    # DAS asks whether a variable that the model computes lies in a subspace: pairs it answers rightly.
+    for batch, base_right in zip(test, own, strict=True):
+        batch["known"] = base_right & (_answers(model, batch["sources"][0], tokens) == batch["labels"])
+    das = made(pv.LowRankRotatedSpaceIntervention, low_rank_dimension=rank)
+    random = mm_pv.interchange_accuracy(das, test, right_if_known)
+    order = [train[i % len(train)] for i in range(steps)]
+    mm_pv.align(das, order, loss, lr=lr, progress=False)
+    return {
+        "the model's own answers": float(torch.cat(own).float().mean()),
+        "trained subspace": mm_pv.interchange_accuracy(das, test, right_if_known),
+        "trained subspace, all pairs": mm_pv.interchange_accuracy(das, test, right),
+        "random subspace": random,
+        "whole vector": mm_pv.interchange_accuracy(made(pv.VanillaIntervention), test, right_if_known),
+    }
+
+
+@torch.no_grad()
+def _answers(model: Any, inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """The colour the model says, by number; -1 for another word."""
+    said = model.wrapped(**inputs).logits[:, -1].argmax(-1)
+    hits = said[:, None] == tokens
+    return torch.where(hits.any(1), hits.int().argmax(1), -1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--site", default=SITE)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=120)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    found = measure(options.site, options.rank, options.steps)
+    for name, value in found.items():
+        print(f"{name:<28} {value:6.1%}")
+    ok = found["trained subspace"] >= 0.9 and found["random subspace"] < 0.4
+    print(f"rank {options.rank} at {options.site}: " + ("ok" if ok else "MISSED"))
+    return int(not ok)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
