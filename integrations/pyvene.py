@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -120,6 +120,7 @@ def intervention(
     if width is None:
         raise InputError(f"{site}: its width is not known before it runs; use a site of a block.")
     made = kind
+    kind = BoundlessPositions if kind is pv.BoundlessRotatedSpaceIntervention else kind
     if isinstance(kind, type):
         made = kind(embed_dim=width, keep_last_dim=True, **options)
         made.keep_last_dim = True
@@ -130,6 +131,15 @@ def intervention(
         max_number_of_units=max_number_of_units,
         intervention=made,
     )
+
+
+def units(positions: Sequence[int], n_rows: int, sources: Sequence[int] | None = None) -> dict[str, Any]:
+    """`unit_locations` for these positions of every row, read at `sources` (None: the same positions).
+
+    pyvene's shorthand takes a list of two positions for a source's and a base's.
+    """
+    into, out = list(positions), list(positions if sources is None else sources)
+    return {"sources->base": ([[out] * n_rows], [[into] * n_rows])}
 
 
 class MMIntervenableModel(pv.IntervenableModel):
@@ -144,6 +154,10 @@ class MMIntervenableModel(pv.IntervenableModel):
         register(model)
         self._own: list[Any] = []
         super().__init__(config, host(model), **kwargs)
+
+    def disable_model_gradients(self) -> None:
+        """The model's weights take no gradient during a call; they are not frozen for good."""
+        self.model_has_grad = False
 
     def _remove_forward_hooks(self) -> None:
         """Takes off what an interrupted call of ours left, and nothing else."""
@@ -164,14 +178,21 @@ class MMIntervenableModel(pv.IntervenableModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As pyvene's; an interrupted call leaves no hook behind."""
         try:
-            return super().forward(*args, **kwargs)
+            with nullcontext() if self.model_has_grad else _frozen(self.model):
+                return super().forward(*args, **kwargs)
         finally:
             self._remove_forward_hooks()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As pyvene's; an interrupted call leaves no hook behind."""
+        """As pyvene's; of a pipeline the whole sampling loop, whose inputs may be lists of prompts."""
+        if args and isinstance(args[0], Mapping):
+            args = ({k: _Rows(v) if isinstance(v, list) else v for k, v in args[0].items()}, *args[1:])
+        if isinstance(self.model, PipelineHost):
+            # Else pyvene passes by the first step, and takes no location for the location 0.
+            kwargs.setdefault("intervene_on_prompt", True)
         try:
-            return super().generate(*args, **kwargs)
+            with nullcontext() if self.model_has_grad else _frozen(self.model):
+                return super().generate(*args, **kwargs)
         finally:
             self._remove_forward_hooks()
 
@@ -188,6 +209,10 @@ class MMIntervenableModel(pv.IntervenableModel):
         entries = []
         for i, (key, one) in enumerate(self.interventions.items()):
             place = self.representations[key]
+            if not hasattr(pv, type(one).__name__) and type(one).__name__ not in _OWN:
+                raise InputError(f"A {type(one).__name__} cannot be saved; save what is inside it.")
+            if getattr(one, "change", None) is not None:
+                raise InputError("A function cannot be saved, so an SAEIntervention with a change cannot be.")
             state = {f"{i}.{k}": v.detach().contiguous().clone() for k, v in _state(one).items()}
             tensors |= state
             entries.append(
@@ -201,6 +226,9 @@ class MMIntervenableModel(pv.IntervenableModel):
                     "options": _options(one),
                 }
             )
+            if hasattr(one, "sae"):
+                one.sae.save_model(folder / f"sae_{i}")
+                entries[-1] |= {"sae": f"sae_{i}", "latents": getattr(one, "latents", None)}
         save_file(tensors, folder / "interventions.safetensors")
         document = {"format": "mm_interp.pyvene/1", "mode": self.mode, "interventions": entries}
         (folder / "interventions.json").write_text(json.dumps(document, indent=1))
@@ -223,12 +251,26 @@ class MMIntervenableModel(pv.IntervenableModel):
                 raise CheckpointError(
                     f"{folder} has an intervention {entry['class']!r}, which nobody here knows."
                 )
-            one = kind(**entry["options"])
+            inside: list[Any] = []
+            if "sae" in entry:
+                from sae_lens import SAE
+
+                inside = [SAE.load_from_disk(folder / entry["sae"])]
+                inside += [] if entry["latents"] is None else [entry["latents"]]
+            one = kind(*inside, **entry["options"])
             own = {k.removeprefix(f"{i}."): v for k, v in tensors.items() if k.startswith(f"{i}.")}
             _restore(one, own)
             keys = ("layer", "component", "unit", "max_number_of_units")
             configs.append(pv.RepresentationConfig(**{k: entry[k] for k in keys}, intervention=one))
         return MMIntervenableModel(pv.IntervenableConfig(configs, mode=document["mode"]), model)
+
+
+class _Rows(list):
+    """A list that says how many rows it has as a tensor does: pyvene asks its first input."""
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (len(self),)
 
 
 class SAEIntervention(pv.SourcelessIntervention):
@@ -262,6 +304,14 @@ class SAEInterchange(pv.VanillaIntervention):
         new = acts.clone()
         new[..., self.latents] = wanted[..., self.latents]
         return (base + self.sae.decode(new) - self.sae.decode(acts)).to(base.dtype)
+
+
+class BoundlessPositions(pv.BoundlessRotatedSpaceIntervention):
+    """pyvene's boundless subspace, of several positions at once: theirs takes one vector a row."""
+
+    def forward(self, base: Tensor, source: Tensor, subspaces: Any = None, **kwargs: Any) -> Tensor:
+        new = super().forward(base.flatten(0, -2), source.flatten(0, -2), subspaces, **kwargs)
+        return new.reshape(base.shape)
 
 
 class MapIntervention(nn.Module):
@@ -340,7 +390,7 @@ class PipelineHost(nn.Module):
 
 
 _HOST_KINDS: dict[type, type] = {}
-_OWN = {c.__name__: c for c in (SAEIntervention, SAEInterchange)}
+_OWN = {c.__name__: c for c in (BoundlessPositions, SAEIntervention, SAEInterchange)}
 
 
 @dataclass(frozen=True)
@@ -432,7 +482,7 @@ def _path(site: Site, wrapped: Any) -> str | None:
     out = ""
     for part in parts:
         out += f"[{part}]" if part.isdigit() else f".{part}" if out else part
-    if site.layer is not None and out.count("[") == 1:
+    if site.layer is not None and out.count("[") == 1 and f"[{site.layer}]" in out:
         before, _, after = out.partition("[")
         return f"{before}[%s]{after.partition(']')[2]}"
     return out or None
@@ -442,11 +492,13 @@ def _width(sites: SiteMap, site: Site, wrapped: Any) -> int | None:
     """The size of the site's last axis (of a map, its channels), from the weights beside it."""
     place = site.place
     module = attrgetter(site.module)(wrapped) if site.module else wrapped
-    order = ("out_features", "out_channels", "embed_dim", "hidden_size") if isinstance(place, Output) else (
-        "in_features", "in_channels", "embed_dim", "hidden_size")  # fmt: skip
+    side = "out" if isinstance(place, Output) else "in"
+    order = (f"{side}_features", f"{side}_channels", "embedding_dim", "embed_dim", "hidden_size")
     for name in order:
-        if isinstance(value := getattr(module, name, None), int):
+        if isinstance(value := vars(module).get(name), int):
             return value
+    if isinstance(module, nn.LayerNorm):
+        return int(module.normalized_shape[-1])
     # A block, an attention, an MLP: as wide as the stream its parts read.
     inner = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     if isinstance(place, Output) and inner:
@@ -459,16 +511,17 @@ def _width(sites: SiteMap, site: Site, wrapped: Any) -> int | None:
 
 
 def _state(one: Any) -> dict[str, Tensor]:
-    return {k: v for k, v in one.state_dict().items() if isinstance(v, Tensor)}
+    own = one.state_dict().items()
+    return {k: v for k, v in own if isinstance(v, Tensor) and not k.startswith("sae.")}
 
 
 def _restore(one: Any, state: dict[str, Tensor]) -> None:
     """Loads weights; an orthogonal rotation is set through its own parametrization."""
-    missing = set(one.state_dict()) - set(state)
+    missing = set(_state(one)) - set(state)
     known = {k: v for k, v in state.items() if k in one.state_dict()}
     if missing:
         raise CheckpointError(f"{type(one).__name__} lacks the weights {sorted(missing)}.")
-    one.load_state_dict(known)
+    one.load_state_dict(known, strict=False)
     if "source_representation" in state:
         one.set_source_representation(state["source_representation"])
 
@@ -485,6 +538,7 @@ def _options(one: Any) -> dict[str, Any]:
 
 __all__ = [
     "Alignment",
+    "BoundlessPositions",
     "MMIntervenableModel",
     "MapIntervention",
     "SAEInterchange",
@@ -495,4 +549,5 @@ __all__ = [
     "interchange_accuracy",
     "intervention",
     "register",
+    "units",
 ]

@@ -134,5 +134,6 @@ def lock(folder: Path) -> int | None:
 
 
 def _bytes_of(rows: Tensor) -> memoryview:
-    flat = rows.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    flat = rows.detach().reshape(-1)
+    flat = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat  # NumPy has no bfloat16.
+    return np.ascontiguousarray(flat.numpy()).data.cast("B") if flat.numel() else memoryview(b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def test_saelens_verbs_cache_hook_and_restore() -> None:
     case = CASES["clip"]()
     model = mm.wrap(case.model)
     sae = sae_at(SITE, 32)
-    plain, cache = model.run_with_cache(**case.inputs)
+    _, cache = model.run_with_cache(**case.inputs)
+    plain = model(**case.inputs)
     out, spliced = model.run_with_cache_with_saes(saes=[sae], **case.inputs)
     acts = spliced[f"{SITE}.hook_sae_acts_post"]
     assert torch.equal(acts, sae.encode(cache[SITE]))
@@ -134,7 +136,7 @@ def test_saelens_verbs_cache_hook_and_restore() -> None:
     with model.saes([other]):
         assert model.acts_to_saes[SITE] is other
     assert model.acts_to_saes[SITE] is sae
-    assert torch.equal(case.head(model(**case.inputs)), case.head(out))
+    torch.testing.assert_close(case.head(model(**case.inputs)), case.head(out), rtol=0, atol=1e-5)
     model.reset_saes()
     assert torch.equal(case.head(model(**case.inputs)), case.head(plain))
     assert not any(point._forward_hooks for point in model.points.by_name.values())
@@ -278,8 +280,8 @@ def test_cached_activations_go_to_saelens_and_back(clip: Any, images: list[Any],
     )  # fmt: skip
     batch = next(theirs)
     rows = store.rows()[SITE]
-    distance = torch.cdist(batch.reshape(-1, 128), rows).amin(1)
-    assert distance.max() < 1e-3
+    known = {row.numpy().tobytes() for row in rows}
+    assert all(row.numpy().tobytes() in known for row in batch.reshape(-1, 128))
     again = mm_sae.import_cached(data, tmp_path / "back")
     assert torch.equal(again.rows()[SITE], rows)
     with pytest.raises(InputError, match="no multiple of context_size=64"):
@@ -324,6 +326,7 @@ def test_of_a_sampling_loop_the_conditional_rows_of_the_chosen_steps_are_taken(t
 # ---- evaluating ----------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_scores_are_those_of_the_definitions(clip: Any, images: list[Any]) -> None:
     sae = sae_at(SITE, 128, 200)
     report = mm_sae.evaluate(sae, clip, images[:7], tokens=["class", "patch"], batch_size=3)
@@ -430,7 +433,6 @@ def test_top_images_are_those_of_one_big_pass(clip: Any, images: list[Any], tmp_
 def test_the_command_trains_and_says_what_is_wrong(images: list[Any], tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from integrations.commands import register
     from mm_adapters.cli import build
 
     folder = tmp_path / "images"
@@ -443,13 +445,8 @@ def test_the_command_trains_and_says_what_is_wrong(images: list[Any], tmp_path: 
         "trainer: {total_training_samples: 2560, train_batch_size_samples: 128, lr_end: 0.0001}\n"
     )
 
-    class Point:
-        name, value = "integrations", "integrations.commands:register"
-
-        def load(self) -> Any:
-            return register
-
-    app = build([Point()])  # type: ignore[list-item]
+    point = EntryPoint("integrations", "integrations.commands:register", "mm_interp.commands")
+    app = build([point])
     base = ["sae", "train", "--model", "tiny-clip", "--images", str(folder), "--tokens", "patch"]
     done = CliRunner().invoke(
         app, [*base, "--site", SITE, "--config", str(config), "--out", str(tmp_path / "o")]
