@@ -111,8 +111,8 @@ class Inputs:
         return self._accepted(dict(process(pictures, return_tensors="pt")))
 
     def _conversation(self, texts: list[str] | None, images: Any, side: Side | None) -> dict[str, Any]:
-        if texts is None:
-            raise InputError("This model answers text about images. Pass text, one for each row.")
+        if texts is None:  # Images alone: the pixels are for the vision tower, which can run alone.
+            return self._images(images)
         if images is None:
             token = self.image_token
             for i, text in enumerate(texts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
 from operator import attrgetter
@@ -119,15 +119,21 @@ def head_count(owner: nn.Module, where: str) -> int:
 
 def _tower_sites(tower: MountedTower) -> Iterator[Site]:
     record = tower.record
-    yield from (_site(tower, None, None, part, place) for part, place in record.before.items())
+    yield from _own_sites(tower, record.before)
     for stack_name, paths in tower.stacks.items():
         for layer, path in enumerate(paths):
             for part, place in record.stacks[stack_name].parts.items():
                 if _exists(tower.module.get_submodule(path), place):
                     yield _site(tower, stack_name, layer, part, place, path)
-    yield from (_site(tower, None, None, part, place) for part, place in record.after.items())
+    yield from _own_sites(tower, record.after)
     for part, reason in record.absent.items():
         yield Site(f"{tower.name}.{part}", tower.name, None, None, part, None, "", (), reason)
+
+
+def _own_sites(tower: MountedTower, parts: Mapping[str, Place]) -> Iterator[Site]:
+    for part, place in parts.items():
+        if _exists(tower.module, place):
+            yield _site(tower, None, None, part, place)
 
 
 def _exists(block: nn.Module, place: Place) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 
+from mm_adapters._alone import runner
 from mm_adapters._cache import ModelCache
 from mm_adapters._errors import InputError, MetaDeviceError
 from mm_adapters._layouts import layouts
@@ -161,6 +162,7 @@ class HookedModel(HookedRootModule):
     ) -> Run:
         """One forward (for a pipeline, one sampling loop), with sites read and edited.
 
+        Where the inputs are one tower's alone (images of a CLIP, or of a VLM), that tower is run.
         `grad_of` is a scalar function of the output; its gradients at the read sites come back too.
 
         Raises: MissingSiteError before anything runs; EditNeverFiredError if an edit touched nothing.
@@ -298,7 +300,7 @@ class HookedModel(HookedRootModule):
             # Pipelines are decorated with no_grad; the plain function is underneath.
             plain: Any = type(self.wrapped).__call__
             return plain.__wrapped__(self.wrapped, **arguments)
-        return self.wrapped(**arguments)
+        return runner(self.wrapped, self.sitemap, arguments)(**arguments)
 
     def _cache_loop(
         self,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, no_type_check
 
 import nnsight
@@ -22,6 +21,7 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from mm_adapters._alone import runner
 from mm_adapters._errors import InputError, MetaDeviceError
 from mm_adapters._lens import Edit, Read, Run, as_read
 from mm_adapters._points import Points
@@ -203,6 +203,7 @@ class TracedModel(Remotable):
     ) -> Run:
         """One forward (for a pipeline, one sampling loop), with sites read and edited.
 
+        Where the inputs are one tower's alone (images of a CLIP, or of a VLM), that tower is run.
         `grad_of` is a scalar function of the output; its gradients at the read sites come back too.
 
         Raises: MissingSiteError before anything runs; EditNeverFiredError if an edit touched nothing.
@@ -234,19 +235,15 @@ class TracedModel(Remotable):
         return session.result(output, grad_of)
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
-        return self._module(*args, **kwargs)
+        if args or self.kind == "diffusion":
+            return self._module(*args, **kwargs)
+        return runner(self._module, self.sitemap, kwargs)(**kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         return self._module.generate(*args, **kwargs)  # type: ignore[operator]
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.kind == "contrastive" and not args:
-            takes = {t: tower.mount.takes or tower.record.takes for t, tower in self.sitemap.towers.items()}
-            given = [t for t, key in takes.items() if kwargs.get(key) is not None]
-            if len(given) == 1:
-                run = self.sitemap.mounts.towers[given[0]].run
-                return attrgetter(run)(self._module)(**kwargs) if run else self._module(**kwargs)
-        return self._module(*args, **kwargs)
+        return self._plain(*args, **kwargs)
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
         if inputs or any(kwargs.get(k) is not None for k in _RAW):

@@ -1,9 +1,18 @@
 """SigLIP as transformers writes it (arXiv 2303.15343)."""
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts, Output, Tower
-from mm_adapters.families._parts import norm
+from mm_adapters._spec import Input, Mount, Mounts, Output, Tower
+from mm_adapters.families._parts import fused_attention, norm
 from mm_adapters.families.clip import BLOCKS
+
+# What reads the summary off the patches: one query attends to them, and an MLP follows.
+POOL = (
+    fused_attention("head.attention", name="pool.attn")
+    | {"pool.hook_attn_out": Output("head.attention")}
+    | norm("head.layernorm", "pool.ln2")
+    | {"pool.mlp.hook_pre": Output("head.mlp.fc1"), "pool.mlp.hook_post": Input("head.mlp.fc2")}
+    | {"pool.hook_mlp_out": Output("head.mlp")}
+)
 
 register(
     Tower(
@@ -12,7 +21,7 @@ register(
         ("transformers:SiglipVisionModel",),
         {"blocks": BLOCKS},
         before={"hook_embed": Output("embeddings")},
-        after=norm("post_layernorm", "ln_final"),
+        after=norm("post_layernorm", "ln_final") | POOL,
         pool="attention",
         position="embeddings.position_embedding.weight",
         patch="embeddings.patch_embedding",
@@ -46,3 +55,11 @@ register(
         logit_scale="logit_scale",
     )
 )  # fmt: skip
+register(
+    Mounts(
+        "siglip_text_alone",
+        "tower",
+        ("transformers:SiglipTextModel",),
+        {"text": Mount("", tower="siglip_text", run="", takes="input_ids", project="head.weight.T")},
+    )
+)
