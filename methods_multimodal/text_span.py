@@ -17,6 +17,10 @@ from mm_adapters import InputError
 _NOISE = 1e-6
 
 
+class NothingVariesError(InputError):
+    """The vectors to be named are all the same, or differ in nothing that the texts are about."""
+
+
 @dataclass(frozen=True)
 class TextSpan(Record):
     """The texts that name a set of vectors, best first.
@@ -59,8 +63,8 @@ def text_span(
     chosen where no variance is left.
 
     Source: Gandelsman et al. 2024, arXiv 2310.05916, Algorithm 1.
-    Raises: InputError if there are fewer texts than `n_texts`, `n_texts` is above `rank`, or the
-    output does not vary.
+    Raises: InputError if there are fewer texts than `n_texts`, or `n_texts` is above `rank`;
+    NothingVariesError if the output does not vary.
     """
     moments = heads if isinstance(heads, Moments) else Moments.of(heads)
     if not 0 < n_texts <= min(len(texts), rank):
@@ -86,7 +90,7 @@ def text_span(
         off = torch.eye(len(axis)).to(axis) - torch.outer(axis, axis)
         covariance = off @ covariance @ off
     if not chosen:
-        raise InputError("None of the texts lies along what varies here; give other texts.")
+        raise NothingVariesError("None of the texts lies along what varies here; give other texts.")
     directions = torch.stack(axes) @ frame
     found = TextSpan(
         chosen=tuple(chosen),
@@ -119,7 +123,7 @@ def _leading(
     values, vectors = values[order], vectors[:, order]
     total = second.trace() - mean @ mean
     if total <= _NOISE**2 * values[0]:
-        raise InputError("These outputs are all the same, so no text says what they differ in.")
+        raise NothingVariesError("These outputs are all the same, so no text says what they differ in.")
     kept = vectors[:, : min(rank, int((values > _NOISE**2 * values[0]).sum()))]
     centred = second - torch.outer(mean, mean)
     return kept.T @ frame, kept.T @ centred @ kept, total
