@@ -8,6 +8,7 @@ from torch import Tensor
 
 _ADD = 8  # Concepts that join each row's working set in a round.
 _ROUNDS = 400
+_RIDGE = 1e-12
 
 
 def solve(
@@ -21,37 +22,42 @@ def solve(
     Each row works on a small set of concepts. In a round, the set's own problem is solved exactly, and
     the concepts whose gradient asks most for weight join. A row is finished when none asks for more
     than `tolerance` beyond the penalty: that is the optimality condition of the whole problem.
+
+    Raises: RuntimeError if a row does not settle.
     """
-    half = penalty / 2
-    weights = targets.new_zeros(len(targets), len(dictionary))
+    half, width = penalty / 2, len(dictionary)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     open_rows = torch.arange(len(targets), device=targets.device)
     sets = torch.empty(len(targets), 0, dtype=torch.long, device=targets.device)
-    values = targets.new_zeros(len(targets), 0)
+    values, residual = targets.new_zeros(sets.shape), targets
+    table = targets.new_empty(len(targets), width)  # One for all rounds: it is the largest thing here.
     for _ in range(_ROUNDS):
-        residual = targets[open_rows] - _recombined(values, sets, dictionary)
-        asks = residual @ dictionary.T - half
-        taken = asks.scatter(1, sets, -torch.inf) if sets.shape[1] else asks
-        best, joining = taken.topk(min(_ADD, len(dictionary) - sets.shape[1]), dim=1)
-        still = best[:, 0] > tolerance
-        done = ~still
-        if done.any():
-            weights[open_rows[done]] = weights[open_rows[done]].scatter(1, sets[done], values[done])
-        if not still.any():
-            return weights
-        open_rows, joining, best = open_rows[still], joining[still], best[still]
+        asks = torch.mm(residual, dictionary.T, out=table[: len(residual)])
+        asks.scatter_(1, sets, -torch.inf)
+        best, joining = asks.topk(min(_ADD, width - sets.shape[1]), dim=1)
+        still = (
+            best[:, 0] > half + tolerance if best.shape[1] else torch.zeros_like(open_rows, dtype=torch.bool)
+        )
+        found.append((open_rows[~still], sets[~still], values[~still]))
+        open_rows = open_rows[still]
+        if not len(open_rows):
+            return _table(found, targets, width)
         sets, values = _trimmed(sets[still], values[still])
-        sets = torch.cat([sets, joining], 1)
-        values = torch.cat([values, torch.zeros_like(best)], 1)
-        values = _small(targets[open_rows], dictionary[sets], half, values, tolerance)
-    raise RuntimeError(f"{len(open_rows)} of {len(targets)} rows did not settle; raise the penalty or the tolerance.")
+        sets = torch.cat([sets, joining[still]], 1)
+        values = torch.cat([values, values.new_zeros(len(sets), joining.shape[1])], 1)
+        atoms = dictionary[sets]
+        values = _small(targets[open_rows], atoms, half, values, tolerance)
+        residual = targets[open_rows] - torch.bmm(values.unsqueeze(1), atoms).squeeze(1)
+    raise RuntimeError(f"{len(open_rows)} of {len(targets)} rows did not settle; raise the penalty.")
 
 
-def _recombined(
-    values: Float[Tensor, "row set"], sets: Int[Tensor, "row set"], dictionary: Float[Tensor, "concept width"]
-) -> Float[Tensor, "row width"]:
-    if not sets.shape[1]:
-        return dictionary.new_zeros(len(values), dictionary.shape[1])
-    return torch.bmm(values.unsqueeze(1), dictionary[sets]).squeeze(1)
+def _table(
+    found: list[tuple[Tensor, Tensor, Tensor]], like: Tensor, width: int
+) -> Float[Tensor, "row concept"]:
+    weights = like.new_zeros(len(like), width)
+    for rows, sets, values in found:
+        weights[rows.unsqueeze(1), sets] = values
+    return weights
 
 
 def _trimmed(
@@ -75,31 +81,39 @@ def _small(
 
     Source: Lawson & Hanson 1974, Solving Least Squares Problems, chapter 23 (NNLS).
     """
-    wide = atoms.double()
-    gram = wide @ wide.mT
-    wanted = (wide @ targets.double().unsqueeze(-1)).squeeze(-1) - half
+    gram = torch.bmm(atoms, atoms.mT).double()
+    wanted = torch.bmm(atoms, targets.unsqueeze(-1)).squeeze(-1).double() - half
     w = values.double()
     active = w > 0
+    # Two concepts may be one: the least bit of ridge keeps their system solvable.
+    ridge = _RIDGE * torch.eye(gram.shape[1]).to(gram)
     eye = torch.eye(gram.shape[1]).to(gram)
     rows = torch.arange(len(w), device=w.device)
-    fresh = torch.ones(len(w), dtype=torch.bool, device=w.device)  # Rows that may take another concept.
+    settled = torch.ones(len(w), dtype=torch.bool, device=w.device)
+    moved = settled.clone()
     for _ in range(12 * gram.shape[1] + 12):
         slope = (wanted - (gram @ w.unsqueeze(-1)).squeeze(-1)).masked_fill(active, -torch.inf)
-        best, which = slope.max(1)
-        joins = fresh & (best > tolerance)
-        if not joins.any() and bool(fresh.all()):
+        asking = (slope > tolerance) & settled.unsqueeze(1)
+        if not asking.any() and bool(settled.all()):
             break
-        active[rows[joins], which[joins]] = True
+        # All that ask join; after a joint step that led nowhere, one alone, which always leads down.
+        alone = settled & ~moved
+        if alone.any():
+            best = torch.zeros_like(asking)
+            best[rows, slope.argmax(1)] = True
+            asking &= best | ~alone.unsqueeze(1)
+        moved = torch.where(settled, False, moved)
+        active = active | asking
         both = active.unsqueeze(1) & active.unsqueeze(2)
-        system = torch.where(both, gram, eye)
-        aim = torch.linalg.solve(system, torch.where(active, wanted, 0.0))
+        factor = torch.linalg.cholesky(torch.where(both, gram, eye) + ridge)
+        aim = torch.cholesky_solve(torch.where(active, wanted, 0.0).unsqueeze(-1), factor).squeeze(-1)
         below = active & (aim <= 0)
         # Walk towards the aim until the first weight reaches zero; that concept leaves.
         ratio = torch.where(below, w / (w - aim).clamp_min(1e-300), torch.inf)
         step = ratio.min(1).values.clamp_max(1.0)
+        moved = moved | (step > 0)
         w = torch.where(active, w + step.unsqueeze(1) * (aim - w), 0.0)
-        leaves = below & (ratio <= step.unsqueeze(1))
-        active &= ~leaves
+        active = active & ~(below & (ratio <= step.unsqueeze(1)))
         w = w.masked_fill(~active, 0.0).clamp_min(0.0)
-        fresh = ~below.any(1)
+        settled = ~below.any(1)
     return w.to(values)
