@@ -1,4 +1,4 @@
-"""`mm-interp report`: what the methods of this package say about a model and an input, as one picture."""
+"""`mm-interp report` (and where the other commands are registered): what the methods of this package say about a model and an input, as one picture."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from methods_multimodal.heads_command import heads
 from mm_adapters import InputError
 
 _FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp")
@@ -21,6 +22,7 @@ _DEFAULT_PAIR = ("red_circle_left_of_blue_square", "blue_circle_left_of_red_squa
 def register(app: typer.Typer) -> None:
     """Adds this package's commands to `mm-interp`."""
     app.command("report")(report)
+    app.command("heads")(heads)
 
 
 def report(

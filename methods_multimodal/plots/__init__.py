@@ -2,6 +2,7 @@
 
 from methods_multimodal.plots.attention import mosaic, overlay, tiles
 from methods_multimodal.plots.attribution import head_shares, mlp_shares
+from methods_multimodal.plots.heads import group_bars, head_table, text_map
 from methods_multimodal.plots.heatmap import heatmap
 from methods_multimodal.plots.lens import lens_table
 from methods_multimodal.plots.patching import patch_effects
@@ -9,7 +10,9 @@ from methods_multimodal.plots.picture import picture
 from methods_multimodal.plots.words import word_lines
 
 __all__ = [
+    "group_bars",
     "head_shares",
+    "head_table",
     "heatmap",
     "lens_table",
     "mlp_shares",
@@ -17,6 +20,7 @@ __all__ = [
     "overlay",
     "patch_effects",
     "picture",
+    "text_map",
     "tiles",
     "word_lines",
 ]
