@@ -1,4 +1,7 @@
-"""`mm-interp report` (and where the other commands are registered): what the methods of this package say about a model and an input, as one picture."""
+"""`mm-interp report`: what the methods of this package say about a model and an input, as one picture.
+
+The other commands of this package are registered here too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mm-interp heads`: what every head of an image tower says, over a folder of images, as a page and as data."""
+"""`mm-interp heads`: what every head of an image tower says, over a folder of images."""
 
 from __future__ import annotations
 

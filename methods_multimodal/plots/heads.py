@@ -79,8 +79,8 @@ def group_bars(
         places = np.arange(n_groups) + i * width
         bars = ax.bar(places, 100 * groups.values.numpy(), width, label=f"{label} (worst {groups.worst:.0%})")
         ax.axhline(100 * groups.average, color=bars.patches[0].get_facecolor(), linestyle="--", linewidth=1)
-    ax.set_xticks(np.arange(n_groups) + 0.4 - width / 2, names or [str(i) for i in range(n_groups)], fontsize=7,
-                  rotation=45 if names else 0, ha="right" if names else "center")  # fmt: skip
+    labels, middles = names or [str(i) for i in range(n_groups)], np.arange(n_groups) + 0.4 - width / 2
+    ax.set_xticks(middles, labels, fontsize=7, rotation=45 if names else 0, ha="right" if names else "center")
     ax.set(ylabel="accuracy, %", ylim=(0, 105))
     ax.legend(fontsize=8, loc="lower right")
     ax.set_title("accuracy by group; dashed: average", fontsize=10)

@@ -16,12 +16,16 @@ from PIL import Image
 from methods_multimodal.name_heads import HeadNames
 
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1a1a1a;background:#fff}
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;
+color:#1a1a1a;background:#fff}
 h1{font-size:1.5rem} h2{font-size:1.1rem;margin:2rem 0 .5rem} p.note{color:#555;max-width:50rem}
-table{border-collapse:collapse;width:100%} td,th{border-top:1px solid #ddd;padding:.5rem;vertical-align:top;text-align:left}
+table{border-collapse:collapse;width:100%} 
+td,th{border-top:1px solid #ddd;padding:.5rem;vertical-align:top;text-align:left}
 th{white-space:nowrap} .text{display:inline-block;vertical-align:top;margin:0 1.2rem .6rem 0;width:19rem}
-.text b{font-weight:600} .text span{color:#555;font-size:.85rem} img{width:64px;height:64px;object-fit:cover;
-margin:.25rem .25rem 0 0;border:1px solid #ccc;image-rendering:auto} .bar{height:6px;background:#e4e4e4;width:8rem}
+.text b{font-weight:600} .text span{color:#555;font-size:.85rem}
+img{width:64px;height:64px;object-fit:cover;
+margin:.25rem .25rem 0 0;border:1px solid #ccc;image-rendering:auto}
+.bar{height:6px;background:#e4e4e4;width:8rem}
 .bar i{display:block;height:6px;background:#2166ac} code{background:#f3f3f3;padding:0 .25rem}
 """
 
@@ -45,14 +49,16 @@ def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], calle
     skipped = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in found.unreadable)
     skipped = f"<h2>Images that could not be read</h2><ul>{skipped}</ul>" if skipped else ""
     title = f"What the heads of {html.escape(called)} say"
+    head = f'<meta charset="utf-8"><title>{title}</title><meta name="viewport" content="width=device-width">'
+    note = (
+        f"From {found.n_images} images and {len(found.texts)} texts. Each head adds a vector to an image's "
+        "embedding. The texts are those along which that vector varies most, chosen one after the other "
+        "(TextSpan); the percentage is how much of its variance they explain together. Below each are the "
+        "images furthest along it. The bar is the head's own variance beside that of the whole embedding."
+    )
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body><h1>{title}</h1>'
-        f'<p class="note">From {found.n_images} images and {len(found.texts)} texts. Each head adds a vector to an '
-        "image's embedding. The texts are those along which that vector varies most, chosen one after the "
-        "other (TextSpan); the percentage is how much of its variance they explain together. Below each are the "
-        "images furthest along it. The bar is the head's own variance beside that of the whole embedding.</p>"
-        f"{''.join(body)}{skipped}</body></html>"
+        f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body><h1>{title}</h1>'
+        f'<p class="note">{note}</p>{"".join(body)}{skipped}</body></html>\n'
     )
 
 

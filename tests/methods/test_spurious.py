@@ -33,7 +33,7 @@ def texts(attribute: str) -> Tensor:
 
 @cache
 def data(split: str, spurious: float, n: int) -> tuple[Decomposition, Tensor, Tensor]:
-    """Images, the label (what the background gives away while it can), and the group: label and background."""
+    """Images, their label (which the background gives away while it can), and label and background as one."""
     scenes = [world.scene(i, split, kind="one", spurious=spurious) for i in range(n)]
     pixels = clip().prepare(images=images_of(scenes))["pixel_values"]
     found = decompose(clip(), images=pixels, tokens="sum", batch_size=100)

@@ -30,7 +30,8 @@ def published(data: Tensor, texts: Tensor, rank: int, n_texts: int) -> tuple[lis
 def head_data(n: int = 400, width: int = 48, d_head: int = 16, seed: int = 0) -> Tensor:
     """Like a head's output: in the span of its output matrix, with a mean."""
     g = torch.Generator().manual_seed(seed)
-    z = torch.randn(n, d_head, generator=g) * torch.linspace(3, 0.2, d_head) + torch.randn(d_head, generator=g)
+    z = torch.randn(n, d_head, generator=g) * torch.linspace(3, 0.2, d_head)
+    z = z + torch.randn(d_head, generator=g)
     return z @ torch.randn(d_head, width, generator=g)
 
 
