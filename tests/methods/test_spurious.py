@@ -43,19 +43,19 @@ def data(split: str, spurious: float, n: int) -> tuple[Decomposition, Tensor, Te
 
 
 def test_ablating_the_heads_it_names_raises_the_worst_group_and_keeps_the_average() -> None:
-    train, labels, _ = data("train", 0.97, 500)
+    train, labels, _ = data("train", 0.97, 400)
     probe = LogisticRegression(C=0.01, max_iter=2000).fit(train.total.numpy(), labels.numpy())
     classes = torch.tensor(probe.coef_, dtype=torch.float32)
     bias = torch.tensor(probe.intercept_, dtype=torch.float32)
     # Chosen on training images from words alone; the test images' labels and groups only measure.
     repair = find_shortcut(train, spurious=texts("background"), core=texts("shape"))
-    test, true, groups = data("test", 0.0, 400)
+    test, true, groups = data("test", 0.0, 300)
     before = group_accuracy(test.total, classes, true, groups, bias)
     after = group_accuracy(repaired(test, repair, train), classes, true, groups, bias)
     assert before.worst < 0.3  # It did lean on the background.
     assert after.worst - before.worst >= 0.20
     assert after.average >= before.average - 0.03
-    alike, true, groups = data("validation", 0.97, 200)  # Where the shortcut holds, little is lost.
+    alike, true, groups = data("validation", 0.97, 150)  # Where the shortcut holds, little is lost.
     with_it = group_accuracy(alike.total, classes, true, groups, bias)
     without = group_accuracy(repaired(alike, repair, train), classes, true, groups, bias)
     assert without.average >= with_it.average - 0.03
@@ -63,7 +63,7 @@ def test_ablating_the_heads_it_names_raises_the_worst_group_and_keeps_the_averag
 
 
 def test_ranking_by_a_property_puts_first_what_the_worlds_truth_says_carries_it() -> None:
-    found, _, _ = data("test", 0.0, 400)
+    found, _, _ = data("test", 0.0, 300)
     heads = [c for c in rank_components(found, texts("background")).components() if c.head is not None]
     assert heads[0] == Component(2, 2)  # R2 of 0.8 on the background: tests/methods/test_name_heads.py
     scores = rank_components(found, texts("shape"))
@@ -73,9 +73,9 @@ def test_ranking_by_a_property_puts_first_what_the_worlds_truth_says_carries_it(
 
 def test_a_tower_without_a_joint_space_is_aligned_with_one_and_ranked_alike() -> None:
     """The vision tower alone, before its projection, has no texts; aligned to the CLIP it has."""
-    clip_found, _, _ = data("test", 0.0, 400)
+    clip_found, _, _ = data("test", 0.0, 300)
     alone = mm.wrap(clip().wrapped.vision_model)
-    scenes = [world.scene(i, "test", kind="one") for i in range(400)]
+    scenes = [world.scene(i, "test", kind="one") for i in range(300)]
     pixels = clip().prepare(images=images_of(scenes))["pixel_values"]
     found = decompose(alone, images=pixels, tokens="sum", batch_size=100).unit()
     alignment = align(found, clip_found.own, epochs=200)
@@ -88,7 +88,7 @@ def test_a_tower_without_a_joint_space_is_aligned_with_one_and_ranked_alike() ->
 
 
 def test_ablations_are_what_they_say() -> None:
-    found, _, _ = data("test", 0.0, 400)
+    found, _, _ = data("test", 0.0, 300)
     which = [Component(2, 2), Component(1), Component(-1)]
     parts = sum(outputs(found, c) for c in which)
     assert isinstance(parts, Tensor)
@@ -104,7 +104,7 @@ def test_ablations_are_what_they_say() -> None:
     assert len(components_of(found)) == 4 * 4 + 5
     shape = texts("shape")
     truth = torch.tensor(
-        [SHAPES.index(world.scene(i, "test", kind="one").things[0].shape) for i in range(400)]
+        [SHAPES.index(world.scene(i, "test", kind="one").things[0].shape) for i in range(300)]
     )
     late = [Component(3, h) for h in range(4)] + [Component(3)]
     result = ablation(found, late, shape, truth)
