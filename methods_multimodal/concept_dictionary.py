@@ -77,25 +77,24 @@ def concept_dictionary(
     if not 0 < n_concepts <= len(states):
         raise InputError(f"{n_concepts} concepts of {len(states)} states: there can be 1 to {len(states)}.")
     data = states.detach().float().cpu().numpy()
-    mean = data.mean(0) * 0
+    mean: Any = 0.0
+    # scikit-learn's annotations are narrower than what it takes.
+    same: dict[str, Any] = {"random_state": seed}
+    concepts: Any
     if method == "semi_nmf":
-        how: dict[str, Any] = {
-            "fit_algorithm": "cd",
-            "transform_algorithm": "lasso_cd",
-            "positive_code": True,
-        }
-        learner = DictionaryLearning(n_concepts, alpha=alpha, max_iter=max_iter, random_state=seed, **how)
+        same |= {"fit_algorithm": "cd", "transform_algorithm": "lasso_cd", "positive_code": True}
+        learner: Any = DictionaryLearning(n_concepts, max_iter=max_iter, **same, **{"alpha": alpha})
         amounts, concepts = learner.fit_transform(data), learner.components_
     elif method == "kmeans":
-        fitted = KMeans(n_concepts, n_init=10, random_state=seed).fit(data)
-        amounts, concepts = 1 / (1 + fitted.transform(data)), fitted.cluster_centers_
+        learner = KMeans(n_concepts, **same, **{"n_init": 10}).fit(data)
+        amounts, concepts = 1 / (1 + learner.transform(data)), learner.cluster_centers_
     elif method == "pca":
-        fitted = PCA(n_concepts, random_state=seed).fit(data)
-        amounts, concepts, mean = fitted.transform(data), fitted.components_, fitted.mean_
+        learner = PCA(n_concepts, **same).fit(data)
+        amounts, concepts, mean = learner.transform(data), learner.components_, learner.mean_
     elif method == "nmf":
         if data.min() < 0:
             raise InputError('"nmf" takes states that are nowhere negative; use "semi_nmf".')
-        learner = NMF(n_concepts, max_iter=max_iter, random_state=seed)
+        learner = NMF(**same, **{"n_components": n_concepts, "max_iter": max_iter})
         amounts, concepts = learner.fit_transform(data), learner.components_
     else:
         raise InputError(f"There is no method {method!r}; there is semi_nmf, kmeans, pca and nmf.")
@@ -119,6 +118,6 @@ def _words(
     logits = logits - logits.mean(0) if len(concepts) > 1 else logits
     found = []
     for row in logits.argsort(dim=1, descending=True).tolist():
-        spoken = (tokens[i].strip() for i in row)
+        spoken = (str(tokens[i]).strip() for i in row)
         found.append(tuple(dict.fromkeys(w for w in spoken if any(c.isalpha() for c in w)))[:n_words])
     return tuple(found)

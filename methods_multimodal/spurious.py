@@ -47,7 +47,7 @@ class Repair(Record):
 def find_shortcut(
     found: Decomposition,
     spurious: Float[Tensor, "text width"],
-    core: Float[Tensor, "text width"],
+    core: Float[Tensor, "other width"],
     *,
     n: int | None = None,
     heads_only: bool = False,

@@ -57,7 +57,7 @@ SIGLIP = register(
 )  # fmt: skip
 register(
     Mounts(
-        "siglip_text_alone",
+        "siglip_text",
         "tower",
         ("transformers:SiglipTextModel",),
         {"text": Mount("", tower="siglip_text", run="", takes="input_ids", project="head.weight.T")},
