@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from methods_multimodal.cross_attention._reading import find
 from methods_multimodal.cross_attention._rows import Change, RowFn
 
 
@@ -40,12 +41,13 @@ def blocked(keys: Sequence[int], queries: Sequence[int] | None, heads: Sequence[
     return Blocked(keys, queries, heads)
 
 
-def in_text(model: Any, row: int, positions: Sequence[int]) -> list[Change]:
+def in_text(model: Any, row: int, prompt: str, word: str) -> list[Change]:
     """Blocks a word from every later one, in every text encoder that attends by tokens."""
     changes: list[Change] = []
     for tower in model.tower_names:
-        if model.sitemap.towers[tower].record.role != "text":
+        if model.sitemap.towers[tower].record.role != "text" or model.tokenizer_of(tower) is None:
             continue
+        positions = find(model.prompt_layout(tower, [prompt]), word)
         for site in model.sites(f"{tower}.*attn.hook_attn_scores"):
             if site.reason is None:
                 changes.append(Change(site.name, row, _Later(positions)))

@@ -82,9 +82,11 @@ def prompt_layouts(
     pipeline's, for the picture's size.
     """
     loop = model.sitemap.mounts.loop
-    if loop is not None and getattr(model.sitemap.towers[loop].record, "joint", None) is not None:
-        given = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
-        return tuple(model.layout(text=[prompt], **given)[loop] for prompt in prompts)
+    given = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
+    joint = loop is not None and getattr(model.sitemap.towers[loop].record, "joint", None) is not None
+    if joint or "max_sequence_length" in given:
+        name = loop if joint else "text"
+        return tuple(model.layout(text=[prompt], **given)[name] for prompt in prompts)
     return tuple(model.prompt_layout("text", [prompt]) for prompt in prompts)
 
 

@@ -153,7 +153,7 @@ def knocked_out(
         )
         for layer in chosen(text_attention(model, layout=layout), part)
     ]
-    return found + (_knockout.in_text(model, row, positions) if text else [])
+    return found + (_knockout.in_text(model, row, case.prompt, case.word) if text else [])
 
 
 def ablate_heads(
