@@ -13,7 +13,8 @@ from mm_adapters._errors import MissingSiteError
 
 @pytest.mark.parametrize(
     ("name", "vision", "text"),
-    [("open_clip", "first", "end"), ("open_clip_average", "mean", "last"), ("open_clip_timm_siglip", "attention", "end")],
+    [("open_clip", "first", "end"), ("open_clip_average", "mean", "last"),
+     ("open_clip_timm_siglip", "attention", "end")],
 )  # fmt: skip
 def test_a_tower_pools_as_it_was_built(name: str, vision: str, text: str) -> None:
     towers = mm.HookedModel(tiny.CASES[name]().model).sitemap.towers
