@@ -13,9 +13,12 @@ from mm_adapters._errors import MissingSiteError
 
 @pytest.mark.parametrize(
     ("name", "vision", "text"),
-    [("open_clip", "first", "end"), ("open_clip_average", "mean", "last"),
-     ("open_clip_timm_siglip", "attention", "end")],
-)  # fmt: skip
+    [
+        ("open_clip", "first", "end"),
+        ("open_clip_average", "mean", "last"),
+        ("open_clip_timm_siglip", "attention", "end"),
+    ],
+)
 def test_a_tower_pools_as_it_was_built(name: str, vision: str, text: str) -> None:
     towers = mm.HookedModel(tiny.CASES[name]().model).sitemap.towers
     assert (towers["vision"].record.pool, towers["text"].record.pool) == (vision, text)
