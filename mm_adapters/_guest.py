@@ -17,7 +17,7 @@ from nnsight.intervention.serialization import CustomCloudPickler
 
 from mm_adapters._errors import AttentionUnreachableError, MissingSiteError
 from mm_adapters._spec import Input, Output
-from mm_adapters._taps import _first_tensor, _tensor_of
+from mm_adapters._taps import _first_tensor, _place_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,10 +202,15 @@ def shown(site: Site, raw: Any, n_heads: int | None) -> Tensor:
                 f"{site.name} is read beside a key-value cache, which this service's sandbox cannot "
                 "hand over. Read what the block before gives, or serve the model yourself: mm-interp ndif up."
             )
-        slot = _first_tensor(args, kwargs)
+        slot = place.argument if place.argument in kwargs else _first_tensor(args, kwargs)
         x = args[slot] if isinstance(slot, int) else kwargs[slot]
     else:
-        x = _tensor_of(raw)
+        if place.gain is not None:
+            raise MissingSiteError(
+                f"{site.name} is a branch times a parameter, which this service's sandbox cannot hand over."
+            )
+        at = _place_of(raw, place.item)
+        x = raw if at is None else raw[at]
     x.data = x.data.contiguous()
     if place.chunk is not None:
         x = x.chunk(place.chunk[0], dim=-1)[place.chunk[1]]

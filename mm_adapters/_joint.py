@@ -49,8 +49,8 @@ def prompt_layouts(
             found[name] = prompt_layout(context, tokenizer_of(name), texts, length)
     denoiser = sites.towers.get(sites.mounts.loop or "")
     joint = None if denoiser is None else denoiser.record.joint
-    if denoiser is not None and joint is not None and found.keys() >= {*sites.mounts.prompt}:
-        parts = [found[name] for name in sites.mounts.prompt]
+    if denoiser is not None and joint is not None and found.keys() >= {*sites.mounts.joint_text}:
+        parts = [found[name] for name in sites.mounts.joint_text]
         grid = _grid(pipeline, denoiser.module, given)
         found[denoiser.name] = joint_layout(parts, grid, joint.first == "text")
     return found

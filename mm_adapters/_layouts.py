@@ -121,6 +121,8 @@ def _vision(
         return end_to_end(merged_grids(Merged("image_sizes"), config, prepared))
     if vision.record.patch is None:
         return None
+    if _count(vision.record.n_register):
+        return patch_layout(vision, pixels)
     grid = _cut(vision, pixels)
     if order == "tiles":
         shapes: Any = [(1, 1), *config.vision_config.supported_aspect_ratios]  # 0 is no image.

@@ -283,7 +283,7 @@ class Guidance:
 class Mounts:
     """A composite model: what kind it is and where its towers hang, in the order they run.
 
-    `prompt` are the text towers whose sequences, one after the other, are the text of a joint attention.
+    `joint_text` are the text towers whose sequences, one after the other, are the text of a joint attention.
     `image_token` is the config's attribute with the token that stands for image features; `images`
     says how they lie there (its vision tower's `images` otherwise). `prompt` is what a text has in an
     image's place, with the processor's own attributes; None if the processor makes places itself.
@@ -299,7 +299,7 @@ class Mounts:
     images: Placing | None = None
     prompt: str | None = "{image_token}"
     logit_scale: str | None = None
-    prompt: tuple[str, ...] = ()
+    joint_text: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -339,7 +339,7 @@ class Tap:
         names = list(inspect.signature(type(self.module).forward).parameters)
         return names.index(slot) - 1  # Less self.
 
-    def _read(self, reader: Reader | Keep, x: Tensor) -> Tensor:
+    def _read(self, reader: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         shown = self._rows_apart(x)
         new = reader(shown)
         if new is shown and (shown is x or not _tracked(new)):

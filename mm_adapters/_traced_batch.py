@@ -124,13 +124,20 @@ class Rows:
         return len(guidance.denoiser_rows)
 
 
+# What says how many pictures are made, where no prompt does.
+_ROWS_OF = ("prompt_embeds", "class_labels", "image_embeds", "image", "batch_size")
+
+
 def n_prompts(arguments: Mapping[str, Any]) -> int:
     """The rows that a pipeline's arguments ask for."""
     prompt = arguments.get("prompt")
     if prompt is not None:
         return 1 if isinstance(prompt, str) else len(prompt)
-    embeds = arguments.get("prompt_embeds")
-    return 0 if embeds is None else embeds.shape[0]
+    for name in _ROWS_OF:
+        rows = arguments.get(name)
+        if rows is not None:
+            return rows if isinstance(rows, int) else len(rows) if isinstance(rows, list | Tensor) else 1
+    return 0
 
 
 def combine(invokes: list[dict[str, Any]], pad: int, pad_left: bool) -> dict[str, Any]:

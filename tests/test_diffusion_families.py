@@ -88,7 +88,7 @@ def test_a_joint_layout_says_which_positions_are_text_and_which_latents(name: st
     assert run[site].shape[-1] == layout.n_pos
     assert run[f"{site}_text"].shape[-2:] == (len(latents), n_text)
     # Words are found where the text is: once for each tower whose sequence is part of it.
-    assert len(layout.where("cat", row=0)) == 3 * len(model.sitemap.mounts.prompt)
+    assert len(layout.where("cat", row=0)) == 3 * len(model.sitemap.mounts.joint_text)
     assert {layout.roles[0][p] for p in layout.where("a cat", row=0)} == {"word"}
     assert min(layout.where("cat")) < len(latents) if text_first else min(layout.where("cat")) >= len(latents)
 

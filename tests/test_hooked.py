@@ -268,9 +268,7 @@ def test_cross_attention_patterns_equal_plain_hooks_on_the_projections() -> None
     case = tiny.unet()
     seen: dict[str, Tensor] = {}
     attention = {
-        name: module
-        for name, module in case.model.named_modules()
-        if name.endswith(("attn1", "attn2"))
+        name: module for name, module in case.model.named_modules() if name.endswith(("attn1", "attn2"))
     }
     handles = [
         getattr(module, part).register_forward_hook(

@@ -240,7 +240,6 @@ def test_padding_goes_where_it_is_asked_and_leaves_the_tokenizer_alone(side: Any
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"images": RED}, "Pass text"),
         ({"text": "a", "images": PICTURES}, "2 images for 1 rows of text"),
         ({"text": ["a", "b"], "images": RED}, "1 images for 2 rows"),
         ({"text": ["a", "b"], "images": [[RED]]}, "1 lists of images for 2 rows"),

@@ -102,13 +102,11 @@ class WordReader:
     affinities: dict[str, Affinity] = field(default_factory=dict, compare=False, repr=False)
 
     def reads(self) -> list[Read]:
-        """Only the words' columns of each pattern are looked at, and only their sums are kept."""
+        """Of each pattern only the sums over each word's columns are kept."""
         self.folds.clear()
         self.affinities.clear()
-        columns = sorted({p for prompt in self.positions for word in prompt for p in word})
-        which = self._which(columns)
         for layer in self.layers:
-            self.folds[layer.site("pattern")] = Fold(self._words(layer, columns, which), "step" in self.keep)
+            self.folds[layer.site("pattern")] = Fold(self._words(layer), "step" in self.keep)
         steps = None
         if self.n_steps is not None and self.pixels:
             # Spaced over the run, from the middle of each part.
@@ -139,8 +137,8 @@ class WordReader:
         for layer in self.layers:
             maps = self.folds[layer.site("pattern")].mean()
             _check_finite(maps, layer)
-            grid = latent_grid(maps.shape[-1], (height, width))
-            by_grid.setdefault(grid, []).append(rearrange(maps, "s i n w (h c) -> s n i w h c", h=grid[0]))
+            grid = latent_grid(maps.shape[-2], (height, width))
+            by_grid.setdefault(grid, []).append(rearrange(maps, "s i n (h c) w -> s n i w h c", h=grid[0]))
             layers.setdefault(grid, []).append(layer)
         order = sorted(by_grid, reverse=True)
         check_each_step(
@@ -161,24 +159,23 @@ class WordReader:
             affinity_grid=grid,
         )
 
-    def _which(self, columns: list[int]) -> Float[Tensor, "image column word"]:
-        most = max(len(prompt) for prompt in self.positions)
-        which = torch.zeros(len(self.positions), len(columns), most)
-        for i, prompt in enumerate(self.positions):
-            for j, word in enumerate(prompt):
-                which[i, [columns.index(p) for p in word], j] = 1.0
-        return which.repeat_interleave(self.per_prompt, 0)
-
-    def _words(self, layer: TextAttention, columns: list[int], which: Tensor) -> Callable[[Tensor], Tensor]:
+    def _words(self, layer: TextAttention) -> Callable[[Tensor], Tensor]:
         heads = "head" in self.keep
-        keys = layer.columns(columns)
+        most = max(len(prompt) for prompt in self.positions)
+        made: list[Tensor] = []  # Which columns are which word's, once their number is known.
 
-        def words(pattern: Float[Tensor, "image head query key"]) -> Float[Tensor, "image part word pixel"]:
-            seen = pattern[..., keys]
-            # The columns are few: what follows is small beside the pattern.
-            seen = seen.float() if heads else seen.float().mean(1, keepdim=True)
-            summed = seen @ which.to(seen.device)[:, None]
-            return rearrange(summed, "image part pixel word -> image part word pixel").contiguous()
+        def words(pattern: Tensor) -> Tensor:
+            """[image, head, pixel, column] as [image, head or 1, pixel, word]: one product, for it is
+            done at every step of every layer."""
+            if not made:
+                which = torch.zeros(len(self.positions), pattern.shape[-1], most)
+                for i, prompt in enumerate(self.positions):
+                    for j, word in enumerate(prompt):
+                        which[i, layer.columns(word), j] = 1.0
+                made.append(which.repeat_interleave(self.per_prompt, 0).to(pattern.device))
+            if heads:
+                return pattern.float() @ made[0][:, None]
+            return torch.bmm(pattern.mean(1, dtype=torch.float32), made[0])[:, None]
 
         return words
 

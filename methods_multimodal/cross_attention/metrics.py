@@ -77,7 +77,8 @@ def colour(rgb: Sequence[float]) -> Metric:
 
 def scores(metric: Metric, images: Images) -> Float[Tensor, " image"]:
     """The metric of each picture. Raises: InputError if it does not give one number for each."""
-    found = metric(images)
+    with torch.no_grad():
+        found = metric(images)
     if not isinstance(found, Tensor) or found.shape != (len(images),):
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise InputError(f"The metric gave {got} for {len(images)} pictures; it gives one number for each.")

@@ -44,6 +44,6 @@ register(
         loop="denoiser",
         # Two calls a step where there is a negative prompt and true_cfg_scale is above one.
         guidance=Guidance(flag=None, denoiser_calls=("cond", "uncond")),
-        prompt=("text_2",),
+        joint_text=("text_2",),
     )
 )  # fmt: skip

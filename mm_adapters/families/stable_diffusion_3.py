@@ -33,6 +33,6 @@ register(
          "denoiser": Mount("transformer"), "vae": Mount("vae")},
         loop="denoiser",
         guidance=Guidance(),
-        prompt=("text", "text_3"),
+        joint_text=("text", "text_3"),
     )
 )  # fmt: skip
