@@ -2,7 +2,7 @@
 
 Network dissection and CLIP-Dissect on pictures of a world whose truth is known, checked on held-out ones.
 
-python examples/13_dissect.py --out neurons.png
+python examples/14_dissect.py --out neurons.png
 """
 
 from __future__ import annotations
