@@ -309,7 +309,7 @@ class TracedModel(ServedModel):
         return int(any(isinstance(v, Tensor) for v in kwargs.values()))
 
     def _batch(self, invokes: list[Any], fn: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = [arguments for _, arguments in invokes]
+        given = [self._in_dtype(arguments) for _, arguments in invokes]
         if len(given) < 2:
             return (), dict(given[0]) if given else {}
         if self.kind == "diffusion":
@@ -326,6 +326,13 @@ class TracedModel(ServedModel):
         default = inspect.signature(self._wrapped.__call__).parameters.get("guidance_scale")
         scale = arguments.get("guidance_scale", default.default if default else 1.0)
         return self.sitemap.mounts.guidance is not None and scale > 1
+
+    def _in_dtype(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Pixels in the dtype of the weights, which a sandbox that prepared them does not know."""
+        if self.kind == "diffusion" or self.dtype == torch.float32:
+            return arguments
+        floats = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.dtype == torch.float32}
+        return arguments | {k: v.to(self.dtype) for k, v in floats.items()}
 
     def _loop_module(self) -> nn.Module | None:
         for tower in self.sitemap.towers.values():
