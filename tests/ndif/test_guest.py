@@ -88,8 +88,9 @@ def test_a_generation_of_llava(host: str, load: Load) -> None:
     options = INPUTS["tiny-llava"] | {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     site = "language.blocks.0.attn.hook_z"
     edit = [mm.Edit(site, lambda z: z * 3, positions=[2])]
-    here = model.generate(**options, read=[site], edit=edit)
-    there = model.generate(**options, read=[site], edit=edit, remote=host)
+    read = [mm.Read(site, reduce=lambda z: z[:, -1:])]
+    here = model.generate(**options, read=read, edit=edit)
+    there = model.generate(**options, read=read, edit=edit, remote=host)
     assert torch.equal(here.output, there.output)
     torch.testing.assert_close(here[site], there[site], rtol=1e-5, atol=1e-5)
 
