@@ -226,8 +226,9 @@ class MMIntervenableModel(pv.IntervenableModel):
                     "options": _options(one),
                 }
             )
-            if hasattr(one, "sae"):
-                one.sae.save_model(folder / f"sae_{i}")
+            sae: Any = getattr(one, "sae", None)
+            if sae is not None:
+                sae.save_model(folder / f"sae_{i}")
                 entries[-1] |= {"sae": f"sae_{i}", "latents": getattr(one, "latents", None)}
         save_file(tensors, folder / "interventions.safetensors")
         document = {"format": "mm_interp.pyvene/1", "mode": self.mode, "interventions": entries}
@@ -339,7 +340,9 @@ class StepGate(nn.Module):
 
     def __init__(self, inner: Any, steps: Iterable[int], half: slice | None = None) -> None:
         super().__init__()
-        self.inner, self.steps, self.half = inner, frozenset(steps), half
+        self.inner, self.steps = inner, frozenset(steps)
+        # nn.Module's methods have this name too.
+        self.__dict__["half"] = half
         self.trainable = getattr(inner, "trainable", False)
         self.is_source_constant = inner.is_source_constant
         self.keep_last_dim, self.use_fast = True, False

@@ -53,12 +53,13 @@ class RecordAdapter(ArchitectureAdapter):
         attention, mlp = paths["attn.hook_pattern"], paths["mlp.hook_post"].rpartition(".")[0]
         linear = {"q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "o": "attn.hook_z"}
         inner = {"in": "mlp.hook_pre", "out": "mlp.hook_post"}
+        inside: Any = _linears(linear, paths, attention), _linears(inner, paths, mlp)
         block = {
             "ln1": self._norm(paths["ln1.hook_scale"]),
             "attn": AttentionBridge(name=attention, config=self.cfg,
-                                    submodules=_linears(linear, paths, attention)),
+                                    submodules=inside[0]),
             "ln2": self._norm(paths["ln2.hook_scale"]),
-            "mlp": MLPBridge(name=mlp, config=self.cfg, submodules=_linears(inner, paths, mlp)),
+            "mlp": MLPBridge(name=mlp, config=self.cfg, submodules=inside[1]),
         }  # fmt: skip
         self.component_mapping = {
             # After CLIP's first norm, so that what the blocks add sums to the stream.

@@ -65,7 +65,7 @@ class TowerParts:
     @property
     def pool(self) -> str:
         """Which position the summary is read from; "attention" if it is read from all."""
-        return self.tower.record.pool
+        return str(self.tower.record.pool)
 
     @property
     def n_layers(self) -> int:

@@ -82,11 +82,11 @@ def concept_dictionary(
     same: dict[str, Any] = {"random_state": seed}
     concepts: Any
     if method == "semi_nmf":
-        same |= {"fit_algorithm": "cd", "transform_algorithm": "lasso_cd", "positive_code": True}
-        learner: Any = DictionaryLearning(n_concepts, max_iter=max_iter, **same, **{"alpha": alpha})
+        same |= {"fit_algorithm": "cd", "transform_algorithm": "lasso_cd", "positive_code": True, "alpha": alpha}
+        learner: Any = DictionaryLearning(n_concepts, max_iter=max_iter, **same)
         amounts, concepts = learner.fit_transform(data), learner.components_
     elif method == "kmeans":
-        learner = KMeans(n_concepts, **same, **{"n_init": 10}).fit(data)
+        learner = KMeans(n_concepts, **(same | {"n_init": 10})).fit(data)
         amounts, concepts = 1 / (1 + learner.transform(data)), learner.cluster_centers_
     elif method == "pca":
         learner = PCA(n_concepts, **same).fit(data)
@@ -94,7 +94,7 @@ def concept_dictionary(
     elif method == "nmf":
         if data.min() < 0:
             raise InputError('"nmf" takes states that are nowhere negative; use "semi_nmf".')
-        learner = NMF(**same, **{"n_components": n_concepts, "max_iter": max_iter})
+        learner = NMF(**(same | {"n_components": n_concepts, "max_iter": max_iter}))
         amounts, concepts = learner.fit_transform(data), learner.components_
     else:
         raise InputError(f"There is no method {method!r}; there is semi_nmf, kmeans, pca and nmf.")

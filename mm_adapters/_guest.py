@@ -147,7 +147,7 @@ def open_parcel(files: dict[str, str], inner: bytes, held: dict[str, Any]) -> An
         importlib.invalidate_caches()
         import mm_adapters
 
-        mm_adapters.__parcel__ = stamp
+        mm_adapters.__dict__["__parcel__"] = stamp
     from mm_adapters._guest import settle
 
     return loads(inner, settle(held))

@@ -61,10 +61,10 @@ def _without_weights(source: Source, index: dict[str, Any], cls: Any) -> dict[st
                 parts[name] = entry
             continue
         library = {"transformers": transformers, "diffusers": diffusers}.get(entry[0])
-        made = getattr(library, str(entry[1]), None)
+        made: Any = getattr(library, str(entry[1]), None)
         parts[name] = None
         where = {"subfolder": name, **source.where}
-        if isinstance(made, type) and issubclass(made, diffusers.SchedulerMixin):
+        if isinstance(made, type) and issubclass(made, getattr(diffusers, "SchedulerMixin")):
             parts[name] = made.from_config(made.load_config(source.name, **where))
         elif isinstance(made, type) and issubclass(made, torch.nn.Module):
             with torch.device("meta"):

@@ -8,6 +8,7 @@ scale), fires the site's point, and puts an edit back.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch

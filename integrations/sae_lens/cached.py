@@ -49,7 +49,7 @@ def import_cached(data: str | Path, folder: str | Path) -> Store:
     """A store of what SAELens' CacheActivationsRunner wrote: each [context, d_in] becomes rows."""
     from datasets import load_from_disk
 
-    found = load_from_disk(str(data)).with_format("torch")
+    found: Any = load_from_disk(str(data)).with_format("torch")
     names = [n for n in found.column_names if n != "token_ids"]
     if not names or not len(found):
         raise InputError(f"{data} has no activations.")

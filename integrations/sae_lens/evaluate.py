@@ -137,6 +137,7 @@ def evaluate(
         looped = place.site.tower == loop
         value = value if looped else value[None]
         layout = layouts_of(lens, given, [place]).get(place.site.tower)
+        assert tokens is not None
         mask = mask_of(layout, tokens, place, *value.shape[1:3])
         for i, here in enumerate(value):
             x = here[mask].float()
@@ -152,6 +153,7 @@ def evaluate(
     mean = (overall.total / overall.n).float()
     found = None
     if score is not None:
+        assert tokens is not None
         found = recovered(
             sae, lens, items, score, mean=mean, tokens=tokens, inputs=inputs, batch_size=batch_size
         )
@@ -178,7 +180,7 @@ def recovered(
     """The mean score with the site as it is, reconstructed, zeroed, and set to `mean`."""
     place = check_fit(lens, sae)
     items = items_of(data)
-    sums = dict.fromkeys(("plain", "sae", "zero", "mean"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("plain", "sae", "zero", "mean"), 0.0)
     n = 0
     for numbers in _parts(len(items), batch_size):
         given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})

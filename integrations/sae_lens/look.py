@@ -109,7 +109,8 @@ def gallery(found: TopImages, data: Any) -> Figure:
     cols = 3
     rows = -(-len(pictures) // cols)
     figure = plt.figure(figsize=(7.6, 1.75 * rows + 0.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(2.1, 1))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(2.1, 1))
+    left, right = parts
     axes: Any = left.subplots(rows, cols, squeeze=False)
     top = float(found.maps.max()) if len(pictures) else 1.0
     drawn = None

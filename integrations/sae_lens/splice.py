@@ -321,6 +321,7 @@ def _filter(names: Any) -> Callable[[str], bool]:
     if names is None:
         return lambda name: True
     if callable(names):
-        return names
+        chosen: Any = names
+        return chosen
     wanted = {names} if isinstance(names, str) else set(names)
     return lambda name: name in wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -77,8 +78,8 @@ def falcon(
         quiet = _quiet_but_near(shares, mean, list(units), images)[:n_contrast]
         common = said[quiet].mean(0) if quiet else torch.zeros_like(score)
         order = score.argsort(descending=True)[: 2 * n_words].tolist()
-        kept = tuple((names[i], float(score[i])) for i in order if common[i] < contrast)[:n_words]
-        dropped = tuple(names[i] for i in order if common[i] >= contrast)
+        kept: Any = tuple((names[i], float(score[i])) for i in order if common[i] < contrast)[:n_words]
+        dropped: Any = tuple(names[i] for i in order if common[i] >= contrast)
         groups.append(Group(units, tuple(images), alike, kept, dropped))
     return sorted(groups, key=lambda group: -len(group.images))
 

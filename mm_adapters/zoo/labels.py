@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,7 +27,7 @@ def masks_of(one: Scene, size_px: int = 64) -> dict[str, NDArray[np.bool_]]:
 
     An object's attributes cover the object; the background's colour covers the rest.
     """
-    found: dict[str, NDArray[np.bool_]] = {}
+    found: dict[str, Any] = {}
     covered = world.masks(one, size_px)
     for thing, mask in zip(one.things, covered, strict=True):
         for name in (thing.shape, thing.colour, thing.position, thing.size, thing.texture):
