@@ -94,6 +94,8 @@ def bridge(model: nn.Module) -> Any:
             f"There is no adapter here for {architecture}; there is {', '.join(RECORDS)}. "
             "TransformerLens has its own for others: TransformerBridge.boot_transformers(...)."
         )
+    # First what is installed: TransformerLens warns of an entry point whose name is taken.
+    ArchitectureAdapterFactory.discover_entry_points()
     ArchitectureAdapterFactory.register_adapter(architecture, adapter(architecture))
     (tower,) = SiteMap(model).towers.values()
     (blocks,) = tower.stacks.values()

@@ -148,8 +148,8 @@ def _summary_weights(
     if found is None:
         width = norm_weight(_final_norm(tower)[0]).shape[0]
         return torch.eye(width, device=_device(tower))[None], torch.zeros(width, device=_device(tower))
-    owner = path.removesuffix(".T").removesuffix(".weight") if path else ""
-    bias = tensor_at(model.wrapped, f"{owner}.bias")
+    owners = [one.removesuffix(".T").removesuffix(".weight") for one in (path or "").split("|")]
+    bias = tensor_at(model.wrapped, "|".join(f"{one}.bias" for one in owners))
     matrix = found.detach().float()
     return matrix[None], matrix.new_zeros(matrix.shape[1]) if bias is None else bias.detach().float()
 

@@ -82,7 +82,8 @@ def concept_dictionary(
     same: dict[str, Any] = {"random_state": seed}
     concepts: Any
     if method == "semi_nmf":
-        same |= {"fit_algorithm": "cd", "transform_algorithm": "lasso_cd", "positive_code": True, "alpha": alpha}
+        same |= {"fit_algorithm": "cd", "transform_algorithm": "lasso_cd"}
+        same |= {"positive_code": True, "alpha": alpha}
         learner: Any = DictionaryLearning(n_concepts, max_iter=max_iter, **same)
         amounts, concepts = learner.fit_transform(data), learner.components_
     elif method == "kmeans":

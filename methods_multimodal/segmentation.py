@@ -26,7 +26,7 @@ class Segmentation(Record):
     """
 
     maps: Float[Tensor, "image text height width"]
-    chosen: Int[Tensor, "image text"]
+    chosen: Int[Tensor, "image chosen"]
     grid: tuple[int, int]
 
     def masks(self, threshold: float | None = None) -> Bool[Tensor, "image text height width"]:
@@ -48,7 +48,7 @@ def segment(
     model: Model,
     images: Any,
     texts: Float[Tensor, "text width"],
-    chosen: Int[Tensor, "image text"] | None = None,
+    chosen: Int[Tensor, "image chosen"] | None = None,
     *,
     shifts: int = 1,
     batch_size: int = 16,

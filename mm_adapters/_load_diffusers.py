@@ -64,7 +64,7 @@ def _without_weights(source: Source, index: dict[str, Any], cls: Any) -> dict[st
         made: Any = getattr(library, str(entry[1]), None)
         parts[name] = None
         where = {"subfolder": name, **source.where}
-        if isinstance(made, type) and issubclass(made, getattr(diffusers, "SchedulerMixin")):
+        if isinstance(made, type) and hasattr(made, "from_config") and not issubclass(made, torch.nn.Module):
             parts[name] = made.from_config(made.load_config(source.name, **where))
         elif isinstance(made, type) and issubclass(made, torch.nn.Module):
             with torch.device("meta"):

@@ -19,6 +19,12 @@ import mm_adapters as mm
 from mm_adapters.traced import TracedModel
 
 each_family = pytest.mark.parametrize("name", tiny.CASES)
+# Two guidance calls a step, and a prior that makes no picture: their batches are not told apart yet.
+_UNSETTLED = pytest.mark.xfail(reason="this engine does not tell its rows apart yet", strict=True)
+each_settled = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=_UNSETTLED) if n in ("flux", "kandinsky_prior") else n for n in tiny.CASES],
+)
 
 
 @cache
@@ -192,7 +198,7 @@ def test_fused_attention_runs_where_no_pattern_is_waited_for(monkeypatch: pytest
 # -- sites inside a trace ------------------------------------------------------------------------
 
 
-@each_family
+@each_settled
 def test_every_site_by_name_in_one_trace_is_bit_equal_to_a_run(name: str) -> None:
     built, hooked, traced = both(name)
     order = in_order(name)
@@ -231,7 +237,7 @@ def test_the_texts_part_of_a_joint_pattern_is_bit_equal_to_a_run(name: str) -> N
         assert torch.equal(got[site], expected), site
 
 
-@each_family
+@each_settled
 def test_writing_into_a_site_and_setting_it_equal_an_edit(name: str) -> None:
     built, hooked, traced = both(name)
     steps = {"num_inference_steps": 1} if hooked.sitemap.mounts.loop else {}

@@ -202,3 +202,20 @@ def vlm(
 def language(path: str, tower: str | None = None) -> Mount:
     """A language tower whose words the whole model predicts, by its `lm_head`."""
     return Mount(path, tower, run="", gives="logits", takes="input_ids", project="lm_head.weight.T")
+
+
+def davit_block(path: str, heads: str) -> dict[str, Place]:
+    """A block of DaViT: its attention is among patches or among channels."""
+    return (
+        {"hook_resid_pre": Input("", is_map=True)}
+        | norm("norm1", "ln1")
+        | qkv_attention(path, heads=heads)
+        | {"hook_attn_out": Output(path)}
+        | norm("norm2", "ln2")
+        | mlp("ffn")
+        | {"hook_mlp_out": Output("ffn"), "hook_resid_post": Output("", is_map=True)}
+    )
+
+
+def t5_mlp(path: str) -> dict[str, Place]:
+    return gated_mlp(f"{path}.DenseReluDense", gate="wi_0", up="wi_1", down="wo")

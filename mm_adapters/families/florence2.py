@@ -2,21 +2,9 @@
 
 from mm_adapters._registry import register
 from mm_adapters._spec import Input, Mount, Output, Stack, Tower
-from mm_adapters.families._parts import mlp, norm, qkv_attention, vlm
+from mm_adapters.families._parts import davit_block, vlm
 
 SKIP = "convolutions stand on the skip connection; read hook_resid_pre, hook_attn_out, hook_mlp_out"
-
-
-def _block(path: str, heads: str) -> dict:
-    return (
-        {"hook_resid_pre": Input("", is_map=True)}
-        | norm("norm1", "ln1")
-        | qkv_attention(path, heads=heads)
-        | {"hook_attn_out": Output(path)}
-        | norm("norm2", "ln2")
-        | mlp("ffn")
-        | {"hook_mlp_out": Output("ffn"), "hook_resid_post": Output("", is_map=True)}
-    )
 
 
 register(
@@ -26,9 +14,9 @@ register(
         ("transformers:Florence2VisionBackbone",),
         {
             # A window is a row of the batch.
-            "spatial": Stack(("blocks.*.*.spatial_block",), _block("window_attn", "num_heads")),
+            "spatial": Stack(("blocks.*.*.spatial_block",), davit_block("window_attn", "num_heads")),
             # Heads are groups of channels; queries and keys are the channels of a group.
-            "channel": Stack(("blocks.*.*.channel_block",), _block("channel_attn", "groups")),
+            "channel": Stack(("blocks.*.*.channel_block",), davit_block("channel_attn", "groups")),
         },
         before={"hook_embed": Output("convs.0", is_map=True)},
         absent={"spatial.*.hook_resid_mid": SKIP, "channel.*.hook_resid_mid": SKIP},

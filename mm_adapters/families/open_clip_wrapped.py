@@ -5,5 +5,5 @@ from mm_adapters._spec import Mount, Mounts
 
 register(Mounts("open_clip_timm", "tower", ("open_clip:TimmModel",),
                 {"vision": Mount("trunk", run="", takes="x", gives="")}))  # fmt: skip
-register(Mounts("open_clip_hf_text", "tower", ("open_clip:HFTextEncoder",),
+register(Mounts("open_clip_hf", "tower", ("open_clip:HFTextEncoder",),
                 {"text": Mount("transformer", run="", takes="x", gives="")}))  # fmt: skip

@@ -1,13 +1,13 @@
 """PixArt-alpha and -sigma: a diffusion transformer that reads text by cross-attention
 (arXiv 2310.00426, 2403.04692)."""
 
-from typing import Any
+# pyright: reportArgumentType=false
 
 from mm_adapters._registry import register
 from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Residual, Stack, Stream, Tower
 from mm_adapters.families._parts import attention, mlp, norm
 
-_NAMES: dict[str, Any] = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "heads": "heads"}
+_NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "heads": "heads"}
 register(
     Tower(
         "pixart_transformer",

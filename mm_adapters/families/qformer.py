@@ -10,8 +10,7 @@ BERT = partial(attention, q="query", k="key", v="value", heads="num_attention_he
 
 
 # Norms come after the branches, as BERT's do: each normalises the stream that a branch has joined.
-BLOCKS = Stack(
-    ("encoder.layer.*",),
+PARTS = (
     {"hook_resid_pre": Input("")}
     | BERT("attention.attention", out="attention.output.dense")
     | {"hook_attn_out": Output("attention.output.dense"),
@@ -25,22 +24,23 @@ BLOCKS = Stack(
     | {"mlp.hook_pre": Output("intermediate_query.dense"), "mlp.hook_post": Input("output_query.dense"),
        "hook_mlp_out": Output("output_query.dense"), "hook_resid_post": Input("output_query.LayerNorm")}
     | norm("output_query.LayerNorm", "ln3")
-    # An instruction's words have an MLP of their own (InstructBLIP).
-    | {"text_mlp.hook_pre": Output("intermediate.dense"), "text_mlp.hook_post": Input("output.dense"),
-       "hook_text_mlp_out": Output("output.dense"), "hook_text_resid_post": Input("output.LayerNorm")}
-    | {"hook_normalized_resid_post": Output("")},
 )  # fmt: skip
+# An instruction's words have an MLP of their own (InstructBLIP).
+TEXT = {"text_mlp.hook_pre": Output("intermediate.dense"), "text_mlp.hook_post": Input("output.dense"),
+        "hook_text_mlp_out": Output("output.dense"),
+        "hook_text_resid_post": Input("output.LayerNorm")}  # fmt: skip
+END = {"hook_normalized_resid_post": Output("")}
 
-for _name, _classes, _embed in (
-    ("qformer", ("Blip2QFormerModel",), "layernorm"),
-    ("qformer_with_text", ("InstructBlipQFormerModel",), "embeddings"),
+for _name, _classes, _embed, _parts in (
+    ("qformer", ("Blip2QFormerModel",), "layernorm", PARTS | END),
+    ("qformer_with_text", ("InstructBlipQFormerModel",), "embeddings", PARTS | TEXT | END),
 ):
     register(
         Tower(
             _name,
             "qformer",
             tuple(f"transformers:{c}" for c in _classes),
-            {"blocks": BLOCKS},
+            {"blocks": Stack(("encoder.layer.*",), _parts)},
             before={"hook_embed": Output(_embed)},
             absent={"ln_final.*": "each block normalises its own result"},
             takes="query_embeds",

@@ -1,12 +1,12 @@
 """Sana: linear attention within the image, softmax attention onto the text (arXiv 2410.10629)."""
 
-from typing import Any
+# pyright: reportArgumentType=false
 
 from mm_adapters._registry import register
 from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Residual, Stack, Stream, Tower
 from mm_adapters.families._parts import attention, norm
 
-_NAMES: dict[str, Any] = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "heads": "heads"}
+_NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "heads": "heads"}
 _LINEAR = {site: place for site, place in attention("attn1", **_NAMES).items()
            if not site.endswith(("hook_attn_scores", "hook_pattern"))}  # fmt: skip
 _WHY = "linear attention: keys and values are summed first, no position's weight on another is formed"

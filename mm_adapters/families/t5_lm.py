@@ -3,14 +3,10 @@
 from functools import partial
 
 from mm_adapters._registry import register
-from mm_adapters._spec import Input, Output, Place, Residual, Stack, Tower
-from mm_adapters.families._parts import attention, gated_mlp, norm
+from mm_adapters._spec import Input, Output, Residual, Stack, Tower
+from mm_adapters.families._parts import attention, norm, t5_mlp
 
 T5_ATTENTION = partial(attention, q="q", k="k", v="v", o="o", heads="n_heads")
-
-
-def _mlp(path: str) -> dict[str, Place]:
-    return gated_mlp(f"{path}.DenseReluDense", gate="wi_0", up="wi_1", down="wo")
 
 
 SELF = (
@@ -24,7 +20,7 @@ ENCODER = Stack(
     ("encoder.block.*",),
     SELF
     | norm("layer.1.layer_norm", "ln2", "RMS")
-    | _mlp("layer.1")
+    | t5_mlp("layer.1")
     | {"hook_mlp_out": Output("layer.1.DenseReluDense"), "hook_resid_post": Output("")},
 )
 DECODER = Stack(
@@ -35,7 +31,7 @@ DECODER = Stack(
     | {"hook_cross_attn_out": Output("layer.1.EncDecAttention")}
     | {"hook_resid_mid_cross": Residual("hook_resid_mid", "hook_cross_attn_out")}
     | norm("layer.2.layer_norm", "ln3", "RMS")
-    | _mlp("layer.2")
+    | t5_mlp("layer.2")
     | {"hook_mlp_out": Output("layer.2.DenseReluDense"), "hook_resid_post": Output("")},
 )
 

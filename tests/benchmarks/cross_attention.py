@@ -29,7 +29,6 @@ ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "
 PROMPT = "a large red circle in the middle on a white background"
 LIMITS = {
     "word maps / plain": 1.15,
-    "word maps and pixels' own / plain": 1.15,
     "word maps / daam": 1.0,
     "attribution of all heads x steps / generation": 4.0,
 }
