@@ -87,7 +87,8 @@ def concept_dictionary(
         learner: Any = DictionaryLearning(n_concepts, max_iter=max_iter, **same)
         amounts, concepts = learner.fit_transform(data), learner.components_
     elif method == "kmeans":
-        learner = KMeans(n_concepts, **(same | {"n_init": 10})).fit(data)
+        same["n_init"] = 10
+        learner = KMeans(n_concepts, **same).fit(data)
         amounts, concepts = 1 / (1 + learner.transform(data)), learner.cluster_centers_
     elif method == "pca":
         learner = PCA(n_concepts, **same).fit(data)
@@ -95,7 +96,8 @@ def concept_dictionary(
     elif method == "nmf":
         if data.min() < 0:
             raise InputError('"nmf" takes states that are nowhere negative; use "semi_nmf".')
-        learner = NMF(**(same | {"n_components": n_concepts, "max_iter": max_iter}))
+        same |= {"n_components": n_concepts, "max_iter": max_iter}
+        learner = NMF(**same)
         amounts, concepts = learner.fit_transform(data), learner.components_
     else:
         raise InputError(f"There is no method {method!r}; there is semi_nmf, kmeans, pca and nmf.")

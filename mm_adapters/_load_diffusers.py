@@ -67,10 +67,11 @@ def _without_weights(source: Source, index: dict[str, Any], cls: Any) -> dict[st
         if isinstance(made, type) and hasattr(made, "from_config") and not issubclass(made, torch.nn.Module):
             parts[name] = made.from_config(made.load_config(source.name, **where))
         elif isinstance(made, type) and issubclass(made, torch.nn.Module):
+            kind: Any = made
             with torch.device("meta"):
                 if library is diffusers:
-                    parts[name] = made.from_config(made.load_config(source.name, **where))
+                    parts[name] = kind.from_config(kind.load_config(source.name, **where))
                 else:
-                    parts[name] = made(made.config_class.from_pretrained(source.name, **where))
+                    parts[name] = kind(kind.config_class.from_pretrained(source.name, **where))
     takes = inspect.signature(cls.__init__).parameters
     return {name: part for name, part in parts.items() if name in takes}

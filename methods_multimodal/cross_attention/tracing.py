@@ -205,9 +205,9 @@ def _measured(
     """Draws for each case: its picture, its goal, a control, and one picture for each part."""
     if not cases or not parts:
         raise InputError("There is nothing to trace: give at least one case and one part.")
-    n_steps: Any = (options or {}).get("num_inference_steps")
-    for part in parts if n_steps is not None else ():
-        if part.steps and not 0 <= min(part.steps) <= max(part.steps) < n_steps:
+    n_steps = (options or {}).get("num_inference_steps")
+    for part in parts:
+        if n_steps is not None and part.steps and not 0 <= min(part.steps) <= max(part.steps) < n_steps:
             raise InputError(f"{part}: the run has the steps 0 to {n_steps - 1}.")
     if batch < 4:
         raise InputError(f"batch={batch}: a run holds a picture, its goal, its control and a part at least.")

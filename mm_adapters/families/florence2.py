@@ -2,7 +2,7 @@
 
 from mm_adapters._registry import register
 from mm_adapters._spec import Input, Mount, Output, Stack, Tower
-from mm_adapters.families._parts import davit_block, vlm
+from mm_adapters.families._parts import davit_block, norm, vlm
 
 SKIP = "convolutions stand on the skip connection; read hook_resid_pre, hook_attn_out, hook_mlp_out"
 
