@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor
 from methods_multimodal.dissection.describe import exemplar
 from methods_multimodal.dissection.survey import Named, Survey
 from methods_multimodal.plots.dissection import activation_histogram, detectors
+from methods_multimodal.report._html import inline, write_whole
 
 _THUMB = 96
 _STYLE = """
@@ -56,10 +55,11 @@ def write_page(
     out.mkdir(parents=True, exist_ok=True)
     rows = [_row(found, unit) for unit in range(found.activations.shape[1])]
     table = out / "units.csv"
-    with _written(table) as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(table, lines.getvalue())
     numbers = out / "units.json"
     about = {
         "model": model,
@@ -67,11 +67,9 @@ def write_page(
         "images": len(found.activations),
         "concepts": found.concepts.names,
     }
-    with _written(numbers) as file:
-        json.dump({**about, "units": rows}, file, indent=1)
+    write_whole(numbers, json.dumps({**about, "units": rows}, indent=1))
     page = out / "index.html"
-    with _written(page) as file:
-        file.write(_page(found, model, pictures, maps, thresholds, shown))
+    write_whole(page, _page(found, model, pictures, maps, thresholds, shown))
     return page, numbers, table
 
 
@@ -184,37 +182,15 @@ def _line(one: Named, unit: int) -> str:
 
 
 def _plot(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return inline(lambda out: figure.savefig(out, format="png", dpi=90))
 
 
 def _picture(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return inline(lambda out: image.save(out, "PNG", optimize=True))
 
 
 def _t(text: str) -> str:
     return html.escape(text)
-
-
-class _written:
-    """A text file that appears whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._part = path, path.with_name(f".part-{path.name}")
-
-    def __enter__(self) -> Any:
-        self._file = self._part.open("w", encoding="utf-8", newline="")
-        return self._file
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self._file.close()
-        if kind is None:
-            os.replace(self._part, self._path)
-        else:
-            self._part.unlink()
 
 
 def strongest(found: Survey, n: int) -> list[int]:

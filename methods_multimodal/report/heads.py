@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
-import os
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from methods_multimodal.name_heads import HeadNames
+from methods_multimodal.report._html import inline, write_whole
 
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;
@@ -90,8 +88,8 @@ def write_heads(
 ) -> tuple[Path, Path]:
     """Writes heads.html and heads.json into `folder`; returns both."""
     page, numbers = folder / "heads.html", folder / "heads.json"
-    _write(page, heads_page(found, picture_of, called))
-    _write(numbers, json.dumps(heads_numbers(found, called), indent=1))
+    write_whole(page, heads_page(found, picture_of, called))
+    write_whole(numbers, json.dumps(heads_numbers(found, called), indent=1))
     return page, numbers
 
 
@@ -115,12 +113,4 @@ def _row(found: HeadNames, layer: int, head: int, picture: Callable[[int, float]
 def _inline(picture: Image.Image) -> str:
     small = picture.convert("RGB")
     small.thumbnail((96, 96))
-    out = BytesIO()
-    small.save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".part-{path.name}")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
+    return inline(lambda out: small.save(out, "PNG"))
