@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nnsight.intervention.interleaver import Interleaver
 from nnsight.intervention.serialization import CustomCloudPickler
 
+from mm_adapters._alone import alone
 from mm_adapters._errors import AttentionUnreachableError, MissingSiteError
 from mm_adapters._spec import Input, Output
 from mm_adapters._taps import _first_tensor, _place_of
@@ -171,7 +172,8 @@ def host_function(model: ServedModel, name: str, arguments: dict[str, Any]) -> s
     if kind == "diffusion" or name == "_generate":
         return "generate"
     if name == "_forward" and kind == "contrastive":
-        return model.tower_alone(arguments) or "_call"  # type: ignore[attr-defined]
+        tower = alone(model.sitemap, arguments)  # type: ignore[attr-defined]
+        return (tower.mount.run if tower else None) or "_call"
     return "_call" if name in ("_forward", "_plain") else name
 
 

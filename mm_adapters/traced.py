@@ -295,12 +295,6 @@ class TracedModel(ServedModel):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._plain(*args, **kwargs)
 
-    def tower_alone(self, arguments: Mapping[str, Any]) -> str | None:
-        """Of a model of images and texts that is given one side only: what runs that side's tower."""
-        takes = {t: tower.mount.takes or tower.record.takes for t, tower in self.sitemap.towers.items()}
-        given = [t for t, key in takes.items() if arguments.get(key) is not None]
-        return self.sitemap.mounts.towers[given[0]].run if len(given) == 1 else None
-
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
         if inputs or any(kwargs.get(k) is not None for k in _RAW):
             return 1
