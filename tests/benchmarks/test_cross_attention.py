@@ -2,29 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from tests.benchmarks._small import run_small
 
 
 def test_watching_words_costs_little_and_one_gradient_a_few_generations() -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "tests.benchmarks.cross_attention",
-            "--small",
-            "--rounds",
-            "5",
-        ],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_small("cross_attention", "--rounds", "5")
     assert done.returncode == 0, done.stdout + done.stderr

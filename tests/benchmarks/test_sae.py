@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from tests.benchmarks._small import run_small
 
 
 def test_a_sparse_step_is_faster_than_saelens_own() -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.sae", "--small", "--rounds", "3"],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_small("sae", "--rounds", "3")
     assert done.returncode == 0, done.stdout + done.stderr

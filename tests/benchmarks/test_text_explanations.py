@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from methods_multimodal.decomposition import decompose
 from mm_adapters import HookedModel
+from tests.benchmarks._small import run_small
 from tests.benchmarks.decomposition import all_rows, vit
 
 
 @pytest.mark.parametrize("name", ["splice", "decomposition"])
 def test_the_small_benchmark_is_within_its_limits(name: str) -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.benchmarks.{name}", "--small"],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_small(name)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
