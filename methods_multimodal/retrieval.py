@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,32 +17,41 @@ from mm_adapters import InputError
 
 @dataclass(frozen=True)
 class Retrieved(Record):
-    """The images nearest to each query, best first, by one component's output."""
+    """The images nearest to each query, best first, by what some components write."""
 
     images: Int[Tensor, "query rank"]
     similarity: Float[Tensor, "query rank"]
-    component: str
+    components: tuple[str, ...]
 
 
 def retrieve(
     found: Decomposition,
-    component: Component,
+    components: Component | Sequence[Component],
     *,
     like: Float[Tensor, "query width"] | Decomposition | None = None,
     texts: Float[Tensor, "query width"] | None = None,
     n: int = 10,
 ) -> Retrieved:
-    """The images whose output of one component is most like the query's.
+    """The images in which some components, together, write what is most like the query.
 
-    `like` are images, decomposed too: by the cosine of the component's outputs, less their mean over
-    `found`. `texts` are unit vectors: by how far the output lies along the text, less their mean.
+    `like` are images, decomposed too: by the cosine of what the components write, less its mean over
+    `found`. `texts` are unit vectors: by how far it lies along the text, less the texts' mean. Heads
+    that share a meaning often each hold a part of its values: `rank_components` finds them all.
 
-    Source: Gandelsman et al. 2024, arXiv 2310.05916, section 5 (image retrieval by a head).
-    Raises: InputError unless either images or texts are the query.
+    Source: Gandelsman et al. 2024, arXiv 2310.05916, section 5 (image retrieval by a head); several
+    components as in Balasubramanian et al. 2024, arXiv 2406.01583, section 5.
+    Raises: InputError unless either images or texts are the query, or if no component is named.
     """
     if (like is None) == (texts is None):
         raise InputError("Ask with images (like=) or with texts (texts=), one of the two.")
-    own = outputs(found, component)
+    chosen = [components] if isinstance(components, Component) else list(components)
+    if not chosen:
+        raise InputError("Name a component to retrieve by.")
+
+    def together(of: Decomposition) -> Tensor:
+        return torch.stack([outputs(of, c) for c in chosen]).sum(0)
+
+    own = together(found)
     mean = own.mean(0)
     centred = own - mean
     if texts is not None:
@@ -49,8 +59,8 @@ def retrieve(
         similarity = directions.to(centred) @ centred.T
     else:
         assert like is not None
-        asked = outputs(like, component) if isinstance(like, Decomposition) else like
+        asked = together(like) if isinstance(like, Decomposition) else like
         sides = [torch.nn.functional.normalize(x, dim=1) for x in (asked - mean, centred)]
         similarity = sides[0] @ sides[1].T
     best = similarity.topk(min(n, len(own)), dim=1)
-    return Retrieved(best.indices.cpu(), best.values.cpu(), str(component))
+    return Retrieved(best.indices.cpu(), best.values.cpu(), tuple(str(c) for c in chosen))
