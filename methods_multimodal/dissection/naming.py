@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from mm_adapters.store import Column, Store, Writer
 JUDGE = "judge"
 # A shard closes when it is this large.
 SHARD_BYTES = 32 * 2**20
-# Concepts whose similarities to every image are in memory at once.
+# Concepts that are gone through at once, and similarities [image, concept] that are in memory at once.
 _CONCEPTS = 512
+_SIMILARITIES = 2**24
+# Images whose similarities are made at once.
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ def clip_dissect(
     """Names the units of one site by the concepts that the judge sees in their strongest images.
 
     `texts` are the judge's unit embeddings of the concepts. The similarities [image, concept] are
-    never in memory together: soft_wpmi and wpmi hold the embeddings of the units' top images, cosine
-    only sums, the others a block. `options` are the kernel's own.
+    never in memory together: soft_wpmi and wpmi hold those of a block of images, cosine only sums, the
+    others a block. `options` are the kernel's own.
 
     Source: Oikarinen & Weng 2023, arXiv 2204.10965.
     Raises: InputError for an unknown kernel, too few images, or names that are not as many as texts.
@@ -117,11 +122,15 @@ class Stream:
     ) -> None:
         self._store, self._site, self._texts, self._progress = store, site, texts, progress
 
-    def soft_wpmi(self, top_k: int = 100, scale: float = 10.0, **options: Any) -> Tensor:
-        return self._by_top(kernels.soft_wpmi, top_k, scale, **options)
+    def soft_wpmi(
+        self, top_k: int = 100, scale: float = 10.0, prior: float = 1.0, **options: float
+    ) -> Tensor:
+        add = partial(kernels.add_soft_evidence, **options)
+        offset = kernels.silent(len(self._texts), top_k, **options)
+        return kernels.less_prior(self._by_top(add, top_k, scale), prior, offset)
 
-    def wpmi(self, top_k: int = 28, scale: float = 2.0, **options: Any) -> Tensor:
-        return self._by_top(kernels.wpmi, top_k, scale, **options)
+    def wpmi(self, top_k: int = 28, scale: float = 2.0, prior: float = 0.6) -> Tensor:
+        return kernels.less_prior(self._by_top(kernels.add_evidence, top_k, scale), prior)
 
     def cosine(self) -> Tensor:
         """From sums alone: a correlation with e . t is linear in sums over images of a, e, a e and e e."""
@@ -177,39 +186,46 @@ class Stream:
             out.append(kernels.rank_reorder(similarity, own[:, None], top_share=1.0, **options)[0])
         return torch.stack(out)
 
-    def _by_top(self, kernel: Callable[..., Tensor], top_k: int, scale: float, **options: Any) -> Tensor:
+    def _by_top(self, add: Callable[..., None], top_k: int, scale: float) -> Tensor:
+        """Each image's likelihoods are made once, used by the units that have it in their top, and gone."""
         if top_k > len(self._store):
             raise InputError(
                 f"The top {top_k} of {len(self._store)} images were asked for. "
                 "Give more images, or a smaller top_k."
             )
-        _, top = self._top(top_k)
-        used, compact = top.unique(return_inverse=True)
-        seen = self._store.rows(columns=[JUDGE])[JUDGE][used]
-        normaliser = seen.new_full((len(seen),), float("-inf"))
-        for texts in self._concepts():
-            block = torch.addmm(seen.new_zeros(1), seen, texts.T, beta=0, alpha=scale)
-            normaliser = torch.logaddexp(normaliser, block.exp_().sum(1).log_())
-        parts = []
-        for texts in self._concepts():
-            parts.append(kernel(seen @ texts.T, compact, scale=scale, normaliser=normaliser, **options))
-        return torch.cat(parts, 1)
+        top = self._top(top_k)[1]
+        total = torch.zeros(len(top), len(self._texts))
+        size = max(_ROWS, _SIMILARITIES // len(self._texts))
+        likely = torch.empty(size, len(self._texts))
+        batches = self._store.batches(size, seed=None, columns=[JUDGE])
+        n_batches = math.ceil(len(self._store) / size)
+        first = 0
+        for rows in tqdm(batches, "images", n_batches, disable=not self._progress, leave=False):
+            seen = rows[JUDGE].float()
+            for some, out in zip(seen.split(_ROWS), likely[: len(seen)].split(_ROWS), strict=True):
+                scaled = torch.addmm(seen.new_zeros(1), some, self._texts.T, beta=0, alpha=scale)
+                torch.softmax(scaled, 1, out=out)
+            add(total, likely[: len(seen)], top, first)
+            first += len(seen)
+        return total
 
     def _top(self, n: int) -> tuple[Float[Tensor, "unit top"], Int[Tensor, "unit top"]]:
-        """Each unit's largest activations, and on which images."""
-        best: Tensor | None = None
-        where: Tensor | None = None
+        """Each unit's largest activations, strongest first, and on which images.
+
+        Of all but the first images only those are looked at that are stronger than the n-th so far.
+        """
+        best = where = torch.empty(0)
         first = 0
-        for a, _ in self._blocks():
-            rows = torch.arange(first, first + len(a))[:, None].expand_as(a)
-            first += len(a)
-            best = a if best is None else torch.cat([best, a])
-            where = rows if where is None else torch.cat([where, rows])
-            best, order = best.topk(min(n, len(best)), 0)
-            where = where.gather(0, order)
-        assert best is not None
-        assert where is not None
-        return best.T.contiguous(), where.T.contiguous()
+        for rows in self._store.batches(max(n, 1024), seed=None, columns=[self._site]):
+            here = rows[self._site].float()
+            if first == 0:
+                values, images = here.T.contiguous(), torch.arange(len(here)).expand(here.shape[1], -1)
+            else:
+                values, images = _stronger(here, best[:, -1])
+                values, images = torch.cat([best, values], 1), torch.cat([where, images + first], 1)
+            best, kept = values.topk(min(n, values.shape[1]), 1)
+            where, first = images.gather(1, kept), first + len(here)
+        return best, where
 
     def _blocks(self) -> Iterable[tuple[Tensor, Tensor]]:
         for rows in self._store.batches(2048, seed=None, columns=[self._site, JUDGE]):
@@ -217,6 +233,22 @@ class Stream:
 
     def _concepts(self) -> Iterable[Tensor]:
         return tqdm(self._texts.split(_CONCEPTS), desc="concepts", disable=not self._progress, leave=False)
+
+
+def _stronger(
+    here: Float[Tensor, "image unit"], than: Float[Tensor, " unit"]
+) -> tuple[Float[Tensor, "unit some"], Int[Tensor, "unit some"]]:
+    """Each unit's values above a bound of its own, and their images; -inf where it has fewer than others."""
+    images, units = (here > than).nonzero(as_tuple=True)
+    order = units.argsort(stable=True)
+    images, units = images[order], units[order]
+    counts = units.bincount(minlength=len(than))
+    place = torch.arange(len(units)) - (counts.cumsum(0) - counts)[units]
+    values = here.new_full((len(than), int(counts.max())), float("-inf"))
+    where = torch.zeros(values.shape, dtype=torch.int64)
+    values[units, place] = here[images, units]
+    where[units, place] = images
+    return values, where
 
 
 def _probe(

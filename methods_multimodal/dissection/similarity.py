@@ -21,56 +21,45 @@ from mm_adapters import InputError
 Kernel = Callable[..., Float[Tensor, "unit concept"]]
 
 TINY = 1e-7
-# So many odds are multiplied before a logarithm is taken: (1 - 0.998) ** 10 is far from float32's end.
-_GROUP = 10
+# Odds are multiplied before a logarithm is taken, as long as the smallest product is a normal float32.
+_SMALLEST = 1e-36
 # Concepts handled at once: what is gathered for them stays in a core's cache.
 _CONCEPTS = 64
 
 
 def soft_wpmi(
     similarity: Float[Tensor, "image concept"],
-    activations: Float[Tensor, "image unit"] | Int[Tensor, "unit top"],
+    activations: Float[Tensor, "image unit"],
     *,
     top_k: int = 100,
     scale: float = 10.0,
     prior: float = 1.0,
-    p_first: float = 0.998,
-    p_last: float = 0.97,
-    normaliser: Float[Tensor, " image"] | None = None,
+    **options: float,
 ) -> Float[Tensor, "unit concept"]:
     """Soft weighted pointwise mutual information: are the unit's top images likely under the concept?
 
     An image counts as one of the unit's with a probability that falls from `p_first` at the strongest
     towards `p_last`. The prior of a concept is its mean likelihood over the units given.
-    `normaliser` is log sum exp of `scale * similarity` over all concepts, if these are only some. In
-    place of the activations, what `top_images` gives for them will do.
     """
-    top = activations if not activations.is_floating_point() else top_images(activations, top_k)
-    if normaliser is None:
-        normaliser = (scale * similarity.float()).logsumexp(1)
-    parts = []
-    for some in similarity.split(_CONCEPTS, 1):
-        likely = torch.sub(some.float() * scale, normaliser[:, None]).exp_()
-        parts.append(_log_odds(likely, top, p_first, p_last))
-    return _less_prior(torch.cat(parts, 1), prior)
+    top = top_images(activations, top_k)
+    total = torch.zeros(len(top), similarity.shape[1])
+    add_soft_evidence(total, torch.softmax(similarity.float() * scale, 1), top, **options)
+    return less_prior(total, prior, silent(total.shape[1], top_k, **options))
 
 
 def wpmi(
     similarity: Float[Tensor, "image concept"],
-    activations: Float[Tensor, "image unit"] | Int[Tensor, "unit top"],
+    activations: Float[Tensor, "image unit"],
     *,
     top_k: int = 28,
     scale: float = 2.0,
     prior: float = 0.6,
-    normaliser: Float[Tensor, " image"] | None = None,
 ) -> Float[Tensor, "unit concept"]:
     """Weighted pointwise mutual information with the unit's `top_k` images, all counted alike."""
-    top = activations if not activations.is_floating_point() else top_images(activations, top_k)
-    if normaliser is None:
-        normaliser = (scale * similarity.float()).logsumexp(1)
-    logs = ((scale * similarity.float() - normaliser[:, None]).exp_() + TINY).log_()
-    summed = torch.nn.functional.embedding_bag(top, logs, mode="sum")
-    return _less_prior(summed, prior)
+    top = top_images(activations, top_k)
+    total = torch.zeros(len(top), similarity.shape[1])
+    add_evidence(total, torch.softmax(similarity.float() * scale, 1), top)
+    return less_prior(total, prior)
 
 
 def cosine(
@@ -139,32 +128,93 @@ def top_images(activations: Float[Tensor, "image unit"], top_k: int) -> Int[Tens
 
 
 @torch.no_grad()
-def _log_odds(
-    likely: Float[Tensor, "image concept"], top: Int[Tensor, "unit top"], p_first: float, p_last: float
-) -> Float[Tensor, "unit concept"]:
-    """Sum over a unit's images of log(1 + p (likely - 1) + TINY), p falling with the rank.
+def add_soft_evidence(
+    total: Float[Tensor, "unit concept"],
+    likely: Float[Tensor, "image concept"],
+    top: Int[Tensor, "unit top"],
+    first: int = 0,
+    *,
+    p_first: float = 0.998,
+    p_last: float = 0.97,
+) -> None:
+    """Adds log(1 + p (likely - 1) + TINY) of every unit's top images, p falling with the rank, to `total`.
 
-    With d = (1 - p + TINY) / p a term is log p + log(d + likely); the sums are multiplied first.
+    Only of those of its images that are here: `likely` is about the images from number `first` on. Each
+    term is less that of an image of which all concepts are equally likely (`silent` is their sum): what
+    is left is small, and float32 holds it. With d = (1 - p + TINY) / p a term is log p + log(d + likely);
+    the sums are multiplied before their log.
     """
-    n_top = top.shape[1]
-    p = [p_first - rank / n_top * (p_first - p_last) for rank in range(n_top)]
-    total = likely.new_full((top.shape[0], likely.shape[1]), sum(map(math.log, p)), dtype=torch.float64)
-    ranked = top.T.contiguous()
-    term = likely.new_empty(top.shape[0], likely.shape[1])
-    for first in range(0, n_top, _GROUP):
-        product = None
-        for rank in range(first, min(first + _GROUP, n_top)):
-            into = term if product is not None else torch.empty_like(term)
-            torch.index_select(likely, 0, ranked[rank], out=into)
-            into.add_((1 - p[rank] + TINY) / p[rank])
-            product = into if product is None else product.mul_(term)
-        assert product is not None
-        total += product.log_()
-    return total.float()
+    n_units, n_top = top.shape
+    odds = _odds(n_top, p_first, p_last)[1]
+    # A unit's terms have ranks of their own, so the smallest product is that of the smallest odds.
+    at_once = max(1, int((odds.sort().values.cumprod(0) > _SMALLEST).sum()))
+    usual = (odds + 1 / likely.shape[1]).log()
+    units, ranks = ((top >= first) & (top < first + len(likely))).nonzero(as_tuple=True)
+    if not len(units):
+        return
+    images = top[units, ranks] - first
+    counts = units.bincount(minlength=n_units)
+    starts = counts.cumsum(0) - counts
+    # Units with most images first: the n-th images of all that have so many are then one gather.
+    order = counts.argsort(descending=True, stable=True)
+    groups = []
+    for start in range(0, int(counts.max()), at_once):
+        group, less = [], torch.zeros(n_units, dtype=torch.float64)
+        for nth in range(start, min(start + at_once, int(counts.max()))):
+            which = order[: int((counts > nth).sum())]
+            at = starts[which] + nth
+            group.append((images[at], odds.float()[ranks[at]].unsqueeze(1)))
+            less[: len(which)] += usual[ranks[at]]
+        groups.append((group, (-less[: len(group[0][0])]).exp().float().unsqueeze(1)))
+    back = order.argsort()
+    for some, into in zip(likely.split(_CONCEPTS, 1), total.split(_CONCEPTS, 1), strict=True):
+        here = some.contiguous()
+        logs, term, product = (here.new_zeros(n_units, here.shape[1]) for _ in range(3))
+        for group, over_usual in groups:
+            for nth, (which, odd) in enumerate(group):
+                out = (term if nth else product)[: len(which)]
+                torch.index_select(here, 0, which, out=out).add_(odd)
+                if nth:
+                    product[: len(which)].mul_(out)
+            n = len(over_usual)
+            logs[:n].add_(product[:n].mul_(over_usual).log_())
+        into.add_(torch.index_select(logs, 0, back, out=term))
 
 
-def _less_prior(scores: Float[Tensor, "unit concept"], prior: float) -> Float[Tensor, "unit concept"]:
-    return scores - prior * (scores.logsumexp(0, keepdim=True) - math.log(len(scores)))
+def silent(n_concepts: int, n_top: int, p_first: float = 0.998, p_last: float = 0.97) -> float:
+    """The soft evidence of top images that say nothing: every concept is equally likely."""
+    p, odds = _odds(n_top, p_first, p_last)
+    return float((p.log() + (odds + 1 / n_concepts).log()).sum())
+
+
+def _odds(n_top: int, p_first: float, p_last: float) -> tuple[Tensor, Tensor]:
+    p = p_first - torch.arange(n_top, dtype=torch.float64) / n_top * (p_first - p_last)
+    return p, (1 - p + TINY) / p
+
+
+@torch.no_grad()
+def add_evidence(
+    total: Float[Tensor, "unit concept"],
+    likely: Float[Tensor, "image concept"],
+    top: Int[Tensor, "unit top"],
+    first: int = 0,
+) -> None:
+    """Adds log(likely + TINY) of every unit's top images to `total`, of those that are here."""
+    here = (top >= first) & (top < first + len(likely))
+    images, starts = top[here] - first, here.sum(1).cumsum(0) - here.sum(1)
+    if len(images):
+        logs = (likely + TINY).log_()
+        total += torch.nn.functional.embedding_bag(images, logs, starts, mode="sum")
+
+
+def less_prior(
+    scores: Float[Tensor, "unit concept"], prior: float, offset: float = 0.0
+) -> Float[Tensor, "unit concept"]:
+    """Scores, given less an `offset`, less `prior` times a concept's mean over all units; in place."""
+    for some in scores.split(_CONCEPTS, 1):
+        mean = some.logsumexp(0) - math.log(len(some))
+        some.sub_(mean, alpha=prior).add_((1 - prior) * offset)
+    return scores
 
 
 def _centred(values: Float[Tensor, "image n"], power: int) -> Float[Tensor, "image n"]:
