@@ -196,15 +196,16 @@ class Stream:
         top = self._top(top_k)[1]
         total = torch.zeros(len(top), len(self._texts))
         size = max(_ROWS, _SIMILARITIES // len(self._texts))
-        likely = torch.empty(size, len(self._texts))
+        likely, scaled = torch.empty(size, len(self._texts)), torch.empty(_ROWS, len(self._texts))
+        nothing = torch.zeros(1)
         batches = self._store.batches(size, seed=None, columns=[JUDGE])
         n_batches = math.ceil(len(self._store) / size)
         first = 0
         for rows in tqdm(batches, "images", n_batches, disable=not self._progress, leave=False):
             seen = rows[JUDGE].float()
             for some, out in zip(seen.split(_ROWS), likely[: len(seen)].split(_ROWS), strict=True):
-                scaled = torch.addmm(seen.new_zeros(1), some, self._texts.T, beta=0, alpha=scale)
-                torch.softmax(scaled, 1, out=out)
+                torch.addmm(nothing, some, self._texts.T, beta=0, alpha=scale, out=scaled[: len(some)])
+                torch.softmax(scaled[: len(some)], 1, out=out)
             add(total, likely[: len(seen)], top, first)
             first += len(seen)
         return total

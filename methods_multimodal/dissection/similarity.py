@@ -24,7 +24,7 @@ TINY = 1e-7
 # Odds are multiplied before a logarithm is taken, as long as the smallest product is a normal float32.
 _SMALLEST = 1e-36
 # Concepts handled at once: what is gathered for them stays in a core's cache.
-_CONCEPTS = 64
+_CONCEPTS = 128
 
 
 def soft_wpmi(
@@ -167,9 +167,14 @@ def add_soft_evidence(
             less[: len(which)] += usual[ranks[at]]
         groups.append((group, (-less[: len(group[0][0])]).exp().float().unsqueeze(1)))
     back = order.argsort()
+    # Memory that is asked for once: fresh pages would cost as much as what is done in them.
+    held = likely.new_empty(3 * n_units + len(likely), _CONCEPTS)
     for some, into in zip(likely.split(_CONCEPTS, 1), total.split(_CONCEPTS, 1), strict=True):
-        here = some.contiguous()
-        logs, term, product = (here.new_zeros(n_units, here.shape[1]) for _ in range(3))
+        width = some.shape[1]
+        space = held.view(-1)[: len(held) * width].view(-1, width)
+        logs, term, product, here = space.split([n_units] * 3 + [len(likely)])
+        logs.zero_()
+        here.copy_(some)
         for group, over_usual in groups:
             for nth, (which, odd) in enumerate(group):
                 out = (term if nth else product)[: len(which)]
