@@ -69,5 +69,6 @@ def activation_histogram(
         )
         ax.legend(fontsize=7)
     ax.set(xlabel="activation (mean over places)", ylabel="pictures")
+    ax.locator_params(axis="x", nbins=4)
     ax.set_title(title, fontsize=10)
     return ax

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from methods_multimodal.dissection.describe import exemplar
+from methods_multimodal.dissection.scores import agreement
 from methods_multimodal.dissection.survey import Named, Survey
 from methods_multimodal.plots.dissection import activation_histogram, detectors
 from methods_multimodal.report._html import inline, write_whole
@@ -139,7 +140,15 @@ def _methods(found: Survey) -> str:
             f'<td class="n">{auroc}</td>'
             f'<td class="n">{float(one.follows.mean()):+.3f}</td><td class="n">{same}</td></tr>'
         )
-    return f"<table>{head}{''.join(lines)}</table>"
+    table = f"<table>{head}{''.join(lines)}</table>"
+    same = agreement({one.method: one.names for one in found.methods})
+    pairs = [
+        f"{_t(a.method)} and {_t(b.method)} {float(same[i, j]):.0%}"
+        for i, a in enumerate(found.methods)
+        for j, b in enumerate(found.methods)
+        if i < j
+    ]
+    return table + (f"<p>Units that two methods give the same name: {', '.join(pairs)}.</p>" if pairs else "")
 
 
 def _card(
@@ -174,10 +183,11 @@ def _card(
 
 
 def _line(one: Named, unit: int) -> str:
-    check = "" if one.faithful is None else f", AUROC {float(one.faithful.auroc[unit]):.2f}"
+    check = "" if one.faithful is None else f'<td class="n">AUROC {float(one.faithful.auroc[unit]):.2f}</td>'
     return (
         f"<tr><td>{_t(one.method)}</td><td>{_t(one.names[unit])}</td>"
-        f"<td>{float(one.scores[unit]):.3f}, q {float(one.chance.q[unit]):.3f}{check}</td></tr>"
+        f'<td class="n">{float(one.scores[unit]):.3f}</td>'
+        f'<td class="n">q {float(one.chance.q[unit]):.3f}</td>{check}</tr>'
     )
 
 

@@ -48,15 +48,17 @@ def probe(tmp_path_factory: Any) -> dict[str, Any]:
 
 def test_network_dissection_names_planted_units(probe: dict[str, Any]) -> None:
     chosen = probe["chosen"]
-    found = network_dissection(probe["units"], probe["batches"], probe["masks"], CONCEPTS, progress=False)
+    # One percent: half a percent of 64 patches a picture leaves a background too few places to be sure of.
+    found = network_dissection(
+        probe["units"], probe["batches"], probe["masks"], CONCEPTS, share=0.01, progress=False
+    )
     named = [found.best()[unit][0] for unit in chosen]
     right = sum(a == b for a, b in zip(named, planted.CONCEPTS, strict=True))
     assert right >= 0.95 * len(chosen), list(zip(named, planted.CONCEPTS, strict=True))
     maps = torch.cat([probe["units"].maps(b) for b in probe["batches"]])
     score = cell_iou(active_places(maps, found.thresholds), shares(probe["masks"], CONCEPTS, (8, 8)))
     null = chance(score, N_IMAGES, n_shuffles=29)
-    # Two backgrounds are named and not sure: half a percent of the places is little of a fifth of them.
-    assert (null.p[chosen] < 0.01).float().mean() >= 0.9
+    assert (null.p[chosen] < 0.01).all()
 
 
 @pytest.mark.parametrize("kernel", ["wpmi", "cosine", "cosine_cubed"])
