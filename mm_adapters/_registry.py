@@ -87,7 +87,7 @@ def unknown(model: Any, kind: type) -> UnknownFamilyError:
 
 
 def kind_of(model: Any) -> Kind:
-    """"contrastive", "vlm", "diffusion" or "tower"."""
+    """ "contrastive", "vlm", "diffusion" or "tower"."""
     return lookup(model).kind
 
 

@@ -167,8 +167,9 @@ def _site(
     inner = "" if isinstance(place, Residual) else place.path
     module = ".".join(p for p in (tower.path, path, inner) if p)
     owner = tower.module.get_submodule(path)
-    return Site(f"{tower.name}.{local}", tower.name, stack, layer, part, place, module,
-                _axes(owner, part, place))
+    return Site(
+        f"{tower.name}.{local}", tower.name, stack, layer, part, place, module, _axes(owner, part, place)
+    )
 
 
 def _axes(owner: nn.Module, part: str, place: Place) -> tuple[str, ...]:

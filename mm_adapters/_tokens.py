@@ -233,10 +233,12 @@ def language_layout(
     seats = []
     for row, ids, spots in zip(rows, input_ids.tolist(), images, strict=True):
         queue = iter(spots)
-        seats.append([
-            _seat(next(queue)) if role == "image" else _word(role, i in newline_ids)
-            for role, i in zip(row.roles, ids, strict=True)
-        ])
+        seats.append(
+            [
+                _seat(next(queue)) if role == "image" else _word(role, i in newline_ids)
+                for role, i in zip(row.roles, ids, strict=True)
+            ]
+        )
     return seated(
         seats,
         texts=tuple(row.text for row in rows),

@@ -71,9 +71,7 @@ class TowerTokens:
             return [tokenizer.decode(row) for row in ids.tolist()]
         return tokenizer.decode(ids.reshape(-1).tolist())
 
-    def to_str_tokens(
-        self, input: Any, prepend_bos: bool | None = None
-    ) -> list[str] | list[list[str]]:
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
         """Each token of a text (or of a row of tokens) as a string; a list of those for several texts."""
         if isinstance(input, str):
             tokens = self.to_tokens(input, prepend_bos)[0]

@@ -57,7 +57,7 @@ class HookedModel(HookedRootModule):
 
     @property
     def kind(self) -> str:
-        """"contrastive", "vlm", "diffusion" or "tower"."""
+        """ "contrastive", "vlm", "diffusion" or "tower"."""
         return self.sitemap.mounts.kind
 
     @property

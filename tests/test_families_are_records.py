@@ -61,9 +61,10 @@ def branches_on_a_model(path: Path) -> list[str]:
                     found.append(f"line {node.lineno}: {ast.unparse(node)}")
             case ast.Attribute(attr="model_type" | "architectures"):
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
-            case ast.Compare(comparators=[other]) if re.search(
-                r"(type\(.*\)|__class__)\.__name__", ast.unparse(node)
-            ) and ast.unparse(other) not in DATA:
+            case ast.Compare(comparators=[other]) if (
+                re.search(r"(type\(.*\)|__class__)\.__name__", ast.unparse(node))
+                and ast.unparse(other) not in DATA
+            ):
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
 

@@ -139,8 +139,9 @@ def _llava(vision: Any, text: Any, layer: int, strategy: str) -> Case:
     ids = torch.cat([torch.ones(2, 1, dtype=torch.long), torch.full((2, 4), 59), words], 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels()}
     # With feature layer -2 the tower's last block and final norm run for nothing; -1 spares the block.
-    unused = ("vision.blocks.2.*", "vision.ln_final.*") if layer == -2 else (
-        "vision.ln_final.*", "vision.pool.*")
+    unused = (
+        ("vision.blocks.2.*", "vision.ln_final.*") if layer == -2 else ("vision.ln_final.*", "vision.pool.*")
+    )
     return Case(model, inputs, lambda o: o.logits, unused)
 
 

@@ -19,8 +19,11 @@ def chameleon() -> Case:
     names = {f"IMGIMG{str(i).translate(digits)}Z": 16 + i for i in range(16)} | {"<image>": IMAGE}
     config = hf.ChameleonConfig(**DECODER, vq_config=_VQ | {"resolution": 8}, vocabulary_map=names)
     model = seeded(lambda: hf.ChameleonForConditionalGeneration(config))
-    return Case(model, prompt([61, -16, 62], [61, -16, 62]) | {"pixel_values": noise(2, 3, 8, 8)},
-                lambda o: o.logits[..., 32:])  # It may not say an image's words, whose logits are cut off.
+    return Case(
+        model,
+        prompt([61, -16, 62], [61, -16, 62]) | {"pixel_values": noise(2, 3, 8, 8)},
+        lambda o: o.logits[..., 32:],
+    )  # It may not say an image's words, whose logits are cut off.
 
 
 def janus() -> Case:

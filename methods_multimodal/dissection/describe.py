@@ -119,7 +119,7 @@ def drawing(model: HookedModel, *, n: int = 4, template: str = "{}", **options: 
 
 def mutual_information(
     exemplars: Float[Tensor, "image width"],
-    probe: Float[Tensor, "image width"],
+    probe: Float[Tensor, "other width"],
     texts: Float[Tensor, "concept width"],
     *,
     weight: float = 0.2,

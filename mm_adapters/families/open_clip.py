@@ -28,8 +28,10 @@ register(
         after=norm("ln_post", "ln_final"),
         takes="x",
         gives="",
-        pool=Built((("attn_pool", True, "attention"), ("pool_type", "avg", "mean"),
-                    ("pool_type", "none", "none")), "first"),
+        pool=Built(
+            (("attn_pool", True, "attention"), ("pool_type", "avg", "mean"), ("pool_type", "none", "none")),
+            "first",
+        ),
         position="positional_embedding",
         patch="conv1",
         n_class=1,
@@ -47,8 +49,9 @@ register(
         takes="text",
         gives="",
         # An appended class token is read last, whatever else is said.
-        pool=Built((("cls_emb", True, "last"), ("pool_type", "first", "first"),
-                    ("pool_type", "last", "last")), "end"),
+        pool=Built(
+            (("cls_emb", True, "last"), ("pool_type", "first", "first"), ("pool_type", "last", "last")), "end"
+        ),
         embed="token_embedding.weight",
         position="positional_embedding",
         causal=True,
@@ -73,10 +76,10 @@ register(
         "contrastive",
         ("open_clip:CustomTextCLIP",),
         {
-            "vision": Mount("visual", run="encode_image", takes="image",
-                            project="visual.proj|visual.head.proj"),
-            "text": Mount("text", run="encode_text", takes="text",
-                          project="text.text_projection|text.proj"),
+            "vision": Mount(
+                "visual", run="encode_image", takes="image", project="visual.proj|visual.head.proj"
+            ),
+            "text": Mount("text", run="encode_text", takes="text", project="text.text_projection|text.proj"),
         },
         logit_scale="logit_scale",
     )

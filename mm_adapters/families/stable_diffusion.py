@@ -69,8 +69,11 @@ register(
     Mounts(
         "stable_diffusion",
         "diffusion",
-        ("diffusers:StableDiffusionPipeline", "diffusers:StableDiffusionImg2ImgPipeline",
-         "diffusers:StableDiffusionInpaintPipeline"),
+        (
+            "diffusers:StableDiffusionPipeline",
+            "diffusers:StableDiffusionImg2ImgPipeline",
+            "diffusers:StableDiffusionInpaintPipeline",
+        ),
         TOWERS,
         loop="denoiser",
         guidance=Guidance(),
@@ -80,8 +83,11 @@ register(
     Mounts(
         "stable_diffusion_xl",
         "diffusion",
-        ("diffusers:StableDiffusionXLPipeline", "diffusers:StableDiffusionXLImg2ImgPipeline",
-         "diffusers:StableDiffusionXLInpaintPipeline"),
+        (
+            "diffusers:StableDiffusionXLPipeline",
+            "diffusers:StableDiffusionXLImg2ImgPipeline",
+            "diffusers:StableDiffusionXLInpaintPipeline",
+        ),
         {"text": Mount("text_encoder"), "text_2": Mount("text_encoder_2")} | TOWERS,
         loop="denoiser",
         guidance=Guidance(),
