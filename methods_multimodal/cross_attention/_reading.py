@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 KEEPS = ("step", "head")
 ENDS = {"<start>": ("start",), "<end>": ("end",), "<pad>": ("pad",)}
-# Self-attention is read at the finest resolution with at most so many positions, and at so many steps.
-MOST_POSITIONS, AFFINITY_STEPS = 1024, 5
+# Self-attention is read at the finest resolution with at most so many positions, and at so many steps, evenly
+# spaced: one, in the middle of the run, tells where things are as well as five do (IoU on tiny-sd).
+MOST_POSITIONS, AFFINITY_STEPS = 1024, 1
 
 
 @dataclass

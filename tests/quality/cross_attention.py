@@ -58,7 +58,7 @@ def measure_maps(model: Any, n: int, batch: int = 20) -> dict[str, Any]:
     found: dict[str, list[Tensor]] = {r: [] for r in recipes}
     other: list[Tensor] = []
     regions: list[Tensor] = []
-    n_other = min(60, n)
+    n_other = n
     for start in range(0, len(cases), batch):
         rows = list(range(start, min(start + batch, len(cases))))
         texts, words = [cases[i][1] for i in rows], [[cases[i][0].things[0].shape] for i in rows]
