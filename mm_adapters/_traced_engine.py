@@ -38,6 +38,8 @@ class SiteInterleaver(Interleaver):
         self._gates: list[Gate] = []
         self._loop = ""
         self._marks = {"result"}
+        # Where there is anything to do besides what nnsight does: few of all locations.
+        self._places = {"result"}
 
     def serve(self, points: dict[str, TracedPoint], taps: list[Tap], loop: Any) -> None:
         """Puts stations at the taps' modules; `loop` is the module that is called once a step."""
@@ -51,6 +53,7 @@ class SiteInterleaver(Interleaver):
         if loop is not None:
             self._loop = self.envoys[id(loop)].path
             self._marks.add(f"{self._loop}.input")
+        self._places = {*self._stations, *self._attention, *self._marks}
 
     def awaits(self, location: str) -> bool:
         """Whether a block waits for this visit of a location, or a cache keeps it."""
@@ -77,10 +80,14 @@ class SiteInterleaver(Interleaver):
             self.is_serving = was
 
     def handle(self, provider: str, value: Any) -> Any:
+        if provider not in self._places:
+            if provider in self.parked or provider in self.observers:
+                return self._serve(provider, value)
+            counts = self.counts
+            counts[provider] = counts.get(provider, 0) + 1
+            return value
         stations = self._stations.get(provider, ())
         tap = self._attention.get(provider)
-        if not stations and tap is None and provider not in self._marks:
-            return self._serve(provider, value)
         if provider == "result":
             self._end_loops()
         elif provider in self._marks:
