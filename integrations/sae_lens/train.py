@@ -5,34 +5,28 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import signal
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, BatchTopKTrainingSAEConfig, TrainingSAE, TrainingSAEConfig
+from sae_lens import SAE, BatchTopKTrainingSAEConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from integrations.sae_lens import _checkpoints
 from integrations.sae_lens._data import items_of
 from integrations.sae_lens._fast import FastBatchTopK
+from integrations.sae_lens._fit import Evaluator, Fit
 from integrations.sae_lens._places import Tokens, place_of
 from integrations.sae_lens._providers import FromIterator, FromLens, FromStore, Provider
-from integrations.sae_lens._transcoder import BatchTopKTranscoderConfig
+from integrations.sae_lens._settings import check, trainer_config
 from integrations.sae_lens.collect import collect
 from mm_adapters import InputError, Lens
 from mm_adapters.store import Store
-
-Evaluator = Callable[[dict[str, TrainingSAE[Any]]], Mapping[str, float]]
-_NO_AUXILIARY = ("layer_norm", "constant_norm_rescale")
 
 
 def train(
@@ -73,9 +67,9 @@ def train(
     """
     names = [site] if isinstance(site, str) else list(site)
     configs = {n: copy.deepcopy(cfg[n] if isinstance(cfg, Mapping) else cfg) for n in names}
-    trainer_cfg = _trainer_config(trainer, evaluator)
+    trainer_cfg = trainer_config(trainer)
     for name, config in configs.items():
-        _check(name, config, trainer_cfg)
+        check(name, config, trainer_cfg)
     with _workplace(folder) as work:
         provider, about = _provider(
             lens, names, data, work,
@@ -97,173 +91,6 @@ def train(
             one.sae.save_inference_model(target)
             saved[name] = SAE.load_from_disk(target, device=trainer_cfg.device)
     return saved if not isinstance(site, str) else saved[site]
-
-
-class Fit:
-    """SAELens' loop over one or several of its trainers, fed by one provider.
-
-    The order of things is that of `SAETrainer.fit`: with one trainer and the same batches the
-    weights are the same.
-    """
-
-    def __init__(
-        self,
-        trainers: Mapping[str, SAETrainer[Any, Any]],
-        provider: Provider,
-        folder: Path,
-        about: Mapping[str, Any],
-        *,
-        checkpoint_every: int,
-        log_every: int,
-        evaluator: Evaluator | None,
-        progress: bool,
-    ) -> None:
-        self.trainers, self.provider, self.folder, self.about = dict(trainers), provider, folder, about
-        self.checkpoint_every, self.log_every = checkpoint_every, log_every
-        self.evaluator, self.progress = evaluator, progress
-        self._first = next(iter(self.trainers.values()))
-        self._stop: int | None = None
-
-    def run(self, resume: bool = True) -> None:
-        """Trains to the end. Raises: SystemExit on SIGTERM, KeyboardInterrupt on Ctrl-C, once saved."""
-        checkpoints = self.folder / "checkpoints"
-        found = _checkpoints.latest(checkpoints) if resume else None
-        if found is not None:
-            self.provider.go_to(_checkpoints.load(found, self.trainers, self.about))
-        else:
-            self._estimate_scales()
-        total = self._first.cfg.total_training_samples
-        log = self.folder / "metrics.jsonl"
-        _keep_until(log, self._first.n_training_steps)
-        with (
-            tqdm(total=total, initial=self._first.n_training_samples, desc="SAE", unit="row",
-                 disable=not self.progress) as bar,
-            log.open("a", encoding="utf-8") as metrics,
-            self._signals(),
-        ):  # fmt: skip
-            while self._first.n_training_samples < total:
-                batch = next(self.provider)
-                n_rows = self._step(batch, metrics, bar)
-                bar.update(n_rows)
-                step = self._first.n_training_steps
-                if self._stop is not None or step % self.checkpoint_every == 0:
-                    metrics.flush()
-                    _checkpoints.save(checkpoints, self.trainers, self.about, self.provider.place())
-                if self._stop == signal.SIGTERM:
-                    raise SystemExit(128 + self._stop)
-                if self._stop is not None:
-                    raise KeyboardInterrupt
-        for one in self.trainers.values():
-            _fold(one)
-            one.set_final_sae_metadata()
-
-    def _step(self, batch: Mapping[str, Tensor], metrics: Any, bar: Any) -> int:
-        row: dict[str, Any] = {}
-        n_rows = 0
-        for name, one in self.trainers.items():
-            one.maybe_reset_sparsity()
-            given = _input_of(name, batch).to(one.sae.dtype)
-            n_rows = len(given)
-            _check_width(name, given, one.sae.cfg)
-            output = one.step(given)
-            step = one.n_training_steps + 1
-            if step % self.log_every == 0:
-                found = one.build_train_step_log_dict(output, one.n_training_samples)
-                row |= {_tagged(k, name, self.trainers): v for k, v in found.items()}
-                bar.set_postfix(
-                    loss=f"{found['losses/overall_loss']:.4g}",
-                    explained=f"{found['metrics/explained_variance']:.3f}",
-                    l0=f"{found['metrics/l0']:.1f}",
-                )
-        for one in self.trainers.values():
-            one.n_training_steps += 1
-        step = self._first.n_training_steps
-        if row and self.evaluator is not None and step % (10 * self.log_every) == 0:
-            row |= self._evaluate()
-        if row:
-            metrics.write(json.dumps({"step": step, **row}) + "\n")
-            self._to_wandb(row, step)
-        return n_rows
-
-    def _evaluate(self) -> dict[str, float]:
-        assert self.evaluator is not None
-        saes = {name: one.sae.eval() for name, one in self.trainers.items()}
-        try:
-            return dict(self.evaluator(saes))
-        finally:
-            for one in self.trainers.values():
-                one.sae.train()
-
-    def _to_wandb(self, row: Mapping[str, Any], step: int) -> None:
-        settings = self._first.cfg.logger
-        if not settings.log_to_wandb:
-            return
-        import wandb
-
-        if wandb.run is None:
-            wandb.init(project=settings.wandb_project, entity=settings.wandb_entity, name=settings.run_name)
-        wandb.log(dict(row), step=step)
-
-    def _estimate_scales(self) -> None:
-        for name, one in self.trainers.items():
-            kind = one.sae.cfg.normalize_activations
-            if kind not in ("expected_average_only_in", "covariance_whitening"):
-                continue
-            start = self.provider.place()
-            rows = (_input_of(name, next(self.provider)) for _ in range(one.cfg.n_batches_for_norm_estimate))
-            estimate = (
-                one.activation_scaler.estimate_scaling_factor
-                if kind == "expected_average_only_in"
-                else one.activation_scaler.estimate_whitening
-            )
-            estimate(one.sae.cfg.d_in, rows, one.cfg.n_batches_for_norm_estimate)  # type: ignore[arg-type]
-            if not isinstance(self.provider, FromIterator):  # Which cannot go back.
-                self.provider.go_to(start)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: Any) -> None:
-            self._stop = number
-
-        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _input_of(name: str, batch: Mapping[str, Tensor]) -> Tensor:
-    """A trainer's rows: its column, or for a transcoder both of its columns side by side."""
-    parts = [part.strip() for part in name.split("->")]
-    return batch[parts[0]] if len(parts) == 1 else torch.cat([batch[p] for p in parts], -1)
-
-
-def _check_width(name: str, rows: Tensor, cfg: Any) -> None:
-    wanted = cfg.d_in + getattr(cfg, "d_out", 0)
-    if rows.shape[-1] != wanted:
-        said = f"d_in={cfg.d_in}" + (f" and d_out={cfg.d_out}" if hasattr(cfg, "d_out") else "")
-        raise InputError(f"{name} has rows of {rows.shape[-1]} and the config says {said}.")
-
-
-def _tagged(key: str, name: str, all_of_them: Mapping[str, Any]) -> str:
-    return key if len(all_of_them) == 1 else f"{name}/{key}"
-
-
-def _fold(one: SAETrainer[Any, Any]) -> None:
-    """Puts what normalised the activations into the weights, as SAELens does at the end."""
-    scaler = one.activation_scaler
-    if scaler.scaling_factor is not None:
-        one.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-        scaler.scaling_factor = None
-    if scaler.whitening is not None:
-        white = scaler.whitening
-        one.sae.fold_activation_whitening(white.mean, white.matrix, white.inverse_matrix)
-        scaler.whitening = None
 
 
 def _trainers(
@@ -343,56 +170,9 @@ def _provider(
     return streamed, {"data": "streamed", "tokens": tokens, "steps": steps}
 
 
-def _trainer_config(given: SAETrainerConfig | None, evaluator: Any) -> SAETrainerConfig:
-    if given is None:
-        return SAETrainerConfig(
-            total_training_samples=2000 * 1024, train_batch_size_samples=1024, lr=1e-3, lr_end=1e-4,
-            lr_warm_up_steps=50, lr_decay_steps=400, dead_feature_window=200, n_batches_for_norm_estimate=50,
-        )  # fmt: skip
-    if given.lr_end is None:
-        raise InputError(
-            "SAETrainerConfig.lr_end is None, which SAELens' trainer does not take. Set it: lr / 10 is what "
-            "its runner sets; for a constant rate it is not used."
-        )
-    return dataclasses.replace(given)
-
-
-def _check(name: str, cfg: TrainingSAEConfig, trainer: SAETrainerConfig) -> None:
-    if not isinstance(cfg, TrainingSAEConfig):
-        raise InputError(
-            f"{type(cfg).__name__} is no training config. Pass one of SAELens' *TrainingSAEConfig."
-        )
-    if "->" in name and not isinstance(cfg, BatchTopKTranscoderConfig):
-        raise InputError(f"{name} is a transcoder's: its config is a BatchTopKTranscoderConfig.")
-    if "->" not in name and isinstance(cfg, BatchTopKTranscoderConfig):
-        raise InputError(f"A transcoder is trained between two sites: 'IN -> OUT', not {name!r}.")
-    if hasattr(cfg, "aux_loss_coefficient") and cfg.normalize_activations in _NO_AUXILIARY:
-        raise InputError(
-            f"normalize_activations={cfg.normalize_activations!r} and {cfg.architecture()} do not go "
-            "together: SAELens' loss for dead latents stops with an error at the first one. Use "
-            "'expected_average_only_in' or 'none'."
-        )
-    if trainer.total_training_samples < trainer.train_batch_size_samples:
-        raise InputError("total_training_samples is less than one batch.")
-
-
 def _plain(cfg: Any) -> dict[str, Any]:
     found = cfg.to_dict() if hasattr(cfg, "to_dict") else dataclasses.asdict(cfg)
     return json.loads(json.dumps({k: v for k, v in found.items() if k != "metadata"}, default=str))
-
-
-def _keep_until(log: Path, step: int) -> None:
-    """Forgets metrics of steps that will be made again."""
-    if not log.is_file():
-        return
-    kept = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # Cut short when the process died.
-            break
-    log.write_text("".join(kept), encoding="utf-8")
 
 
 @contextmanager

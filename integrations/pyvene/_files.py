@@ -1,0 +1,103 @@
+"""Interventions on disk: safetensors and JSON, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyvene as pv
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from integrations.pyvene.interventions import OWN
+from mm_adapters import CheckpointError, InputError
+
+
+def write(model: Any, folder: Path) -> None:
+    """Writes the interventions as safetensors and JSON: their class, place, options and weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    for i, (key, one) in enumerate(model.interventions.items()):
+        place = model.representations[key]
+        if not hasattr(pv, type(one).__name__) and type(one).__name__ not in OWN:
+            raise InputError(f"A {type(one).__name__} cannot be saved; save what is inside it.")
+        if getattr(one, "change", None) is not None:
+            raise InputError("A function cannot be saved, so an SAEIntervention with a change cannot be.")
+        state = {f"{i}.{k}": v.detach().contiguous().clone() for k, v in _state(one).items()}
+        tensors |= state
+        entries.append(
+            {
+                "class": type(one).__name__,
+                "module": type(one).__module__,
+                "layer": place.layer,
+                "component": place.component,
+                "unit": place.unit,
+                "max_number_of_units": place.max_number_of_units,
+                "options": _options(one),
+            }
+        )
+        sae: Any = getattr(one, "sae", None)
+        if sae is not None:
+            sae.save_model(folder / f"sae_{i}")
+            entries[-1] |= {"sae": f"sae_{i}", "latents": getattr(one, "latents", None)}
+    save_file(tensors, folder / "interventions.safetensors")
+    document = {"format": "mm_interp.pyvene/1", "mode": model.mode, "interventions": entries}
+    (folder / "interventions.json").write_text(json.dumps(document, indent=1))
+
+
+def read(folder: Path) -> pv.IntervenableConfig:
+    """What `write` wrote, as a config.
+
+    Raises: CheckpointError if the folder has none, or an intervention of no known class.
+    """
+    if not (folder / "interventions.json").is_file():
+        raise CheckpointError(f"{folder} has no interventions.json. Is it the right folder?")
+    document = json.loads((folder / "interventions.json").read_text())
+    tensors = load_file(folder / "interventions.safetensors")
+    configs = []
+    for i, entry in enumerate(document["interventions"]):
+        kind = getattr(pv, entry["class"], None) or OWN.get(entry["class"])
+        if kind is None:
+            raise CheckpointError(
+                f"{folder} has an intervention {entry['class']!r}, which nobody here knows."
+            )
+        inside: list[Any] = []
+        if "sae" in entry:
+            from sae_lens import SAE
+
+            inside = [SAE.load_from_disk(folder / entry["sae"])]
+            inside += [] if entry["latents"] is None else [entry["latents"]]
+        one = kind(*inside, **entry["options"])
+        own = {k.removeprefix(f"{i}."): v for k, v in tensors.items() if k.startswith(f"{i}.")}
+        _restore(one, own)
+        keys = ("layer", "component", "unit", "max_number_of_units")
+        configs.append(pv.RepresentationConfig(**{k: entry[k] for k in keys}, intervention=one))
+    return pv.IntervenableConfig(configs, mode=document["mode"])
+
+
+def _state(one: Any) -> dict[str, Tensor]:
+    own = one.state_dict().items()
+    return {k: v for k, v in own if isinstance(v, Tensor) and not k.startswith("sae.")}
+
+
+def _restore(one: Any, state: dict[str, Tensor]) -> None:
+    """Loads weights; an orthogonal rotation is set through its own parametrization."""
+    missing = set(_state(one)) - set(state)
+    known = {k: v for k, v in state.items() if k in one.state_dict()}
+    if missing:
+        raise CheckpointError(f"{type(one).__name__} lacks the weights {sorted(missing)}.")
+    one.load_state_dict(known, strict=False)
+    if "source_representation" in state:
+        one.set_source_representation(state["source_representation"])
+
+
+def _options(one: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"keep_last_dim": bool(one.keep_last_dim)}
+    if getattr(one, "embed_dim", None) is not None:
+        found["embed_dim"] = int(one.embed_dim)
+    layer = getattr(one, "rotate_layer", None)
+    if isinstance(one, pv.LowRankRotatedSpaceIntervention) and layer is not None:
+        found["low_rank_dimension"] = int(layer.weight.shape[-1])
+    return found

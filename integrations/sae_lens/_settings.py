@@ -1,0 +1,46 @@
+"""What a user asks SAELens' trainer for, looked at before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sae_lens import TrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+
+from integrations.sae_lens._transcoder import BatchTopKTranscoderConfig
+from mm_adapters import InputError
+
+_NO_AUXILIARY = ("layer_norm", "constant_norm_rescale")
+
+
+def trainer_config(given: SAETrainerConfig | None) -> SAETrainerConfig:
+    if given is None:
+        return SAETrainerConfig(
+            total_training_samples=2000 * 1024, train_batch_size_samples=1024, lr=1e-3, lr_end=1e-4,
+            lr_warm_up_steps=50, lr_decay_steps=400, dead_feature_window=200, n_batches_for_norm_estimate=50,
+        )  # fmt: skip
+    if given.lr_end is None:
+        raise InputError(
+            "SAETrainerConfig.lr_end is None, which SAELens' trainer does not take. Set it: lr / 10 is what "
+            "its runner sets; for a constant rate it is not used."
+        )
+    return dataclasses.replace(given)
+
+
+def check(name: str, cfg: TrainingSAEConfig, trainer: SAETrainerConfig) -> None:
+    if not isinstance(cfg, TrainingSAEConfig):
+        raise InputError(
+            f"{type(cfg).__name__} is no training config. Pass one of SAELens' *TrainingSAEConfig."
+        )
+    if "->" in name and not isinstance(cfg, BatchTopKTranscoderConfig):
+        raise InputError(f"{name} is a transcoder's: its config is a BatchTopKTranscoderConfig.")
+    if "->" not in name and isinstance(cfg, BatchTopKTranscoderConfig):
+        raise InputError(f"A transcoder is trained between two sites: 'IN -> OUT', not {name!r}.")
+    if hasattr(cfg, "aux_loss_coefficient") and cfg.normalize_activations in _NO_AUXILIARY:
+        raise InputError(
+            f"normalize_activations={cfg.normalize_activations!r} and {cfg.architecture()} do not go "
+            "together: SAELens' loss for dead latents stops with an error at the first one. Use "
+            "'expected_average_only_in' or 'none'."
+        )
+    if trainer.total_training_samples < trainer.train_batch_size_samples:
+        raise InputError("total_training_samples is less than one batch.")
