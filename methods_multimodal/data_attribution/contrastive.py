@@ -1,0 +1,65 @@
+"""Tasks of contrastive models: how well a picture and its caption fit, each pair by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from methods_multimodal.data_attribution._parameters import select
+from methods_multimodal.data_attribution.task import Batch, Call, Task
+from mm_adapters import InputError
+
+_MEASURES = ("loss", "similarity")
+
+
+def contrastive_task(
+    model: Any,
+    reference: Batch,
+    *,
+    measure: str | Sequence[str] = "loss",
+    parameters: str | Sequence[str] = "all",
+    scale: float = 100.0,
+) -> Task:
+    """A task of a model whose output has `image_embeds` and `text_embeds`, one row a pair.
+
+    "loss" is the contrastive loss of one pair among `reference` pairs (the model's own tensors:
+    "pixel_values", "input_ids", ...), whose embeddings are held as they are now: so the loss of a
+    pair does not depend on its batch. `scale` is the inverse temperature, held too. "similarity"
+    is the pair's cosine.
+
+    Raises: InputError for an unknown measure, or an output without embeddings.
+    """
+    module = getattr(model, "wrapped", model)
+    names = [measure] if isinstance(measure, str) else list(measure)
+    unknown = [n for n in names if n not in _MEASURES]
+    if unknown or not names:
+        raise InputError(f"There is no measure {unknown}; there is {', '.join(_MEASURES)}.")
+    with torch.no_grad():
+        images, texts = (e.detach() for e in _embeddings(module, reference))
+
+    def values(call: Call, rows: Batch) -> dict[str, Tensor]:
+        image, text = _embeddings(call, rows)
+        own = (image * text).sum(1, keepdim=True)
+        among = [
+            torch.cat([own, own_side @ other.T], 1) for own_side, other in ((image, texts), (text, images))
+        ]
+        loss = sum(-F.log_softmax(scale * scores, 1)[:, 0] for scores in among)
+        assert isinstance(loss, Tensor)
+        found = {"loss": loss / 2, "similarity": own[:, 0]}
+        return {name: found[name] for name in names}
+
+    about = {"module": type(module).__name__, "measures": names, "scale": scale, "n_draws": 1}
+    about["reference"] = [float(images.double().sum()), float(texts.double().sum())]
+    return Task(module, select(module, parameters), tuple(names), 1, lambda b, _: b, values, about)
+
+
+def _embeddings(call: Call, rows: Batch) -> tuple[Tensor, Tensor]:
+    """The unit embeddings of each row's image and text."""
+    out = call(**{name: value for name, value in rows.items() if name != "index"})
+    if getattr(out, "image_embeds", None) is None or getattr(out, "text_embeds", None) is None:
+        raise InputError(f"{type(out).__name__} has no image_embeds and text_embeds to compare.")
+    return F.normalize(out.image_embeds.float(), dim=-1), F.normalize(out.text_embeds.float(), dim=-1)
