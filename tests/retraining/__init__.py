@@ -1,0 +1,1 @@
+"""A small diffusion model that is trained again and again: what training images really did."""
