@@ -27,6 +27,7 @@ def head_table(
     """A line for each head: its first texts, each with the images that lie furthest along it."""
     ax = ax or new_axes()
     n_top = record.top_images.shape[-1]
+    pitch = 0.76 * n_top + 0.7
     for row, (layer, head) in enumerate(heads):
         share = float(record.variance[layer, head])
         ax.text(
@@ -38,15 +39,16 @@ def head_table(
             fontsize=8,
         )
         for column, name in enumerate(record.names(layer, head)[:n_texts]):
-            left = column * (n_top + 0.6)
+            left = column * pitch
             gained = float(record.variance_explained[layer, head, column])
             ax.text(left, row + 0.12, f"{name}  ({gained:.0%})", ha="left", va="center", fontsize=7)
             for place, number in enumerate(record.top_images[layer, head, column].tolist()):
+                at = left + 0.76 * place
                 ax.imshow(np.asarray(picture_of(number).convert("RGB").resize((64, 64))),
-                          extent=(left + place, left + place + 0.92, row + 0.95, row + 0.25))  # fmt: skip
-    ax.set_xlim(-0.2, n_texts * (n_top + 0.6))
+                          extent=(at, at + 0.7, row + 0.95, row + 0.25))  # fmt: skip
+    ax.set_xlim(-0.2, n_texts * pitch)
     ax.set_ylim(len(heads), 0)
-    ax.set_aspect("auto")
+    ax.set_aspect("equal")
     ax.axis("off")
     ax.set_title(
         "heads, their texts (variance explained so far) and the images furthest along each", fontsize=10
