@@ -167,10 +167,33 @@ def open_clip_hf_text() -> Case:
     return case
 
 
+def coca() -> Case:
+    from open_clip.coca_model import CoCa, MultimodalCfg
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    words = {"context_length": 8, "vocab_size": 60, "width": 24, "heads": 3, "layers": 2}
+    text = CLIPTextCfg(**words, embed_cls=True, output_tokens=True)
+    vision = CLIPVisionCfg(**_PLAIN, attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=4,
+                           output_tokens=True)  # fmt: skip
+
+    def made() -> CoCa:
+        model = CoCa(24, MultimodalCfg(**words), text, vision)
+        # open_clip leaves it as memory was.
+        torch.nn.init.normal_(model.text_decoder.text_projection, std=0.2)
+        return model
+
+    model = seeded(made)
+
+    def head(output: Any) -> Tensor:
+        return torch.cat([_cosines(output).flatten(), output["logits"].flatten()])
+
+    return Case(model, {"image": pixels(), "text": _OPEN_IDS}, head)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
         metaclip2, altclip, chinese_clip, siglip2, align, clap, bert, roberta, open_clip_average,
-        open_clip_resnet, open_clip_timm_siglip, open_clip_eva, open_clip_hf_text,
+        open_clip_resnet, open_clip_timm_siglip, open_clip_eva, open_clip_hf_text, coca,
     )
 }  # fmt: skip
