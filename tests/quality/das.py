@@ -1,6 +1,6 @@
 """Does DAS find the colour in tiny-llava? Interchange accuracy on held-out pairs, beside a random subspace.
 
-python -m tests.quality.das [--steps 120] [--site language.blocks.2.hook_resid_post] [--rank 16]
+python -m tests.quality.das [--steps 96] [--site language.blocks.1.hook_resid_post] [--rank 8]
 
 Two single-object scenes of different colours and the question "what colour is the SHAPE?" about each.
 At the last token, a subspace is swapped from the second run into the first; the answer should become
@@ -22,7 +22,7 @@ import mm_adapters as mm
 from integrations import pyvene as mm_pv
 from mm_adapters.zoo import world
 
-SITE = "language.blocks.2.hook_resid_post"
+SITE = "language.blocks.1.hook_resid_post"
 
 
 def scenes(n: int, split: str) -> list[world.Scene]:
@@ -65,7 +65,7 @@ def pairs(model: Any, n: int, split: str, size: int, seed: int) -> tuple[list[di
 
 
 def measure(
-    site: str = SITE, rank: int = 16, steps: int = 120, n: int = 384, n_test: int = 128, lr: float = 1e-2
+    site: str = SITE, rank: int = 8, steps: int = 96, n: int = 384, n_test: int = 128, lr: float = 1e-2
 ) -> dict[str, float]:
     """Interchange accuracies: trained and random subspace, whole vector; and the model's own answers."""
     torch.manual_seed(0)
@@ -114,8 +114,8 @@ def _answers(model: Any, inputs: dict[str, torch.Tensor], tokens: torch.Tensor) 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--site", default=SITE)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=96)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = measure(options.site, options.rank, options.steps)
