@@ -19,7 +19,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,7 +139,7 @@ class Store:
         """These rows, those of one shard together."""
         shards = torch.bucketize(rows, torch.tensor(self._ends), right=True)
         rows = rows[shards.argsort(stable=True)]
-        out = {n: _room(len(rows), self.columns[n]) for n in names}
+        out = {n: torch.empty(len(rows), *self.columns[n].shape, dtype=self.columns[n].dtype) for n in names}
         at = 0
         for shard, count in enumerate(shards.bincount(minlength=len(self._ends)).tolist()):
             if not count:
@@ -178,13 +177,6 @@ class Store:
                 f"another store; delete {self.folder} and make it again."
             )
         return Mapped(path, tuple(shape), column.dtype)
-
-
-def _room(n_rows: int, column: Column) -> Tensor:
-    """Room for rows, of NumPy: it asks for huge pages, so that a batch is not touched 4 KiB at a time."""
-    shape = (n_rows, *column.shape)
-    n_bytes = math.prod(shape) * column.dtype.itemsize
-    return torch.from_numpy(np.empty(n_bytes, np.uint8)).view(column.dtype).reshape(shape)
 
 
 def _joined(parts: list[Tensor], column: Column) -> Tensor:

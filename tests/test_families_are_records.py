@@ -41,7 +41,7 @@ def test_the_median_family_is_at_most_forty_lines() -> None:
 
 
 # These compare with names that a record or a saved file holds.
-DATA = ("stack.classes", "_OWN")
+DATA = ("stack.classes", "OWN")
 
 
 def branches_on_a_model(path: Path) -> list[str]:

@@ -53,9 +53,7 @@ def measure(n_rows: int, rounds: int, folder: Path) -> dict[str, tuple[float, fl
 
     def read_store() -> None:
         for rows in Store(stored).batches(batch, seed=None):
-            np.array(
-                rows["x"].numpy()
-            )  # As the memmap's rows are copied: torch's clone asks for no huge pages.
+            np.array(rows["x"].numpy())  # As the memmap's rows are copied.
 
     def shuffle_plain() -> None:
         rows = np.memmap(plain, np.float16, "r", shape=(n_rows, WIDTH))
