@@ -111,16 +111,31 @@ def module_task(
     return Task(module, names, tuple(measures), 1, lambda batch, _: batch, values, about)
 
 
-def batch_of(examples: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    """Examples `start` to `stop`, with their numbers as "index" if they bring none."""
-    n = n_examples(examples)
-    found = {name: value[start:stop] for name, value in examples.items()}
-    found.setdefault("index", torch.arange(start, min(stop, n)))
+Examples = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
+
+
+def batch_of(examples: Examples, start: int, stop: int) -> dict[str, Tensor]:
+    """Examples `start` to `stop`, with their numbers as "index" if they bring none.
+
+    Examples are one mapping of tensors, or a sequence (a torch Dataset) of one mapping each, which is
+    read only where it is asked.
+    """
+    stop = min(stop, n_examples(examples))
+    if isinstance(examples, Mapping):
+        found = {name: value[start:stop] for name, value in examples.items()}
+    else:
+        parts = [examples[i] for i in range(start, stop)]
+        found = {name: torch.stack([torch.as_tensor(p[name]) for p in parts]) for name in parts[0]}
+    found.setdefault("index", torch.arange(start, stop))
     return found
 
 
-def n_examples(examples: Mapping[str, Tensor]) -> int:
+def n_examples(examples: Examples) -> int:
     """How many examples there are. Raises: InputError if there are none, or the tensors disagree."""
+    if not isinstance(examples, Mapping):
+        if len(examples) == 0:
+            raise InputError("There are no examples.")
+        return len(examples)
     lengths = {name: len(value) for name, value in examples.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise InputError(f"Examples are tensors of one length, at least 1; these have {lengths}.")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import tiny
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
+from tiny_attribution import pixel_unet
 from torch.nn import functional as F
 
 from methods_multimodal.data_attribution import (
@@ -18,15 +17,6 @@ from methods_multimodal.data_attribution import (
 )
 from methods_multimodal.data_attribution.task import batch_of
 from mm_adapters import InputError, wrap
-
-
-def pixel_unet() -> Any:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
-        norm_num_groups=4, attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    ).eval()  # fmt: skip
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])

@@ -1,0 +1,165 @@
+"""How one layer's gradient comes apart by row: from what went in, and the gradient of what came out.
+
+The gradient of a linear or convolutional weight is a sum over positions of outer products, so the
+gradient of each example costs one small matrix product, and a projection of both sides can be taken
+before the product is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a layer: its input and the gradient of its output, the row first in both."""
+
+    given: Tensor
+    gradient: Tensor
+
+
+Direct = Callable[[nn.Module, Seen, int], dict[str, Tensor]]
+
+
+def rule_of(module: nn.Module) -> Direct | None:
+    """The rule for a layer's per-example gradients, or None.
+
+    A subclass that computes in its own way has none.
+    """
+    for cls, rule in _RULES.items():
+        if isinstance(module, cls) and type(module).forward is cls.forward:
+            if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode != "zeros":
+                return None
+            return rule
+    return None
+
+
+def has_factors(module: nn.Module) -> bool:
+    """Whether the weight's gradient is a sum of outer products over positions."""
+    if isinstance(module, nn.Conv2d):
+        return rule_of(module) is not None and module.groups == 1
+    return isinstance(module, nn.Linear) and rule_of(module) is not None
+
+
+def projected(
+    module: nn.Module,
+    seen: Seen,
+    n: int,
+    into: Float[Tensor, "given_width given_dim"] | None,
+    out_of: Float[Tensor, "out_width out_dim"] | None,
+    bias: bool,
+) -> Float[Tensor, "example out_dim given_dim"]:
+    """The weight's gradient with both sides projected, summed over an example's rows and positions.
+
+    With `bias` the bias is a further column of the weight, whose input is one. None projects nothing.
+    """
+    if isinstance(module, nn.Conv2d):
+        back = rearrange(seen.gradient, "(n k) o h w -> n (k h w) o", n=n)
+        given = rearrange(_patches(module, seen.given, into, bias), "(n k) i p -> n (k p) i", n=n)
+    else:
+        back = _positions(seen.gradient, n)
+        given = _positions(seen.given, n)
+        if bias:
+            given = F.pad(given, (0, 1), value=1.0)
+        given = given if into is None else given @ into
+    back = back if out_of is None else back @ out_of
+    return back.transpose(1, 2) @ given
+
+
+def _patches(
+    module: nn.Conv2d, given: Tensor, into: Tensor | None, bias: bool
+) -> Float[Tensor, "row width position"]:
+    """What the kernel saw at each position, projected by running the projection as a kernel."""
+    if into is None:
+        found = F.unfold(given, module.kernel_size, module.dilation, _padding(module), module.stride)
+        return F.pad(found, (0, 0, 0, 1), value=1.0) if bias else found
+    width = module.weight[0].numel()
+    kernel = into[:width].T.reshape(-1, *module.weight.shape[1:])
+    last = into[width] if bias else None
+    return F.conv2d(given, kernel, last, module.stride, _padding(module), module.dilation).flatten(2)
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, int]:
+    if not isinstance(module.padding, str):
+        return module.padding  # type: ignore[return-value]
+    if module.padding == "valid":
+        return (0, 0)
+    return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))  # type: ignore[return-value]
+
+
+def _positions(value: Tensor, n: int) -> Float[Tensor, "example position width"]:
+    """All positions of an example's rows as one axis."""
+    return value.reshape(n, -1, value.shape[-1])
+
+
+def _linear(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
+    back = _positions(seen.gradient, n)
+    return {"weight": back.transpose(1, 2) @ _positions(seen.given, n), "bias": back.sum(1)}
+
+
+def _conv(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
+    assert isinstance(module, nn.Conv2d)
+    given = F.unfold(seen.given, module.kernel_size, module.dilation, _padding(module), module.stride)
+    given = rearrange(given, "(n k) (g i) p -> n g (k p) i", n=n, g=module.groups)
+    back = rearrange(seen.gradient, "(n k) (g o) h w -> n g o (k h w)", n=n, g=module.groups)
+    weight = (back @ given).reshape(n, *module.weight.shape)
+    return {"weight": weight, "bias": back.sum(3).flatten(1)}
+
+
+def _layer_norm(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
+    assert isinstance(module, nn.LayerNorm)
+    shape = list(module.normalized_shape)
+    plain = F.layer_norm(seen.given, shape, eps=module.eps)
+    return {
+        "weight": (plain * seen.gradient).reshape(n, -1, *shape).sum(1),
+        "bias": seen.gradient.reshape(n, -1, *shape).sum(1),
+    }
+
+
+def _group_norm(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
+    assert isinstance(module, nn.GroupNorm)
+    plain = F.group_norm(seen.given, module.num_groups, eps=module.eps)
+    return {
+        "weight": rearrange((plain * seen.gradient).flatten(2), "(n k) c p -> n c (k p)", n=n).sum(2),
+        "bias": rearrange(seen.gradient.flatten(2), "(n k) c p -> n c (k p)", n=n).sum(2),
+    }
+
+
+def _embedding(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
+    assert isinstance(module, nn.Embedding)
+    ids, back = seen.given.reshape(n, -1), _positions(seen.gradient, n)
+    if module.padding_idx is not None:
+        back = back * (ids != module.padding_idx)[..., None]
+    made = back.new_zeros(n, *module.weight.shape)
+    return {"weight": made.scatter_add_(1, ids[..., None].expand_as(back), back)}
+
+
+_RULES: dict[type[nn.Module], Direct] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv,
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.Embedding: _embedding,
+}
+
+
+def add_to(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    """Adds one call's gradients to those of the calls before, in place."""
+    for name, value in part.items():
+        total[name] = total[name].add_(value) if name in total else value
+
+
+def owned(names: tuple[str, ...], module: nn.Module) -> dict[str, dict[str, str]]:
+    """Which of the named parameters each layer owns: layer path -> {own name: full name}."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        path, _, own = name.rpartition(".")
+        found.setdefault(path, {})[own] = name
+    assert all(module.get_submodule(path) is not None for path in found)
+    return found

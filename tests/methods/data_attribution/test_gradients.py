@@ -1,0 +1,147 @@
+"""Per-example gradients beside a loop of backward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import DDPMScheduler
+from tiny_attribution import pixel_unet
+from torch import nn
+from torch.nn import functional as F
+
+from methods_multimodal.data_attribution import (
+    Task,
+    contrastive_task,
+    diffusion_examples,
+    diffusion_task,
+    module_task,
+)
+from methods_multimodal.data_attribution.gradients import Gradients, per_example_gradients
+from methods_multimodal.data_attribution.task import Batch, batch_of
+from mm_adapters import InputError, wrap
+
+
+def loop(task: Task, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
+    """One backward pass for each measure and example, by the module's own parameters."""
+    own = dict(task.module.named_parameters())
+    found: dict[str, dict[str, list[torch.Tensor]]] = {
+        m: {n: [] for n in task.parameters} for m in task.measures
+    }
+    for i in range(len(batch["index"])):
+        for measure in task.measures:
+            value = task.per_example({k: v[i : i + 1] for k, v in batch.items()})[measure][0]
+            grads = torch.autograd.grad(value, [own[n] for n in task.parameters], materialize_grads=True)
+            for name, grad in zip(task.parameters, grads, strict=True):
+                found[measure][name].append(grad)
+    return {m: {n: torch.stack(g) for n, g in per.items()} for m, per in found.items()}
+
+
+def check(task: Task, batch: Batch, how: Any) -> None:
+    made, expected = per_example_gradients(task, batch, how=how, max_rows=6), loop(task, batch)
+    for measure in task.measures:
+        for name in task.parameters:
+            a, b = made[measure][name], expected[measure][name]
+            assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7, (measure, name)
+
+
+@pytest.mark.parametrize("how", ["layers", "vmap"])
+def test_gradients_of_a_pixel_denoiser_equal_a_loop(how: str) -> None:
+    task = diffusion_task(
+        pixel_unet(), scheduler=DDPMScheduler(), timesteps=[5, 300, 800], measure=["loss", "output_norm"]
+    )
+    check(task, batch_of({"latents": torch.randn(3, 3, 8, 8)}, 0, 3), how)
+
+
+@pytest.mark.parametrize("how", ["layers", "vmap"])
+@pytest.mark.parametrize("engine", ["hooked", "nnsight"])
+def test_gradients_of_a_pipeline_equal_a_loop_through_both_engines(engine: str, how: str) -> None:
+    pipe = tiny.stable_diffusion().model
+    examples = diffusion_examples(pipe, torch.rand(3, 3, 16, 16), ["a cat", "a dog", "cat"])
+    batch = batch_of(examples, 0, 3)
+    bare = diffusion_task(pipe, timesteps=2)
+    expected = per_example_gradients(bare, batch, how=how)["loss"]  # type: ignore[arg-type]
+    task = diffusion_task(wrap(pipe, engine=engine), timesteps=2)
+    check(task, batch, how)
+    made = per_example_gradients(task, batch, how=how)["loss"]  # type: ignore[arg-type]
+    assert all(torch.equal(made[name], expected[name]) for name in bare.parameters)
+
+
+def test_gradients_of_a_contrastive_pair_equal_a_loop() -> None:
+    case = tiny.clip()
+    task = contrastive_task(case.model, case.inputs, scale=10.0, parameters=["*mlp*", "*projection*"])
+    batch = {**case.inputs, "index": torch.arange(2)}
+    for how in ("layers", "loop"):
+        check(task, batch, how)
+    # A position's embedding is looked up once for all rows, so layers cannot tell rows apart there.
+    everything = contrastive_task(case.model, case.inputs, scale=10.0)
+    # Its code looks at the mask's values, so vmap cannot run it.
+    assert Gradients(everything, batch).how == "loop"
+    check(everything, batch, "auto")
+
+
+class Odd(nn.Module):
+    """Every layer with a rule, one of them called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 8, padding_idx=0)
+        self.mix = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
+        self.wide = nn.Conv2d(6, 4, 3, padding="same", dilation=2, bias=False)
+        self.groups = nn.GroupNorm(2, 4)
+        self.tied = nn.Linear(8, 8, bias=False)
+        self.use_tied = False
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.mix(torch.tanh(self.mix(self.words(ids))))
+        x = x + F.linear(x, self.tied.weight.square()) if self.use_tied else x
+        x = self.norm(self.tied(x))
+        x = torch.tanh(self.conv(x.unflatten(1, (4, -1))))
+        return torch.sin(3 * self.groups(self.wide(x))).mean((1, 2, 3))
+
+
+def odd_task(net: nn.Module) -> Task:
+    return module_task(net, {"square": lambda call, b: call(b["ids"])})
+
+
+def test_every_rule_equals_a_loop_also_for_a_layer_called_twice() -> None:
+    task, batch = odd_task(Odd().eval()), batch_of({"ids": torch.randint(0, 7, (5, 24))}, 0, 5)
+    for how in ("layers", "vmap", "loop"):
+        check(task, batch, how)
+
+
+def test_weights_that_are_used_elsewhere_are_noticed() -> None:
+    net = Odd().eval()
+    net.use_tied = True
+    task, batch = odd_task(net), batch_of({"ids": torch.randint(0, 7, (5, 24))}, 0, 5)
+    assert Gradients(task, batch).how == "vmap"
+    check(task, batch, "auto")
+    with pytest.raises(InputError, match="away from a backward pass"):
+        Gradients(task, batch, how="layers")
+
+
+def test_gradients_of_a_checkpoint_are_those_of_a_module_with_its_weights() -> None:
+    net, other = Odd().eval(), Odd().eval()
+    batch = batch_of({"ids": torch.randint(0, 7, (3, 24))}, 0, 3)
+    for how in ("layers", "vmap"):
+        made = per_example_gradients(odd_task(net), batch, other.state_dict(), how=how)["square"]  # type: ignore[arg-type]
+        expected = per_example_gradients(odd_task(other), batch, how=how)["square"]  # type: ignore[arg-type]
+        assert all(torch.equal(made[n], expected[n]) for n in made)
+
+
+def test_a_unit_mean_averages_directions() -> None:
+    task = diffusion_task(pixel_unet(), scheduler=DDPMScheduler(), timesteps=[5, 300])
+    batch = batch_of({"latents": torch.randn(2, 3, 8, 8)}, 0, 2)
+    single = [diffusion_task(task.module, scheduler=DDPMScheduler(), timesteps=[t]) for t in (5, 300)]
+    parts = [Gradients(s, batch).full(batch)[0]["loss"] for s in single]
+    expected = torch.stack([F.normalize(p, dim=1) for p in parts]).mean(0)
+    torch.testing.assert_close(Gradients(task, batch).unit(batch)[0]["loss"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_module_in_training_is_refused() -> None:
+    with pytest.raises(InputError, match="training mode"):
+        Gradients(odd_task(Odd().train()), batch_of({"ids": torch.zeros(1, 24, dtype=torch.long)}, 0, 1))
