@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from methods_multimodal.cross_attention.commands import register as register_cross_attention
+from methods_multimodal.data_attribution.command import attribute
 from methods_multimodal.dissection.command import dissect
 from methods_multimodal.heads_command import heads
 from mm_adapters import InputError
@@ -27,6 +28,7 @@ _DEFAULT_PAIR = ("red_circle_left_of_blue_square", "blue_circle_left_of_red_squa
 def register(app: typer.Typer) -> None:
     """Adds this package's commands to `mm-interp`."""
     app.command("report")(report)
+    app.command("attribute")(attribute)
     app.command("dissect")(dissect)
     app.command("heads")(heads)
     register_cross_attention(app)

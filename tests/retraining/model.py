@@ -12,9 +12,10 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pixel_shuffle
+from tqdm import trange
 
-from tests.retraining.pictures import SIDE, WIDTH, Pictures
+from tests.retraining.pictures import SIDE, WIDTH, Pictures, folded
 
 STEPS = 1000
 BATCH = 16
@@ -50,9 +51,9 @@ def scheduler() -> DDIMScheduler:
 
 
 def train(
-    pictures: Pictures, which: Sequence[int], seed: int = 0, halfway: dict[str, Tensor] | None = None
+    pictures: Pictures, which: Sequence[int], seed: int = 0, show: bool = False
 ) -> UNet2DConditionModel:
-    """A model trained on these pictures. `halfway` is filled with the weights after half the steps.
+    """A model trained on these pictures.
 
     Everything drawn by lot (weights, order, timesteps, noise) follows from `seed`.
     """
@@ -61,9 +62,7 @@ def train(
     lots = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-4, foreach=True)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)
-    for step, rows in zip(range(STEPS), _batches(len(which), lots), strict=False):
-        if halfway is not None and step == STEPS // 2:
-            halfway |= {name: value.detach().clone() for name, value in model.state_dict().items()}
+    for _, rows in zip(trange(STEPS, disable=not show), _batches(len(which), lots), strict=False):
         x, c = images[rows], words[rows]
         t = torch.randint(0, 1000, (len(rows),), generator=lots)
         noise = torch.randn(x.shape, generator=lots)
@@ -74,13 +73,6 @@ def train(
         optimizer.step()
         rate.step()
     return model.eval().requires_grad_(False)
-
-
-def folded(
-    images: Float[Tensor, "picture 3 height width"],
-) -> Float[Tensor, "picture 12 row column"]:
-    """Pictures as the model sees them: four neighbouring pixels are one place, and nothing is lost."""
-    return pixel_unshuffle(images, 2)
 
 
 @torch.no_grad()

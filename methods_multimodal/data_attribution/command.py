@@ -1,0 +1,183 @@
+"""`mm-interp attribute`: which training pictures made a diffusion model draw this."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mm_adapters import InputError
+
+_FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp")
+_METHODS = ("d-trak", "trak", "dot", "cosine", "datainf", "ekfac", "unlearning", "clip", "pixels")
+
+
+def attribute(
+    query: Annotated[str, typer.Option(help="A prompt: what the model draws of it is asked about.")],
+    train: Annotated[
+        str, typer.Option(help="A folder of pictures with captions, or zoo:N for tiny-sd's first N.")
+    ],
+    model: Annotated[str, typer.Option(help="A shipped model, a folder, or an id on the hub.")] = "tiny-sd",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(_METHODS)}.")] = "d-trak",
+    image: Annotated[Path | None, typer.Option(help="Ask about this picture instead of drawing one.")] = None,
+    parameters: Annotated[
+        str, typer.Option(help="Differentiated: all, cross_attention_kv, lora, or a pattern of names.")
+    ] = "all",
+    timesteps: Annotated[int, typer.Option(min=1, help="Over which gradients are averaged.")] = 10,
+    width: Annotated[int, typer.Option(min=1, help="Of the projected gradients.")] = 1024,
+    damping: Annotated[float, typer.Option(min=0, help="In shares of the kernel's mean eigenvalue.")] = 0.1,
+    judge: Annotated[str, typer.Option(help="For clip: whose features.")] = "tiny-clip",
+    seed: Annotated[int, typer.Option(help="Of the drawing's noise.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Of the drawing.")] = 25,
+    shown: Annotated[int, typer.Option(min=1, help="How many pictures of each kind.")] = 6,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU if there is one.")] = None,
+    work: Annotated[
+        Path, typer.Option(help="A folder for gradient features, which the next query uses again.")
+    ] = Path("attribution"),
+    out: Annotated[Path, typer.Option(help="The picture; its numbers go beside it, as .json.")] = Path(
+        "attribution.png"
+    ),
+) -> None:
+    """Draws a picture and ranks training pictures by how much they helped or harmed it.
+
+    A run that was killed goes on where it was when it is called again.
+    """
+    from methods_multimodal.data_attribution.pictures import read_pictures
+
+    if method not in _METHODS:
+        raise InputError(f"There is no method {method!r}; there is {', '.join(_METHODS)}.")
+    if out.suffix.lower() not in _FORMATS:
+        raise InputError(f"--out {out}: the picture's format is one of {', '.join(_FORMATS)}.")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.absolute().parent}.")
+    if image is not None and not image.is_file():
+        raise FileNotFoundError(f"There is no image {image}.")
+    pictures = read_pictures(train)
+
+    import torch
+    from PIL import Image
+
+    from methods_multimodal.data_attribution.encoding import diffusion_examples
+    from methods_multimodal.plots.data_attribution import sources
+    from mm_adapters.loading import load
+
+    loaded = load(model, device=device)
+    if loaded.kind != "diffusion":
+        raise InputError(f"{model} does not draw; attribute is about diffusion models.")
+    pipe: Any = loaded.wrapped
+    side = _side(pipe)
+    if image is None:
+        lots = torch.Generator().manual_seed(seed)
+        drawn = pipe(query, num_inference_steps=steps, generator=lots).images[0]
+    else:
+        drawn = Image.open(image).convert("RGB").resize((side, side))
+    known = pictures.images(side)
+    if method in ("clip", "pixels"):
+        found = _alike([drawn], known, load(judge, device=device) if method == "clip" else None)
+    else:
+        examples = diffusion_examples(pipe, known, list(pictures.captions))
+        asked = diffusion_examples(pipe, [drawn], [query])
+        found = _by_gradients(
+            method, pipe, examples, asked, work,
+            parameters=parameters, timesteps=timesteps, width=width, damping=damping,
+        )  # fmt: skip
+    scores = found[0]
+    figure = sources(
+        drawn, scores, known.__getitem__, title=f"{query}\n({method})", captions=pictures.captions, n=shown
+    )
+    figure.savefig(out, dpi=120)
+    ranked = scores.argsort(descending=True).tolist()
+    numbers = out.with_suffix(".json")
+    settings = {"parameters": parameters, "timesteps": timesteps, "width": width, "damping": damping}
+    numbers.write_text(
+        json.dumps(
+            {
+                "model": model, "query": query, "method": method, "train": train, "seed": seed, **settings,
+                "scores": [
+                    {"number": i, "name": pictures.names[i], "caption": pictures.captions[i],
+                     "score": float(scores[i])}
+                    for i in ranked
+                ],
+            },
+            indent=1,
+        )
+    )  # fmt: skip
+    for i in ranked[:shown]:
+        typer.echo(f"{float(scores[i]):+.3g}  {pictures.names[i]}: {pictures.captions[i]}")
+    typer.echo(f"wrote {out} and {numbers}")
+
+
+def _by_gradients(
+    method: str,
+    pipe: Any,
+    examples: dict[str, Any],
+    asked: dict[str, Any],
+    work: Path,
+    *,
+    parameters: str,
+    timesteps: int,
+    width: int,
+    damping: float,
+) -> Any:
+    import torch
+
+    from methods_multimodal.data_attribution.diffusion import diffusion_task
+    from methods_multimodal.data_attribution.features import featurise, query_features
+    from methods_multimodal.data_attribution.kronecker import kronecker_scores
+    from methods_multimodal.data_attribution.projection import Projection
+    from methods_multimodal.data_attribution.scorers import Cosine, DataInf, Dot, scores
+    from methods_multimodal.data_attribution.trak import Trak
+    from methods_multimodal.data_attribution.unlearning import unlearning_scores
+
+    measure = "output_norm" if method == "d-trak" else "loss"
+    task = diffusion_task(pipe, measure=measure, timesteps=timesteps, noise="one", parameters=parameters)
+    asked["index"] = torch.zeros(1, dtype=torch.long)
+    if method == "ekfac":
+        return kronecker_scores(task, examples, asked, work / f"ekfac-{_digest(examples, asked)}")
+    if method == "unlearning":
+        return unlearning_scores(
+            task, examples, asked, damping=damping, folder=work / f"unlearning-{_digest(examples, asked)}"
+        )
+    projection = Projection("sparse", width)
+    store = featurise(task, examples, work / f"{measure}-{_digest(examples)}", projection=projection)
+    found = query_features(task, asked, projection=projection)
+    scorers = {
+        "d-trak": Trak(measure=measure, damping=damping),
+        "trak": Trak(measure=measure, damping=damping),
+        "dot": Dot(measure=measure),
+        "cosine": Cosine(measure=measure),
+        "datainf": DataInf(damping, measure=measure),
+    }
+    return scores(scorers[method], store, found)
+
+
+def _alike(queries: list[Any], known: Any, judge: Any) -> Any:
+    import torch
+    from torchvision.transforms.functional import to_tensor
+
+    from methods_multimodal.data_attribution.retrieval import image_features, pixel_features, similarity
+
+    sides = [torch.stack([to_tensor(picture) for picture in part]) for part in (queries, known)]
+    features = [pixel_features(s) if judge is None else image_features(judge, s) for s in sides]
+    return similarity(*features)
+
+
+def _side(pipe: Any) -> int:
+    """The side in pixels of the pictures a pipeline draws."""
+    from methods_multimodal.data_attribution.diffusion import denoiser_of
+
+    module, _ = denoiser_of(pipe)
+    size = module.config.sample_size
+    return (size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 1)
+
+
+def _digest(*parts: dict[str, Any]) -> str:
+    """A few letters for these examples: a folder of their own."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        for name in sorted(part):
+            hashed.update(name.encode() + part[name].detach().float().numpy().tobytes())
+    return hashed.hexdigest()[:10]

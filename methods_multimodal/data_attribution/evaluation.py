@@ -1,0 +1,204 @@
+"""How good scores of training examples are: against retraining on subsets, known sources, planted mistakes.
+
+Scores are [query, example], positive where the example helped the query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from methods_multimodal._record import Record
+from mm_adapters import InputError
+
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate(Record):
+    """A mean and its interval by bootstrap; `values` are what it is the mean of."""
+
+    mean: float
+    low: float
+    high: float
+    values: Float[Tensor, " value"]
+
+
+@dataclass(frozen=True)
+class Chosen(Record):
+    """An LDS whose damping was chosen, for each query, on other queries than that one.
+
+    `damping` is the one chosen for each query; `scores` are the scores made with it.
+    """
+
+    mean: float
+    low: float
+    high: float
+    values: Float[Tensor, " query"]
+    damping: Float[Tensor, " query"]
+    scores: Float[Tensor, "query example"]
+
+
+def linear_datamodeling_score(
+    scores: Float[Tensor, "query example"],
+    subsets: Bool[Tensor, "subset example"],
+    losses: Float[Tensor, "subset query"],
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Whether summed scores order retrained models as their losses do: a Spearman correlation a query.
+
+    `losses` [subset, query] are those of models trained on the examples that `subsets` marks. The more
+    help a subset holds, the lower the loss should be. The interval resamples queries and subsets.
+
+    Source: Park et al. 2023, arXiv 2303.14186, definition 2.4; for losses Zheng et al. 2024, arXiv
+    2311.00500.
+    Raises: InputError if the shapes do not belong together, or a query's losses never vary.
+    """
+    _check(scores, subsets, losses)
+    predicted = subsets.double() @ scores.double().T
+    per_query = spearman(predicted, -losses.double())
+    lots = torch.Generator().manual_seed(seed)
+    n_subsets, n_queries = losses.shape
+    means = []
+    for _ in range(_RESAMPLES):
+        rows = torch.randint(n_subsets, (n_subsets,), generator=lots)
+        columns = torch.randint(n_queries, (n_queries,), generator=lots)
+        means.append(spearman(predicted[rows][:, columns], -losses[rows][:, columns].double()).mean())
+    low, high = _interval(torch.stack(means), level)
+    return Estimate(float(per_query.mean()), low, high, per_query.float())
+
+
+def choose_damping(
+    make: Callable[[float], Float[Tensor, "query example"]],
+    dampings: Sequence[float],
+    subsets: Bool[Tensor, "subset example"],
+    losses: Float[Tensor, "subset query"],
+    *,
+    folds: int = 4,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Chosen:
+    """The LDS of a scorer with a damping: each fold of queries gets the one that is best on the others.
+
+    `make(damping)` gives the scores. Choosing on the queries that are then judged, as is often done,
+    says more of the grid than of the scorer.
+
+    Raises: InputError for fewer than two folds or queries than folds.
+    """
+    n_queries = losses.shape[1]
+    if not 2 <= folds <= n_queries:
+        raise InputError(f"{n_queries} queries can be parted into 2 to {n_queries} folds, not {folds}.")
+    if not dampings:
+        raise InputError("There is no damping to choose from.")
+    made = torch.stack([make(damping) for damping in dampings])
+    for scores in made:
+        _check(scores, subsets, losses)
+    each = torch.stack([spearman(subsets.double() @ scores.double().T, -losses.double()) for scores in made])
+    fold = torch.randperm(n_queries, generator=torch.Generator().manual_seed(seed)) % folds
+    best = torch.empty(n_queries, dtype=torch.long)
+    for number in range(folds):
+        best[fold == number] = each[:, fold != number].mean(1).argmax()
+    scores = made[best, torch.arange(n_queries)]
+    found = linear_datamodeling_score(scores, subsets, losses, level=level, seed=seed)
+    damping = torch.tensor(dampings, dtype=torch.float32)[best]
+    return Chosen(found.mean, found.low, found.high, found.values, damping, scores)
+
+
+def source_recall(
+    scores: Float[Tensor, "query example"], sources: Bool[Tensor, "query example"]
+) -> Float[Tensor, " query"]:
+    """Of each query's k known sources, the share among its k highest scores.
+
+    Raises: InputError for a query without a source.
+    """
+    counts = sources.sum(1)
+    if scores.shape != sources.shape or not bool(counts.all()):
+        raise InputError(
+            f"Every query needs a known source; scores are {list(scores.shape)}, sources "
+            f"{list(sources.shape)}, and {int((counts == 0).sum())} queries have none."
+        )
+    found = []
+    for row, known, count in zip(scores, sources, counts.tolist(), strict=True):
+        found.append(known[row.topk(count).indices].float().mean())
+    return torch.stack(found)
+
+
+def detection(scores: Float[Tensor, " example"], planted: Bool[Tensor, " example"]) -> float:
+    """How surely a score tells planted mistakes from the rest: the area under the ROC curve.
+
+    With self-influence for scores this finds mislabelled examples; with the similarity to the nearest
+    other example, duplicates.
+
+    Source: Koh and Liang 2017, arXiv 1703.04730, section 5.4 (mislabelled examples by self-influence).
+    Raises: InputError unless some are planted and some are not.
+    """
+    n, n_planted = len(planted), int(planted.sum())
+    if scores.shape != planted.shape or not 0 < n_planted < n:
+        raise InputError(f"{n_planted} of {n} examples are planted; at least one must be, and one not.")
+    above = ranks(scores[:, None].double())[planted, 0].sum() - n_planted * (n_planted + 1) / 2
+    return float(above / (n_planted * (n - n_planted)))
+
+
+def duplicates(
+    between: Float[Tensor, "example example"], n: int
+) -> tuple[Int[Tensor, "pair two"], Float[Tensor, " pair"]]:
+    """The `n` pairs of examples that are most alike, by their scores for each other, and how alike.
+
+    A pair's likeness is the geometric mean of both scores over the scores for themselves.
+    """
+    own = between.diagonal().clamp_min(torch.finfo(between.dtype).tiny)
+    alike = (between / (own[:, None] * own).sqrt() + (between / (own[:, None] * own).sqrt()).T) / 2
+    rows, columns = torch.triu_indices(len(between), len(between), offset=1)
+    best = alike[rows, columns].topk(min(n, len(rows)))
+    return torch.stack([rows[best.indices], columns[best.indices]], 1), best.values
+
+
+def spearman(a: Float[Tensor, "row column"], b: Float[Tensor, "row column"]) -> Float[Tensor, " column"]:
+    """Spearman's correlation of each column; 0 where one of the two never varies."""
+    x, y = (r - r.mean(0) for r in (ranks(a), ranks(b)))
+    product, size = (x * y).sum(0), x.norm(dim=0) * y.norm(dim=0)
+    return torch.where(size > 0, product / size.clamp_min(1e-12), torch.zeros_like(product))
+
+
+def ranks(values: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
+    """Ranks down each column from 1; equals share the mean of theirs."""
+    ordered = values.sort(0).values.T.contiguous()
+    wanted = values.T.contiguous()
+    first = torch.searchsorted(ordered, wanted)
+    last = torch.searchsorted(ordered, wanted, right=True)
+    return ((first + last + 1).to(values.dtype) / 2).T
+
+
+def bootstrap(values: Float[Tensor, query *repeat], *, level: float = 0.95, seed: int = 0) -> Estimate:
+    """The mean of values and its interval, resampling queries, and repeats (seeds) within each."""
+    table = values.double().reshape(len(values), -1)
+    lots = torch.Generator().manual_seed(seed)
+    means = []
+    for _ in range(_RESAMPLES):
+        rows = torch.randint(len(table), (len(table),), generator=lots)
+        columns = torch.randint(table.shape[1], table.shape, generator=lots)
+        means.append(table[rows].gather(1, columns).mean())
+    low, high = _interval(torch.stack(means), level)
+    return Estimate(float(table.mean()), low, high, table.mean(1).float())
+
+
+def _interval(means: Tensor, level: float) -> tuple[float, float]:
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)).tolist()
+    return low, high
+
+
+def _check(scores: Tensor, subsets: Tensor, losses: Tensor) -> None:
+    wanted = (losses.shape[1], subsets.shape[1])
+    if tuple(scores.shape) != wanted or len(subsets) != len(losses):
+        raise InputError(
+            f"{len(subsets)} subsets of {subsets.shape[1]} examples and losses {list(losses.shape)} "
+            f"[subset, query] ask for scores {list(wanted)}, not {list(scores.shape)}."
+        )
+    if len(losses) < 3 or bool((losses == losses[:1]).all(0).any()):
+        raise InputError("A query's losses must differ between subsets, of which there are at least three.")

@@ -1,0 +1,102 @@
+"""Training pictures with their captions: a folder, or the pictures a shipped model was trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from mm_adapters import InputError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_ZOO = "zoo:"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Training pictures: `names` for people, `captions`, and `files` (None: of the zoo, by number)."""
+
+    names: tuple[str, ...]
+    captions: tuple[str, ...]
+    files: tuple[Path, ...] | None = None
+
+    def image(self, index: int, side_px: int | None = None) -> Image.Image:
+        """Picture number `index`, scaled to a square if a side is given."""
+        if self.files is None:
+            from mm_adapters.zoo.sd import training_example
+
+            opened = Image.fromarray(training_example(index)[0])
+        else:
+            opened = Image.open(self.files[index]).convert("RGB")
+        if side_px is None or opened.size == (side_px, side_px):
+            return opened
+        return opened.resize((side_px, side_px), Image.Resampling.LANCZOS)
+
+    def images(self, side_px: int | None = None) -> Sequence[Image.Image]:
+        """All of them."""
+        return [self.image(i, side_px) for i in range(len(self.names))]
+
+
+def read_pictures(source: str | Path) -> Pictures:
+    """A folder with captions, or "zoo:N": the first N pictures that tiny-sd was trained on.
+
+    A folder's captions are in metadata.jsonl, a line {"file_name": ..., "text": ...} each, or a .txt
+    beside each picture.
+
+    Raises: InputError for a folder without pictures, a picture without a caption, or a bad number.
+    """
+    text = str(source)
+    if text.startswith(_ZOO):
+        return _of_zoo(text.removeprefix(_ZOO))
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}. Give a folder of pictures, or zoo:256.")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
+    if len(files) < 2:
+        raise InputError(f"{folder} has {len(files)} pictures ({', '.join(_SUFFIXES)}); two are the least.")
+    captions = _captions(folder, files)
+    for path in files:
+        try:
+            with Image.open(path) as opened:
+                opened.verify()
+        except (UnidentifiedImageError, OSError, SyntaxError):
+            raise InputError(f"{path} is no picture that can be read. Remove or replace it.") from None
+    return Pictures(tuple(p.name for p in files), captions, tuple(files))
+
+
+def _of_zoo(number: str) -> Pictures:
+    from mm_adapters.zoo.sd import N_TRAINING, training_caption, training_scene
+
+    if not number.isdigit() or not 2 <= int(number) <= N_TRAINING:
+        raise InputError(
+            f"zoo:{number}: tiny-sd has 2 to {N_TRAINING} training pictures to give, as zoo:256."
+        )
+    found = tuple(training_caption(training_scene(i), i) for i in range(int(number)))
+    return Pictures(tuple(f"zoo {i}" for i in range(int(number))), found)
+
+
+def _captions(folder: Path, files: Sequence[Path]) -> tuple[str, ...]:
+    listed: dict[str, Any] = {}
+    table = folder / "metadata.jsonl"
+    if table.is_file():
+        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                listed[row["file_name"]] = row["text"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise InputError(f'{table}, line {number}: not {{"file_name": ..., "text": ...}}.') from None
+    for path in files:
+        beside = path.with_suffix(".txt")
+        if path.name not in listed and beside.is_file():
+            listed[path.name] = beside.read_text(encoding="utf-8").strip()
+    missing = [p.name for p in files if p.name not in listed]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(files)} pictures have no caption ({', '.join(missing[:3])}): write "
+            f"{table.name} or a .txt beside each."
+        )
+    return tuple(str(listed[p.name]) for p in files)

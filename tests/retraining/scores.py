@@ -1,0 +1,197 @@
+"""Every scorer on the small model: what is compared with what retraining found.
+
+    python -m tests.retraining.scores [--readme]
+
+prints the table of linear datamodeling scores, and with --readme writes it there. Minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from methods_multimodal.data_attribution.features import Features, featurise, query_features
+from methods_multimodal.data_attribution.kronecker import kronecker_scores
+from methods_multimodal.data_attribution.projection import Projection
+from methods_multimodal.data_attribution.scorers import Cosine, DataInf, Dot, scores
+from methods_multimodal.data_attribution.trak import Trak
+from torch import Tensor
+from tqdm import tqdm
+
+import mm_adapters as mm
+from methods_multimodal.data_attribution.counterfactual import top
+from methods_multimodal.data_attribution.diffusion import diffusion_task
+from methods_multimodal.data_attribution.evaluation import Chosen, choose_damping
+from methods_multimodal.data_attribution.retrieval import (
+    enlarged,
+    image_features,
+    pixel_features,
+    similarity,
+)
+from methods_multimodal.data_attribution.unlearning import fisher_diagonal, unlearning_scores
+from mm_adapters.store import Store
+from tests.retraining.model import scheduler
+from tests.retraining.pictures import N_TRAIN
+from tests.retraining.subsets import LEFT_OUT_QUERIES, LEFT_OUT_SHARE, SEEDS
+from tests.retraining.truth import Truth
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- lds: python -m tests.retraining.scores --readme -->", "<!-- /lds -->"
+TIMESTEPS = 20
+PROJECTION = Projection("sparse", 1024)
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+NONE = (0.0,)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A scorer, by what its damping may be; `NONE` if it has none."""
+
+    make: Callable[[float], Tensor]
+    dampings: tuple[float, ...] = NONE
+
+
+class Subject:
+    """The small model with its gradient features."""
+
+    def __init__(self, truth: Truth, folder: Path, planted: bool = False) -> None:
+        self.truth, self.folder = truth, folder
+        self.model = truth.model(planted)
+        self.training, self.queries = truth.training(planted), truth.queries(planted)
+        task = self.task(TIMESTEPS, ("loss", "output_norm"))
+        self.store: Store = featurise(task, self.training.examples(), folder / "store", projection=PROJECTION)
+        self.features: Features = query_features(task, self.queries.examples(), projection=PROJECTION)
+
+    def task(self, timesteps: int, measures: Sequence[str] = ("loss",), parameters: str = "all"):
+        """The denoiser's measures, all pictures under the same noise."""
+        return diffusion_task(
+            self.model, measure=measures, timesteps=timesteps, noise="one",
+            scheduler=scheduler(), parameters=parameters,
+        )  # fmt: skip
+
+    def methods(self) -> dict[str, Method]:
+        """All of them, by the name the table has."""
+        found = {
+            "raw pixels": Method(lambda _: self.pixels()),
+            "CLIP features": Method(lambda _: self.clip()),
+            "gradient dot": Method(lambda _: self._scored(Dot())),
+            "gradient cosine": Method(lambda _: self._scored(Cosine())),
+            "DataInf": Method(lambda d: self._scored(DataInf(d)), DAMPINGS),
+        }
+        for name, measure in (("TRAK", "loss"), ("D-TRAK", "output_norm")):
+            fitted = Trak(measure=measure).fit(self.store)
+            found[name] = Method(lambda d, f=fitted: self._scored(f.damped(d)), DAMPINGS)
+        found["EKFAC"] = Method(lambda _: self.ekfac())
+        found["unlearning"] = Method(self.unlearning(), (0.01, 1.0))
+        return found
+
+    def pixels(self) -> Tensor:
+        """Cosines of pixels."""
+        return similarity(pixel_features(self.queries.images), pixel_features(self.training.images))
+
+    def clip(self) -> Tensor:
+        """Cosines of tiny-clip's features."""
+        judge = mm.load("tiny-clip")
+        sides = [
+            image_features(judge, enlarged((p.images + 1) / 2, 64)) for p in (self.queries, self.training)
+        ]
+        return similarity(*sides)
+
+    def ekfac(self) -> Tensor:
+        """Influence by kronfluence, at its own damping."""
+        train, queries = self.training.examples(), self.queries.examples()
+        return kronecker_scores(
+            self.task(5), train, queries, self.folder / "ekfac", batch_size=16, damping=None
+        )
+
+    def unlearning(self) -> Callable[[float], Tensor]:
+        """Scores by unlearning through all parameters, with the Fisher information made once."""
+        task, train = self.task(10), self.training.examples()
+        queries = self.queries.examples()
+        queries["index"] = torch.arange(len(queries["latents"]))
+        fisher = fisher_diagonal(task, train)
+        return lambda damping: unlearning_scores(task, train, queries, fisher=fisher, damping=damping)
+
+    def _scored(self, scorer) -> Tensor:
+        return scores(scorer, self.store, self.features)
+
+
+def compare(subject: Subject, names: Sequence[str] | None = None) -> dict[str, tuple[Chosen, Chosen]]:
+    """The score of each method on the held-out queries and on those the model drew."""
+    truth, methods = subject.truth, subject.methods()
+    half, found = truth.losses.shape[1] // 2, {}
+    for name in tqdm(names or list(methods), desc="scorers", unit="scorer", disable=None):
+        made = {d: methods[name].make(d) for d in methods[name].dampings}
+        found[name] = tuple(
+            choose_damping(
+                lambda d, m=made, p=part: m[d][p],
+                methods[name].dampings,
+                truth.subsets,
+                truth.losses[:, part],
+            )
+            for part in (slice(0, half), slice(half, None))
+        )
+    return found
+
+
+def table(found: dict[str, tuple[Chosen, Chosen]]) -> str:
+    """The table of the README."""
+    rows = ["| scorer | held-out pictures | pictures the model drew |", "|---|---|---|"]
+    for name, parts in found.items():
+        cells = " | ".join(f"{p.mean:.2f} ({p.low:.2f} to {p.high:.2f})" for p in parts)
+        rows.append(f"| {name} | {cells} |")
+    return "\n".join(rows)
+
+
+def named(truth: Truth) -> dict[str, Tensor]:
+    """What is to be left out for `LEFT_OUT_QUERIES`, by method, and at random for each seed.
+
+    D-TRAK's damping is the one that is best on all other queries.
+    """
+    rows = list(LEFT_OUT_QUERIES)
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(truth, Path(folder))
+        fitted = Trak(measure="output_norm").fit(subject.store)
+        others = [i for i in range(truth.losses.shape[1] // 2) if i not in rows]
+        best = max(DAMPINGS, key=lambda d: _lds(truth, subject, fitted.damped(d), others))
+        dtrak = scores(fitted.damped(best), subject.store, subject.features)
+        clip = subject.clip()
+    count = round(LEFT_OUT_SHARE * N_TRAIN)
+    lots = [torch.Generator().manual_seed(20_000 + seed) for seed in SEEDS]
+    return {
+        "D-TRAK": top(dtrak[rows], LEFT_OUT_SHARE),
+        "CLIP": top(clip[rows], LEFT_OUT_SHARE),
+        "random": torch.stack([torch.randperm(N_TRAIN, generator=g)[:count] for g in lots]),
+    }
+
+
+def _lds(truth: Truth, subject: Subject, scorer: Trak, queries: list[int]) -> float:
+    from methods_multimodal.data_attribution.evaluation import linear_datamodeling_score
+
+    made = scores(scorer, subject.store, subject.features)[queries]
+    return linear_datamodeling_score(made, truth.subsets, truth.losses[:, queries]).mean
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table; writes it into the README if asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--folder", type=Path, default=None, help="where gradient features are kept")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = compare(Subject(Truth.read(), options.folder or Path(scratch)))
+    print(text := table(found))
+    if options.readme:
+        head, rest = README.read_text().split(BEGIN)
+        README.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
