@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatch
 from functools import cache
 from itertools import islice
@@ -146,7 +147,10 @@ def test_sites_are_listed_in_the_order_they_run(name: str) -> None:
             layers = [int(s.removeprefix(prefix).split(".")[0]) for s in ran if s.startswith(prefix)]
             assert layers == sorted(layers)
         own = [s for s in ran if ".resnets." not in s and ".blocks." in s]
-        assert own == [s for s in model.sitemap.sites if s in set(own)]
+        listed = [s for s in model.sitemap.sites if s in set(own)]
+        # Which of the three projections is made first is the library's, and changes with it.
+        ran_, listed_ = ([re.sub("hook_[qkv]$", "hook_qkv", s) for s in names] for names in (own, listed))
+        assert list(dict.fromkeys(ran_)) == list(dict.fromkeys(listed_))
 
 
 @each_family
