@@ -170,7 +170,8 @@ def _side(pipe: Any) -> int:
     from methods_multimodal.data_attribution.diffusion import denoiser_of
 
     module, _ = denoiser_of(pipe)
-    size = module.config.sample_size
+    config: Any = module.config
+    size = config.sample_size
     return (size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 1)
 
 

@@ -175,7 +175,7 @@ def ranks(values: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
     return ((first + last + 1).to(values.dtype) / 2).T
 
 
-def bootstrap(values: Float[Tensor, query *repeat], *, level: float = 0.95, seed: int = 0) -> Estimate:
+def bootstrap(values: Float[Tensor, "query ..."], *, level: float = 0.95, seed: int = 0) -> Estimate:
     """The mean of values and its interval, resampling queries, and repeats (seeds) within each."""
     table = values.double().reshape(len(values), -1)
     lots = torch.Generator().manual_seed(seed)

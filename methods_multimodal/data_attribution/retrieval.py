@@ -30,10 +30,10 @@ def image_features(
     *,
     tower: str = "vision",
     batch_size: int = 64,
-) -> Float[Tensor, "image width"]:
+) -> Float[Tensor, "image feature"]:
     """Unit vectors of images in [0, 1] by a model with an image tower: CLIP, SigLIP, DINO, a ViT, ...
 
-    Images are enlarged to the tower's size here, bicubically, and prepared as the model asks.
+    They are scaled and prepared as the model asks.
     """
     from torchvision.transforms.functional import to_pil_image
 

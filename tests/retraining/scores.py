@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from methods_multimodal.data_attribution.features import Features, featurise, query_features
 from methods_multimodal.data_attribution.kronecker import kronecker_scores
-from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.scorers import Cosine, DataInf, Dot, scores
 from methods_multimodal.data_attribution.trak import Trak
 from torch import Tensor
@@ -26,6 +24,8 @@ import mm_adapters as mm
 from methods_multimodal.data_attribution.counterfactual import top
 from methods_multimodal.data_attribution.diffusion import diffusion_task
 from methods_multimodal.data_attribution.evaluation import Chosen, choose_damping
+from methods_multimodal.data_attribution.features import Features, featurise, query_features
+from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.retrieval import (
     enlarged,
     image_features,

@@ -1,0 +1,94 @@
+"""Unlearning against its formula written out, on a model small enough for that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from methods_multimodal.data_attribution import module_task
+from methods_multimodal.data_attribution import unlearning as unlearning_module
+from methods_multimodal.data_attribution.unlearning import fisher_diagonal, unlearning_scores
+from mm_adapters import InputError
+
+
+def subject() -> tuple:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(5, 1)
+    task = module_task(net, {"loss": lambda call, b: (call(b["x"])[:, 0] - b["y"]).square()})
+    examples = {"x": torch.randn(12, 5), "y": torch.randn(12)}
+    queries = {"x": torch.randn(3, 5), "y": torch.randn(3), "index": torch.arange(3)}
+    return net, task, examples, queries
+
+
+def test_the_fisher_information_is_the_mean_of_squared_gradients_of_a_loop() -> None:
+    net, task, examples, _ = subject()
+    found = fisher_diagonal(task, examples, batch_size=5, max_rows=3)
+    total = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for x, y in zip(examples["x"], examples["y"], strict=True):
+        net.zero_grad()
+        (net(x)[0] - y).square().backward()
+        for name, p in net.named_parameters():
+            assert p.grad is not None
+            total[name] += p.grad.square() / 12
+    for name, value in total.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_a_score_is_how_much_an_examples_loss_rises_after_the_step() -> None:
+    net, task, examples, queries = subject()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    found = unlearning_scores(task, examples, queries, step=0.05, damping=0.2, batch_size=5)
+    fisher = fisher_diagonal(task, examples)
+    mean = torch.cat([v.flatten() for v in fisher.values()]).mean()
+
+    def losses(w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (examples["x"] @ w[0] + b - examples["y"]).square()
+
+    for query in range(3):
+        x, y = queries["x"][query], queries["y"][query]
+        residual = (x @ net.weight[0] + net.bias - y).detach()
+        w = net.weight + 0.05 * 2 * residual * x / (12 * (fisher["weight"] + 0.2 * mean))
+        b = net.bias + 0.05 * 2 * residual / (12 * (fisher["bias"] + 0.2 * mean))
+        wanted = (losses(w, b) - losses(net.weight, net.bias)).detach()
+        torch.testing.assert_close(found[query], wanted, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_the_query_itself_is_forgotten_most() -> None:
+    _, task, examples, _ = subject()
+    queries = {**examples, "index": torch.arange(12)}
+    found = unlearning_scores(task, examples, queries)
+    large = found.diagonal() > found.diagonal().median()
+    assert torch.equal(found.argmax(1)[large], torch.arange(12)[large])
+
+
+def test_what_is_done_is_not_done_again_and_the_end_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, task, examples, queries = subject()
+    whole = unlearning_scores(task, examples, queries)
+    real, calls = unlearning_module.save_file, []
+
+    def failing(tensors: dict, path: Path) -> None:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(path)
+        real(tensors, path)
+
+    monkeypatch.setattr(unlearning_module, "save_file", failing)
+    with pytest.raises(KeyboardInterrupt):
+        unlearning_scores(task, examples, queries, folder=tmp_path / "run")
+    monkeypatch.setattr(unlearning_module, "save_file", lambda t, p: (calls.append(p), real(t, p)))
+    again = unlearning_scores(task, examples, queries, folder=tmp_path / "run")
+    assert torch.equal(again, whole)
+    assert len(calls) == 3
+    with pytest.raises(InputError, match="another run's scores"):
+        unlearning_scores(task, examples, queries, step=0.5, folder=tmp_path / "run")
+
+
+def test_a_step_that_goes_nowhere_is_refused() -> None:
+    _, task, examples, queries = subject()
+    with pytest.raises(InputError, match="positive"):
+        unlearning_scores(task, examples, queries, step=0.0)
