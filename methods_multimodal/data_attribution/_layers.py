@@ -106,10 +106,16 @@ def _linear(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
 def _conv(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
     assert isinstance(module, nn.Conv2d)
     given = F.unfold(seen.given, module.kernel_size, module.dilation, _padding(module), module.stride)
-    given = rearrange(given, "(n k) (g i) p -> n g (k p) i", n=n, g=module.groups)
-    back = rearrange(seen.gradient, "(n k) (g o) h w -> n g o (k h w)", n=n, g=module.groups)
-    weight = (back @ given).reshape(n, *module.weight.shape)
-    return {"weight": weight, "bias": back.sum(3).flatten(1)}
+    given = given.unflatten(1, (module.groups, -1))
+    back = seen.gradient.flatten(2).unflatten(1, (module.groups, -1))
+    if back.shape[2] <= back.shape[3]:  # A product for each row is smaller than its patches laid out anew.
+        weight = (back @ given.mT).unflatten(0, (n, -1)).sum(1)
+    else:
+        weight = rearrange(back, "(n k) g o p -> n g o (k p)", n=n) @ rearrange(
+            given, "(n k) g i p -> n g (k p) i", n=n
+        )
+    bias = seen.gradient.sum((2, 3)).unflatten(0, (n, -1)).sum(1)
+    return {"weight": weight.reshape(n, *module.weight.shape), "bias": bias}
 
 
 def _layer_norm(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:

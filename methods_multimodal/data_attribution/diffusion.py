@@ -37,6 +37,7 @@ def diffusion_task(
     measure: str | Sequence[str] | Mapping[str, Measure] = "loss",
     timesteps: int | Sequence[int] | None = 10,
     n_noises: int = 1,
+    n_own: int = 1,
     seed: int = 0,
     noise: Literal["each", "one"] = "each",
     parameters: str | Sequence[str] = "all",
@@ -50,7 +51,8 @@ def diffusion_task(
     "added_cond_kwargs.text_embeds" for what lies in a dict), as `diffusion_examples` makes them.
 
     `timesteps` are a number of evenly spaced ones, a list, or None: each example brings its own, as
-    "timestep" (a trajectory's latents are [draw, channel, height, width], "timestep" then [draw]).
+    "timestep"; or `n_own` of them along a trajectory (Journey-TRAK: what the sampler took for the clean
+    picture at each), "timestep" then [n_own] and "latents" [n_own, channel, height, width].
     The noise is that of (seed, index, timestep, which noise), the same for training and query
     examples; with `noise="one"` the index is left out and all examples share it (as in D-TRAK).
     Averages are over timesteps and noises. `measure` names one or more of `MEASURES`, or gives
@@ -75,8 +77,8 @@ def diffusion_task(
         steps = [int(t) for t in timesteps]
         if not steps or not all(0 <= t < schedule.n_steps for t in steps):
             raise InputError(f"Timesteps are 0 to {schedule.n_steps - 1}, not {steps}.")
-    if n_noises < 1:
-        raise InputError(f"There is at least one noise at each timestep, not {n_noises}.")
+    if n_noises < 1 or n_own < 1:
+        raise InputError(f"There is at least one noise and timestep, not {n_noises} and {n_own}.")
     draws = Draws(schedule, None if steps is None else tuple(steps), n_noises, seed, noise == "one")
 
     def values(call: Call, rows: Batch) -> dict[str, Tensor]:
@@ -91,11 +93,12 @@ def diffusion_task(
         "measures": list(measures),
         "timesteps": steps,
         "n_noises": n_noises,
+        "n_own": n_own,
         "seed": seed,
         "noise": noise,
         "prediction": schedule.predicts,
     }
-    n_draws = n_noises * (1 if steps is None else len(steps))
+    n_draws = n_noises * (n_own if steps is None else len(steps))
     return Task(module, select(module, parameters), tuple(measures), n_draws, draws.rows, values, about)
 
 
@@ -211,7 +214,13 @@ class Draws:
             raise InputError('With timesteps=None every example brings its own, as "timestep".')
         own = batch["timestep"].cpu()
         if own.ndim == 1:
-            return repeat(latents, "n ... -> n k ...", k=len(which)), repeat(own, "n -> n k", k=len(which))
+            own = own[:, None]
+            latents = latents[:, None]
+        if int(at.max()) >= own.shape[1] or own.shape != latents.shape[:2]:
+            raise InputError(
+                f"Examples bring timesteps {list(own.shape)} and latents {list(latents.shape)}; n_own is how "
+                "many each has, of both."
+            )
         return latents[:, at.to(latents.device)], own[:, at]
 
 

@@ -38,7 +38,7 @@ class Projection:
     kind: Kind = "rademacher"
     dim: int = 2048
     seed: int = 0
-    memory: int = 2**30
+    memory: int = 2**31
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:

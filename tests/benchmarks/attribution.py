@@ -34,8 +34,8 @@ from methods_multimodal.data_attribution.trak import Trak
 from mm_adapters.store import Column, Store, Writer
 from tests.benchmarks._paired import paired, ratio
 
-SIZES = {"examples": 32, "dim": 2048, "few": 10_000, "many": 100_000, "features": 512}
-SMALL = {"examples": 8, "dim": 512, "few": 5_000, "many": 50_000, "features": 128}
+SIZES = {"examples": 64, "dim": 2048, "few": 10_000, "many": 100_000, "features": 512}
+SMALL = {"examples": 32, "dim": 2048, "few": 5_000, "many": 50_000, "features": 128}
 LIMITS = {"examples per second, ours / traker": 2.0, "growth in MB": 64.0}
 N_STEPS = 10
 

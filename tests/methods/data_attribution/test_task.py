@@ -71,6 +71,15 @@ def test_a_trajectory_brings_its_own_timesteps() -> None:
         for t in (5, 90)
     ]
     torch.testing.assert_close(values, torch.stack(parts).mean(0))
+    trajectory = diffusion_task(net, scheduler=scheduler, timesteps=None, n_own=2)
+    batch = {
+        "latents": torch.stack([latents, latents], 1),
+        "timestep": torch.tensor([[5, 90], [5, 90]]),
+        "index": torch.arange(2),
+    }
+    torch.testing.assert_close(trajectory.per_example(batch)["loss"], values)
+    with pytest.raises(InputError, match="n_own is how many"):
+        trajectory.per_example({**batch, "timestep": torch.tensor([5, 90]), "latents": latents})
 
 
 @pytest.mark.parametrize("engine", ["hooked", "nnsight"])
