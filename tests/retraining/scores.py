@@ -91,7 +91,7 @@ class Subject:
 
     def pixels(self) -> Tensor:
         """Cosines of pixels."""
-        return similarity(pixel_features(self.queries.images), pixel_features(self.training.images))
+        return similarity(*(pixel_features((p.images + 1) / 2) for p in (self.queries, self.training)))
 
     def clip(self) -> Tensor:
         """Cosines of tiny-clip's features."""
@@ -101,11 +101,16 @@ class Subject:
         ]
         return similarity(*sides)
 
-    def ekfac(self) -> Tensor:
+    def ekfac(self, measure: str = "loss") -> Tensor:
         """Influence by kronfluence, at its own damping."""
         train, queries = self.training.examples(), self.queries.examples()
         return kronecker_scores(
-            self.task(5), train, queries, self.folder / "ekfac", batch_size=16, damping=None
+            self.task(5, (measure,)),
+            train,
+            queries,
+            self.folder / f"ekfac-{measure}",
+            batch_size=16,
+            damping=None,
         )
 
     def unlearning(self, parameters: str = "all") -> Callable[[float], Tensor]:
