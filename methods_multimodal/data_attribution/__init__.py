@@ -9,12 +9,31 @@ Scores are [query, train]; positive is helpful.
 """
 
 from methods_multimodal.data_attribution.contrastive import contrastive_task
+from methods_multimodal.data_attribution.counterfactual import LeftOut, leave_out, tail_patch, top
 from methods_multimodal.data_attribution.diffusion import diffusion_task
 from methods_multimodal.data_attribution.encoding import diffusion_examples
+from methods_multimodal.data_attribution.evaluation import (
+    Chosen,
+    Estimate,
+    choose_damping,
+    detection,
+    duplicates,
+    linear_datamodeling_score,
+    source_recall,
+)
 from methods_multimodal.data_attribution.features import Features, featurise, query_features
 from methods_multimodal.data_attribution.gradients import per_example_gradients
 from methods_multimodal.data_attribution.kronecker import kronecker_scores
 from methods_multimodal.data_attribution.projection import Projection
+from methods_multimodal.data_attribution.retrieval import (
+    LinearMap,
+    Nearest,
+    fit_linear_map,
+    image_features,
+    nearest,
+    pixel_features,
+    similarity,
+)
 from methods_multimodal.data_attribution.scorers import (
     Cosine,
     DataInf,
@@ -27,26 +46,47 @@ from methods_multimodal.data_attribution.scorers import (
 )
 from methods_multimodal.data_attribution.task import Task, module_task
 from methods_multimodal.data_attribution.trak import Trak
+from methods_multimodal.data_attribution.unlearning import fisher_diagonal, unlearning_scores
 
 __all__ = [
+    "Chosen",
     "Cosine",
     "DataInf",
     "DiffusionReTrac",
     "Dot",
+    "Estimate",
     "Features",
+    "LeftOut",
+    "LinearMap",
+    "Nearest",
     "Projection",
     "Scorer",
     "Task",
     "TracIn",
     "Trak",
+    "choose_damping",
     "contrastive_task",
+    "detection",
     "diffusion_examples",
     "diffusion_task",
+    "duplicates",
     "featurise",
+    "fisher_diagonal",
+    "fit_linear_map",
+    "image_features",
     "kronecker_scores",
+    "leave_out",
+    "linear_datamodeling_score",
     "module_task",
+    "nearest",
     "per_example_gradients",
+    "pixel_features",
     "query_features",
     "scores",
+    "similarity",
+    "source_recall",
+    "tail_patch",
+    "top",
     "top_k",
+    "unlearning_scores",
 ]

@@ -19,9 +19,8 @@ from mm_adapters import InputError
 
 
 def pixel_features(images: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image pixel"]:
-    """The pixels themselves, around the middle of their range, as unit vectors."""
-    low, high = images.amin(), images.amax()
-    return normalize((images - (low + high) / 2).flatten(1).float(), dim=1)
+    """The pixels of images in [0, 1], seen from gray, as unit vectors."""
+    return normalize((images.float() - 0.5).flatten(1), dim=1)
 
 
 def image_features(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from methods_multimodal._progress import fingerprint
@@ -105,7 +106,10 @@ def fisher_diagonal(
         rows = task.rows(batch, range(task.n_draws))
         size = len(next(iter(rows.values())))
         for first in range(0, size, max_rows):
-            found = each(weights, {name: value[first : first + max_rows] for name, value in rows.items()})
+            part = {name: value[first : first + max_rows] for name, value in rows.items()}
+            # Fused attention has no batching rule.
+            with sdpa_kernel(SDPBackend.MATH):
+                found = each(weights, part)
             for name, value in found.items():
                 total[name] += value.square().sum(0)
         count += size

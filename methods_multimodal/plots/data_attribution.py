@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -16,6 +16,7 @@ from methods_multimodal.plots.picture import picture
 _HELPFUL, _HARMFUL = "#1b7837", "#b2182b"
 
 
+@runtime_checkable
 class Interval(Protocol):
     """A mean and its interval: an `Estimate`, a `Chosen`."""
 
@@ -43,7 +44,7 @@ def sources(
     n = min(n, len(scores))
     order = scores.argsort(descending=True)
     most = float(scores.abs().max()) or 1.0
-    figure = Figure(figsize=(1.5 * (n + 1.6), 5.6), layout="constrained")
+    figure = Figure(figsize=(1.5 * (n + 1.6), 5.2), layout="constrained")
     grid = figure.add_gridspec(2, n + 1, width_ratios=[1.6] + [1.0] * n)
     picture(query, figure.add_subplot(grid[:, 0]), title=_wrapped(title, 24))
     rows = (("helped most", _HELPFUL, order[:n]), ("harmed most", _HARMFUL, order.flip(0)[:n]))
@@ -59,6 +60,7 @@ def sources(
                 spine.set_linewidth(2)
             if column == 0:
                 ax.set_ylabel(label, fontsize=10, color=colour)
+    figure.supxlabel("scores in units of the largest", fontsize=8)
     return figure
 
 

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from methods_multimodal.data_attribution.kronecker import kronecker_scores
-from methods_multimodal.data_attribution.scorers import Cosine, DataInf, Dot, scores
-from methods_multimodal.data_attribution.trak import Trak
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +22,7 @@ from methods_multimodal.data_attribution.counterfactual import top
 from methods_multimodal.data_attribution.diffusion import diffusion_task
 from methods_multimodal.data_attribution.evaluation import Chosen, choose_damping
 from methods_multimodal.data_attribution.features import Features, featurise, query_features
+from methods_multimodal.data_attribution.kronecker import kronecker_scores
 from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.retrieval import (
     enlarged,
@@ -32,6 +30,8 @@ from methods_multimodal.data_attribution.retrieval import (
     pixel_features,
     similarity,
 )
+from methods_multimodal.data_attribution.scorers import Cosine, DataInf, Dot, scores
+from methods_multimodal.data_attribution.trak import Trak
 from methods_multimodal.data_attribution.unlearning import fisher_diagonal, unlearning_scores
 from mm_adapters.store import Store
 from tests.retraining.model import scheduler
@@ -91,7 +91,7 @@ class Subject:
 
     def pixels(self) -> Tensor:
         """Cosines of pixels."""
-        return similarity(pixel_features(self.queries.images), pixel_features(self.training.images))
+        return similarity(*(pixel_features((p.images + 1) / 2) for p in (self.queries, self.training)))
 
     def clip(self) -> Tensor:
         """Cosines of tiny-clip's features."""
@@ -101,16 +101,21 @@ class Subject:
         ]
         return similarity(*sides)
 
-    def ekfac(self) -> Tensor:
+    def ekfac(self, measure: str = "loss") -> Tensor:
         """Influence by kronfluence, at its own damping."""
         train, queries = self.training.examples(), self.queries.examples()
         return kronecker_scores(
-            self.task(5), train, queries, self.folder / "ekfac", batch_size=16, damping=None
+            self.task(5, (measure,)),
+            train,
+            queries,
+            self.folder / f"ekfac-{measure}",
+            batch_size=16,
+            damping=None,
         )
 
-    def unlearning(self) -> Callable[[float], Tensor]:
-        """Scores by unlearning through all parameters, with the Fisher information made once."""
-        task, train = self.task(10), self.training.examples()
+    def unlearning(self, parameters: str = "all") -> Callable[[float], Tensor]:
+        """Scores by unlearning, with the Fisher information made once."""
+        task, train = self.task(10, parameters=parameters), self.training.examples()
         queries = self.queries.examples()
         queries["index"] = torch.arange(len(queries["latents"]))
         fisher = fisher_diagonal(task, train)
