@@ -1,6 +1,6 @@
 """Every scorer on the small model: what is compared with what retraining found.
 
-    python -m tests.retraining.scores [--readme]
+    python -m tests.retraining.scores [--readme] [--picture FILE]
 
 prints the table of linear datamodeling scores, and with --readme writes it there. Minutes on one core.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ from methods_multimodal.data_attribution.retrieval import (
 from methods_multimodal.data_attribution.scorers import Cosine, DataInf, Dot, scores
 from methods_multimodal.data_attribution.trak import Trak
 from methods_multimodal.data_attribution.unlearning import fisher_diagonal, unlearning_scores
+from methods_multimodal.plots.data_attribution import score_bars
 from mm_adapters.store import Store
 from tests.retraining.model import scheduler
 from tests.retraining.pictures import N_TRAIN
@@ -187,12 +189,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--picture", type=Path, default=None, help="where bars of it go")
     parser.add_argument("--folder", type=Path, default=None, help="where gradient features are kept")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         found = compare(Subject(Truth.read(), options.folder or Path(scratch)))
     print(text := table(found))
+    if options.picture:
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        score_bars(
+            found, figure.add_subplot(), groups=("held-out pictures", "pictures the model drew"),
+            title="64 models retrained on random halves",
+        )  # fmt: skip
+        figure.savefig(options.picture, dpi=100)
     if options.readme:
         head, rest = README.read_text().split(BEGIN)
         README.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
