@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prints both tables; 1 if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--small", action="store_true", help="fewer examples; only memory has a limit")
     parser.add_argument("--score", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -166,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         for kind in kinds:
             times = ratio(seconds, "traker", kind)
             print(f"  {kind:12} {times:6.1f} x traker's examples per second")
-            failed |= times < LIMITS["examples per second, ours / traker"]
+            # Of few examples the ratio is mostly what making the projection costs.
+            failed |= not options.small and times < LIMITS["examples per second, ours / traker"]
         grown = []
         for count in (sizes["few"], sizes["many"]):
             stored(folder / str(count), count, sizes["features"])
