@@ -34,7 +34,8 @@ def soft_wpmi(
     top_k: int = 100,
     scale: float = 10.0,
     prior: float = 1.0,
-    **options: float,
+    p_first: float = 0.998,
+    p_last: float = 0.97,
 ) -> Float[Tensor, "unit concept"]:
     """Soft weighted pointwise mutual information: are the unit's top images likely under the concept?
 
@@ -43,8 +44,10 @@ def soft_wpmi(
     """
     top = top_images(activations, top_k)
     total = torch.zeros(len(top), similarity.shape[1])
-    add_soft_evidence(total, torch.softmax(similarity.float() * scale, 1), top, **options)
-    return less_prior(total, prior, silent(total.shape[1], top_k, **options))
+    add_soft_evidence(
+        total, torch.softmax(similarity.float() * scale, 1), top, p_first=p_first, p_last=p_last
+    )
+    return less_prior(total, prior, silent(total.shape[1], top_k, p_first=p_first, p_last=p_last))
 
 
 def wpmi(
