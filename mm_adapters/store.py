@@ -19,7 +19,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mm_adapters._checkpoint import check_safetensors
@@ -82,6 +84,14 @@ class Store:
             at, shard = end, shard + 1
         return {name: _joined(found, self.columns[name]) for name, found in parts.items()}
 
+    def views(self, size: int, columns: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Every row in order, at most `size` at a time and never of two shards: nothing is copied."""
+        if size < 1:
+            raise StoreError(f"A view has at least one row, not {size}.")
+        for first, end in zip([0, *self._ends], self._ends, strict=False):
+            for start in range(first, end, size):
+                yield self.rows(start, min(start + size, end), columns)
+
     def batches(
         self,
         size: int,
@@ -98,7 +108,7 @@ class Store:
 
         Blocks of `block_rows` neighbours are drawn from all over the store into a window of
         `buffer_rows`, whose rows are mixed: what is read from the disk lies together. Within a batch,
-        rows of one shard stand together. `start` is the number of the first batch wanted; what comes
+        rows stand in the store's order. `start` is the number of the first batch wanted; what comes
         before is not read.
         """
         names = self._names(columns)
@@ -108,9 +118,9 @@ class Store:
             for at in range(start * size, len(self) - (size - 1 if drop_last else 0), size):
                 yield self.rows(at, at + size, names)
             return
-        left = torch.empty(0, dtype=torch.int64)
+        left = np.empty(0, np.int64)
         for window in self._windows(seed, epoch, start * size, buffer_rows, block_rows, names):
-            order = torch.cat([left, window])
+            order = np.concatenate([left, window])
             whole = len(order) - len(order) % size
             for at in range(0, whole, size):
                 yield self._gathered(order[at : at + size], names)
@@ -120,34 +130,38 @@ class Store:
 
     def _windows(
         self, seed: int, epoch: int, skip: int, buffer_rows: int, block_rows: int, names: list[str]
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[NDArray[np.int64]]:
         """The numbers of the shuffled rows, a window at a time, without the first `skip`."""
         n_blocks = math.ceil(len(self) / block_rows)
-        order = torch.randperm(n_blocks, generator=_generator(seed, epoch, -1))
-        for number, blocks in enumerate(order.split(max(1, buffer_rows // block_rows))):
-            rows = (blocks[:, None] * block_rows + torch.arange(block_rows)).flatten()
-            rows = rows[rows < len(self)]
+        order = torch.randperm(n_blocks, generator=_generator(seed, epoch, -1)).numpy()
+        inside = np.arange(block_rows)
+        per_window = max(1, buffer_rows // block_rows)
+        for number in range(math.ceil(n_blocks / per_window)):
+            blocks = order[number * per_window : (number + 1) * per_window]
+            rows = (blocks[:, None] * block_rows + inside).ravel()
+            if n_blocks - 1 in blocks:  # Which may be shorter.
+                rows = rows[rows < len(self)]
             if skip >= len(rows):
                 skip -= len(rows)
                 continue
             for block in blocks.tolist():
                 self._expect(block * block_rows, (block + 1) * block_rows, names)
-            yield rows[torch.randperm(len(rows), generator=_generator(seed, epoch, number))[skip:]]
+            mixed = torch.randperm(len(rows), generator=_generator(seed, epoch, number)).numpy()
+            yield rows[mixed[skip:]]
             skip = 0
 
-    def _gathered(self, rows: Tensor, names: list[str]) -> dict[str, Tensor]:
-        """These rows, those of one shard together."""
-        shards = torch.bucketize(rows, torch.tensor(self._ends), right=True)
-        rows = rows[shards.argsort(stable=True)]
-        out = {n: torch.empty(len(rows), *self.columns[n].shape, dtype=self.columns[n].dtype) for n in names}
+    def _gathered(self, rows: NDArray[np.int64], names: list[str]) -> dict[str, Tensor]:
+        """These rows, in the store's order, so that memory is walked one way."""
+        rows = np.sort(rows)
+        out = {n: _empty(len(rows), self.columns[n]) for n in names}
         at = 0
-        for shard, count in enumerate(shards.bincount(minlength=len(self._ends)).tolist()):
-            if not count:
+        for shard, end in enumerate(np.searchsorted(rows, self._ends).tolist()):
+            if end == at:
                 continue
-            local = rows[at : at + count] - (self._ends[shard - 1] if shard else 0)
+            local = torch.from_numpy(rows[at:end] - (self._ends[shard - 1] if shard else 0))
             for name in names:
-                torch.index_select(self._shards[shard][name].tensor, 0, local, out=out[name][at : at + count])
-            at += count
+                torch.index_select(self._shards[shard][name].tensor, 0, local, out=out[name][at:end])
+            at = end
         return out
 
     def _expect(self, start: int, stop: int, names: list[str]) -> None:
@@ -177,6 +191,13 @@ class Store:
                 f"another store; delete {self.folder} and make it again."
             )
         return Mapped(path, tuple(shape), column.dtype)
+
+
+def _empty(n_rows: int, column: Column) -> Tensor:
+    """Rows to fill. NumPy asks the system for huge pages, where a batch costs few faults; torch does not."""
+    if column.dtype == torch.bfloat16:
+        return _empty(n_rows, Column(column.shape, torch.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.empty((n_rows, *column.shape), str(column.dtype).removeprefix("torch.")))
 
 
 def _joined(parts: list[Tensor], column: Column) -> Tensor:

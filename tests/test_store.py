@@ -55,6 +55,20 @@ def test_what_is_appended_comes_back_in_order(tmp_path: Path, dtype: torch.dtype
     assert torch.equal(store.rows(3, 9)["x"], torch.cat(parts)[3:9])
 
 
+def test_views_are_every_row_in_order_and_lie_where_the_disk_is_mapped(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    store = Store(tmp_path / "s")
+    parts = list(store.views(4, ["site"]))
+    assert torch.equal(torch.cat([part["site"] for part in parts]), store.rows()["site"])
+    assert max(len(part["site"]) for part in parts) == 4
+    at = 0
+    for part in parts:  # A copy would lie elsewhere.
+        assert part["site"].data_ptr() == store.rows(at, at + 1)["site"].data_ptr()
+        at += len(part["site"])
+    with pytest.raises(StoreError, match="at least one row"):
+        next(store.views(0))
+
+
 def test_any_reader_of_safetensors_reads_a_shard(tmp_path: Path) -> None:
     fill(tmp_path / "s")
     first = load_file(tmp_path / "s" / "000000-00.safetensors")
