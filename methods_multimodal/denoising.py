@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal._record import Record
-from mm_adapters import HookedModel, Read, Run
+from mm_adapters import HookedModel, InputError, Lens, Read, Run
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,22 @@ class StepReader:
             torch.cat([decode(model, latent) for latent in latents]) if latents else torch.zeros(0, 3, 1, 1)
         )
         return DenoisingSteps(pictures=decoded, steps=self.steps, n_steps=self.n_steps, shows=shows)
+
+    def predictions(
+        self, model: Lens, run: Run, denoiser: str = "denoiser"
+    ) -> tuple[list[Tensor], list[float]]:
+        """What the sampler took for the clean latent at each step, [row, ...], and the steps' times.
+
+        Raises: InputError for a sampler that does not say.
+        """
+        pipeline: Any = model.wrapped  # type: ignore[attr-defined]
+        found = self._predictions(pipeline, run[f"{denoiser}.hook_out"])
+        if found is None:
+            raise InputError(
+                f"{type(pipeline.scheduler).__name__} does not say what it takes for the clean picture; "
+                "DDIM, DDPM and Euler do."
+            )
+        return found, [float(self._times[step]) for step in self.steps]
 
     def _note(self, pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         self._times[step] = time

@@ -23,6 +23,7 @@ from methods_multimodal.data_attribution.evaluation import (
 )
 from methods_multimodal.data_attribution.features import Features, featurise, query_features
 from methods_multimodal.data_attribution.gradients import per_example_gradients
+from methods_multimodal.data_attribution.journey import Journey, Trajectory, journey_trak, trajectory
 from methods_multimodal.data_attribution.kronecker import kronecker_scores
 from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.retrieval import (
@@ -56,6 +57,7 @@ __all__ = [
     "Dot",
     "Estimate",
     "Features",
+    "Journey",
     "LeftOut",
     "LinearMap",
     "Nearest",
@@ -63,6 +65,7 @@ __all__ = [
     "Scorer",
     "Task",
     "TracIn",
+    "Trajectory",
     "Trak",
     "choose_damping",
     "contrastive_task",
@@ -74,6 +77,7 @@ __all__ = [
     "fisher_diagonal",
     "fit_linear_map",
     "image_features",
+    "journey_trak",
     "kronecker_scores",
     "leave_out",
     "linear_datamodeling_score",
@@ -88,5 +92,6 @@ __all__ = [
     "tail_patch",
     "top",
     "top_k",
+    "trajectory",
     "unlearning_scores",
 ]

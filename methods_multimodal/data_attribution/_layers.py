@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ def rule_of(module: nn.Module) -> Direct | None:
     """
     for cls, rule in _RULES.items():
         if isinstance(module, cls) and type(module).forward is cls.forward:
-            if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode != "zeros":
+            if isinstance(module, nn.Conv1d | nn.Conv2d) and (
+                module.padding_mode != "zeros" or _is_lopsided(module)
+            ):
                 return None
             return rule
     return None
@@ -85,12 +88,22 @@ def _patches(
     return F.conv2d(given, kernel, last, module.stride, _padding(module), module.dilation).flatten(2)
 
 
+def _is_lopsided(module: nn.Conv1d | nn.Conv2d) -> bool:
+    """Whether padding to the same size adds more on one side than on the other."""
+    return module.padding == "same" and any(reach % 2 for reach in _reach(module))
+
+
+def _reach(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
+    """How far a kernel's last place lies behind its first, in each direction."""
+    return tuple(d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
+
+
 def _padding(module: nn.Conv2d) -> tuple[int, int]:
     if not isinstance(module.padding, str):
         return module.padding  # type: ignore[return-value]
     if module.padding == "valid":
         return (0, 0)
-    return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))  # type: ignore[return-value]
+    return tuple(reach // 2 for reach in _reach(module))  # type: ignore[return-value]
 
 
 def _positions(value: Tensor, n: int) -> Float[Tensor, "example position width"]:
@@ -105,17 +118,64 @@ def _linear(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
 
 def _conv(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
     assert isinstance(module, nn.Conv2d)
+    weight = _by_windows(module, seen, n) if _has_windows(module, seen) else _by_patches(module, seen, n)
+    bias = seen.gradient.sum((2, 3)).unflatten(0, (n, -1)).sum(1)
+    return {"weight": weight.reshape(n, *module.weight.shape), "bias": bias}
+
+
+def _by_patches(module: nn.Conv2d, seen: Seen, n: int) -> Float[Tensor, "example group out patch"]:
+    """What the kernel saw laid out position by position, and one product with it."""
     given = F.unfold(seen.given, module.kernel_size, module.dilation, _padding(module), module.stride)
     given = given.unflatten(1, (module.groups, -1))
     back = seen.gradient.flatten(2).unflatten(1, (module.groups, -1))
     if back.shape[2] <= back.shape[3]:  # A product for each row is smaller than its patches laid out anew.
-        weight = (back @ given.mT).unflatten(0, (n, -1)).sum(1)
-    else:
-        weight = rearrange(back, "(n k) g o p -> n g o (k p)", n=n) @ rearrange(
-            given, "(n k) g i p -> n g (k p) i", n=n
-        )
-    bias = seen.gradient.sum((2, 3)).unflatten(0, (n, -1)).sum(1)
-    return {"weight": weight.reshape(n, *module.weight.shape), "bias": bias}
+        return (back @ given.mT).unflatten(0, (n, -1)).sum(1)
+    return rearrange(back, "(n k) g o p -> n g o (k p)", n=n) @ rearrange(
+        given, "(n k) g i p -> n g (k p) i", n=n
+    )
+
+
+def _has_windows(module: nn.Conv2d, seen: Seen) -> bool:
+    """Whether `_by_windows` can be taken, and is sooner done: it lays nothing out, but counts the margins."""
+    if module.stride not in (1, (1, 1)):
+        return False
+    high, wide = _spans(module, seen)
+    places = seen.gradient.shape[2] * seen.gradient.shape[3]
+    margins = high * wide / places - 1
+    # Measured: laying out costs about what a product with 64 more channels does.
+    return margins * seen.gradient.shape[1] / module.groups < 64
+
+
+def _spans(module: nn.Conv2d, seen: Seen) -> tuple[int, int]:
+    """The height and width that a kernel passes over: the output's, and the kernel's reach."""
+    (high, wide), (down, right) = seen.gradient.shape[2:], _reach(module)
+    return high + down, wide + right
+
+
+def _by_windows(module: nn.Conv2d, seen: Seen, n: int) -> Float[Tensor, "example_group out given high wide"]:
+    """One product for each place of the kernel, with the input moved by as much: a slice of it, not a copy.
+
+    Both sides stand in frames of the size that the kernel passes over, an example's one behind the other;
+    the output's gradient is zero in the margins, so what a slice shows there does not count.
+    """
+    high, wide = _spans(module, seen)
+    top, left = _padding(module)
+
+    def framed(value: Tensor, top: int, left: int) -> Tensor:
+        """[example group, channel, row's frame one behind the other]"""
+        channels = value.shape[1] // module.groups
+        value = rearrange(value, "(n k) (g c) h w -> n g c k h w", n=n, g=module.groups)
+        made = value.new_zeros(n, module.groups, channels, value.shape[3], high, wide)
+        shown = value[..., : high - top, : wide - left]
+        made[..., top : top + shown.shape[-2], left : left + shown.shape[-1]] = shown
+        return made.flatten(3).flatten(0, 1)
+
+    given, back = framed(seen.given, top, left), framed(seen.gradient, 0, 0)
+    (down, right), (n_high, n_wide) = module.dilation, module.kernel_size
+    moves = [y * down * wide + x * right for y in range(n_high) for x in range(n_wide)]
+    length = back.shape[2] - moves[-1]
+    found = [back[:, :, :length] @ given[:, :, move : move + length].mT for move in moves]
+    return torch.stack(found, -1).unflatten(-1, (n_high, n_wide))
 
 
 def _layer_norm(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:

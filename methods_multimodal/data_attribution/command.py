@@ -12,7 +12,9 @@ import typer
 from mm_adapters import InputError
 
 _FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp")
-_METHODS = ("d-trak", "trak", "dot", "cosine", "datainf", "ekfac", "unlearning", "clip", "pixels")
+_METHODS = (
+    "d-trak", "trak", "journey-trak", "dot", "cosine", "datainf", "ekfac", "unlearning", "clip", "pixels",
+)  # fmt: skip
 
 
 def attribute(
@@ -55,12 +57,17 @@ def attribute(
         raise FileNotFoundError(f"--out {out}: there is no folder {out.absolute().parent}.")
     if image is not None and not image.is_file():
         raise FileNotFoundError(f"There is no image {image}.")
+    journey = method == "journey-trak"
+    if journey and (image is not None or steps < 2):
+        raise InputError("journey-trak follows a drawing of at least two --steps: it takes no --image.")
     pictures = read_pictures(train)
 
     import torch
     from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
     from methods_multimodal.data_attribution.encoding import diffusion_examples
+    from methods_multimodal.data_attribution.journey import trajectory
     from methods_multimodal.plots.data_attribution import sources
     from mm_adapters.loading import load
 
@@ -69,19 +76,23 @@ def attribute(
         raise InputError(f"{model} does not draw; attribute is about diffusion models.")
     pipe: Any = loaded.wrapped
     side = _side(pipe)
-    if image is None:
+    known = pictures.images(side)
+    traced = None
+    if journey:
+        traced = trajectory(loaded, [query], n_own=timesteps, n_steps=steps, seed=seed)
+        drawn = to_pil_image(traced.pictures[0])
+    elif image is None:
         lots = torch.Generator().manual_seed(seed)
         drawn = pipe(query, num_inference_steps=steps, generator=lots).images[0]
     else:
         drawn = Image.open(image).convert("RGB").resize((side, side))
-    known = pictures.images(side)
     if method in ("clip", "pixels"):
         found = _alike([drawn], known, load(judge, device=device) if method == "clip" else None)
     else:
         examples = diffusion_examples(pipe, known, list(pictures.captions))
         asked = diffusion_examples(pipe, [drawn], [query])
         found = _by_gradients(
-            method, pipe, examples, asked, work,
+            method, loaded, traced, examples, asked, work,
             parameters=parameters, timesteps=timesteps, width=width, damping=damping,
         )  # fmt: skip
     scores = found[0]
@@ -112,7 +123,8 @@ def attribute(
 
 def _by_gradients(
     method: str,
-    pipe: Any,
+    model: Any,
+    traced: Any,
     examples: dict[str, Any],
     asked: dict[str, Any],
     work: Path,
@@ -126,12 +138,14 @@ def _by_gradients(
 
     from methods_multimodal.data_attribution.diffusion import diffusion_task
     from methods_multimodal.data_attribution.features import featurise, query_features
+    from methods_multimodal.data_attribution.journey import journey_trak
     from methods_multimodal.data_attribution.kronecker import kronecker_scores
     from methods_multimodal.data_attribution.projection import Projection
     from methods_multimodal.data_attribution.scorers import Cosine, DataInf, Dot, scores
     from methods_multimodal.data_attribution.trak import Trak
     from methods_multimodal.data_attribution.unlearning import unlearning_scores
 
+    pipe = model.wrapped
     measure = "output_norm" if method == "d-trak" else "loss"
     task = diffusion_task(pipe, measure=measure, timesteps=timesteps, noise="one", parameters=parameters)
     asked["index"] = torch.zeros(1, dtype=torch.long)
@@ -143,6 +157,10 @@ def _by_gradients(
         )
     projection = Projection("sparse", width)
     store = featurise(task, examples, work / f"{measure}-{_digest(examples)}", projection=projection)
+    if traced is not None:
+        return journey_trak(
+            model, store, traced, scorer=Trak(damping=damping), parameters=parameters
+        ).scores()
     found = query_features(task, asked, projection=projection)
     scorers = {
         "d-trak": Trak(measure=measure, damping=damping),

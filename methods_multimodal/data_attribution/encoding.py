@@ -45,7 +45,7 @@ def diffusion_examples(
         part = (2 * pixels[start : start + batch_size] - 1).to(first)
         made = {"latents": _latents(pipe, part)}
         if prompts is not None:
-            made |= _texts(pipe, module, list(prompts[start : start + batch_size]), part.shape[-2:])
+            made |= texts(pipe, module, list(prompts[start : start + batch_size]), part.shape[-2:])
         parts.append({name: value.cpu() for name, value in made.items()})
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
@@ -73,7 +73,7 @@ def _latents(pipe: Any, pixels: Tensor) -> Tensor:
     return (latents - shift) * vae.config.get("scaling_factor", 1.0)
 
 
-def _texts(pipe: Any, module: Any, prompts: list[str], size: Sequence[int]) -> dict[str, Tensor]:
+def texts(pipe: Any, module: Any, prompts: list[str], size: Sequence[int]) -> dict[str, Tensor]:
     """What `encode_prompt` gives, under the denoiser's names for it."""
     known = inspect.signature(pipe.encode_prompt).parameters
     given = {"device": next(module.parameters()).device, "num_images_per_prompt": 1}

@@ -141,11 +141,11 @@ def check_match(store: Store, queries: Features, measure: str, query_measure: st
     Raises: StoreError if the two were made with other weights, parameters or projections, or lack a measure.
     """
     asked = json.loads(queries.about)
-    for key in ("weights", "parameters", "projection"):
-        if store.about.get(key) != asked[key]:
+    for key in ("weights", "parameters", "projection", "signs"):
+        if store.about.get(key) != asked.get(key):
             raise StoreError(
                 f"{store.folder} was made with other {key} than the queries ({store.about.get(key)!r}, not "
-                f"{asked[key]!r}). Make the queries' features as the store's were made."
+                f"{asked.get(key)!r}). Make the queries' features as the store's were made."
             )
     pairs = [(f"{measure}@{k}", f"{query_measure}@{k}") for k in range(len(asked["weights"]))]
     for have, wanted in ((store.columns, [p[0] for p in pairs]), (queries.columns, [p[1] for p in pairs])):
@@ -168,7 +168,9 @@ def _maker(
 def _about(
     task: Task, maker: Featuriser, projection: Projection, draws: str, points: Sequence[Checkpoint | None]
 ) -> dict[str, Any]:
-    return {
+    # A dense matrix of signs was another one before its columns came in bytes.
+    drawn = {"signs": "in bytes"} if projection.kind == "rademacher" else {}
+    return drawn | {
         "made_by": "methods_multimodal.data_attribution.featurise",
         "task": dict(task.about),
         "weights": [_digest_weights(task, _state(p)) for p in points],

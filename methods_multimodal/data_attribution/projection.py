@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.data_attribution import _signs
 from mm_adapters import InputError
 
 Kind = Literal["none", "rademacher", "normal", "sparse", "factored", "traker"]
@@ -23,19 +24,21 @@ _BLOCK = 2**22
 class Projection:
     """How gradients become features. Dot products are kept in expectation, whatever the width.
 
-    "rademacher" and "normal" multiply by a dense matrix of signs or normal numbers; "sparse" adds each
-    coordinate to one feature with a random sign (Charikar et al. 2002), which costs no matrix;
+    "sparse" adds each coordinate to one feature with a random sign (Charikar et al. 2002), which costs no
+    matrix, and its dot products vary no more than those of a dense one; on a GPU it sums in no fixed order.
+    "rademacher" and "normal" multiply by a dense matrix of signs or normal numbers, as traker does;
     "factored" projects the input and the output gradient of each linear and convolutional layer, to
     sqrt(dim) each, and never forms the gradient (LoGra, Choe et al. 2024, arXiv 2405.13954): `dim` is
     then each layer's, and other layers are left out; "traker" is traker's own projector (its CUDA
     kernels on a GPU, where fast_jl is installed); "none" keeps the gradient as it is.
 
-    A dense matrix is kept while it fits in `memory` bytes, else its blocks are made again for each batch.
+    A dense matrix is kept while it fits in `memory` bytes, else its blocks are made again for each batch;
+    signs on a CPU are never a matrix: eight gradients' sums are looked up. Larger batches cost less.
 
     Raises: InputError for an unknown kind, or a `dim` that does not fit it.
     """
 
-    kind: Kind = "rademacher"
+    kind: Kind = "sparse"
     dim: int = 2048
     seed: int = 0
     memory: int = 2**31
@@ -66,6 +69,8 @@ class Projection:
             return _Sparse(n_parameters, self.dim, self.seed, device)
         if self.kind == "traker":
             return _traker(n_parameters, self.dim, self.seed, device)
+        if self.kind == "rademacher" and device.type == "cpu" and self.dim >= _signs.NARROW:
+            return lambda gradients, _: _signs.product(gradients, self.dim, self.seed) / math.sqrt(self.dim)
         assert self.kind in ("rademacher", "normal")
         return _Dense(n_parameters, self.dim, self.seed, device, self.kind, self.memory)
 
@@ -77,39 +82,44 @@ class Projection:
         if width <= dim:
             return None
         name = sum(ord(c) * 31**i for i, c in enumerate(layer)) % 2**31
-        made = torch.randn(width, dim, generator=_generator(self.seed, name, which), dtype=torch.float64)
+        made = torch.randn(
+            width, dim, generator=_signs.generator(self.seed, name, which), dtype=torch.float64
+        )
         return (torch.linalg.qr(made).Q * math.sqrt(width / dim)).float().to(device)
 
 
 class _Dense:
     def __init__(self, n: int, dim: int, seed: int, device: torch.device, kind: str, memory: int) -> None:
         self.n, self.dim, self.seed, self.device, self.kind = n, dim, seed, device, kind
-        self.rows = max(1, _BLOCK // dim)
         self.kept = list(self._made()) if n * dim * 4 <= memory else None
 
     def __call__(self, gradients: Tensor, _: int) -> Tensor:
-        out = gradients.new_zeros(len(gradients), self.dim)
-        for number, block in enumerate(self.kept if self.kept is not None else self._made()):
-            out.addmm_(gradients[:, number * self.rows : number * self.rows + len(block)], block)
+        out, at = gradients.new_zeros(len(gradients), self.dim), 0
+        for piece in self.kept if self.kept is not None else self._made():
+            rows = min(len(piece), self.n - at)
+            out.addmm_(gradients[:, at : at + rows], piece[:rows])
+            at += rows
         return out.div_(math.sqrt(self.dim))
 
     def _made(self) -> Iterator[Tensor]:
-        for number, start in enumerate(range(0, self.n, self.rows)):
-            count = min(self.rows, self.n - start)
-            generator = _generator(self.seed, number)
-            if self.kind == "normal":
-                block = torch.randn(count, self.dim, generator=generator)
-            else:
-                block = _signs(count * self.dim, generator).view(count, self.dim)
-            yield block.to(self.device)
+        """The matrix from its first row to its last, in pieces."""
+        if self.kind == "rademacher":
+            for piece in _signs.pieces(self.n, self.dim, self.seed):
+                yield _signs.spelled(piece.to(self.device))
+            return
+        rows = max(1, _BLOCK // self.dim)
+        for number, start in enumerate(range(0, self.n, rows)):
+            count = min(rows, self.n - start)
+            lots = _signs.generator(self.seed, number)
+            yield torch.randn(count, self.dim, generator=lots).to(self.device)
 
 
 class _Sparse:
     def __init__(self, n: int, dim: int, seed: int, device: torch.device) -> None:
-        generator = _generator(seed)
+        lots = _signs.generator(seed)
         self.dim = dim
-        self.to = torch.randint(dim, (n,), generator=generator).to(device)
-        self.signs = _signs(n, generator).to(device)
+        self.to = torch.randint(dim, (n,), generator=lots).to(device)
+        self.signs = _signs.signs(n, lots).to(device)
 
     def __call__(self, gradients: Tensor, _: int) -> Tensor:
         out = gradients.new_zeros(self.dim, len(gradients))
@@ -127,17 +137,3 @@ def _traker(n: int, dim: int, seed: int, device: torch.device) -> Callable[[Tens
     else:
         projector = BasicProjector(n, dim, seed, kind, device)
     return lambda gradients, k: projector.project(gradients, model_id=k) / math.sqrt(dim)
-
-
-def _signs(count: int, generator: torch.Generator) -> Tensor:
-    """So many fair signs, from the bits of random words: eight times cheaper than a number each."""
-    words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 64),), generator=generator)
-    bits = words.view(torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8)
-    return (bits & 1).flatten()[:count].float().mul_(2).sub_(1)
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % (2**63 - 25)
-    return torch.Generator().manual_seed(seed)

@@ -70,8 +70,8 @@ def top_k(scorer: Scorer, store: Store, queries: Features, k: int, *, lowest: bo
 
 def columns(store: Store, name: str, rows: int = ROWS) -> Iterator[Float[Tensor, "train feature"]]:
     """A column's rows in float32, a piece at a time."""
-    for start in range(0, len(store), rows):
-        yield store.rows(start, start + rows, [name])[name].float()
+    for found in store.views(rows, [name]):
+        yield found[name].float()
 
 
 def _dots(
@@ -79,8 +79,7 @@ def _dots(
 ) -> Iterator[Block]:
     """The sum over columns of each (prepared) query's dot product with each row."""
     names = [name for name, _ in pairs]
-    for start in range(0, len(store), ROWS):
-        rows = store.rows(start, start + ROWS, names)
+    for rows in store.views(ROWS, names):
         parts = [query @ of(rows[name].float()).T for name, query in pairs]
         yield torch.stack(parts).sum(0)
 

@@ -63,8 +63,8 @@ class Trak:
     """phi(query) (Phi^T Phi + damping)^-1 phi(train), averaged over checkpoints, times a weight.
 
     With `measure="loss"` this is TRAK for diffusion; with another output function of the denoiser,
-    `measure="output_norm"`, it is D-TRAK; with a query's own trajectory as its draws (`timesteps=None`),
-    Journey-TRAK; over factored features with `by="module"`, LoGra. `fit(store)` keeps the kernel, so that
+    `measure="output_norm"`, it is D-TRAK; at each step of a query's own trajectory, Journey-TRAK
+    (`journey_trak`); over factored features with `by="module"`, LoGra. `fit(store)` keeps the kernel, so that
     `damped` ones cost no further pass over it.
 
     `damping` is in units of the kernel's mean eigenvalue (`relative=False`: as it is). `weight` makes of
@@ -113,8 +113,7 @@ class Trak:
             own: kernels[own].solve(queries.columns[q], self.damping, self.relative).float()
             for own, q in pairs
         }
-        for start in range(0, len(store), ROWS):
-            rows = store.rows(start, start + ROWS, [c for own, _ in pairs for c in (own, f"value.{own}")])
+        for rows in store.views(ROWS, [c for own, _ in pairs for c in (own, f"value.{own}")]):
             parts, weights = [], []
             for own, _ in pairs:
                 features = rows[own].float()

@@ -39,6 +39,10 @@ def unlearning_scores(
     w + step * gradient / (N * Fisher). Positive is helpful. The task's first measure is the loss, and its
     parameters are what moves: the paper's are the cross-attention's keys and values
     (`parameters="cross_attention_kv"`). `damping` is added to the Fisher, in shares of its mean.
+
+    `step` is the paper's, for N = 118,000. With few examples, and a model that knows them by heart (a small
+    Fisher), as large a step breaks the model: every loss rises, and scores say how easily, not for which
+    query. Then pass one that keeps the paper's step / N, 0.01 N / 118,000, where half the step halves scores.
     With a `folder`, each query is written as it is done, and a run that was killed goes on.
 
     Source: Wang et al. 2024, arXiv 2406.09408, section 3.

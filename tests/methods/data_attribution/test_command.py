@@ -72,7 +72,9 @@ def test_its_scores_are_those_of_the_library_and_features_are_made_once(tmp_path
     assert made
 
 
-@pytest.mark.parametrize("method", ["trak", "cosine", "datainf", "unlearning", "clip", "pixels", "ekfac"])
+@pytest.mark.parametrize(
+    "method", ["trak", "journey-trak", "cosine", "datainf", "unlearning", "clip", "pixels", "ekfac"]
+)
 def test_every_method_ranks_all_training_pictures(tmp_path: Path, method: str) -> None:
     told = found(tmp_path, "--method", method, "--parameters", "cross_attention_kv")
     values = [row["score"] for row in told["scores"]]
@@ -101,5 +103,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tmp_path: Path) -> None:
     assert "12288" in refused(tmp_path, "--train", "zoo:0")
     assert "There is no folder" in refused(tmp_path, "--train", str(tmp_path / "none"))
     assert "There is no image" in refused(tmp_path, "--image", str(tmp_path / "none.png"))
+    here = Path(__file__)
+    assert "takes no --image" in refused(tmp_path, "--image", str(here), "--method", "journey-trak")
     assert "format is one of" in refused(tmp_path, "--out", str(tmp_path / "a.txt"))
     assert "does not draw" in refused(tmp_path, "--model", "tiny-clip")

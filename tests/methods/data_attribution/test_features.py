@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from tiny_attribution import denoiser, pictures, pixel_unet
 from torch import Tensor
 
-from methods_multimodal.data_attribution import diffusion_task, module_task
+from methods_multimodal.data_attribution import _signs, diffusion_task, module_task
 from methods_multimodal.data_attribution.features import featurise, query_features
 from methods_multimodal.data_attribution.gradients import per_example_gradients
-from methods_multimodal.data_attribution.projection import Projection
+from methods_multimodal.data_attribution.projection import Projection, _Dense
 from methods_multimodal.data_attribution.task import Task, batch_of
 from mm_adapters import InputError, StoreError
 from mm_adapters.store import Store
+from tests.benchmarks._memory import peak
 
 
 def flat(task: Task, n: int, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -51,6 +52,20 @@ def test_a_projection_is_one_matrix_that_keeps_dot_products(kind: str) -> None:
     assert not torch.allclose(other, again, atol=0.5)
 
 
+def test_dot_products_of_the_default_are_as_near_as_those_of_a_dense_matrix() -> None:
+    n, dim = 20_000, 500
+    scale = torch.logspace(0, -2, n)  # Gradients are small almost everywhere.
+    gradients = torch.randn(64, n) * scale
+    exact, far = gradients @ gradients.T, {}
+    for kind in (Projection().kind, "rademacher"):
+        made = [
+            Projection(kind, dim, seed=seed).on(n, torch.device("cpu"))(gradients, 0) for seed in range(4)
+        ]  # type: ignore[arg-type]
+        far[kind] = torch.stack([m @ m.T - exact for m in made]).square().mean().sqrt()
+    assert Projection().kind == "sparse"
+    assert far["sparse"] < 1.05 * far["rademacher"]
+
+
 @pytest.mark.parametrize("kind", ["rademacher", "normal"])
 def test_a_matrix_that_is_not_kept_is_made_again_the_same(kind: str) -> None:
     n, dim = 5000, 2000  # More than one block.
@@ -58,6 +73,21 @@ def test_a_matrix_that_is_not_kept_is_made_again_the_same(kind: str) -> None:
     kept = Projection(kind, dim).on(n, torch.device("cpu"))(gradients, 0)  # type: ignore[arg-type]
     made = Projection(kind, dim, memory=0).on(n, torch.device("cpu"))(gradients, 0)  # type: ignore[arg-type]
     assert torch.equal(kept, made)
+
+
+def test_sums_that_are_looked_up_are_those_of_the_matrix_and_take_no_memory() -> None:
+    n, dim = 5000, 1999
+    gradients = torch.randn(40, n)  # More than one table's.
+    found: list[torch.Tensor] = []
+    project = Projection("rademacher", dim, seed=5).on(n, torch.device("cpu"))
+    assert peak(lambda: found.append(project(gradients, 0))) < n * dim * 4 / 5
+    pieces = [*_signs.pieces(n, dim, 5)]
+    matrix = torch.cat([_signs.spelled(piece) for piece in pieces])[:n]
+    assert matrix.unique().tolist() == [-1, 1]
+    torch.testing.assert_close(found[0], gradients @ matrix / math.sqrt(dim), rtol=1e-4, atol=1e-4)
+    # As on a card, where it is a matrix.
+    on_a_card = _Dense(n, dim, 5, torch.device("cpu"), "rademacher", memory=0)
+    torch.testing.assert_close(found[0], on_a_card(gradients, 0), rtol=1e-4, atol=1e-4)
 
 
 def test_a_store_holds_each_measure_at_each_checkpoint(tmp_path: Path) -> None:
@@ -129,7 +159,7 @@ def rows(batch, draws):
         print(batch["index"].tolist(), flush=True)
     return asked(batch, draws)
 object.__setattr__(task, "rows", rows)
-featurise(task, pictures(24), sys.argv[1], projection=Projection("rademacher", 64), batch_size=2,
+featurise(task, pictures(24), sys.argv[1], projection=Projection(dim=64), batch_size=2,
           shard_bytes=1000, progress=False)
 """
 
@@ -197,6 +227,8 @@ def test_a_cut_shard_is_found_before_anything_is_made(tmp_path: Path) -> None:
     store = featurise(denoiser(), pictures(8), tmp_path, **asked)  # type: ignore[arg-type]
     cut = sorted(tmp_path.glob("*.safetensors"))[1]
     cut.write_bytes(cut.read_bytes()[:-40])
+    with pytest.raises(StoreError, match=cut.name):  # Also in a store that was finished.
+        featurise(denoiser(), pictures(8), tmp_path, **asked)  # type: ignore[arg-type]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
     for _ in range(2):

@@ -19,6 +19,7 @@ from methods_multimodal.data_attribution import (
     diffusion_task,
     module_task,
 )
+from methods_multimodal.data_attribution._layers import Seen, _has_windows, rule_of
 from methods_multimodal.data_attribution.gradients import Gradients, per_example_gradients
 from methods_multimodal.data_attribution.task import Batch, batch_of
 from mm_adapters import InputError, wrap
@@ -102,6 +103,41 @@ class Odd(nn.Module):
         x = self.norm(self.tied(x))
         x = torch.tanh(self.conv(x.unflatten(1, (4, -1))))
         return torch.sin(3 * self.groups(self.wide(x))).mean((1, 2, 3))
+
+
+CONVOLUTIONS: dict[str, dict] = {
+    "windows": {"kernel_size": 3, "padding": 1},
+    "point": {"kernel_size": 1},
+    "not square, in groups": {"kernel_size": (1, 3), "padding": (0, 2), "dilation": (1, 2), "groups": 2},
+    "same, in groups": {"kernel_size": (5, 3), "padding": "same", "groups": 4},
+    "more padding than reach": {"kernel_size": 2, "padding": 3},
+    "stride": {"kernel_size": 3, "padding": 1, "stride": 2},
+    "wide margins": {"kernel_size": 7, "padding": 3},
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolutions_rule_equals_a_backward_pass_for_each_row(name: str) -> None:
+    torch.manual_seed(0)
+    out = 96 if name == "wide margins" else 8
+    conv = nn.Conv2d(4, out, **CONVOLUTIONS[name]).double()
+    given = torch.randn(6, 4, 7, 6, dtype=torch.float64)
+    gradient = torch.randn_like(conv(given))
+    seen = Seen(given, gradient)
+    assert _has_windows(conv, seen) == (name not in ("stride", "wide margins"))
+    rule = rule_of(conv)
+    assert rule is not None
+    found = rule(conv, seen, 2)  # Two examples of three rows each.
+    for example in range(2):
+        rows = slice(3 * example, 3 * example + 3)
+        expected = torch.autograd.grad(conv(given[rows]), [conv.weight, conv.bias], gradient[rows])  # type: ignore[list-item]
+        torch.testing.assert_close(found["weight"][example], expected[0])
+        torch.testing.assert_close(found["bias"][example], expected[1])
+
+
+def test_a_convolution_with_lopsided_padding_has_no_rule() -> None:
+    assert rule_of(nn.Conv2d(4, 4, 2, padding="same")) is None
+    assert rule_of(nn.Conv2d(4, 4, 2, padding="same", dilation=2)) is not None
 
 
 def odd_task(net: nn.Module) -> Task:

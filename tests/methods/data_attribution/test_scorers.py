@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods_multimodal.data_attribution import Task, diffusion_task, module_task
-from methods_multimodal.data_attribution.features import featurise, query_features
+from methods_multimodal.data_attribution.features import Features, featurise, query_features
 from methods_multimodal.data_attribution.gradients import per_example_gradients
 from methods_multimodal.data_attribution.kronecker import kronecker_scores
 from methods_multimodal.data_attribution.projection import Projection
@@ -24,6 +25,7 @@ from methods_multimodal.data_attribution.scorers import (
     DataInf,
     DiffusionReTrac,
     Dot,
+    Scorer,
     TracIn,
     scores,
     top_k,
@@ -31,6 +33,8 @@ from methods_multimodal.data_attribution.scorers import (
 from methods_multimodal.data_attribution.task import batch_of
 from methods_multimodal.data_attribution.trak import Trak
 from mm_adapters import InputError, StoreError
+from mm_adapters.store import Column, Store, Writer
+from tests.benchmarks._memory import peak
 
 N, M = 12, 4
 
@@ -58,6 +62,39 @@ def test_dot_cosine_and_tracin_are_what_they_say(tmp_path: Path) -> None:
         scores(TracIn((0.1,)), store, queries)
     best = top_k(Dot(), store, queries, 3)
     assert torch.equal(best.index, scores(Dot(), store, queries).topk(3, 1).indices)
+
+
+@pytest.fixture(scope="module")
+def few_and_many(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
+    """Stores of 10,000 and 100,000 examples: one shard, and ten that end within what is read at once."""
+    found, rows = [], torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
+    about = {
+        "weights": ["none"], "parameters": "none", "projection": {"kind": "none"}, "draws": "mean",
+        "blocks": [["all", 0, 8]],
+    }  # fmt: skip
+    for n in (10_000, 100_000):
+        folder, columns = (
+            tmp_path_factory.mktemp("store"),
+            {"loss@0": Column((8,)), "value.loss@0": Column(())},
+        )
+        with Writer(folder, columns, about, shard_bytes=10_000 * 4 * 8) as writer:
+            for _ in range(n // 5000):
+                writer.append({"loss@0": rows, "value.loss@0": rows[:, 0]})
+        found.append(Store(folder))
+    return found
+
+
+@pytest.mark.parametrize(
+    "scorer", [Dot(), Cosine(), TracIn((0.1,)), DataInf(), Trak(), Trak(leverage=True)], ids=repr
+)
+def test_scoring_ten_times_the_examples_takes_no_byte_more(few_and_many: list[Store], scorer: Scorer) -> None:
+    """The best of each query; all scores would be what is asked for."""
+    asked = torch.randn(100, 8, generator=torch.Generator().manual_seed(1))
+    few, many = (
+        peak(lambda s=store: top_k(scorer, s, Features({"loss@0": asked}, json.dumps(s.about)), 10))
+        for store in few_and_many
+    )
+    assert 0 < many <= few
 
 
 def test_a_step_on_a_helpful_example_lowers_the_querys_loss(tmp_path: Path) -> None:

@@ -56,6 +56,24 @@ def test_a_score_is_how_much_an_examples_loss_rises_after_the_step() -> None:
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
+def test_after_a_small_step_a_score_is_the_product_of_gradients_over_the_fisher_information() -> None:
+    """Half the step halves the scores; after a large one every loss rises, whatever was unlearned."""
+    net, task, examples, queries = subject()
+    fisher = fisher_diagonal(task, examples)
+    mean = torch.cat([v.flatten() for v in fisher.values()]).mean()
+    scale = torch.cat([(v + 0.2 * mean).flatten() for v in fisher.values()]) * 12
+
+    def gradients(of: dict) -> torch.Tensor:
+        residual = 2 * (net(of["x"])[:, 0] - of["y"]).detach()
+        return residual[:, None] * torch.cat([of["x"], torch.ones(len(of["x"]), 1)], 1)
+
+    wanted = gradients(queries) / scale @ gradients(examples).T
+    found = unlearning_scores(task, examples, queries, step=1e-3, damping=0.2) / 1e-3
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+    assert 0.2 < float((wanted > 0).float().mean()) < 0.9
+    assert bool((unlearning_scores(task, examples, queries, step=1e4, damping=0.2) > 0).all())
+
+
 def test_the_query_itself_is_forgotten_most() -> None:
     _, task, examples, _ = subject()
     queries = {**examples, "index": torch.arange(12)}
