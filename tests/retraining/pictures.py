@@ -1,19 +1,21 @@
 """What the small model is trained on and asked about: one object a picture, 16 x 16 pixels.
 
 Objects of four colours are common, of two rare. In a second training set two backgrounds are planted:
-each occurs in `N_PLANTED` pictures and nowhere else, so what taught a model that background is known.
+each occurs in `N_PLANTED` pictures and nowhere else, so what taught a model that background is known. In a
+third backgrounds fade, which no word says.
 """
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pixel_unshuffle
 
 from mm_adapters.zoo import world
 
@@ -21,6 +23,7 @@ SIDE = 16
 WIDTH = 32
 N_TRAIN = 256
 N_PLANTED = 12
+N_FADED = 16
 COMMON = ("red", "yellow", "green", "blue")
 RARE = ("pink", "cyan")
 SHAPES = ("circle", "square", "triangle", "star")
@@ -44,15 +47,8 @@ class Pictures:
         return [f"a {colour} {shape} on a {background} background" for colour, shape, background in self.said]
 
     def examples(self) -> dict[str, Tensor]:
-        """What a diffusion task reads: the pictures as the model sees them, and the words."""
-        return {"latents": folded(self.images), "encoder_hidden_states": self.words()}
-
-
-def folded(
-    images: Float[Tensor, "picture 3 height width"],
-) -> Float[Tensor, "picture 12 row column"]:
-    """Pictures as the model sees them: four neighbouring pixels are one place, and nothing is lost."""
-    return pixel_unshuffle(images, 2)
+        """What a diffusion task reads."""
+        return {"latents": self.images, "encoder_hidden_states": self.words()}
 
 
 def training_pictures() -> Pictures:
@@ -85,6 +81,17 @@ def planted_queries() -> Pictures:
     return _drawn(colours, first=100_000, seed=8, backgrounds=backgrounds)
 
 
+def faded_pictures() -> Pictures:
+    """A training set in which each background fades from the colour that is named into any other hue, in any
+    direction: most of what a denoiser has to learn, as light is in photographs, and in no word."""
+    return _faded(N_TRAIN, first=0)
+
+
+def faded_queries() -> Pictures:
+    """New pictures like those of `faded_pictures`."""
+    return _faded(N_FADED, first=100_000)
+
+
 def wanted_colours() -> list[str]:
     """The colour of each query of one kind."""
     return [colour for colour, count in N_QUERIES.items() for _ in range(count)]
@@ -93,7 +100,35 @@ def wanted_colours() -> list[str]:
 def _drawn(
     colours: Sequence[str], first: int, seed: int = 7, backgrounds: Mapping[int, str] | None = None
 ) -> Pictures:
-    scenes, said, backgrounds = [], [], backgrounds or {}
+    scenes, said = _scenes(colours, first, seed, backgrounds or {})
+    return _pictures(_rendered(scenes), said)
+
+
+def _faded(count: int, first: int, seed: int = 9) -> Pictures:
+    scenes, said = _scenes([COMMON[i % len(COMMON)] for i in range(count)], first, seed, {})
+    # Where the background shows, and how much of it at an object's edge: white there, nothing elsewhere.
+    on_black, on_white = (
+        _rendered([replace(scene, background_rgb=(level, level, level)) for scene in scenes])
+        for level in (0, 255)
+    )
+    behind = np.stack([_fading(scene, first + i, seed) for i, scene in enumerate(scenes)])
+    return _pictures(on_black + (on_white - on_black) / 255 * behind, said)
+
+
+def _fading(scene: world.Scene, number: int, seed: int) -> NDArray[np.float32]:
+    """A background alone, [height, width, rgb]: its own colour at one side, another hue at the other."""
+    lots = np.random.default_rng([number, seed, 1])
+    angle, hue = lots.uniform(0, 2 * np.pi), lots.random()
+    other = 255 * np.array(colorsys.hsv_to_rgb(hue, lots.uniform(0.3, 0.9), lots.uniform(0.25, 0.95)))
+    along = np.linspace(-1, 1, SIDE)
+    share = np.clip(0.5 + 0.6 * (np.cos(angle) * along + np.sin(angle) * along[:, None]), 0, 1)[..., None]
+    return ((1 - share) * np.array(scene.background_rgb) + share * other).astype(np.float32)
+
+
+def _scenes(
+    colours: Sequence[str], first: int, seed: int, backgrounds: Mapping[int, str]
+) -> tuple[list[world.Scene], list[tuple[str, str, str]]]:
+    scenes, said = [], []
     for number, colour in enumerate(colours):
         lots = np.random.default_rng([first + number, seed])
         shape = SHAPES[int(lots.integers(len(SHAPES)))]
@@ -106,8 +141,16 @@ def _drawn(
             scene = replace(scene, background=name, background_rgb=(r, g, b))
         scenes.append(scene)
         said.append((colour, shape, scene.background))
-    raw = torch.from_numpy(world.render_batch(scenes, SIDE).astype(np.float32))
-    return Pictures(raw.permute(0, 3, 1, 2).div(127.5).sub(1.0).contiguous(), tuple(said))
+    return scenes, said
+
+
+def _rendered(scenes: Sequence[world.Scene]) -> NDArray[np.float32]:
+    return world.render_batch(scenes, SIDE).astype(np.float32)
+
+
+def _pictures(raw: NDArray[np.floating], said: Sequence[tuple[str, str, str]]) -> Pictures:
+    images = torch.from_numpy(raw.astype(np.float32)).permute(0, 3, 1, 2).div(127.5).sub(1.0).contiguous()
+    return Pictures(images, tuple(said))
 
 
 def _vectors() -> dict[str, Tensor]:

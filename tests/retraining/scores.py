@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -32,21 +33,24 @@ from methods_multimodal.data_attribution.retrieval import (
     similarity,
 )
 from methods_multimodal.data_attribution.scorers import Cosine, DataInf, Dot, scores
+from methods_multimodal.data_attribution.task import Task
 from methods_multimodal.data_attribution.trak import Trak
 from methods_multimodal.data_attribution.unlearning import fisher_diagonal, unlearning_scores
 from methods_multimodal.plots.data_attribution import score_bars
 from mm_adapters.store import Store
-from tests.retraining.model import scheduler
-from tests.retraining.pictures import N_TRAIN
+from tests.retraining.model import model_of, scheduler
+from tests.retraining.pictures import N_TRAIN, Pictures
 from tests.retraining.subsets import LEFT_OUT_QUERIES, LEFT_OUT_SHARE, SEEDS
 from tests.retraining.truth import Truth
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- lds: python -m tests.retraining.scores --readme -->", "<!-- /lds -->"
 TIMESTEPS = 20
-PROJECTION = Projection("sparse", 1024)
+PROJECTION = Projection("sparse", 2048)
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 NONE = (0.0,)
+# Unlearning's step over the number of examples is that of its paper (0.01 for 118,000).
+STEP = 0.01 * N_TRAIN / 118_000
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,29 @@ class Method:
 
 
 class Subject:
-    """The small model with its gradient features."""
+    """The small model with its gradient features, those of every seed's model side by side."""
 
-    def __init__(self, truth: Truth, folder: Path, planted: bool = False) -> None:
-        self.truth, self.folder = truth, folder
-        self.model = truth.model(planted)
-        self.training, self.queries = truth.training(planted), truth.queries(planted)
+    def __init__(
+        self, checkpoints: Sequence[dict[str, Tensor]], training: Pictures, queries: Pictures, folder: Path
+    ) -> None:
+        self.model, self.folder = model_of(checkpoints[0]), folder
+        self.training, self.queries = training, queries
         task = self.task(TIMESTEPS, ("loss", "output_norm"))
-        self.store: Store = featurise(task, self.training.examples(), folder / "store", projection=PROJECTION)
-        self.features: Features = query_features(task, self.queries.examples(), projection=PROJECTION)
+        asked: dict[str, Any] = {
+            "projection": PROJECTION, "checkpoints": list(checkpoints), "batch_size": 16,
+            "max_rows": 16 * TIMESTEPS,
+        }  # fmt: skip
+        self.store: Store = featurise(task, self.training.examples(), folder / "store", **asked)
+        self.features: Features = query_features(task, self.queries.examples(), **asked)
 
-    def task(self, timesteps: int, measures: Sequence[str] = ("loss",), parameters: str = "all"):
+    @classmethod
+    def of(cls, truth: Truth, folder: Path, planted: bool = False) -> Subject:
+        """That of a shipped training set."""
+        return cls(truth.checkpoints(planted), truth.training(planted), truth.queries(planted), folder)
+
+    def task(
+        self, timesteps: int, measures: Sequence[str] = ("loss",), parameters: str | Sequence[str] = "all"
+    ) -> Task:
         """The denoiser's measures, all pictures under the same noise."""
         return diffusion_task(
             self.model, measure=measures, timesteps=timesteps, noise="one",
@@ -115,21 +131,27 @@ class Subject:
             damping=None,
         )
 
-    def unlearning(self, parameters: str = "all") -> Callable[[float], Tensor]:
+    def unlearning(
+        self, parameters: str | Sequence[str] = "all", step: float = STEP
+    ) -> Callable[[float], Tensor]:
         """Scores by unlearning, with the Fisher information made once."""
         task, train = self.task(10, parameters=parameters), self.training.examples()
         queries = self.queries.examples()
         queries["index"] = torch.arange(len(queries["latents"]))
         fisher = fisher_diagonal(task, train)
-        return lambda damping: unlearning_scores(task, train, queries, fisher=fisher, damping=damping)
+        return lambda damping: unlearning_scores(
+            task, train, queries, step=step, fisher=fisher, damping=damping
+        )
 
     def _scored(self, scorer) -> Tensor:
         return scores(scorer, self.store, self.features)
 
 
-def compare(subject: Subject, names: Sequence[str] | None = None) -> dict[str, tuple[Chosen, Chosen]]:
+def compare(
+    truth: Truth, subject: Subject, names: Sequence[str] | None = None
+) -> dict[str, tuple[Chosen, Chosen]]:
     """The score of each method on the held-out queries and on those the model drew."""
-    truth, methods = subject.truth, subject.methods()
+    methods = subject.methods()
     half, found = truth.losses.shape[1] // 2, {}
     for name in tqdm(names or list(methods), desc="scorers", unit="scorer", disable=None):
         made = {d: methods[name].make(d) for d in methods[name].dampings}
@@ -157,20 +179,23 @@ def table(found: dict[str, tuple[Chosen, Chosen]]) -> str:
 def named(truth: Truth) -> dict[str, Tensor]:
     """What is to be left out for `LEFT_OUT_QUERIES`, by method, and at random for each seed.
 
-    D-TRAK's damping is the one that is best on all other queries.
+    D-TRAK's damping is the one that is best on all other queries of the same kind.
     """
     rows = list(LEFT_OUT_QUERIES)
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(truth, Path(folder))
+        subject = Subject.of(truth, Path(folder))
         fitted = Trak(measure="output_norm").fit(subject.store)
-        others = [i for i in range(truth.losses.shape[1] // 2) if i not in rows]
-        best = max(DAMPINGS, key=lambda d: _lds(truth, subject, fitted.damped(d), others))
-        dtrak = scores(fitted.damped(best), subject.store, subject.features)
-        clip = subject.clip()
+        half = truth.losses.shape[1] // 2
+        named_by, clip = [], subject.clip()
+        for kind in (range(half), range(half, 2 * half)):
+            others = [i for i in kind if i not in rows]
+            best = max(DAMPINGS, key=lambda d, o=others: _lds(truth, subject, fitted.damped(d), o))
+            made = scores(fitted.damped(best), subject.store, subject.features)
+            named_by.append(made[[i for i in rows if i in kind]])
     count = round(LEFT_OUT_SHARE * N_TRAIN)
     lots = [torch.Generator().manual_seed(20_000 + seed) for seed in SEEDS]
     return {
-        "D-TRAK": top(dtrak[rows], LEFT_OUT_SHARE),
+        "D-TRAK": top(torch.cat(named_by), LEFT_OUT_SHARE),
         "CLIP": top(clip[rows], LEFT_OUT_SHARE),
         "random": torch.stack([torch.randperm(N_TRAIN, generator=g)[:count] for g in lots]),
     }
@@ -194,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        found = compare(Subject(Truth.read(), options.folder or Path(scratch)))
+        truth = Truth.read()
+        found = compare(truth, Subject.of(truth, options.folder or Path(scratch)))
     print(text := table(found))
     if options.picture:
         figure = Figure(figsize=(7, 5), layout="constrained")

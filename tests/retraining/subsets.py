@@ -4,7 +4,8 @@
 
 Every run writes one file into the folder, so a script that was killed goes on where it was. What tests
 need of them is then written beside this script: `truth.safetensors` (subsets, losses, queries, what was
-left out) and `model.safetensors` (the weights of the full models, fp16). About 20 seconds a run on one core.
+left out), `model.safetensors` (the weights of the full models, fp16) and, of a training set of its own,
+`faded.safetensors` (see `tests.retraining.faded`). About ten seconds a run on one core.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tests.retraining.model import draw, losses, train
+from tests.retraining.model import STEPS, draw, losses, train
 from tests.retraining.pictures import (
     N_TRAIN,
     Pictures,
@@ -35,9 +36,15 @@ SHARE = 0.5
 # Full models; and the first subsets again with another seed, which says what a seed alone changes.
 SEEDS = (0, 1, 2)
 N_REPEATED = 6
-# Queries whose top examples are left out, one of each of four colours; and how many are.
-LEFT_OUT_QUERIES = (0, 8, 16, 20)
+# Models whose weights are shipped.
+KEPT = (*(f"full-{seed}" for seed in SEEDS), "planted")
+# Queries whose top examples are left out, one of each of four colours: new pictures, then what the model
+# drew of the same words; and how many are left out.
+LEFT_OUT_QUERIES = (0, 8, 16, 20, 24, 32, 40, 44)
 LEFT_OUT_SHARE = 0.1
+# What a background is, is learned long before single pictures are: later, a query's background comes from
+# the one or two pictures most like it, and the rest of its sources are no sources any more.
+PLANTED_STEPS = STEPS // 4
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,9 @@ def jobs() -> list[Job]:
     """The runs that need no scorer, the full model first."""
     everything = tuple(range(N_TRAIN))
     halves = [tuple(row.nonzero()[:, 0].tolist()) for row in subsets()]
-    found = [Job("full-0", everything)]
+    found = [Job(f"full-{seed}", everything, seed) for seed in SEEDS]
     found += [Job(f"half-{i}", half) for i, half in enumerate(halves[:N_REPEATED])]
     found += [Job(f"again-{i}", half, 1) for i, half in enumerate(halves[:N_REPEATED])]
-    found += [Job(f"full-{seed}", everything, seed) for seed in SEEDS[1:]]
     found += [Job(f"half-{i}", half) for i, half in enumerate(halves) if i >= N_REPEATED]
     gone = planted_sources().any(0)
     found += [Job("planted", everything, planted=True)]
@@ -100,20 +106,21 @@ def run(pending: Sequence[Job], work: Path) -> None:
     with tqdm(total=len(pending), initial=len(pending) - len(todo), desc="training runs", unit="run") as bar:
         for job in todo:
             known = planted_pictures() if job.planted else training_pictures()
-            model = train(known, job.which, job.seed)
-            if job.name in ("full-0", "planted"):
+            model = train(known, job.which, job.seed, PLANTED_STEPS if job.planted else STEPS)
+            if job.name in KEPT:
                 state = {name: value.half() for name, value in model.state_dict().items()}
                 # What is shipped is what is measured.
                 model.load_state_dict({name: value.float() for name, value in state.items()})
-                _write(state, work / f"weights-{job.name}.safetensors")
+                write(state, work / f"weights-{job.name}.safetensors")
+            if job.name in ("full-0", "planted"):
                 asked = planted_queries() if job.planted else held_out_pictures()
-                _write({"images": _bytes(draw(model, asked.words()))}, work / f"drawn-{job.name}.safetensors")
+                write({"images": _bytes(draw(model, asked.words()))}, work / f"drawn-{job.name}.safetensors")
             queries = all_queries(
                 load_file(work / f"drawn-{'planted' if job.planted else 'full-0'}.safetensors")["images"],
                 job.planted,
             )
             measured = {"queries": losses(model, queries), "training": losses(model, known, noises=1)}
-            _write(measured, work / f"{job.name}.safetensors")
+            write(measured, work / f"{job.name}.safetensors")
             bar.update()
 
 
@@ -159,14 +166,16 @@ def _bytes(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def _write(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+def write(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    """A file that is there whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata=about)
     os.replace(part, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The runs that need no scorer, what scorers name, the runs without it, and the two files."""
+    """The runs that need no scorer, what scorers name, the runs without it, and the three files."""
+    from tests.retraining import faded
     from tests.retraining.scores import named
     from tests.retraining.truth import FOLDER, Truth, about
 
@@ -174,24 +183,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="where each run's file goes")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where the two files go")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where the three files go")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     work: Path = options.work
     run(jobs(), work)
     weights = {
         f"{name}/{key}": value
-        for name in ("full-0", "planted")
+        for name in KEPT
         for key, value in load_file(work / f"weights-{name}.safetensors").items()
     }
-    _write(weights, options.out / "model.safetensors")
-    _write(collect(work, {}), options.out / "truth.safetensors", about())
+    write(weights, options.out / "model.safetensors")
+    write(collect(work, {}), options.out / "truth.safetensors", about())
     picks = work / "removed.safetensors"
     if not picks.is_file():
-        _write(named(Truth.read(options.out)), picks)
+        write(named(Truth.read(options.out)), picks)
     removed = load_file(picks)
     run(left_out_jobs(removed), work)
-    _write(collect(work, removed), options.out / "truth.safetensors", about())
+    write(collect(work, removed), options.out / "truth.safetensors", about())
+    write(faded.make(work), options.out / "faded.safetensors", about())
 
 
 if __name__ == "__main__":

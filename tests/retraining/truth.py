@@ -6,15 +6,15 @@ import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from diffusers import UNet2DConditionModel
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.retraining import model as small
 from tests.retraining.pictures import Pictures, planted_pictures, training_pictures
-from tests.retraining.subsets import all_queries
+from tests.retraining.subsets import SEEDS, all_queries
 
 FOLDER = Path(__file__).parent
 
@@ -44,22 +44,19 @@ class Truth:
     @classmethod
     def read(cls, folder: Path = FOLDER) -> Truth:
         """The shipped file, or one just made."""
-        tensors = load_file(folder / "truth.safetensors")
-        nested: dict[str, dict[str, Tensor]] = {"removed": {}, "without": {}}
-        for name in [n for n in tensors if "/" in n]:
-            outer, _, inner = name.partition("/")
-            nested[outer][inner] = tensors.pop(name)
-        return cls(**tensors, **nested, folder=folder)
+        # Before anything was left out, there is nothing of it.
+        none: dict[str, Any] = {"removed": {}, "without": {}}
+        return cls(**none | unpacked(folder / "truth.safetensors"), folder=folder)
 
-    def model(self, planted: bool = False) -> UNet2DConditionModel:
-        """The model trained on everything."""
-        prefix = "planted/" if planted else "full-0/"
+    def model(self, planted: bool = False) -> small.Denoiser:
+        """The model trained on everything, of the first seed."""
+        return small.model_of(self.checkpoints(planted)[0])
+
+    def checkpoints(self, planted: bool = False) -> list[dict[str, Tensor]]:
+        """The weights of all models trained on everything, one a seed."""
         state = load_file(self.folder / "model.safetensors")
-        found = small.build()
-        found.load_state_dict(
-            {n.removeprefix(prefix): v.float() for n, v in state.items() if n.startswith(prefix)}
-        )
-        return found.eval().requires_grad_(False)
+        prefixes = ["planted/"] if planted else [f"full-{seed}/" for seed in SEEDS]
+        return [{n.removeprefix(p): v.float() for n, v in state.items() if n.startswith(p)} for p in prefixes]
 
     def training(self, planted: bool = False) -> Pictures:
         """What it was trained on."""
@@ -68,6 +65,18 @@ class Truth:
     def queries(self, planted: bool = False) -> Pictures:
         """What it is asked about."""
         return all_queries(self.planted_drawn if planted else self.drawn, planted)
+
+
+def unpacked(path: Path) -> dict[str, Any]:
+    """The tensors of a file, those with a name like "removed/CLIP" in a dict of their own."""
+    found: dict[str, Any] = {}
+    for name, value in load_file(path).items():
+        outer, _, inner = name.partition("/")
+        if inner:
+            found.setdefault(outer, {})[inner] = value
+        else:
+            found[name] = value
+    return found
 
 
 def about() -> dict[str, str]:
