@@ -8,8 +8,10 @@ value and an undecorated base by name, so what is changed is in the bases.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import contextlib
 import inspect
-from functools import partial
+import os
+import tempfile
 from typing import Any
 
 import ray
@@ -17,15 +19,30 @@ import torch
 from ndif.services.ray.deployments.controller import controller
 from ndif.services.ray.deployments.modeling.base import BaseModelDeployment
 from ndif.services.ray.sandbox import host
-from ndif.services.ray.sandbox.model import SandboxModelDeployment
+from ndif.services.ray.sandbox import model as sandbox
 from nnsight.modeling.mixins.remotable import Remotable
+
+from integrations.ndif.nursery import Nursery
 
 # NDIF 0.1.2 (deployments/modeling/base.py) synchronises CUDA after each job, whether it is there or not.
 if not torch.cuda.is_available():
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_, **__: None  # type: ignore[assignment]
 
-# NDIF 0.1.2 (ray/sandbox/host.py, spawn) gives a runner 30 s to import torch; a busy machine takes longer.
-host.spawn = partial(host.spawn, timeout=300.0)
+_spawn = host.spawn
+
+
+def spawn(*args: Any, **kwargs: Any) -> host.Sandbox:
+    """NDIF 0.1.2 (ray/sandbox/host.py, spawn) gives a runner 30 s to import torch, and a busy machine takes
+    longer; its socket is in /tmp, where a runner that is killed leaves it."""
+    made = _spawn(*args, **kwargs, timeout=300.0)
+    path = os.path.join(tempfile.gettempdir(), os.path.basename(made.path))
+    with contextlib.suppress(OSError):  # On another file system it stays.
+        os.rename(made.path, path)
+        made.path = path
+    return made
+
+
+host.spawn = spawn
 
 
 def accept_trust_remote_code(name: str) -> None:
@@ -48,8 +65,36 @@ class Controller(controller._ControllerActor):
     """NDIF's controller, imported through this module."""
 
 
-class Deployment(SandboxModelDeployment):
+class ForkingPool(host.Pool):
+    """NDIF's pool of runners, which are forked and not started."""
+
+    def __init__(self, *args: Any, model_key: str, trust_remote_code: bool, **kwargs: Any) -> None:
+        self.nursery = Nursery(model_key, trust_remote_code, host.runner_env())
+        super().__init__(*args, model_key=model_key, trust_remote_code=trust_remote_code, **kwargs)
+
+    def acquire(self, timeout: float = 30.0) -> host.Sandbox:
+        while (made := super().acquire(timeout)).process.poll() is not None:
+            made.stop()  # It has ended while it waited for a job.
+        return made
+
+    def _spawn(self) -> host.Sandbox:
+        return host.Sandbox(*self.nursery.fork(self.peers))  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        super().close()
+        self.nursery.close()
+
+
+class Deployment(sandbox.SandboxModelDeployment):
     """NDIF's sandboxing actor, which also serves from a CPU."""
+
+    def open_pool(self, pool_size: int | None = None, peers: int = 1) -> None:
+        if torch.cuda.is_available():
+            return super().open_pool(pool_size, peers)
+        size = sandbox.DEFAULT_POOL_SIZE if pool_size is None else pool_size
+        trust = self.kwargs.get("trust_remote_code", False)
+        self.pool = ForkingPool(size, peers=peers, model_key=self.model_key, trust_remote_code=trust)
+        self.execution_sandbox = None
 
     def load_from_disk(self) -> Any:
         if torch.cuda.is_available():

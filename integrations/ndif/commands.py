@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from integrations.ndif.environment import InstallError, ensure, home
+from integrations.ndif.processes import end
 from integrations.ndif.service import answers, is_open
 
 DEFAULT_PORT = 18001
@@ -38,12 +41,14 @@ def up(
     """Starts the service, in an environment of its own, and prints READY and its address."""
     if not sys.platform.startswith("linux"):
         _fail("The service runs on Linux only: its processes are found again through /proc.")
-    running = state()
+    while (running := state()) is not None and running["ending"]:
+        time.sleep(0.2)
     if running is not None:
         if running["ready"]:
             typer.echo(f"READY {running['address']}")
             return
         _fail(f"A service is being started (process {running['pid']}). Wait, or end it: mm-interp ndif down.")
+    tidy()
     if is_open(port):
         _fail(f"Something listens on port {port} already. Choose another: --port.")
     try:
@@ -81,11 +86,13 @@ def down() -> None:
     """Ends the service and every process it started."""
     found = state()
     if found is None:
-        typer.echo("No service is running.")
+        typer.echo("Ended what a killed service left." if tidy() else "No service is running.")
         return
-    os.kill(found["pid"], signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError, IndexError):
+        os.kill(_alive(found)[0], signal.SIGTERM)
     while state() is not None:
         time.sleep(0.2)
+    tidy()
     typer.echo("Ended.")
 
 
@@ -109,14 +116,44 @@ def status() -> None:
 
 
 def state() -> dict[str, Any] | None:
-    """What the running service says of itself; None if there is none."""
-    path = home() / "service.json"
+    """What the running service says of itself, and whether it is ending; None if there is none."""
+    found = _told()
+    alive = _alive(found) if found else []
+    if not found or not alive:
+        return None
+    ending = len(alive) < 2
+    return found | {"ending": ending, "ready": found["ready"] and not ending}
+
+
+def tidy() -> bool:
+    """Ends what is left of a service that was killed together with its guard; whether there was one."""
+    found = _told()
+    if found is None or _alive(found):
+        return False
+    end(found["run"], patience_s=1.0)
+    shutil.rmtree(found["temp"], ignore_errors=True)
+    (home() / "service.json").unlink(missing_ok=True)
+    return True
+
+
+def _told() -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        command = Path(f"/proc/{found['pid']}/cmdline").read_bytes()
+        found = json.loads((home() / "service.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if b"integrations.ndif.service" in command else None
+    return found if {"pid", "service", "run", "temp"} <= found.keys() else None
+
+
+def _alive(found: dict[str, Any]) -> list[int]:
+    """The service's two first processes, the guard before what it guards; of them those that are there."""
+    return [pid for pid in (found["pid"], found["service"]) if _is_service(pid)]
+
+
+def _is_service(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        # After a crash of the machine the number may be anybody's.
+        return b"integrations.ndif.service" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _gpus() -> int:

@@ -120,7 +120,8 @@ def _version_of(python: str) -> tuple[int, int] | None:
 
 def _run(command: list[str], what: str) -> None:
     # What a user has set for their own Python is not for this one.
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    own = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
+    env = {k: v for k, v in os.environ.items() if k not in own}
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     except OSError as error:
@@ -150,4 +151,5 @@ def _link(folder: Path) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mm-interp\nVersion: {number}\n")
     (info / "top_level.txt").write_text("\n".join(PACKAGES))
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "mm_interp.pth").write_text(f"{ours}\n")
+    # A line that begins with import is run as every Python of the environment starts.
+    (site / "mm_interp.pth").write_text(f"{ours}\nimport integrations.ndif.patience\n")

@@ -2,19 +2,15 @@
 
 python -m integrations.ndif.service HOME PORT [--gpus N] [--sandbox N] [--dtype NAME]
 
-`HOME/service.json` says where the service is while it is there. Linux only: leftovers are found by a mark
-in /proc.
+`HOME/service.json` says where the service is while it is there. Linux only, as processes.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,38 +19,46 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 
-MARK = "MM_INTERP_NDIF_RUN"
+from integrations.ndif.processes import Ended, die_with_parent, end, guarded, mark, new_run
+
 READY_WITHIN_S = 600
 RAY_TRIES = 3  # On a busy machine its parts give up on each other after 30 s.
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-
-
-class Ended(Exception):
-    """Somebody asked the service to end."""
+# Ray 2.60's raylet (node_manager.cc, WaitForDashboardAgentPorts) ends when its agents have not written down
+# their ports after 15 s. They are given them, and here they are written down before: option, file.
+AGENT_PORTS = {
+    "dashboard-agent-grpc-port": "metrics_agent_port",
+    "dashboard-agent-listen-port": "dashboard_agent_listen_port",
+    "metrics-export-port": "metrics_export_port",
+    "runtime-env-agent-port": "runtime_env_agent_port",
+}
+RAY_PORTS = ("gcs", "client", "dashboard", *AGENT_PORTS)
+# A client's, or a shell's, that are not for the service's Python. Without its own bytecode each of its
+# processes, a sandbox's runners too, would compile torch and all the rest again: most of what they cost.
+NOT_INHERITED = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "CUDA_VISIBLE_DEVICES")
 
 
 class Service:
     """The parts of one NDIF, each a process with a log of its own."""
 
-    def __init__(self, home: Path, port: int, gpus: int, sandbox: int, dtype: str) -> None:
-        self.home = home
+    def __init__(
+        self, home: Path, port: int, gpus: int, sandbox: int, dtype: str, run: str, temp: Path
+    ) -> None:
+        self.home, self.run, self.temp = home, run, temp
         self.logs = home / "logs"
         self.bin = home / "env" / "bin"
         self.address = f"http://127.0.0.1:{port}"
         self.gpus = gpus
         self.parts: dict[str, subprocess.Popen[bytes]] = {}
-        self.ports = free_ports(5) | {"api": port}
-        self.temp = Path(tempfile.mkdtemp(prefix="ndif-"))  # Ray's sockets need a short path.
+        self.ports = free_ports("redis", "s3", *RAY_PORTS) | {"api": port}
         ports = self.ports
-        self.env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
+        self.env = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
         if gpus and "CUDA_VISIBLE_DEVICES" in os.environ:
             self.env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
-        self.env |= {
-            MARK: str(os.getpid()),
+        self.env |= mark(run) | {
+            "TMPDIR": str(temp),
             "PATH": f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}",
             "NDIF_REDIS_URL": f"redis://127.0.0.1:{ports['redis']}",
             "NDIF_OBJECT_STORE_URL": f"http://127.0.0.1:{ports['s3']}",
@@ -67,6 +71,13 @@ class Service:
             "NDIF_SANDBOX_POOL_SIZE": str(sandbox),
             "GRPC_ENABLE_FORK_SUPPORT": "0",  # NDIF's own start.sh says why.
             "RAY_USAGE_STATS_ENABLED": "0",
+            # What patience.py does for the waits that can be set; Ray's own are 30 to 60 s.
+            "RAY_agent_register_timeout_ms": "300000",
+            "RAY_worker_register_timeout_seconds": "300",
+            "RAY_gcs_server_port_wait_time_s": "300",
+            "RAY_gcs_server_request_timeout_seconds": "300",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+            "RAY_NUM_REDIS_GET_RETRIES": "300",  # Once a second.
             "RAY_worker_niceness": "0",  # Ray's own is 15: beside anything else a service would stand still.
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
@@ -91,8 +102,11 @@ class Service:
             except RuntimeError:
                 if attempt == RAY_TRIES - 1 or self.parts["ray"].poll() is None:
                     raise
-                end_marked(str(os.getpid()), patience_s=0.0, but={self.parts[n].pid for n in ("redis", "s3")})
-                self.ports |= free_ports(3, ("gcs", "client", "dashboard"))
+                stay = {self.parts[name].pid for name in ("redis", "s3")}
+                end(self.run, patience_s=0.0, below=os.getpid(), but=stay)
+                self.ports |= free_ports(*RAY_PORTS)
+                for session in self.temp.glob("session_2*"):
+                    shutil.rmtree(session, ignore_errors=True)
                 self.env["NDIF_RAY_ADDRESS"] = f"ray://127.0.0.1:{self.ports['client']}"
         ports = {name: str(port) for name, port in self.ports.items()}
         controller = [self._tool("python"), "-m", "ndif.services.ray.deployments.controller.controller"]
@@ -100,6 +114,7 @@ class Service:
         self._until(lambda: self.parts["controller"].poll() == 0, "controller")
         del self.parts["controller"]  # It leaves a Ray actor and ends.
         api = ["--config", "python:ndif.services.api.gunicorn_conf", "--bind", f"127.0.0.1:{ports['api']}"]
+        api += ["--no-control-socket"]  # It would be in the user's home, one for all services.
         self._part("api", self._tool("gunicorn"), *api, "ndif.services.api.app:app")
         self._until(lambda: answers(f"{self.address}/connected"), "api")
 
@@ -112,9 +127,23 @@ class Service:
             "--object-store-memory=150000000", "--min-worker-port=25000", "--max-worker-port=25300",
             "--include-dashboard=true", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={ports['dashboard']}", f"--temp-dir={self.temp}",
+            *(f"--{name}={ports[name]}" for name in AGENT_PORTS),
         )  # fmt: skip
+        self._until(self._write_ports, "gcs")
         for name in ("redis", "s3", "gcs", "client"):
             self._until(lambda port=ports[name]: is_open(port), name)
+        said = self.logs / "ray.log"  # Its ports are open before all of it is there.
+        self._until(lambda: "Ray runtime started" in said.read_text(errors="replace"), "ray")
+
+    def _write_ports(self) -> bool:
+        """Writes down the agents' ports, where the node's name is known by now."""
+        nodes = list(self.temp.glob("session_2*/gcs_server_port_*"))
+        for node in nodes:
+            for option, name in AGENT_PORTS.items():
+                new = node.with_name("port.new")
+                new.write_text(str(self.ports[option]))
+                new.rename(node.with_name(name + node.name.removeprefix("gcs_server_port")))
+        return bool(nodes)
 
     def watch(self) -> None:
         """Returns never while every part is there. Raises: RuntimeError when one has ended."""
@@ -124,11 +153,7 @@ class Service:
 
     def stop(self) -> None:
         """Ends every process of this service."""
-        for part in self.parts.values():
-            with contextlib.suppress(ProcessLookupError):
-                part.terminate()
-        end_marked(str(os.getpid()), patience_s=5.0)
-        shutil.rmtree(self.temp, ignore_errors=True)
+        end(self.run, patience_s=5.0, below=os.getpid())
 
     def _tool(self, name: str) -> str:
         return str(self.bin / name)
@@ -165,11 +190,8 @@ class Service:
                 raise RuntimeError(f"{name} ended with {part.returncode}; the end of {log}:\n{tail}")
 
 
-def free_ports(
-    n: int, names: tuple[str, ...] = ("redis", "s3", "gcs", "client", "dashboard")
-) -> dict[str, int]:
+def free_ports(*names: str) -> dict[str, int]:
     """Ports that nobody listens on, by what they are for."""
-    names = names[:n]
     sockets = [socket.socket() for _ in names]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -195,57 +217,6 @@ def answers(url: str) -> bool:
         return False
 
 
-def die_with_parent() -> None:
-    """Run in a new child: it is killed when this process ends, however that happens."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def marked(run: str) -> Iterator[int]:
-    """The processes of a run but this one: those that carry its mark, and what those started."""
-    parents: dict[int, int] = {}
-    found: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            status = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if status[0] == "Z":
-            continue
-        parents[int(entry.name)] = int(status[1])
-        if f"{MARK}={run}".encode() in environment:
-            found.add(int(entry.name))
-    # A sandbox's runners are started with an environment of their own.
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    yield from found
-
-
-def end_marked(run: str, patience_s: float, but: Collection[int] = ()) -> None:
-    """Ends every process of a run, but those; ones that do not end when asked are killed."""
-    start = time.monotonic()
-    while pids := [pid for pid in marked(run) if pid not in but]:
-        polite = time.monotonic() - start < patience_s
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGTERM if polite else signal.SIGKILL)
-        time.sleep(0.2)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-
-
-def reap_after(reader: int, run: str, temp: str, state: Path) -> None:
-    """The life of the second process: ends what is left when the first has ended, even by SIGKILL."""
-    while os.read(reader, 1):
-        pass
-    end_marked(run, patience_s=0.0)
-    shutil.rmtree(temp, ignore_errors=True)
-    state.unlink(missing_ok=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("home", type=Path)
@@ -257,43 +228,44 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32")
     given = parser.parse_args(argv)
 
-    def end(signum: int, frame: FrameType | None) -> None:
-        raise Ended
+    home, run = given.home, new_run()
+    temp = Path(tempfile.mkdtemp(prefix="ndif-"))  # Ray's sockets need a short path.
+    state = home / "service.json"
 
-    state = given.home / "service.json"
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    service = Service(given.home, given.port, given.gpus, given.sandbox, given.dtype)
-    reader, writer = os.pipe()
-    run = str(os.getpid())
-    if os.fork() == 0:
-        os.close(writer)
-        os.setsid()
-        reap_after(reader, run, str(service.temp), state)
-        os._exit(0)
-    os.close(reader)
-    os.set_inheritable(writer, False)
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, end)
-    told = {"pid": os.getpid(), "address": service.address, "logs": str(service.logs)}
-    try:
-        state.write_text(json.dumps(told | {"ready": False}), encoding="utf-8")
-        service.start()
-        state.write_text(json.dumps(told | {"ready": True}), encoding="utf-8")
-        sys.stdout.write(f"READY {service.address}\n")
-        sys.stdout.flush()
-        service.watch()
-    except Ended:
+    def serve() -> int:
+        service = Service(home, given.port, given.gpus, given.sandbox, given.dtype, run, temp)
+        told = {"pid": os.getppid(), "service": os.getpid(), "run": run, "temp": str(temp)}
+        told |= {"address": service.address, "logs": str(service.logs)}
+        try:
+            _write(state, told | {"ready": False})
+            service.start()
+            _write(state, told | {"ready": True})
+            sys.stdout.write(f"READY {service.address}\n")
+            sys.stdout.flush()
+            service.watch()
+        except Ended:
+            return 0
+        except RuntimeError as error:
+            (home / "failed.txt").write_text(str(error), encoding="utf-8")
+            sys.stderr.write(f"{error}\n")
+            return 1
+        finally:
+            service.stop()
+            if os.getppid() != told["pid"]:
+                tidy()  # Nobody else will.
         return 0
-    except RuntimeError as error:
-        (given.home / "failed.txt").write_text(str(error), encoding="utf-8")
-        sys.stderr.write(f"{error}\n")
-        return 1
-    finally:
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(signum, signal.SIG_IGN)
-        service.stop()
+
+    def tidy() -> None:
+        shutil.rmtree(temp, ignore_errors=True)
         state.unlink(missing_ok=True)
-    return 0
+
+    return guarded(run, serve, after=tidy)
+
+
+def _write(path: Path, told: Mapping[str, object]) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(told), encoding="utf-8")
+    new.replace(path)
 
 
 if __name__ == "__main__":

@@ -24,16 +24,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def ends_the_service(item: pytest.Item) -> bool:
+        marker = item.get_closest_marker("ndif")
+        return marker is not None and marker.kwargs.get("ends_it", False)
+
     for item in items:
         if item.get_closest_marker("ndif"):
             item.add_marker(pytest.mark.xdist_group("ndif"))  # One service, so one worker.
+    items.sort(key=ends_the_service)  # Last, so that what they may break is nobody else's.
 
 
 class Standin:
     """One stand-in process."""
 
     def __init__(self, *options: str) -> None:
-        self.port = free_ports(1)["redis"]
+        self.port = free_ports("one")["one"]
         self.options = options
         self.host = f"http://127.0.0.1:{self.port}"
         self.start()
@@ -84,8 +89,9 @@ def make_standin() -> Iterator[Callable[..., Standin]]:
 
 
 @pytest.fixture(scope="session")
-def service() -> Iterator[str]:
-    """A real NDIF. Skips, loudly, only where it cannot be installed; in CI that is a failure."""
+def installed() -> Iterator[list[str]]:
+    """An NDIF that can be started, and why it could not be. Skips, loudly, only where it cannot be installed;
+    in CI that is a failure."""
     from integrations.ndif.commands import state
     from integrations.ndif.environment import InstallError, ensure
 
@@ -99,17 +105,27 @@ def service() -> Iterator[str]:
             raise
         pytest.skip(f"NO REAL SERVICE WAS TESTED: NDIF could not be installed.\n{error}")
     ours = state() is None
-    up()
-    found = state()
-    assert found is not None
-    yield found["address"]
+    yield []
     if ours:
         command("down")
 
 
-def up() -> None:
-    done = command("up", "--port", str(free_ports(1)["redis"]), "--gpus", "0")
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def service(installed: list[str]) -> str:
+    """The address of a real NDIF: one for all tests, and another if a test before has left it broken."""
+    from integrations.ndif.commands import state
+
+    assert not installed, installed[0]
+    found = state()
+    if found is None or not found["ready"] or not answers(f"{found['address']}/connected"):
+        command("down")
+        done = command("up", "--port", str(free_ports("one")["one"]), "--gpus", "0")
+        if done.returncode:
+            installed.append(done.stdout + done.stderr)
+        assert not installed, installed[0]
+        found = state()
+    assert found is not None
+    return found["address"]
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:

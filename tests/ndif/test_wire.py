@@ -22,6 +22,7 @@ import mm_adapters as mm
 from integrations.ndif.service import free_ports
 from mm_adapters import remote
 from mm_adapters._remote_backend import Dispatch, check_service, own_version
+from mm_adapters._remote_errors import failed
 from mm_adapters.traced import TracedModel
 
 Load = Callable[[str], Any]
@@ -125,7 +126,7 @@ def run(model: Any, host: str, **options: Any) -> Any:
 
 
 def test_a_service_that_is_not_there(load: Load) -> None:
-    host = f"http://127.0.0.1:{free_ports(1)['redis']}"
+    host = f"http://127.0.0.1:{free_ports('one')['one']}"
     for blocking in (True, False):
         with pytest.raises(remote.ServiceDownError, match="mm-interp ndif up") as caught:
             run(load("tiny-clip"), host, blocking=blocking)
@@ -166,6 +167,20 @@ def test_a_model_that_the_service_does_not_have(host: str, tmp_path: Path) -> No
     (tmp_path / "gone").rmdir()
     with pytest.raises(remote.NotServedError, match="gone"):
         run(gone, host)
+
+
+@pytest.mark.parametrize(
+    "shown", ["", "\nTraceback (most recent call last):\n  File evaluator.py, line 218…"]
+)
+def test_what_ndif_says_when_it_cannot_deploy_is_that_it_does_not_serve(shown: str) -> None:
+    error = failed(f"Could not deploy this model. There is no model 'a/b'.{shown}", "Key:a/b", "http://here")
+    assert isinstance(error, remote.NotServedError)
+    assert "http://here does not serve Key:a/b: Could not deploy" in str(error)
+    assert "Traceback" not in str(error)
+    raised = failed(
+        "Traceback (most recent call last):\n  File deploy.py\nValueError: 1", "Key:a/b", "http://here"
+    )
+    assert type(raised) is RemoteError
 
 
 def test_a_job_that_raises_shows_the_users_line(host: str, load: Load) -> None:

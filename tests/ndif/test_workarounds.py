@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import linecache
+import os
+import subprocess
+import sys
+import textwrap
+import types
 from pathlib import Path
 
 import beartype  # noqa: F401  Before nnsight, whose `.save` on every object it cannot be imported after.
@@ -10,26 +16,121 @@ import nnsight
 import pytest
 import tiny
 import torch
-from nnsight.intervention import interleaver
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from nnsight.intervention import batching, interleaver, serialization
 from nnsight.intervention.backends import local
 from nnsight.modeling import diffusion
 from nnsight.modeling.mixins.remotable import Remotable
+from nnsight.tracing.tracer import WithBlockNotFoundError
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from integrations.ndif import environment
+from mm_adapters._remote_backend import by_value
+from mm_adapters._traced_batch import PipelineModule
+from mm_adapters.traced import TracedModel
 
 
-def test_nnsight_runs_a_child_here_though_it_was_told_remote() -> None:
-    """mm_adapters/_traced_site.py, TracedPart; nnsight 0.8.1, intervention/envoy.py, trace."""
+def test_nnsight_runs_here_what_it_was_told_to_run_remotely() -> None:
+    """mm_adapters/_traced_site.py and _traced_remote.py; nnsight 0.8.1, intervention/envoy.py, trace.
+
+    `remote=` is a keyword of the model's forward, which swallows it: of a child, and of a plain NNsight.
+    """
     built = tiny.CASES["clip"]()
     theirs = nnsight.NNsight(built.model)
-    out = torch.empty(0)
+    out, whole = torch.empty(0), torch.empty(0)
     with theirs.vision_model.trace(built.inputs["pixel_values"], remote=True):
         out = theirs.vision_model.output.pooler_output.save()
-    assert out.shape[0] == 2  # There is no service: it was computed here, in silence.
+    with theirs.trace(**built.inputs, remote=True):
+        whole = theirs.output.logits_per_image.save()
+    assert out.shape[0] == whole.shape[0] == 2  # There is no service: it was computed here, in silence.
+
+
+def test_v4_nnsight_breaks_anyios_attribute_sets() -> None:
+    """mm_adapters/_before_nnsight.py; nnsight 0.8.1, __init__.py, pymount."""
+    assert "is missing its type annotation" in alone("import nnsight, anyio._core._sockets")
+    assert not alone(
+        """
+        import mm_adapters.traced
+        import anyio.to_thread
+        assert anyio.run(anyio.to_thread.run_sync, int) == 0
+        """
+    )
+    assert not alone(
+        """
+        import mm_adapters.remote
+        import anyio.streams.file, anyio.streams.tls, anyio.abc
+        """
+    )
+
+
+def test_n1_nnsight_has_one_axis_of_rows_and_gives_all_rows_where_it_cannot_tell() -> None:
+    """mm_adapters/_traced_rows.py; nnsight 0.8.1, intervention/batching.py, _narrow_tensor."""
+    theirs = batching.Batcher(None)
+    theirs.invokes, theirs.total = [((), {}), ((), {})], 2
+    doubled = torch.zeros(4, 3)  # As a denoiser's under guidance.
+    assert theirs.narrow(doubled, [0, 1]).shape == (4, 3)
+
+
+def test_diffusers_outputs_cannot_be_copied() -> None:
+    """mm_adapters/_traced_rows.py, _rebuilt; diffusers 0.42, utils/outputs.py, BaseOutput."""
+    with pytest.raises(TypeError, match="missing 2 required positional arguments"):
+        StableDiffusionPipelineOutput(images=[], nsfw_content_detected=None).copy()
+
+
+def test_d1_nnsight_cannot_scan_a_pipeline() -> None:
+    """mm_adapters/_scan.py; nnsight 0.8.1, intervention/tracer.py, ScanningTracer."""
+    pipe = tiny.CASES["stable_diffusion"]().model
+    module = PipelineModule(pipe)
+    with (
+        pytest.raises(GuardOnDataDependentSymNode),
+        FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()),
+    ):
+        module("a cat", num_inference_steps=1, output_type="latent")
+
+
+def test_s1_a_class_that_nnsight_ships_by_its_source_loses_super() -> None:
+    """mm_adapters/_remote_backend.py, by_reference; nnsight 0.8.1, intervention/serialization.py.
+
+    So this package is named and not shipped where a service has it, and shipped as files where not.
+    """
+    name = "shipped_by_source"
+    source = "class A:\n    def f(self): return 1\n\n\nclass B(A):\n    def f(self): return super().f()\n"
+    module = types.ModuleType(name)
+    module.__file__ = f"{name}.py"
+    linecache.cache[module.__file__] = len(source), None, source.splitlines(True), module.__file__
+    exec(compile(source, module.__file__, "exec"), module.__dict__)
+    sys.modules[name] = module
+    try:
+        assert module.B().f() == 1
+        with by_value(name):
+            sent = serialization.dumps(module.B())
+        arrived = serialization.loads(sent, {})
+        with pytest.raises(RuntimeError, match="__class__ cell not found"):
+            arrived.f()
+    finally:
+        del sys.modules[name], linecache.cache[module.__file__]
+
+
+def test_s2_a_block_without_a_source_is_an_error_that_says_so() -> None:
+    """Nothing is worked around: nnsight needs a block's text, and says so for our models too."""
+    traced = TracedModel(tiny.CASES["clip"]().model)
+    block = "with traced.trace(**inputs):\n    traced.output.save()\n"
+    given = {"traced": traced, "inputs": tiny.CASES["clip"]().inputs}
+    with pytest.raises((WithBlockNotFoundError, OSError), match=r"source|with"):
+        exec(compile(block, "<stdin>", "exec"), given)
+
+
+def alone(source: str) -> str:
+    """What a Python of its own says on its error stream when it runs this and fails; "" if it does not."""
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    return done.stderr if done.returncode else ""
 
 
 def test_nnsight_drops_what_follows_a_loop_with_a_warning_only() -> None:
-    """mm_adapters/_traced_engine.py, Steps; nnsight 0.8.1, intervention/interleaver.py, dangling_unwind."""
+    """mm_adapters/_traced_steps.py, Steps; nnsight 0.8.1, intervention/interleaver.py, dangling_unwind."""
     assert "was cut short" in inspect.getsource(interleaver.dangling_unwind)
 
 
@@ -54,15 +155,22 @@ def test_nnsight_reads_trust_remote_code_off_the_key() -> None:
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("ray/deployments/controller/cluster/evaluator.py", "trust_remote_code="),
-        ("ray/deployments/modeling/base.py", "torch.cuda.synchronize()"),
-        ("ray/sandbox/driver.py", "batcher = Batcher(self.model)"),
-        ("ray/sandbox/host.py", "timeout: float = 30.0"),
-        ("ray/sandbox/nns.py", "def writeback("),
+        ("ndif/services/ray/deployments/controller/cluster/evaluator.py", "trust_remote_code="),
+        ("ndif/services/ray/deployments/modeling/base.py", "torch.cuda.synchronize()"),
+        ("ndif/services/ray/sandbox/driver.py", "batcher = Batcher(self.model)"),
+        ("ndif/services/ray/sandbox/host.py", "timeout: float = 30.0"),
+        ("ndif/services/ray/sandbox/host.py", 'path = f"/tmp/sbx-'),
+        ("ndif/services/ray/sandbox/host.py", 'argv = [python, "-m", "ndif.services.ray.sandbox.runner"'),
+        ("ndif/services/ray/sandbox/nns.py", "def writeback("),
+        ("ray/_private/node.py", "raylet_start_wait_time_s = 30"),
+        ("ray/_private/services.py", "timeout_s: float = 30"),
+        ("ray/core/src/ray/raylet/raylet", "WaitForDashboardAgentPorts"),
+        ("ray/_raylet.so", "SPT_NOENV"),
     ],
 )
 def test_ndif_reads_as_it_did(service: str, file: str, text: str) -> None:
-    """integrations/ndif/actors.py and mm_adapters/_traced_remote.py name these places of NDIF 0.1.2."""
+    """actors.py, nursery.py, patience.py, processes.py and service.py of integrations/ndif, and
+    mm_adapters/_traced_remote.py, name these places of NDIF 0.1.2 and Ray 2.60."""
     folder = environment.home() / "env"
-    (found,) = folder.glob(f"lib/python*/site-packages/ndif/services/{file}")
-    assert text in Path(found).read_text(encoding="utf-8")
+    (found,) = folder.glob(f"lib/python*/site-packages/{file}")
+    assert text.encode() in Path(found).read_bytes()

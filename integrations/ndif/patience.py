@@ -1,0 +1,60 @@
+"""Lets Ray's parts wait for each other on a busy machine. Imported by every process of the environment.
+
+Ray 2.60 (_private/node.py, raylet_start_wait_time_s; _private/services.py, get_node_with_retry) gives up
+on a node that has not registered after 30 s, a number that nothing sets. Here each look for a node is
+itself patient. The environment's .pth file names this module, so it imports nothing but the standard
+library, and does nothing before Ray is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+PATIENCE_S = 300
+_MARK = "MM_INTERP_NDIF_RUN"  # As service.py; not imported from there, for that would take time.
+
+
+def make_patient(services: ModuleType, patience_s: float = PATIENCE_S) -> None:
+    """Makes `get_node` of Ray's services look again until the node is there."""
+    look = services.get_node
+
+    def get_node(*args: Any, **kwargs: Any) -> Any:
+        end = time.monotonic() + patience_s
+        while True:
+            try:
+                return look(*args, **kwargs)
+            except RuntimeError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
+
+    services.__dict__["get_node"] = get_node
+
+
+class _Once(MetaPathFinder):
+    """Finds one module as everybody else does, and does something when it has been run."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != "ray._private.services":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                make_patient(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _MARK in os.environ:
+    sys.meta_path.insert(0, _Once())

@@ -1,0 +1,67 @@
+"""A job that is not trusted has a process of its own, in which nobody was before it."""
+
+# ruff: noqa: SIM117  A traced block stands alone.
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nnsight
+import pytest
+import torch
+from nnsight.intervention.backends.remote import RemoteError
+from zoo_inputs import INPUTS
+
+from integrations.ndif.commands import state
+from integrations.ndif.processes import marked
+from mm_adapters._remote_backend import Dispatch
+
+Load = Callable[[str], Any]
+CLIP = INPUTS["tiny-clip"]
+
+pytestmark = pytest.mark.ndif
+
+
+@pytest.fixture(autouse=True)
+def _not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dispatch, "trusted", False)
+
+
+def job(load: Load, service: str) -> tuple[list[int], list[float]]:
+    """Its process, that one's parent and how many jobs it has seen; and what it draws."""
+    model = load("tiny-clip")
+    numbers, drawn = [], []
+    with model.trace(**CLIP, remote=service):
+        system = __import__("os")
+        torch.jobs_seen = getattr(torch, "jobs_seen", 0) + 1
+        numbers = nnsight.save([system.getpid(), system.getppid(), torch.jobs_seen])
+        drawn = nnsight.save([*torch.rand(2).tolist(), *__import__("numpy").random.rand(2).tolist()])
+    return numbers, drawn
+
+
+def test_each_job_has_a_fresh_process_of_its_own_and_draws_for_itself(service: str, load: Load) -> None:
+    (one, parent, seen), drawn = job(load, service)
+    (other, same_parent, seen_later), drawn_later = job(load, service)
+    assert one != other
+    assert parent == same_parent
+    assert b"integrations.ndif.nursery" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    assert seen == seen_later == 1
+    assert not set(drawn) & set(drawn_later)
+    found = state()
+    assert found is not None
+    assert parent in marked(found["run"])
+
+
+def test_a_process_that_dies_fails_its_own_job_and_no_other(service: str, load: Load) -> None:
+    model = load("tiny-clip")
+    with pytest.raises(RemoteError):
+        with model.trace(**CLIP, remote=service):
+            __import__("os").kill(__import__("os").getpid(), 9)
+    (_, nursery, seen), _ = job(load, service)
+    assert seen == 1
+    os.kill(nursery, signal.SIGKILL)
+    again = [job(load, service)[0] for _ in range(2)]  # The one that was ready for the first is gone too.
+    assert all(parent != nursery and seen == 1 for _, parent, seen in again)
