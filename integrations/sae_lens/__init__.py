@@ -12,6 +12,7 @@ from integrations.sae_lens.evaluate import (
     monosemanticity,
     noise_recovered,
     recovered,
+    retrieval,
     zero_shot,
 )
 from integrations.sae_lens.load import CONVERTERS, load
@@ -39,6 +40,7 @@ __all__ = [
     "monosemanticity",
     "noise_recovered",
     "recovered",
+    "retrieval",
     "splice",
     "steer",
     "top_images",

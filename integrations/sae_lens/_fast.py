@@ -113,7 +113,7 @@ class FastBatchTopK(BatchTopKTrainingSAE):
 
     def _auxiliary(self, x: Tensor, out: Tensor, dead: Tensor | None) -> Tensor:
         """SAELens' loss for dead latents, over the columns of the dead alone."""
-        if dead is None or (n_dead := int(dead.sum())) == 0:
+        if dead is None or not self.cfg.aux_loss_coefficient or (n_dead := int(dead.sum())) == 0:
             return out.new_tensor(0.0)
         which = dead.nonzero()[:, 0]
         decoder = self.W_dec[which]

@@ -41,10 +41,11 @@ class Fit:
         log_every: int,
         evaluator: Evaluator | None,
         progress: bool,
+        centre: bool = False,
     ) -> None:
         self.trainers, self.provider, self.folder, self.about = dict(trainers), provider, folder, about
         self.checkpoint_every, self.log_every = checkpoint_every, log_every
-        self.evaluator, self.progress = evaluator, progress
+        self.evaluator, self.progress, self.centre = evaluator, progress, centre
         self._first = next(iter(self.trainers.values()))
         self._stop: int | None = None
 
@@ -56,6 +57,8 @@ class Fit:
             self.provider.go_to(_checkpoints.load(found, self.trainers, self.about))
         else:
             self._estimate_scales()
+            if self.centre:
+                self._start_at_means()
         total = self._first.cfg.total_training_samples
         log = self.folder / "metrics.jsonl"
         _keep_until(log, self._first.n_training_steps)
@@ -133,16 +136,30 @@ class Fit:
             kind = one.sae.cfg.normalize_activations
             if kind not in ("expected_average_only_in", "covariance_whitening"):
                 continue
-            start = self.provider.place()
-            rows = (_input_of(name, next(self.provider)) for _ in range(one.cfg.n_batches_for_norm_estimate))
             estimate = (
                 one.activation_scaler.estimate_scaling_factor
                 if kind == "expected_average_only_in"
                 else one.activation_scaler.estimate_whitening
             )
-            estimate(one.sae.cfg.d_in, rows, one.cfg.n_batches_for_norm_estimate)  # type: ignore[arg-type]
-            if not isinstance(self.provider, FromIterator):  # Which cannot go back.
-                self.provider.go_to(start)
+            with self._looked_at(name, one) as rows:
+                estimate(one.sae.cfg.d_in, rows, one.cfg.n_batches_for_norm_estimate)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _start_at_means(self) -> None:
+        for name, one in self.trainers.items():
+            bias = one.sae.b_dec
+            with self._looked_at(name, one) as rows:
+                # The last columns: a transcoder's rows are its input, then what it is to give.
+                means = [one.activation_scaler(r.to(bias))[:, -len(bias) :].double().mean(0) for r in rows]
+            bias.copy_(torch.stack(means).mean(0))
+
+    @contextmanager
+    def _looked_at(self, name: str, one: SAETrainer[Any, Any]) -> Iterator[Iterator[Tensor]]:
+        """A trainer's first batches, before it trains on them."""
+        start = self.provider.place()
+        yield (_input_of(name, next(self.provider)) for _ in range(one.cfg.n_batches_for_norm_estimate))
+        if not isinstance(self.provider, FromIterator):  # Which cannot go back.
+            self.provider.go_to(start)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mm_adapters import InputError, Read, Run, Site, TokenLayout
+from mm_adapters._joint import prompt_layouts
 from mm_adapters._layouts import layouts
 
 Tokens = str | Sequence[str]
@@ -69,11 +70,10 @@ def reads_of(
     lens: Any, places: Iterable[Place], steps: Iterable[int] | None, rows: str = "cond"
 ) -> list[Read]:
     """What to read in one run for these places: of a sampling loop, the conditional rows."""
-    loop = lens.sitemap.mounts.loop
     found: dict[str, Read] = {}
     for place in places:
         for site in place.sites:
-            inside = site.tower == loop
+            inside = site.tower in lens.sitemap.loops
             found[site.name] = Read(
                 site.name,
                 steps=None if steps is None or not inside else list(steps),
@@ -89,9 +89,16 @@ def value_at(run: Run, place: Place) -> Float[Tensor, "*batch pos d"]:
 
 
 def layouts_of(lens: Any, inputs: Mapping[str, Any], places: Sequence[Place]) -> dict[str, TokenLayout]:
-    """What each position of these places' towers is, through either engine; of a pipeline, nothing."""
-    if lens.sitemap.mounts.loop is not None:
-        return {}
+    """What each position of these places' towers is, through either engine.
+
+    Of a pipeline, nothing, but of a denoiser where text and image attend as one.
+    """
+    loop = lens.sitemap.mounts.loop
+    if loop is not None:
+        if lens.sitemap.towers[loop].record.joint is None or inputs.get("prompt") is None:
+            return {}
+        prompts = [inputs["prompt"]] if isinstance(inputs["prompt"], str) else inputs["prompt"]
+        return prompt_layouts(lens.wrapped, lens.sitemap, lens.tokenizer_of, prompts, inputs)
     raw = {k: inputs[k] for k in ("text", "images") if inputs.get(k) is not None}
     prepared = {k: v for k, v in inputs.items() if k not in raw}
     texts = None
@@ -117,6 +124,14 @@ def mask_of(
         if set(wanted) - set(_PLAIN):
             raise InputError(f"{place.name} has no {wanted}: its positions are all alike. Pass tokens='all'.")
         return torch.ones(n_rows, n_pos, dtype=torch.bool)
+    layout = stream_of(layout, place, n_pos)
+    if n_pos == 1 < layout.n_pos and n_rows == layout.n_rows:  # Past the pooling, as CLIP's vision.ln_final.
+        if "all" in wanted:
+            return torch.ones(n_rows, 1, dtype=torch.bool)
+        raise InputError(
+            f"{place.name} has one position a row, pooled from {layout.n_pos}: it is no {wanted[0]!r} of "
+            "them. Pass tokens='all'."
+        )
     if (layout.n_rows, layout.n_pos) != (n_rows, n_pos):
         raise InputError(
             f"{place.name} has {n_rows} rows of {n_pos} positions and its layout says {layout.n_rows} of "
@@ -136,6 +151,20 @@ def mask_of(
     return mask
 
 
+def stream_of(layout: TokenLayout, place: Place, n_pos: int) -> TokenLayout:
+    """The layout of the place's own positions: of a joint attention's, those of its stream, where the
+    streams are apart (its sites of the text are named so)."""
+    if layout.n_pos == n_pos or "latent" not in layout.roles[0]:
+        return layout
+    of_text = any(word.removeprefix("hook_").startswith("text_") for word in place.site.part.split("."))
+    kept = [p for p, role in enumerate(layout.roles[0]) if (role == "latent") != of_text]
+
+    def own(rows: Sequence[Sequence[Any]]) -> tuple[tuple[Any, ...], ...]:
+        return tuple(tuple(row[p] for p in kept) for row in rows)
+
+    return TokenLayout(own(layout.roles), None if of_text else layout.grid, own(layout.patches))
+
+
 def rows_of(
     lens: Any, run: Run, places: Sequence[Place], tokens: Tokens, layout: Mapping[str, TokenLayout]
 ) -> dict[str, Tensor]:
@@ -148,7 +177,7 @@ def rows_of(
     where: Tensor | None = None
     for place in places:
         value = value_at(run, place)
-        looped = place.site.tower == lens.sitemap.mounts.loop
+        looped = place.site.tower in lens.sitemap.loops
         value = value if looped else value[None]
         n_steps, n_rows, n_pos, _ = value.shape
         mask = mask_of(layout.get(place.site.tower), tokens, place, n_rows, n_pos)

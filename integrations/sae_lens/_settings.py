@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from sae_lens import TrainingSAEConfig
+import torch
+from sae_lens import TopKTrainingSAEConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
 from integrations.sae_lens._transcoder import BatchTopKTranscoderConfig
@@ -42,5 +43,16 @@ def check(name: str, cfg: TrainingSAEConfig, trainer: SAETrainerConfig) -> None:
             "together: SAELens' loss for dead latents stops with an error at the first one. Use "
             "'expected_average_only_in' or 'none'."
         )
+    on_cpu = torch.device(trainer.device).type == "cpu"
+    # Not its subclasses, which go backwards another way.
+    if type(cfg) is TopKTrainingSAEConfig and on_cpu and _sparse_and_rescaled(cfg):
+        raise InputError(
+            "use_sparse_activations=True and rescale_acts_by_decoder_norm=True: SAELens' topk cannot go "
+            "backwards through both on a CPU. Set one of them False."
+        )
     if trainer.total_training_samples < trainer.train_batch_size_samples:
         raise InputError("total_training_samples is less than one batch.")
+
+
+def _sparse_and_rescaled(cfg: TopKTrainingSAEConfig) -> bool:
+    return cfg.use_sparse_activations and cfg.rescale_acts_by_decoder_norm

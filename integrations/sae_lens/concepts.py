@@ -12,8 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ConceptMatch:
-    """For each concept the latent that detects it best, chosen on one half of the images and measured on
-    the other.
+    """For each concept the latent that detects it best, chosen on some images and measured on others.
 
     `f1` of "is active above `threshold`" against the truth; `chance` is the same search with the truth's
     rows shuffled: what the best of so many latents reaches by luck.
@@ -40,23 +39,26 @@ def match_concepts(
     truth: Bool[Tensor, "image concept"],
     concepts: Sequence[str],
     *,
+    choose_on: Bool[Tensor, " image"] | None = None,
     n_thresholds: int = 24,
     seed: int = 0,
 ) -> ConceptMatch:
     """The best latent of each concept, by F1 on images it was not chosen on.
 
-    Latents are compared at `n_thresholds` quantiles of their positive activations.
+    `choose_on` says on which images latents and thresholds are chosen (None: on a random half); F1 is
+    of the rest. Latents are compared at `n_thresholds` quantiles of their positive activations.
 
-    Raises: ValueError if a concept is true of all images, or of none, of a half.
+    Raises: ValueError if a concept is true of all images, or of none, of either part.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(acts), generator=generator)
-    half = len(acts) // 2
-    chosen_on, measured_on = order[:half], order[half:]
+    if choose_on is None:
+        choose_on = torch.zeros(len(acts), dtype=torch.bool)
+        choose_on[torch.randperm(len(acts), generator=generator)[: len(acts) // 2]] = True
+    chosen_on, measured_on = choose_on.nonzero()[:, 0], (~choose_on).nonzero()[:, 0]
     for part in (chosen_on, measured_on):
         bad = [c for c, n in zip(concepts, truth[part].sum(0).tolist(), strict=True) if n in (0, len(part))]
         if bad:
-            raise ValueError(f"{', '.join(bad)}: true of all or of no image of a half; give more images.")
+            raise ValueError(f"{', '.join(bad)}: true of all or of no image of a part; give more images.")
     latent, threshold = _best(acts[chosen_on], truth[chosen_on], n_thresholds)
     f1 = _f1_of(acts[measured_on], truth[measured_on], latent, threshold)
     lot = truth[torch.randperm(len(truth), generator=generator)]

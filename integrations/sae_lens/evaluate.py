@@ -12,7 +12,16 @@ from sae_lens import SAE
 from torch import Tensor
 
 from integrations.sae_lens._data import inputs_of, items_of
-from integrations.sae_lens._places import Tokens, editor, layouts_of, mask_of, place_of, reads_of, value_at
+from integrations.sae_lens._places import (
+    Tokens,
+    editor,
+    layouts_of,
+    mask_of,
+    place_of,
+    reads_of,
+    stream_of,
+    value_at,
+)
 from integrations.sae_lens.splice import check_fit, splice
 from mm_adapters import Edit, InputError, Lens, Read
 
@@ -123,20 +132,20 @@ def evaluate(
 
     `tokens` (None: those it was trained on) are the positions that count. With `score(output, numbers)`
     -> [row] (which items the rows are), higher is better, also what is recovered of it
-    against zero- and mean-ablation: `zero_shot`, `answer_likelihood`, or your own.
+    against zero- and mean-ablation: `zero_shot`, `retrieval`, `answer_likelihood`, or your own.
     """
     place = check_fit(lens, sae)
     tokens = tokens or sae.cfg.metadata.token_kind or "all"
     items = items_of(data)
     overall, roles, by_step = _Tally(), {}, {}
-    loop = lens.sitemap.mounts.loop  # type: ignore[attr-defined]
     for numbers in _parts(len(items), batch_size):
         given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
         run = lens.run(given, read=reads_of(lens, [place], steps))
         value = value_at(run, place)
-        looped = place.site.tower == loop
+        looped = place.site.tower in lens.sitemap.loops  # type: ignore[attr-defined]
         value = value if looped else value[None]
         layout = layouts_of(lens, given, [place]).get(place.site.tower)
+        layout = layout and stream_of(layout, place, value.shape[2])
         assert tokens is not None
         mask = mask_of(layout, tokens, place, *value.shape[1:3])
         for i, here in enumerate(value):
@@ -180,17 +189,21 @@ def recovered(
     """The mean score with the site as it is, reconstructed, zeroed, and set to `mean`."""
     place = check_fit(lens, sae)
     items = items_of(data)
+    looped = place.site.tower == lens.sitemap.mounts.loop  # type: ignore[attr-defined]
     sums: dict[str, float] = dict.fromkeys(("plain", "sae", "zero", "mean"), 0.0)
     n = 0
     for numbers in _parts(len(items), batch_size):
         given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
         layout = layouts_of(lens, given, [place]).get(place.site.tower)
         mask = None
-        if layout is not None:
-            mask = mask_of(layout, tokens, place, layout.n_rows, layout.n_pos)
+        if layout is not None and tokens != "all":
+            n_pos = layout.n_pos
+            if looped:  # A site of one stream of a joint attention has that stream's positions.
+                n_pos = value_at(lens.run(given, read=reads_of(lens, [place], [0])), place).shape[-2]
+            mask = mask_of(layout, tokens, place, layout.n_rows, n_pos)
         edits = {
             "plain": [],
-            "sae": splice(lens, sae, mask=mask),
+            "sae": splice(lens, sae, mask=mask, rows="cond" if looped else "all"),
             "zero": [_set(lens, place.site.name, torch.zeros_like(mean), mask)],
             "mean": [_set(lens, place.site.name, mean, mask)],
         }
@@ -210,6 +223,19 @@ def zero_shot(labels: Sequence[int]) -> Score:
 
     def score(output: Any, numbers: Sequence[int]) -> Tensor:
         return (output.logits_per_image.argmax(-1).cpu() == truth[list(numbers)]).float()
+
+    return score
+
+
+def retrieval(k: int = 1) -> Score:
+    """1 where an item's own text is among the `k` that a contrastive model finds nearest of all texts.
+
+    The texts are in `inputs={"text": [...]}`, the i-th item's the i-th.
+    """
+
+    def score(output: Any, numbers: Sequence[int]) -> Tensor:
+        nearest = output.logits_per_image.topk(k, dim=-1).indices.cpu()
+        return (nearest == torch.as_tensor(list(numbers))[:, None]).any(-1).float()
 
     return score
 
@@ -239,8 +265,8 @@ def noise_recovered(
     The SAE (or the zeros) is there at that step only, so every prediction is of the same latent.
     """
     place = check_fit(lens, sae)
-    loop = lens.sitemap.mounts.loop  # type: ignore[attr-defined]
-    if place.site.tower != loop:
+    loop = place.site.tower
+    if loop not in lens.sitemap.loops:  # type: ignore[attr-defined]
         raise InputError(f"{place.name} is not in a sampling loop.")
     items = items_of(data)
     errors = {step: [0.0, 0.0] for step in steps}
@@ -287,7 +313,7 @@ def _set(lens: Any, site: str, vector: Tensor, mask: Tensor | None, steps: Any =
         new = vector.to(flat).expand_as(flat)
         return new.clone() if mask is None else torch.where(mask.to(flat.device)[..., None], new, flat)
 
-    rows: Any = "cond" if place.site.tower == lens.sitemap.mounts.loop else "all"
+    rows: Any = "cond" if place.site.tower in lens.sitemap.loops else "all"
     return Edit(site, editor(place, put), steps=steps, rows=rows)
 
 

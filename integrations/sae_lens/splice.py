@@ -241,9 +241,8 @@ def run_with_cache_with_saes(
             n for n in ([names_filter] if isinstance(names_filter, str) else names_filter) if n not in points
         ]  # fmt: skip
         output, cache = model.run_with_cache(*args, names_filter=own, **kwargs)
-    loop = model.sitemap.mounts.loop
     for name, values in found.items():
-        looped = loop is not None and name.startswith(f"{loop}.")
+        looped = name.partition(".")[0] in model.sitemap.loops
         values = torch.stack(values) if looped else torch.cat(values)
         (cache if isinstance(cache, dict) else cache.cache_dict)[name] = values
     return output, cache
@@ -299,7 +298,11 @@ def _token_mask(model: HookedModel, place: Place, tokens: Tokens, flat: Tensor) 
     if inputs is None:
         raise InputError("tokens= needs to know the inputs: use run_with_saes, or splice(..., mask=...).")
     layout = layouts_of(model, inputs, [place]).get(place.site.tower)
-    return ~mask_of(layout, tokens, place, flat.shape[0], flat.shape[1]).to(flat.device)
+    n_rows, n_pos = flat.shape[:2]
+    if layout is not None and set([tokens] if isinstance(tokens, str) else tokens) == {"latent"}:
+        n_rows = layout.n_rows  # Latents stand in the same places in every row, whatever its text.
+    mask = mask_of(layout, tokens, place, n_rows, n_pos)
+    return ~mask.repeat(len(flat) // n_rows, 1).to(flat.device)
 
 
 def _on(model: HookedModel, stack: ExitStack, site: str, hook: Callable[..., Any]) -> None:

@@ -46,6 +46,7 @@ def train(
     log_every: int = 50,
     evaluator: Evaluator | None = None,
     fast: bool = True,
+    centre: bool = False,
     seed: int = 0,
     resume: bool = True,
     progress: bool = True,
@@ -55,6 +56,8 @@ def train(
     `cfg` is SAELens' training config (of any of its architectures), one for all sites or one each.
     `data` is what `collect` takes, a `Store`, or an endless iterator of tensors [row, d_in]. Rows go
     through a store in `folder` (`on_disk=False`: straight from the model, mixed in memory).
+    `centre` starts the decoder's bias at the mean of the rows, as Bricken et al. 2023 do with their
+    median: where rows lie far from zero, most latents else die in learning the mean.
     `trainer` is SAELens' trainer config; by default 50 epochs' worth is not guessed: 2,000 steps of
     1,024 rows.
 
@@ -80,9 +83,11 @@ def train(
         trainers = _trainers(lens, configs, trainer_cfg, tokens, steps, seed, fast)
         about |= {"sites": names, "trainer": _plain(trainer_cfg), "seed": seed,
                   "saes": {n: _plain(c) for n, c in configs.items()}}  # fmt: skip
+        about |= {"centre": True} if centre else {}
         fit = Fit(
             trainers, provider, work, about,
             checkpoint_every=checkpoint_every, log_every=log_every, evaluator=evaluator, progress=progress,
+            centre=centre,
         )  # fmt: skip
         fit.run(resume)
         saved = {}
@@ -136,7 +141,7 @@ def _describe(lens: Any, cfg: TrainingSAEConfig, name: str, tokens: Tokens, step
     meta.layout = "NCHW" if place.is_map else "NLC"
     meta.token_kind = tokens if isinstance(tokens, str) else list(tokens)
     meta.steps = None if steps is None else list(steps)
-    meta.guidance_rows = "cond" if place.site.tower == lens.sitemap.mounts.loop else None
+    meta.guidance_rows = "cond" if place.site.tower in lens.sitemap.loops else None
 
 
 def _provider(

@@ -105,6 +105,7 @@ def test_an_interrupted_call_leaves_no_hook() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
 
 
+THREE = {"clip_vision": "vision.blocks.1.hook_resid_post"} | {n: SITES[n] for n in ("llava", "unet")}
 KINDS = {
     "rotated": (pv.RotatedSpaceIntervention, {}),
     "boundless": (pv.BoundlessRotatedSpaceIntervention, {}),
@@ -113,16 +114,15 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["clip_vision", "llava"])
+@pytest.mark.parametrize("name", THREE)
 def test_das_learns_and_is_saved_and_loaded(kind: str, name: str, tmp_path: Path) -> None:
     case = CASES[name]()
     base, source = swapped(case)
-    site = "vision.blocks.1.hook_resid_post" if name == "clip_vision" else SITES["llava"]
+    site = THREE[name]
     one, options = KINDS[kind]
     found = made(case, site, one, max_number_of_units=3, **options)
     whole = made(case, site, pv.VanillaIntervention, max_number_of_units=3)
     places = mm_pv.units([1, 2, 3], 2)
-    subspaces = [[list(range(8))] * 2] if kind == "rotated" else None
     want = case.head(whole(base, [source], places)[1]).detach()
     batch = {"base": base, "sources": [source], "unit_locations": places}
     before = {k: v.clone() for k, v in case.model.state_dict().items()}
@@ -138,7 +138,6 @@ def test_das_learns_and_is_saved_and_loaded(kind: str, name: str, tmp_path: Path
         case.head(again(base, [source], places)[1]), case.head(found(base, [source], places)[1])
     )
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]
-    del subspaces
 
 
 def test_several_patches_share_one_subspace() -> None:
@@ -181,25 +180,30 @@ def test_zero_and_addition(case: tuple[Case, str]) -> None:
     torch.testing.assert_close(model.head(output), want, rtol=0, atol=1e-5)
 
 
-def test_an_sae_intervention_without_a_change_changes_nothing_and_with_one_does(tmp_path: Path) -> None:
-    case = CASES["clip_vision"]()
+@pytest.mark.parametrize("name", THREE)
+def test_an_sae_intervention_without_a_change_changes_nothing_and_with_one_does(
+    name: str, tmp_path: Path
+) -> None:
+    case = CASES[name]()
     base, source = swapped(case)
-    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64))
-    site = "vision.blocks.1.hook_resid_post"
+    site = THREE[name]
+    width = mm.wrap(case.model).run(base, read=[site])[site].shape[-1]
+    sae = StandardSAE(StandardSAEConfig(d_in=width, d_sae=2 * width))
     plain = case.head(case.model(**base))
 
     def run(change: Any) -> torch.Tensor:
-        found = made(case, site, mm_pv.SAEIntervention(sae, change), max_number_of_units=5)
-        return case.head(found(base, unit_locations={"base": [0, 1, 2, 3, 4]})[1])
+        found = made(case, site, mm_pv.SAEIntervention(sae, change), max_number_of_units=4)
+        return case.head(found(base, unit_locations={"base": [0, 1, 2, 3]})[1])
 
     torch.testing.assert_close(run(None), plain, rtol=0, atol=1e-5)
     assert (run(lambda acts: 2 * acts) - plain).abs().max() > 1e-3
-    some = mm_pv.SAEInterchange(sae, list(range(64)))
+    some = mm_pv.SAEInterchange(sae, list(range(2 * width)))
     found = made(case, site, some)
-    moved = case.head(found(base, [source], {"sources->base": 0})[1])
+    # Not the first position: a decoder's start token is the same in base and source.
+    moved = case.head(found(base, [source], {"sources->base": 3})[1])
     found.save(tmp_path)
     again = mm_pv.MMIntervenableModel.load(tmp_path, case.model)
-    assert torch.equal(case.head(again(base, [source], {"sources->base": 0})[1]), moved)
+    assert torch.equal(case.head(again(base, [source], {"sources->base": 3})[1]), moved)
     with pytest.raises(InputError, match="A function cannot be saved"):
         made(case, site, mm_pv.SAEIntervention(sae, torch.relu)).save(tmp_path)
     assert (moved - plain).abs().max() > 1e-4

@@ -330,6 +330,7 @@ def test_wandb_gets_the_metrics_if_asked(clip: Any, rows: Store, monkeypatch: py
         ({"data": torch.zeros(32, D)}, "iterator of tensors"),
         ({"trainer": trainer(lr_end=None)}, "lr_end is None"),
         ({"cfg": batchtopk(normalize_activations="layer_norm")}, "do not go together"),
+        ({"cfg": TopKTrainingSAEConfig(d_in=D, d_sae=32, k=2, use_sparse_activations=True)}, "on a CPU"),
         (
             {"cfg": TopKTrainingSAEConfig(d_in=D, d_sae=32, k=2, normalize_activations="layer_norm")},
             "do not go",

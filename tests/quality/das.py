@@ -1,10 +1,11 @@
 """Does DAS find the colour in tiny-llava? Interchange accuracy on held-out pairs, beside a random subspace.
 
-python -m tests.quality.das [--steps 96] [--site language.blocks.1.hook_resid_post] [--rank 8]
+python -m tests.quality.das [--steps 96] [--site language.blocks.1.hook_resid_post] [--rank 8] [--boundless]
 
 Two single-object scenes of different colours and the question "what colour is the SHAPE?" about each.
 At the last token, a subspace is swapped from the second run into the first; the answer should become
-the second's colour. Counted over held-out pairs of which the model answers both rightly.
+the second's colour. Counted over held-out pairs of which the model answers both rightly. `--boundless`
+learns the size of the subspace too; the random one beside it has the size that was learnt.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from integrations import pyvene as mm_pv
 from mm_adapters.zoo import world
 
 SITE = "language.blocks.1.hook_resid_post"
+# Boundless: how soft the subspace's edge is at first and at last, in dimensions; what its size costs.
+EDGE, SIZE_COST = (8.0, 0.1), 1.0
 
 
 def scenes(n: int, split: str) -> list[world.Scene]:
@@ -65,9 +68,12 @@ def pairs(model: Any, n: int, split: str, size: int, seed: int) -> tuple[list[di
 
 
 def measure(
-    site: str = SITE, rank: int = 8, steps: int = 96, n: int = 384, n_test: int = 128, lr: float = 1e-2
+    site: str = SITE, rank: int | None = 8, steps: int = 96, n: int = 384, n_test: int = 128, lr: float = 1e-2
 ) -> dict[str, float]:
-    """Interchange accuracies: trained and random subspace, whole vector; and the model's own answers."""
+    """Interchange accuracies: trained and random subspace, whole vector; and the model's own answers.
+
+    `rank` None: boundless, and "dimensions" among them is the size it came to.
+    """
     torch.manual_seed(0)
     model = mm.load("tiny-llava", dtype=torch.float32)
     train, tokens = pairs(model, n, "train", 32, 1)
@@ -90,15 +96,27 @@ def measure(
     # DAS asks whether a variable that the model computes lies in a subspace: pairs it answers rightly.
     for batch, base_right in zip(test, own, strict=True):
         batch["known"] = base_right & (_answers(model, batch["sources"][0], tokens) == batch["labels"])
-    das = made(pv.LowRankRotatedSpaceIntervention, low_rank_dimension=rank)
-    random = mm_pv.interchange_accuracy(das, test, right_if_known)
     order = [train[i % len(train)] for i in range(steps)]
-    mm_pv.align(das, order, loss, lr=lr, progress=False)
+    size = float(rank or 0)
+    if rank is None:
+        das, other = (made(pv.BoundlessRotatedSpaceIntervention) for _ in range(2))
+        mm_pv.align(das, order, loss, lr=lr, temperature=EDGE, boundary_weight=SIZE_COST, progress=False)
+        (learnt,), (fresh,) = das.interventions.values(), other.interventions.values()
+        bounds = learnt.intervention_boundaries.detach().clamp(1e-3, 1)
+        size = float(bounds) * int(learnt.embed_dim)
+        fresh.intervention_boundaries.data.copy_(bounds)
+        fresh.set_temperature(learnt.get_temperature().data)
+        random = mm_pv.interchange_accuracy(other, test, right_if_known)
+    else:
+        das = made(pv.LowRankRotatedSpaceIntervention, low_rank_dimension=rank)
+        random = mm_pv.interchange_accuracy(das, test, right_if_known)
+        mm_pv.align(das, order, loss, lr=lr, progress=False)
     return {
         "the model's own answers": float(torch.cat(own).float().mean()),
         "trained subspace": mm_pv.interchange_accuracy(das, test, right_if_known),
         "trained subspace, all pairs": mm_pv.interchange_accuracy(das, test, right),
         "random subspace": random,
+        "dimensions": size,
         "whole vector": mm_pv.interchange_accuracy(made(pv.VanillaIntervention), test, right_if_known),
     }
 
@@ -116,13 +134,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--site", default=SITE)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--boundless", action="store_true")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found = measure(options.site, options.rank, options.steps)
+    found = measure(options.site, None if options.boundless else options.rank, options.steps)
+    size = found.pop("dimensions")
     for name, value in found.items():
         print(f"{name:<28} {value:6.1%}")
     ok = found["trained subspace"] >= 0.9 and found["random subspace"] < 0.4
-    print(f"rank {options.rank} at {options.site}: " + ("ok" if ok else "MISSED"))
+    print(f"{size:.1f} dimensions at {options.site}: " + ("ok" if ok else "MISSED"))
     return int(not ok)
 
 
