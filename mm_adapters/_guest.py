@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mm_adapters._traced_remote import ServedModel
     from mm_adapters.traced import TracedModel
 
-_TASKS = {"contrastive": "zero-shot-image-classification", "vlm": "image-text-to-text"}
+TASKS = {"contrastive": "zero-shot-image-classification", "vlm": "image-text-to-text"}
 _LEFT_OUT = ("zoo", "hooked", "cli")
 # A service need not have jaxtyping, which only annotates.
 _NO_JAXTYPING = "class Float:\n    def __class_getitem__(cls, key):\n        return object\n"
@@ -44,15 +44,20 @@ def guest_key(model: TracedModel) -> str:
     assert origin is not None
     name = str(zoo.path(origin.name)) if origin.name in zoo.NAMES else origin.name
     about: dict[str, Any] = {"repo_id": name, "revision": origin.options.get("revision")}
+    if "automodel" in origin.options:
+        raise ValueError(
+            f"A service without mm-interp makes of {origin.name} the pipeline that it names, not a "
+            f"{origin.options['automodel']}. Serve it yourself: mm-interp ndif up."
+        )
     if model.kind == "diffusion":
         return f"nnsight.modeling.diffusion.DiffusionModel:{json.dumps(about)}"
-    if model.kind not in _TASKS or name.startswith("open_clip:"):
+    if model.kind not in TASKS or name.startswith("open_clip:"):
         raise ValueError(
             f"A service without mm-interp cannot serve {origin.name}: nnsight has no class for a "
             f"{model.kind} of {model.sitemap.family}. Serve it yourself: mm-interp ndif up."
         )
     return (
-        f"nnsight.modeling.transformers.TransformersModel:{json.dumps(about | {'task': _TASKS[model.kind]})}"
+        f"nnsight.modeling.transformers.TransformersModel:{json.dumps(about | {'task': TASKS[model.kind]})}"
     )
 
 

@@ -83,6 +83,7 @@ class Dispatch(RemoteBackend):
 
     def submit(self, tracer: Any) -> None:
         """Sends a job without waiting for it; `poll` or `wait` for its result."""
+        self.meta = None  # Of the job before.
         blob = self._serialize(tracer)
         self._sent = self._envelope(), blob
         self.resend()

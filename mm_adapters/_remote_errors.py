@@ -71,9 +71,10 @@ def failed(description: str, model_key: str, host: str) -> Exception:
         error = kind(found[2].strip())
         error.add_note(f"In a job on {host}:\n{description.strip()}")
         return error
-    if "deploy" in description.lower() and "Traceback" not in description:
+    # NDIF 0.1.2 says first what went wrong, then shows a traceback, which it cuts off.
+    about, _, shown = description.strip().partition("Traceback")
+    if about.startswith("Could not deploy") or ("deploy" in about.lower() and not shown):
         return NotServedError(
-            f"{host} does not serve {model_key}: {description.strip()} print(nnsight.status()) lists what "
-            "it has."
+            f"{host} does not serve {model_key}: {about.strip()} print(nnsight.status()) lists what it has."
         )
     return RemoteError(description)

@@ -61,7 +61,7 @@ class Session:
         read: Sequence[Read],
         edit: Sequence[Edit],
         keep_graph: bool,
-        guided: Callable[[], bool] | None = None,
+        guided: Callable[[Guidance], bool] | None = None,
     ) -> None:
         for item in (*read, *edit):
             sites[item.site]  # Raises MissingSiteError before anything runs.
@@ -76,9 +76,7 @@ class Session:
         self.keep_graph = keep_graph
         self.arguments: Mapping[str, Any] = {}
         self._guided = guided or self._asks_model
-        guidance = sites.mounts.guidance
-        by_calls = guidance.text if guidance is not None and guidance.denoiser_calls else None
-        self.clocks = {name: Clock(by_calls if name == sites.mounts.loop else None) for name in sites.towers}
+        self.clocks = {name: Clock(_told_apart_by(sites.loops.get(name))) for name in sites.towers}
         self.seen: dict[int, list[Tensor]] = {i: [] for i in range(len(read))}
         self.parts: dict[int, list[int]] = {i: [] for i in range(len(read))}
 
@@ -147,7 +145,7 @@ class Session:
         return grads
 
     def _join(self, index: int, item: Read, parts: list[Tensor]) -> Tensor:
-        if self.sites[item.site].tower == self.sites.mounts.loop:
+        if self.sites[item.site].tower in self.sites.loops:
             return torch.stack(_by_step(parts, self.parts[index]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -214,50 +212,57 @@ class Session:
         if not isinstance(rows, str):
             return rows if isinstance(rows, slice) else list(rows)
         tower = self.sites[site].tower
-        guidance = self.sites.mounts.guidance
+        guidance = self.sites.loops.get(tower, self.sites.mounts.guidance)
         if guidance is None:
             raise InputError(
-                f"rows={rows!r} at {site}: {self.sites.family} has no classifier-free guidance; "
+                f"rows={rows!r} at {site}: {self.sites.family} has no classifier-free guidance there; "
                 'give row numbers, a slice, or "all".'
             )
-        if tower == self.sites.mounts.loop and guidance.denoiser_calls:
+        if tower in self.sites.loops and guidance.denoiser_calls:
             return slice(None) if guidance.denoiser_calls[self.clocks[tower].part] == rows else None
-        guided = self._guided()
-        if tower == self.sites.mounts.loop:
-            if not guided:
+        if tower in self.sites.loops:
+            if not self._guided(guidance):
                 return slice(None) if rows == "cond" else None
+            if rows not in guidance.denoiser_rows:
+                known = ", ".join(guidance.denoiser_rows)
+                raise InputError(f"rows={rows!r} at {site}: {self.sites.family} has {known}, all.")
             return half(guidance.denoiser_rows.index(rows), n, len(guidance.denoiser_rows))
         if tower.partition("_")[0] == "text":
             call = self.clocks[tower].call
             return slice(None) if guidance.text_calls[call : call + 1] == (rows,) else None
         return slice(None) if rows == "cond" else None
 
-    def _asks_model(self) -> bool:
-        guidance = self.sites.mounts.guidance
-        return guidance is not None and is_guided(self.model, guidance, self.arguments)
+    def _asks_model(self, guidance: Guidance) -> bool:
+        return is_guided(self.model, guidance, self.arguments)
 
     def _rows_seen(self) -> dict[str, dict[str, slice]]:
-        guidance, loop = self.sites.mounts.guidance, self.sites.mounts.loop
-        if guidance is None or loop is None:
-            return {}
-        if not guidance.denoiser_calls and not self._guided():
-            return {loop: {"cond": slice(None)}}
+        found = {name: self._rows_of(name, g) for name, g in self.sites.loops.items() if g is not None}
+        return {name: rows for name, rows in found.items() if rows}
+
+    def _rows_of(self, loop: str, guidance: Guidance) -> dict[str, slice]:
+        if not guidance.denoiser_calls and not self._guided(guidance):
+            return {"cond": slice(None)}
         for i, item in enumerate(self.read):
             if self.sites[item.site].tower == loop and item.rows == "all" and item.reduce is None:
                 n, parts = self.seen[i][0].shape[0], guidance.denoiser_rows
                 if guidance.denoiser_calls:
                     parts = guidance.denoiser_calls[: 1 + max(self.parts[i])]
                     n *= len(parts)
-                return {loop: {name: half(k, n, len(parts)) for k, name in enumerate(parts)}}
+                return {name: half(k, n, len(parts)) for k, name in enumerate(parts)}
         return {}
+
+
+def _told_apart_by(guidance: Guidance | None) -> str | None:
+    """The argument that tells the calls of one step apart, where guidance makes several."""
+    return guidance.text if guidance is not None and guidance.denoiser_calls else None
 
 
 def is_guided(model: Any, guidance: Guidance, arguments: Mapping[str, Any]) -> bool:
     """Whether a run with these arguments has unconditional parts."""
     if guidance.flag is not None:
         return bool(getattr(model, guidance.flag))
-    default = inspect.signature(type(model).__call__).parameters[guidance.scale].default
-    return arguments.get(guidance.scale, default) > 1
+    taken = inspect.signature(type(model).__call__).parameters
+    return any(arguments.get(scale, taken[scale].default) > 1 for scale in guidance.scale.split("|"))
 
 
 def _by_step(values: list[Tensor], parts: list[int]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_adapters._errors import InputError
+from mm_adapters._fill import fill
 from mm_adapters._session import is_guided
 from mm_adapters._sitemap import MountedTower, SiteMap
+from mm_adapters._spec import Guidance
 from mm_adapters._traced_points import ROOT
 from mm_adapters._traced_rows import MIXED, Axis
 
@@ -26,7 +29,7 @@ class Rows:
     """The row axes of one model: images and texts, prompts and pictures, or just rows."""
 
     def __init__(self, wrapped: Any, sites: SiteMap, paths: Mapping[int, str], attention: Mapping[str, int]):
-        self._wrapped = wrapped
+        self._wrapped = wrapped  # A PipelineModule for a pipeline, which it may replace.
         self._sites = sites
         self._kind = sites.mounts.kind
         self._root = paths[-1]
@@ -83,8 +86,8 @@ class Rows:
         if self._kind == "tower":
             return Axis(_ROWS)
         if self._kind == "diffusion":
-            if tower.name == self._sites.mounts.loop:
-                return Axis(_PICTURES, self._parts)
+            if tower.name in self._sites.loops:
+                return Axis(_PICTURES, partial(self._parts, self._sites.loops[tower.name]))
             return Axis(_PROMPTS if tower.record.role.startswith("text") else _PICTURES)
         if self._kind == "vlm":
             return Axis(_TEXTS if tower.record.role == "language" else _IMAGES)
@@ -117,9 +120,12 @@ class Rows:
             self._kind, Axis(MIXED)
         )
 
-    def _parts(self) -> int:
-        guidance = self._sites.mounts.guidance
-        if guidance is None or guidance.denoiser_calls or not is_guided(self._wrapped, guidance, self._given):
+    def _parts(self, guidance: Guidance | None) -> int:
+        if (
+            guidance is None
+            or guidance.denoiser_calls
+            or not is_guided(self._wrapped.pipeline, guidance, self._given)
+        ):
             return 1
         return len(guidance.denoiser_rows)
 
@@ -128,12 +134,12 @@ class Rows:
 _ROWS_OF = ("prompt_embeds", "class_labels", "image_embeds", "image", "batch_size")
 
 
-def n_prompts(arguments: Mapping[str, Any]) -> int:
-    """The rows that a pipeline's arguments ask for."""
+def n_prompts(arguments: Mapping[str, Any], by_text: bool = False) -> int:
+    """The rows that a pipeline's arguments ask for; `by_text`, only its prompt says so."""
     prompt = arguments.get("prompt")
     if prompt is not None:
         return 1 if isinstance(prompt, str) else len(prompt)
-    for name in _ROWS_OF:
+    for name in _ROWS_OF[:1] if by_text else _ROWS_OF:
         rows = arguments.get(name)
         if rows is not None:
             return rows if isinstance(rows, int) else len(rows) if isinstance(rows, list | Tensor) else 1
@@ -242,8 +248,22 @@ class PipelineModule(nn.Module):
             if isinstance(part, nn.Module):
                 self.add_module(name, part)
 
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline that a call runs."""
+        return self.__dict__["pipeline"]
+
+    def take(self, pipeline: Any) -> None:
+        """Runs another pipeline from now on, with the modules that are here, filled with its weights."""
+        for name, part in pipeline.components.items():
+            mine = self._modules.get(name)
+            if mine is not None and isinstance(part, nn.Module):
+                fill(mine, part)
+                pipeline.register_modules(**{name: mine})
+        self.__dict__["pipeline"] = pipeline
+
     def forward(self, *args: Any, seed: Any = None, differentiable: bool = False, **kwargs: Any) -> Any:
-        pipe = self.__dict__["pipeline"]
+        pipe = self.pipeline
         if seed is not None and kwargs.get("generator") is None:
             device = next(self.parameters()).device
             many = isinstance(seed, list | tuple)

@@ -1,45 +1,47 @@
-"""nnsight's interleaver with sites in it, and loops over steps that end when the run ends."""
+"""nnsight's interleaver with sites in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 from greenlet import getcurrent
-from nnsight.intervention.editing import EditingTracer
-from nnsight.intervention.interleaver import Event, Interleaver, Mediator, OutOfOrderError
-from nnsight.intervention.iterator import Iterations
-from nnsight.intervention.tracer import InterleavingTracer
+from nnsight.intervention.interleaver import Event, Mediator, OutOfOrderError
 
 from mm_adapters._taps import AttentionTap, Tap
 from mm_adapters._traced_points import ROOT, Gate, Station, TracedPoint
+from mm_adapters._traced_quiet import Place, QuietInterleaver
 from mm_adapters._traced_rows import RowBatcher
 
 STEP = "step"
 END = "the run has ended"
 
 
-class SiteInterleaver(Interleaver):
+class SiteInterleaver(QuietInterleaver):
     """An interleaver that knows sites: they are derived from the locations that nnsight hands it.
 
     nnsight gives every module a forward of its own, which hands input and output to `handle`. What a
-    `Station` finds there is handed to `handle` again, as the site's location.
+    `Station` finds there is handed to `handle` again, as the site's location. Where nobody waits for
+    anything, which is nearly everywhere in most runs, values are let by.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.points: dict[str, TracedPoint] = {}
         self.is_serving = False
-        self._stations: dict[str, list[Station]] = {}
-        self._attention: dict[str, AttentionTap] = {}
-        self._entered: dict[int, AttentionTap] = {}
+        self._never_idle: set[str] = set()
         self._gates: list[Gate] = []
         self._loop = ""
         self._marks = {"result"}
-        # Where there is anything to do besides what nnsight does: few of all locations.
-        self._places = {"result"}
+        # Of each site, the modules' locations at which its value is taken.
+        self._sources: dict[str, list[str]] = {}
+        self._kept: list[tuple[Any, str]] = []
+        # Where more is to do than to count: in this whole run, and until a block moves on.
+        self._hooked: set[str] = set()
+        self._watched = {"result"}
+        self.occupied.add("result")
+        self._waits_for_sites = False
 
     def serve(self, points: dict[str, TracedPoint], taps: list[Tap], loop: Any) -> None:
         """Puts stations at the taps' modules; `loop` is the module that is called once a step."""
@@ -47,13 +49,61 @@ class SiteInterleaver(Interleaver):
         for tap in taps:
             path = self.envoys[id(tap.module)].path
             if isinstance(tap, AttentionTap):
-                self._attention[f"{path}.input"] = self._attention[f"{path}.output"] = tap
+                ends = [f"{path}.input", f"{path}.output"]
+                enter, leave = (self.places.setdefault(end, Place()) for end in ends)
+                enter.enters = leave.leaves = tap
+                enter.add((), more=True)
+                leave.add(tap.points.values(), more=True)
+                fed: Iterable[Any] = tap.points.values()
             else:
-                self._stations.setdefault(f"{path}.{tap.side}", []).append(Station(tap))
+                ends = [f"{path}.{tap.side}"]
+                station = Station(tap)
+                place = self.places.setdefault(ends[0], Place())
+                place.station = station
+                place.add(station.points, more=not station.only_counts)
+                self._kept += [(keep.reader, keep.name) for keep, _ in station.keeps]
+                if station.never_idle:
+                    self._never_idle.add(ends[0])
+                fed = station.points
+            for point in fed:
+                self._sources.setdefault(point.location, []).extend(ends)  # type: ignore[attr-defined]
         if loop is not None:
             self._loop = self.envoys[id(loop)].path
             self._marks.add(f"{self._loop}.input")
-        self._places = {*self._stations, *self._attention, *self._marks}
+        self.sides.clear()
+        self._watch(self._marks | self._never_idle)
+
+    def watch(self, point: TracedPoint) -> None:
+        """A point was given a hook, or lost one."""
+        if point.hooks:
+            self._hooked.add(point.location)
+            self._watch(self._sources.get(point.location, ()))
+        else:
+            self._hooked.discard(point.location)
+
+    def _watch(self, locations: Iterable[str]) -> None:
+        self._watched.update(locations)
+        self.occupied.update(locations)
+
+    def reindex(self) -> None:
+        super().reindex()
+        self._watched = self._marks | self._never_idle
+        for location in (*self.observers, *self._hooked):
+            self._watched.update((location, *self._sources.get(location, ())))
+        self._watched.update(self._exit(gate.tap) for gate in self._gates)
+        self.occupied |= self._watched
+
+    def _reindex_parked(self) -> None:
+        super()._reindex_parked()
+        self.occupied = self._watched | self.parked
+        self._waits_for_sites = not self._sources.keys().isdisjoint(self.parked)
+        if self._waits_for_sites:
+            for location in self.parked:
+                self.occupied.update(self._sources.get(location, ()))
+
+    def pass_by(self, points: Iterable[TracedPoint]) -> None:
+        """Values that nobody waited for: they are counted, for a block may wait for later ones."""
+        self.passed.append(tuple(point.location for point in points))
 
     def awaits(self, location: str) -> bool:
         """Whether a block waits for this visit of a location, or a cache keeps it."""
@@ -80,26 +130,33 @@ class SiteInterleaver(Interleaver):
             self.is_serving = was
 
     def handle(self, provider: str, value: Any) -> Any:
-        if provider not in self._places:
-            if provider in self.parked or provider in self.observers:
-                return self._serve(provider, value)
-            counts = self.counts
-            counts[provider] = counts.get(provider, 0) + 1
+        if provider in self.occupied:
+            return self._handle(provider, value)
+        place = self.places.get(provider)
+        if place is None:
+            self.passed.append((provider,))
             return value
-        stations = self._stations.get(provider, ())
-        tap = self._attention.get(provider)
+        self.passed.append((provider, *place.counted))
+        if place.more:
+            place.pass_by(value, self.entered)
+        return value
+
+    def _handle(self, provider: str, value: Any) -> Any:
+        place = self.places.get(provider)
         if provider == "result":
             self._end_loops()
         elif provider in self._marks:
             self._serve(STEP, None)
-        leaving = tap if tap is not None and id(tap) in self._entered else None
-        if leaving is not None:
-            self._leave(leaving)
+        if place is not None and place.leaves is not None:
+            self._leave(place.leaves)
         value = self._serve(provider, value)
-        for station in stations:
-            value = station(value)
-        if tap is not None and leaving is None:
-            self._entered[id(tap)] = tap
+        if place is None:
+            return value
+        if place.station is not None:
+            value = place.station(value, self)
+        tap = place.enters
+        if tap is not None:
+            self.entered[id(tap)] = tap
             if any(p.due for p in tap.points.values()):  # type: ignore[attr-defined]
                 self._open(tap, late=False)
         return value
@@ -119,23 +176,26 @@ class SiteInterleaver(Interleaver):
     def __exit__(self, *exc: Any) -> bool:
         while self._gates:
             self._gates.pop().__exit__(None, None, None)
-        self._entered.clear()
+        self.entered.clear()
         self.is_serving = False
-        for station in chain.from_iterable(self._stations.values()):
-            station.reset()
+        for reader, name in self._kept:
+            setattr(reader, name, None)
         return super().__exit__(*exc)
 
     def _serve(self, provider: str, value: Any) -> Any:
         if provider not in self.parked and provider not in self.observers:
-            self.counts[provider] = self.counts.get(provider, 0) + 1
+            self.passed.append((provider,))
             return value
-        if isinstance(self.batcher, RowBatcher):
+        if isinstance(self.batcher, RowBatcher) and self.batcher.batching:
             self.batcher.locate(provider)
         for mediator in self._ready(provider):
             mediator.__dict__["last"] = provider
-        with self.serving():
+        was, self.is_serving = self.is_serving, True
+        try:
             value = super().handle(provider, value)
-        if self._entered:
+        finally:
+            self.is_serving = was
+        if self._waits_for_sites and self.entered:
             self._open_late()
         for mediator in self.mediators:
             step, pending = mediator.__dict__.get("step"), mediator.pending
@@ -152,7 +212,7 @@ class SiteInterleaver(Interleaver):
             pending = mediator.pending
             point = self.points.get(str(pending.provider)) if pending is not None else None
             for tap in point.taps if point is not None else ():
-                inside = isinstance(tap, AttentionTap) and id(tap) in self._entered
+                inside = isinstance(tap, AttentionTap) and id(tap) in self.entered
                 if inside and not any(gate.tap is tap for gate in self._gates):
                     self._open(tap, late=True)  # type: ignore[arg-type]
 
@@ -170,23 +230,29 @@ class SiteInterleaver(Interleaver):
         gate = Gate(tap, self, late)
         self._gates.append(gate)
         gate.__enter__()
+        self._watch([self._exit(tap)])
+
+    def _exit(self, tap: Tap) -> str:
+        return f"{self.envoys[id(tap.module)].path}.output"
 
     def _leave(self, tap: AttentionTap) -> None:
-        del self._entered[id(tap)]
-        fired: set[str] = set()
+        self.entered.pop(id(tap), None)
+        passed = tap.points
         if self._gates and self._gates[-1].tap is tap:
             fired = self._gates.pop().close()
-        for name, point in tap.points.items():
-            if name not in fired:
-                point.passed()  # type: ignore[attr-defined]
+            passed = {name: point for name, point in passed.items() if name not in fired}
+        self.pass_by(passed.values())  # type: ignore[arg-type]
 
     def _end_loops(self) -> None:
+        moved = False
         for mediator in self.mediators:
             while mediator.alive and mediator.pending is not None and mediator.pending.provider == STEP:
                 # A sandbox hands back what it read, as if it had been written into.
                 told = (END,) if mediator.pending.event is Event.VALUE else ()
                 mediator.pending = mediator.switch(*told)
-        self._reindex_parked()
+                moved = True
+        if moved:
+            self._reindex_parked()
 
     def _why_not(self, mediator: Mediator) -> str:
         assert mediator.pending is not None
@@ -201,62 +267,6 @@ class SiteInterleaver(Interleaver):
                 "what does not run at every step before the loop over steps, or after it."
             )
         return _too_late(name, mediator)
-
-
-class Steps(Iterations):
-    """Steps of a run: a slice ends when the run does, as Python's do; an index must be there.
-
-    nnsight's own loop ends by an error inside the block, so that nothing after it is run.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        mediator = current("tracer.iter")
-        previous = mediator.iteration, mediator.__dict__.get("step")
-        try:
-            for step in self._indices():
-                if step < 0:
-                    raise ValueError(f"Steps are counted from 0; there is no step {step}.")
-                mediator.iteration = step
-                mediator.__dict__["step"] = None
-                if step > 0 and Mediator.value(STEP) == END:
-                    if self.must_exist(step):
-                        raise IndexError(f"Step {step} was asked for, and this run did not make it.")
-                    return
-                mediator.__dict__["step"] = step
-                yield step
-        finally:
-            mediator.iteration, mediator.__dict__["step"] = previous
-
-    def __getitem__(self, key: Any) -> Steps:
-        if isinstance(key, slice):
-            steps = Steps(key.start or 0, key.stop)
-            if key.step not in (None, 1):
-                raise ValueError("tracer.iter takes no stride. Give the steps: tracer.iter[[0, 2, 4]].")
-            steps.open = True
-            return steps
-        return Steps(steps=list(key) if isinstance(key, list | tuple) else [key])
-
-    open = False
-
-    def must_exist(self, step: int) -> bool:
-        """Whether a run without this step is an error."""
-        return not self.open
-
-
-class SiteTracer(InterleavingTracer):
-    """nnsight's tracer, with loops over steps that end when the run does."""
-
-    @property
-    def iter(self) -> Steps:
-        return Steps()
-
-
-class SiteEditor(EditingTracer):
-    """nnsight's editing tracer, with loops over steps that end when the run does."""
-
-    @property
-    def iter(self) -> Steps:
-        return Steps()
 
 
 def current(what: str) -> Mediator:

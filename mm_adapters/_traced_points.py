@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from mm_adapters._attention import _TAKES
 from mm_adapters._errors import AttentionUnreachableError
+from mm_adapters._readers import Carry, Keep, NormReader, Reader, ResidualReader, Spread
 from mm_adapters._spec import Site
-from mm_adapters._taps import AttentionTap, Carry, Keep, NormReader, Reader, ResidualReader, Spread, Tap
+from mm_adapters._taps import AttentionTap, Tap
 
 if TYPE_CHECKING:
     from mm_adapters._traced_engine import SiteInterleaver
@@ -66,15 +67,11 @@ class TracedPoint:
                     value = value if new is None else new
         return value
 
-    def passed(self) -> None:
-        """A value that nobody waited for: it is counted, for a block may wait for a later one."""
-        counts = self.engine.counts
-        counts[self.location] = counts.get(self.location, 0) + 1
-
     def register_forward_hook(self, hook: Hook) -> Handle:
         """As a module's: `hook(point, (value,), value)` may return a new value."""
-        handle = Handle(self.hooks)
+        handle = Handle(self)
         self.hooks[id(handle)] = hook
+        self.engine.watch(self)
         return handle
 
     def refresh(self) -> None:
@@ -84,11 +81,12 @@ class TracedPoint:
 class Handle:
     """Takes one hook off its point."""
 
-    def __init__(self, hooks: dict[int, Hook]) -> None:
-        self._hooks = hooks
+    def __init__(self, point: TracedPoint) -> None:
+        self._point = point
 
     def remove(self) -> None:
-        self._hooks.pop(id(self), None)
+        self._point.hooks.pop(id(self), None)
+        self._point.engine.watch(self._point)
 
 
 class OnDemand:
@@ -104,8 +102,7 @@ class OnDemand:
         for point in self.points:
             if point.due:
                 return self.reader(x)
-        for point in self.points:
-            point.passed()
+        self.points[0].engine.pass_by(self.points)
         match self.reader:
             case NormReader():
                 self.reader.source = None
@@ -130,9 +127,9 @@ class Always:
     def __call__(self, x: Tensor) -> Tensor:
         return self.inner(x)
 
-    def reset(self) -> None:
-        """Lets go what an interrupted run left."""
-        setattr(self.inner.reader, self.inner.name, None)
+
+# What was kept for a reader, by its kind.
+_KEPT = ((NormReader, "source"), (Spread, "like"), (ResidualReader, "base"))
 
 
 class Station:
@@ -143,16 +140,23 @@ class Station:
         tap.readers = [  # type: ignore[assignment]
             Always(r) if isinstance(r, Keep | Carry) else OnDemand(r) for r in tap.readers
         ]
-        self._points: list[TracedPoint] = [p for r in self.tap.readers for p in getattr(r, "points", ())]
-        # Whether its readers have nothing to remember of a value that nobody waits for.
-        self._forgets = all(
-            isinstance(r, OnDemand) and not isinstance(r.reader, NormReader | Spread | ResidualReader)
-            for r in self.tap.readers
+        self.points: list[TracedPoint] = [p for r in tap.readers for p in getattr(r, "points", ())]
+        self.keeps = [
+            (r.inner, slot) for r, slot in zip(tap.readers, tap.slots, strict=True) if isinstance(r, Always)
+        ]
+        self.readers = [r.reader for r in tap.readers if isinstance(r, OnDemand)]
+        self.forgets = [(r, name) for r in self.readers for kind, name in _KEPT if isinstance(r, kind)]
+        self.only_counts = not (self.keeps or self.forgets)
+        # What moves on in the stream is carried out of a module, and added to a branch, whoever waits.
+        self.never_idle = any(isinstance(keep, Carry) for keep, _ in self.keeps) or any(
+            isinstance(r, ResidualReader) and r.kept_for for r in self.readers
         )
 
-    def __call__(self, value: Any) -> Any:
+    def __call__(self, value: Any, engine: SiteInterleaver) -> Any:
         """The handed value (an output, or args and kwargs) with what was done to the sites in it."""
-        if self._forgets and self._passed():
+        if not self.never_idle and not self._is_asked(engine):
+            engine.pass_by(self.points)
+            self.pass_by(value)
             return value
         if self.tap.side == "input":
             args, kwargs = value
@@ -161,22 +165,19 @@ class Station:
             new = self.tap._returned(self.tap.module, (), value)
         return value if new is None else new
 
-    def _passed(self) -> bool:
-        """Counts its values, if nobody waits for any of them: at most modules of a run nobody does."""
-        engine = self._points[0].engine
-        parked, observers = engine.parked, engine.observers
-        for point in self._points:
-            if point.hooks or point.location in parked or point.location in observers:
-                return False
-        counts = engine.counts
-        for point in self._points:
-            counts[point.location] = counts.get(point.location, 0) + 1
-        return True
+    def pass_by(self, value: Any) -> None:
+        """Keeps of a value that nobody waits for what a reader behind this module would need."""
+        for reader, name in self.forgets:
+            setattr(reader, name, None)
+        for keep, slot in self.keeps:
+            keep(self.tap.shown(value, slot))
 
-    def reset(self) -> None:
-        for reader in self.tap.readers:
-            if isinstance(reader, Always):
-                reader.reset()
+    def _is_asked(self, engine: SiteInterleaver) -> bool:
+        parked, observers = engine.parked, engine.observers
+        for point in self.points:
+            if point.hooks or point.location in parked or point.location in observers:
+                return True
+        return False
 
 
 class Gate(TorchFunctionMode):
@@ -192,15 +193,16 @@ class Gate(TorchFunctionMode):
         self.late = late
         self.points: dict[str, Any] = tap.points  # TracedPoints, for that is what they were made as.
         self.watch = tap.watch(self._fire, self._wants)
-        self.attended = False
+        self.n_attended = 0
         self.fired: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A block's or a hook's own torch calls, made while the model stands still, are not the model's.
-        if func is torch.split and not self.attended and not self.engine.is_serving:
+        if func is torch.split and not self.n_attended and not self.engine.is_serving:
             return self.watch.__torch_function__(func, types, args, kwargs)
-        if func in _TAKES and not self.attended and not self.engine.is_serving:
-            self.attended = True
+        if func in _TAKES and self.n_attended < self.tap.n_calls and not self.engine.is_serving:
+            self.watch.calls = self.n_attended
+            self.n_attended += 1
             if self.watch.lengths or any(p.due for p in self.points.values()):
                 return self.watch.__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
@@ -212,7 +214,7 @@ class Gate(TorchFunctionMode):
         """
         self.__exit__(None, None, None)
         wanted = [p.site.name for p in self.points.values() if p.due]
-        if wanted and not self.attended and not self.late:
+        if wanted and not self.n_attended and not self.late:
             raise AttentionUnreachableError(
                 f"{', '.join(wanted)}: {type(self.tap.module).__name__} attended with a kernel that "
                 'cannot be watched. Load the model with attn_implementation="sdpa" or "eager" '

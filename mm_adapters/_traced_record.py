@@ -47,7 +47,7 @@ class Recorder:
                 "This service runs blocks in a sandbox, apart from the model, where there are no "
                 "gradients. Run it here, or as a trusted job on a service of your own."
             )
-        guided = None if model.is_here else (lambda: model.is_guided(arguments))
+        guided = None if model.is_here else (lambda guidance: model.is_guided(arguments, guidance))
         self.session = Session(model.wrapped, model.sitemap, model.points, read, edit, keep, guided)
 
     @property

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nnsight.tracing.backend import Backend
 
 MODEL = "TracedModel"
+JOB = ("remote", "blocking", "job_id", "verbose")  # What a call says of how it is run.
 
 
 class Reference:
@@ -41,13 +42,19 @@ class ServedModel(Remotable):
         """Whether blocks run in the model's own process; in a service's sandbox they do not."""
         return isinstance(self.interleaver, SiteInterleaver)
 
+    @property
+    def is_on_meta(self) -> bool:
+        """Whether the weights have no values."""
+        raise NotImplementedError
+
     def check_ready(self) -> None:
         raise NotImplementedError
 
     def interleave(self, fn: Any, *args: Any, batcher: Batcher | None = None, **kwargs: Any) -> Any:
         """As nnsight's. Raises: MetaDeviceError without weights; InputError for invokes in a sandbox."""
         if self.is_here:
-            if detect_fake_mode() is None:
+            if self.is_on_meta and detect_fake_mode() is None:
+                self.dispatch()
                 self.check_ready()
         elif batcher is not None and batcher.batching:
             # NDIF 0.1.2 (ray/sandbox/driver.py, _assemble) makes nnsight's plain Batcher whatever the

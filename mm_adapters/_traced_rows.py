@@ -55,9 +55,8 @@ class RowBatcher(Batcher):
         return [len(self.sizes) - 1, 1]
 
     def locate(self, location: str) -> None:
-        """Says where the next values are."""
-        if self.batching:
-            self._where, self._axis = location, self.envoy.rows.axis(location)
+        """Says where the next values are, of a run of several invokes."""
+        self._where, self._axis = location, self.envoy.rows.axis(location)
 
     def check_rows(self, group: list[int] | None, location: str, what: str) -> None:
         """Raises: InputError if an invoke has no rows of its own at a location."""

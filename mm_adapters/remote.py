@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import mm_adapters._before_nnsight  # noqa: F401
+
+# isort: split
 from mm_adapters._lens import Run
 from mm_adapters._remote_backend import Dispatch
 from mm_adapters._remote_errors import (

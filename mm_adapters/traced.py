@@ -11,49 +11,63 @@ does nothing outside a trace.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, no_type_check
 
+import mm_adapters._before_nnsight  # noqa: F401
+
+# isort: split
 import nnsight
 import torch
 from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._guards import detect_fake_mode
 
 from mm_adapters._alone import runner
-from mm_adapters._errors import InputError, MetaDeviceError
 from mm_adapters._images import opened
 from mm_adapters._lens import Edit, Read, Run, as_read
 from mm_adapters._origin import Origin
 from mm_adapters._points import Points
-from mm_adapters._sitemap import SiteMap, SiteTable
+from mm_adapters._scan import SiteScanner, for_shapes, shapes_only
+from mm_adapters._session import is_guided
+from mm_adapters._sitemap import SiteMap
+from mm_adapters._spec import Guidance
 from mm_adapters._taps import AttentionTap
 from mm_adapters._traced_batch import PipelineModule, Rows, combine, combine_prompts, n_prompts
-from mm_adapters._traced_engine import SiteEditor, SiteInterleaver, SiteTracer
+from mm_adapters._traced_call import by_name
+from mm_adapters._traced_engine import SiteInterleaver
+from mm_adapters._traced_named import NamedModel, generated, generator_of, open_named
 from mm_adapters._traced_points import TracedPoint
 from mm_adapters._traced_record import Recorder
-from mm_adapters._traced_remote import ServedModel
+from mm_adapters._traced_remote import JOB
 from mm_adapters._traced_rows import RowBatcher
 from mm_adapters._traced_site import SiteEnvoy, TracedPart
+from mm_adapters._traced_steps import SiteEditor, SiteTracer
+from mm_adapters._wrapped import Wrapped
 
 if TYPE_CHECKING:
     from mm_adapters._inputs import Inputs
     from mm_adapters.remote import PendingRun
 
 _RAW = ("text", "images")
-_REMOTE = ("remote", "blocking", "job_id", "verbose")
 _KEEP = object()
 
 
-class TracedModel(ServedModel):
+class TracedModel(Wrapped, NamedModel):
     """CLIP, LLaVA or Stable Diffusion for nnsight: its own paths, and every site by its name.
 
     `wrapped` is a module or a pipeline; it keeps its weights and its behaviour. It is called with its
-    own arguments, or with raw `text=` and `images=`. A sampling loop takes `seed=`.
+    own arguments, or with raw `text=` and `images=`, or messages of a chat. A sampling loop takes `seed=`.
 
         with model.trace(text=["a red circle"], images=[image]):
             z = model.site("vision.blocks.3.attn.hook_z").save()
             model.site("vision.blocks.5.attn.hook_pattern")[:] = 0
+
+    `wrapped` may also be a name, as `mm_adapters.load` takes, with its options (device, dtype, revision,
+    automodel) and nnsight's own: the weights are then read when the model first runs, or at once with
+    `dispatch=True`. `rename` gives modules other names, `task` is transformers' for `pipe`.
 
     With `remote=True` a block, a session or a `run` goes to the NDIF service that nnsight is configured
     for (or `remote="http://..."`), if the model was loaded by a name; `origin` is that name.
@@ -61,12 +75,29 @@ class TracedModel(ServedModel):
 
     _batcher_class = RowBatcher
 
-    def __init__(self, wrapped: Any, *, inputs: Inputs | None = None, origin: Origin | None = None) -> None:
+    def __init__(
+        self,
+        wrapped: Any,
+        *,
+        inputs: Inputs | None = None,
+        origin: Origin | None = None,
+        task: str | None = None,
+        rename: Mapping[Any, Any] | None = None,
+        **named: Any,
+    ) -> None:
+        if isinstance(wrapped, str | os.PathLike):
+            found = open_named(wrapped, **named)
+            wrapped, inputs, origin = found.model, found.inputs, found.origin
+            self._unread = found.unread
+        elif named:
+            raise TypeError(f"{', '.join(named)}: of use with a name only, and the model is here already.")
         module = wrapped if isinstance(wrapped, nn.Module) else PipelineModule(wrapped)
-        super().__init__(module, interleaver=SiteInterleaver(), envoys=TracedPart)
-        self._wrapped = wrapped
+        super().__init__(module, interleaver=SiteInterleaver(), envoys=TracedPart, rename=rename)
         self._inputs = inputs
+        self._task = task
         self.origin = origin
+        self.automodel = named.get("automodel")
+        self.generator = generator_of(self)
         self.sitemap = SiteMap(wrapped)
         engine = self.interleaver
         assert isinstance(engine, SiteInterleaver)
@@ -75,12 +106,12 @@ class TracedModel(ServedModel):
         heads = {engine.envoys[id(t.module)].path: t.n_heads for t in taps if isinstance(t, AttentionTap)}
         engine.serve(self._points.by_name, taps, self._loop_module())  # type: ignore[arg-type]
         paths = {at: envoy.path for at, envoy in engine.envoys.items()} | {-1: self.path}
-        self.rows = Rows(wrapped, self.sitemap, paths, heads)
+        self.rows = Rows(module, self.sitemap, paths, heads)
 
     @property
     def wrapped(self) -> Any:
         """The module or pipeline this was made of."""
-        return self._wrapped
+        return self._module.pipeline if isinstance(self._module, PipelineModule) else self._module
 
     @property
     def points(self) -> Points:
@@ -88,23 +119,9 @@ class TracedModel(ServedModel):
         return self._points
 
     @property
-    def kind(self) -> str:
-        """ "contrastive", "vlm", "diffusion" or "tower"."""
-        return self.sitemap.mounts.kind
-
-    @property
-    def tower_names(self) -> list[str]:
-        """The towers' names, in the order they run."""
-        return list(self.sitemap.towers)
-
-    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return next(p.dtype for p in self._module.parameters() if p.is_floating_point())
-
-    def sites(self, pattern: str = "*") -> SiteTable:
-        """The sites whose names match a glob, with axes; and what is absent there, with the reason."""
-        return SiteTable(self.sitemap.find(pattern))
 
     def site(self, name: str, new: Any = _KEEP) -> Any:
         """In a trace: a site's value, which may be saved and written into; or sets it to `new`.
@@ -125,60 +142,34 @@ class TracedModel(ServedModel):
         self.sitemap[name]
         return SiteEnvoy(self, self._points.by_name[name])
 
-    def prepare(self, *, text: Any = None, images: Any = None) -> dict[str, Any]:
-        """Raw text and images as the wrapped model's own arguments, on its device, in its dtype."""
-        if self._inputs is None:
-            raise InputError(
-                "This model came without a processor, so it cannot take raw text or images. "
-                "Pass one: mm_adapters.wrap(model, processor=...), or give the model's own arguments."
-            )
-        with unset_fake_temporarily():  # In a scan the inputs are real, so that they can be made.
-            ready = self._inputs.prepare(text=text, images=images)
-            return {k: self._placed(v) if isinstance(v, Tensor) else v for k, v in ready.items()}
-
-    def tokenizer_of(self, tower: str) -> Any:
-        """The tokenizer of a text tower, or None."""
-        suffix = tower.removeprefix("text") if tower.startswith("text") else ""
-        own = getattr(self._wrapped, f"tokenizer{suffix}", None)
-        return own if own is not None else getattr(self._inputs, "tokenizer", None)
-
-    def check_ready(self) -> None:
-        """Raises: MetaDeviceError if the weights have no values."""
-        if self.device is not None and self.device.type == "meta":
-            raise MetaDeviceError(
-                "This model is on the meta device: its sites can be listed, but it has no weights to run. "
-                "Load it without device='meta'."
-            )
-
     def trace(self, *inputs: Any, fn: Any = None, tracer_cls: Any = None, **kwargs: Any) -> Any:
         """As nnsight's, with the model's own arguments, or raw text and images.
 
-        Of a model of images and texts one side may be given alone: then its tower is run, and
-        `tracer.result` is what that gives. A pipeline makes one step, as nnsight's do, unless
+        The first may be given by position: text, pictures, messages of a chat, a dictionary. Of a model
+        of images and texts one side may be given alone: then its tower is run, and `tracer.result` is
+        what that gives. A pipeline makes one step (of each of its loops), as nnsight's do, unless
         `num_inference_steps` is given; `differentiable=True` keeps the graph of its loop.
         """
         if self.kind == "diffusion" and fn is None:
-            kwargs.setdefault("num_inference_steps", 1)
+            kwargs = self._one_step() | kwargs
         if kwargs.get("remote"):
-            kwargs = self._opened(kwargs)
-            if self.needs_own_inputs(kwargs["remote"]):
-                job = {k: kwargs.pop(k) for k in _REMOTE if k in kwargs}
-                inputs, kwargs = (), self.arguments(inputs, kwargs) | job
+            job = {k: kwargs.pop(k) for k in JOB if k in kwargs}
+            inputs, kwargs = (), self._opened(self.named(inputs, kwargs))
+            if self.needs_own_inputs(job["remote"]):
+                kwargs = self.arguments((), kwargs)
+            kwargs |= job
         return super().trace(*inputs, fn=fn or self._forward, tracer_cls=tracer_cls or SiteTracer, **kwargs)
 
     def scan(self, *inputs: Any, fn: Any = None, **kwargs: Any) -> Any:
-        """As nnsight's: shapes, without computing.
+        """As nnsight's: shapes, without computing. A pipeline makes one step, as in `trace`.
 
-        Raises: NotImplementedError for a pipeline: its schedulers branch on values.
+        Raises: NotImplementedError for a pipeline whose code branches on values.
         """
-        if self.kind == "diffusion":
-            raise NotImplementedError(
-                "A whole pipeline cannot be scanned: its scheduler branches on values. Scan a part, "
-                "`model.unet.scan(sample, timestep, encoder_hidden_states=...)`."
-            )
         if kwargs.pop("remote", False):
             raise ValueError("scan computes nothing and runs here. Leave remote out.")
-        return super().scan(*inputs, fn=fn or self._forward, **kwargs)
+        if self.kind == "diffusion" and fn is None:
+            kwargs = self._one_step() | kwargs
+        return SiteScanner(self, fn or self._forward, *inputs, **kwargs)
 
     def edit(self, *, inplace: bool = False, backend: Any = None) -> SiteEditor:
         """As nnsight's: a block that is kept, and run again in every later trace."""
@@ -193,8 +184,10 @@ class TracedModel(ServedModel):
         fn = self._plain if self.kind == "diffusion" else self._generate
         if self.interleaver.interleaving:
             return fn(*inputs, **kwargs)
+        # transformers' pipelines call the arguments of generate so.
+        kwargs |= kwargs.pop("generate_kwargs", {})
         reads, edits = list(read), list(edit)
-        remote = {k: kwargs.pop(k) for k in _REMOTE if k in kwargs}
+        remote = {k: kwargs.pop(k) for k in JOB if k in kwargs}
         if reads or edits:
             return self._recorded(self.named(inputs, kwargs), reads, edits, None, fn, **remote)
         tracer = self.trace(*inputs, fn=fn, **kwargs, **remote)
@@ -231,10 +224,9 @@ class TracedModel(ServedModel):
 
     def named(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """One call's arguments by name, raw text and images as they are."""
-        kwargs = dict(kwargs)
-        if inputs and self.kind != "diffusion" and _is_text(inputs[0]):
-            kwargs["text"], inputs = inputs[0], inputs[1:]
-        return kwargs | dict(zip(self._argument_names(), inputs, strict=False))
+        if not inputs:
+            return dict(kwargs)
+        return by_name(self.kind, self._takes(), self.processor or self.tokenizer, inputs, kwargs)
 
     def arguments(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """One call's arguments, by name, with raw text and images prepared."""
@@ -253,6 +245,8 @@ class TracedModel(ServedModel):
         blocking: bool = True,
         **remote: Any,
     ) -> Run | PendingRun:
+        if not remote:
+            self.dispatch()  # A session looks at the pipeline that runs.
         reads = [as_read(item) for item in read]
         for item in (*reads, *edit):
             self.sitemap[item.site]  # Raises MissingSiteError before anything runs, or is sent.
@@ -284,22 +278,34 @@ class TracedModel(ServedModel):
             out["images"] = opened(out["images"])
         return out
 
+    def _one_step(self) -> dict[str, int]:
+        """A pipeline's own words for one step; one of several loops has several."""
+        return {name: 1 for name in self._takes() if name.endswith("num_inference_steps")}
+
+    def _takes(self) -> list[str]:
+        """The names that a call of the wrapped model or pipeline takes, in its order."""
+        called = self.wrapped.__call__ if self.kind == "diffusion" else type(self.wrapped).forward
+        return [name for name in inspect.signature(called).parameters if name != "self"]
+
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        if self.kind == "diffusion" and detect_fake_mode() is not None:
+            with shapes_only(self.wrapped):
+                return self._module(*args, **for_shapes(kwargs))
         if args or self.kind == "diffusion":
             return self._module(*args, **kwargs)
         return runner(self._module, self.sitemap, kwargs)(**kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self._module.generate(*args, **kwargs)  # type: ignore[operator]
+        return generated(self, args, kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._plain(*args, **kwargs)
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
-        if inputs or any(kwargs.get(k) is not None for k in _RAW):
+        if inputs or any(kwargs.get(k) is not None for k in (*_RAW, "pipe")):
             return 1
         if self.kind == "diffusion":
-            return n_prompts(kwargs)
+            return n_prompts(kwargs, by_text="prompt" in self._takes())
         return int(any(isinstance(v, Tensor) for v in kwargs.values()))
 
     def _batch(self, invokes: list[Any], fn: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -309,24 +315,22 @@ class TracedModel(ServedModel):
         if self.kind == "diffusion":
             return (), combine_prompts(given)
         tokenizer = getattr(self._inputs, "tokenizer", None)
-        config = getattr(self._wrapped, "config", None)
+        config = getattr(self.wrapped, "config", None)
         pad = getattr(tokenizer, "pad_token_id", None)
         pad = getattr(config, "pad_token_id", None) if pad is None else pad
         left = self.kind == "vlm" and getattr(tokenizer, "padding_side", "right") == "left"
         return (), combine(given, 0 if pad is None else pad, left)
 
-    def is_guided(self, arguments: Mapping[str, Any]) -> bool:
+    def is_guided(self, arguments: Mapping[str, Any], guidance: Guidance) -> bool:
         """Whether a pipeline called with these arguments runs under classifier-free guidance."""
-        default = inspect.signature(self._wrapped.__call__).parameters.get("guidance_scale")
-        scale = arguments.get("guidance_scale", default.default if default else 1.0)
-        return self.sitemap.mounts.guidance is not None and scale > 1
+        return is_guided(self.wrapped, replace(guidance, flag=None), arguments)
 
     def _in_dtype(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Pixels in the dtype of the weights, which a sandbox that prepared them does not know."""
-        if self.kind == "diffusion" or self.dtype == torch.float32:
+        floats = [k for k, v in arguments.items() if isinstance(v, Tensor) and v.dtype == torch.float32]
+        if not floats or self.kind == "diffusion" or (dtype := self.dtype) == torch.float32:
             return arguments
-        floats = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.dtype == torch.float32}
-        return arguments | {k: v.to(self.dtype) for k, v in floats.items()}
+        return arguments | {k: arguments[k].to(dtype) for k in floats}
 
     def _loop_module(self) -> nn.Module | None:
         for tower in self.sitemap.towers.values():
@@ -334,23 +338,6 @@ class TracedModel(ServedModel):
                 return tower.module
         return None
 
-    def _argument_names(self) -> list[str]:
-        called = self._wrapped.__call__ if self.kind == "diffusion" else type(self._wrapped).forward
-        return [n for n in inspect.signature(called).parameters if n != "self"]
-
     def _is_own(self, name: str, value: Any) -> bool:
         # open_clip's own argument is called text too, and is a tensor of tokens.
         return name == "text" and isinstance(value, Tensor)
-
-    def _placed(self, x: Tensor) -> Tensor:
-        # On the meta device there is nothing to compute with, but a job to send.
-        device = (
-            torch.device("cpu") if self.device is not None and self.device.type == "meta" else self.device
-        )
-        return x.to(device, self.dtype if x.is_floating_point() else None)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)
-    )

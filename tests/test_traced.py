@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import beartype  # noqa: F401  Before nnsight, whose `.save` on every object it cannot be imported after.
@@ -16,18 +17,21 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from test_families import count_hooks, plain
 
 import mm_adapters as mm
+from mm_adapters._traced_quiet import Place
 from mm_adapters.traced import TracedModel
 
 each_family = pytest.mark.parametrize("name", tiny.CASES)
+
 
 def once(name: str, built: tiny.Case) -> dict[str, Any]:
     """The inputs for one step and one text, as far as the pipeline can: in a second step, or in the second
     call that guidance makes, a block no longer waits, and fused attention rounds otherwise."""
     loop = both(name)[1].sitemap.mounts.loop
     taken = inspect.signature(type(built.model).__call__).parameters if loop else {}
-    fewest = {"kandinsky_prior": 2}.get(name, 1)  # Its scheduler divides by the steps less one.
-    wanted = {"num_inference_steps": fewest, "guidance_scale": 1.0, "true_cfg_scale": 1.0}
-    return built.inputs | {k: v for k, v in wanted.items() if k in taken}
+    # The prior's scheduler divides by the steps less one, and so do unCLIP's.
+    fewest = {k: 2 if name == "kandinsky_prior" or k != "num_inference_steps" else 1
+              for k in taken if k.endswith("num_inference_steps")}  # fmt: skip
+    return built.inputs | fewest | {k: 1.0 for k in taken if k.endswith(("guidance_scale", "true_cfg_scale"))}
 
 
 @cache
@@ -45,8 +49,9 @@ def in_order(name: str) -> tuple[str, ...]:
     def note(site: str) -> Any:
         return lambda value: fired.append(site) or value.new_zeros(1)
 
-    loop = hooked.sitemap.mounts.loop
-    first = {s: [0] if hooked.sitemap[s].tower == loop else None for s in hooked.sitemap.sites}
+    first = {
+        s: [0] if hooked.sitemap[s].tower in hooked.sitemap.loops else None for s in hooked.sitemap.sites
+    }
     hooked.run(built.inputs, read=[mm.Read(s, note(s), steps=first[s]) for s in first])
     return tuple(dict.fromkeys(fired))
 
@@ -205,7 +210,6 @@ def test_fused_attention_runs_where_no_pattern_is_waited_for(monkeypatch: pytest
 def test_every_site_by_name_in_one_trace_is_bit_equal_to_a_run(name: str) -> None:
     built, hooked, traced = both(name)
     order = in_order(name)
-    loop = hooked.sitemap.mounts.loop
     inputs = once(name, built)
     # The text's part of a pattern is not waited for beside the whole: see the next test.
     order = [site for site in order if not site.endswith("hook_pattern_text")]
@@ -217,7 +221,7 @@ def test_every_site_by_name_in_one_trace_is_bit_equal_to_a_run(name: str) -> Non
     assert set(got) == {s for s in hooked.sitemap.sites if not s.endswith("hook_pattern_text")}
     for site, value in got.items():
         expected = run[site]
-        if hooked.sitemap[site].tower == loop:
+        if hooked.sitemap[site].tower in hooked.sitemap.loops:
             expected = expected[0]
         assert torch.equal(value, expected), site
 
@@ -240,7 +244,7 @@ def test_the_texts_part_of_a_joint_pattern_is_bit_equal_to_a_run(name: str) -> N
 @each_family
 def test_writing_into_a_site_and_setting_it_equal_an_edit(name: str) -> None:
     built, hooked, traced = both(name)
-    fewest = {k: v for k, v in once(name, built).items() if k != "guidance_scale"}
+    fewest = {k: v for k, v in once(name, built).items() if not k.endswith("guidance_scale")}
     inputs = built.inputs | fewest
     for site in some(name):
         # Text is encoded twice under guidance; a block reads the first time.
@@ -271,6 +275,66 @@ def test_native_paths_and_sites_work_together() -> None:
     assert torch.equal(after, torch.zeros_like(after))
     edit = mm.Edit("vision.blocks.2.hook_attn_out", torch.zeros_like)
     assert torch.equal(out, hooked.run(built.inputs, edit=[edit]).output.logits_per_image)
+
+
+def test_a_site_is_asked_for_when_its_module_has_begun() -> None:
+    built, hooked, traced = both("clip")
+    names = [f"vision.blocks.1.{part}" for part in ("attn.hook_pattern", "hook_resid_mid", "ln2.hook_scale")]
+    expected = hooked.run(built.inputs, read=names)
+    layer = traced.vision_model.encoder.layers[1]
+    with torch.no_grad(), traced.trace(**built.inputs):
+        # Each is asked for only here, when what it is computed from has gone by.
+        layer.self_attn.k_proj.output  # noqa: B018
+        pattern = traced.site(names[0]).save()
+        layer.self_attn.out_proj.output  # noqa: B018
+        middle = traced.site(names[1]).save()
+        layer.layer_norm2.input  # noqa: B018
+        scale = traced.site(names[2]).save()
+    assert torch.equal(pattern, expected[names[0]])
+    assert torch.equal(middle, expected[names[1]])
+    assert torch.equal(scale, expected[names[2]])
+
+
+@pytest.mark.parametrize("name", ["clip", "llava", "stable_diffusion", "stable_diffusion_3"])
+def test_what_nobody_waits_for_is_counted_as_what_is_read_and_nothing_is_kept_of_it(name: str) -> None:
+    built, _, traced = both(name)
+    engine, sites = traced.interleaver, traced.points.by_name
+
+    def counted(read: list[str]) -> dict[str, int]:
+        traced.run(built.inputs, read=read)
+        return {n: engine.counts.get(p.location, 0) for n, p in sites.items()}
+
+    served = counted(list(sites))
+    assert counted([]) == served
+    assert min(served.values()) > 0
+    assert counted(list(sites)[::3]) == served
+    keeps = [r.inner for tap in traced.points.taps for r in tap.readers if hasattr(r, "inner")]
+    assert keeps
+    assert all(getattr(keep.reader, keep.name) is None for keep in keeps)
+
+
+def test_a_module_that_passes_quietly_still_does_what_others_need() -> None:
+    """Only what a module's input keeps for its own output, and nobody else, may be left undone."""
+
+    def place(
+        keeps: tuple[Any, ...] = (), forgets: tuple[Any, ...] = (), readers: tuple[Any, ...] = ()
+    ) -> Place:
+        made = Place()
+        keeping = [(SimpleNamespace(reader=reader), None) for reader in keeps]
+        letting_go = [(reader, "base") for reader in forgets]
+        made.station = SimpleNamespace(keeps=keeping, forgets=letting_go, readers=[*readers])  # type: ignore[assignment]
+        return made
+
+    own, other = object(), object()
+    own_output = place(forgets=(own,), readers=(own,))
+    assert place(keeps=(own,)).feeds_only(own_output)
+    assert not place(keeps=(own, other)).feeds_only(own_output)
+    assert not place(keeps=(own,)).feeds_only(place(keeps=(other,), forgets=(own,), readers=(own,)))
+    assert not place().feeds_only(place(forgets=(other,), readers=(other,)))
+    assert not place(keeps=(own,), forgets=(other,)).feeds_only(own_output)
+    assert not place(keeps=(own,)).feeds_only(None)
+    own_output.leaves = SimpleNamespace()  # type: ignore[assignment]
+    assert not place(keeps=(own,)).feeds_only(own_output)
 
 
 def test_an_envoy_of_a_site_is_read_assigned_and_cached() -> None:

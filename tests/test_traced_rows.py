@@ -318,11 +318,11 @@ def test_a_sampling_loop_is_read_and_edited_step_by_step() -> None:
 # -- the field notes' defects of diffusion models, D1 to D8 --------------------------------------
 
 
-def test_d1_a_pipeline_cannot_be_scanned_but_its_parts_can() -> None:
+def test_d1_a_pipeline_and_its_parts_can_be_scanned() -> None:
     _, traced = model("stable_diffusion")
-    with pytest.raises(NotImplementedError, match=r"model\.unet\.scan"):
-        with traced.scan("a cat"):
-            traced.unet.output.save()
+    with traced.scan("a cat"):
+        shape = nnsight.save(tuple(traced.site(SCORES).shape))
+    assert shape == (2, 4, 16, 16)
     text = torch.randn(2, 7, 24)
     with traced.unet.scan(torch.randn(2, 4, 8, 8), torch.tensor(1), encoder_hidden_states=text):
         shape = nnsight.save(tuple(traced.site(SCORES).shape))

@@ -1,0 +1,69 @@
+"""Run inside nnsight's own test suite: puts our classes where its tests look for nnsight's."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+# Before nnsight, whose `.save` on every object these cannot be imported after.
+import anyio._core._sockets  # noqa: F401
+import beartype  # noqa: F401
+import nnsight
+import pytest
+from nnsight.intervention.backends import remote
+from nnsight.modeling import diffusion, transformers
+
+from mm_adapters._remote_backend import Dispatch
+from mm_adapters.traced import TracedModel
+
+_HERE = json.loads(os.environ.get("FOREIGN_CHECKPOINTS", "{}"))
+_OUTCOMES = Path(os.environ["FOREIGN_OUTCOMES"])
+
+
+def here(cls: Any) -> Any:
+    """The class, with a checkpoint of this machine for each name on the hub."""
+
+    class Here(cls):
+        def __init__(self, wrapped: Any, *args: Any, **options: Any) -> None:
+            super().__init__(
+                _HERE.get(wrapped, wrapped) if isinstance(wrapped, str) else wrapped, *args, **options
+            )
+
+    return Here
+
+
+class Named:
+    """What a backend asks of a model, of one that is known by its key only."""
+
+    def __init__(self, key: str) -> None:
+        self.to_model_key = lambda: key
+        self._remoteable_get_env = dict
+
+
+class Backend(Dispatch):
+    """Ours, made as nnsight's tests make theirs: of a key."""
+
+    def __init__(self, key: str, **options: Any) -> None:
+        super().__init__(Named(key), **options)  # type: ignore[arg-type]
+
+
+class AsyncBackend(remote.AsyncRemoteBackend, Backend):
+    """nnsight's way to wait, on our backend."""
+
+
+ARE_THEIRS = os.environ.get("FOREIGN_CLASSES") == "theirs"
+transformers.TransformersModel = here(transformers.TransformersModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
+diffusion.DiffusionModel = here(diffusion.DiffusionModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
+nnsight.VisionLanguageModel = here(nnsight.VisionLanguageModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
+if not ARE_THEIRS:
+    remote.RemoteBackend, remote.AsyncRemoteBackend = Backend, AsyncBackend  # type: ignore[misc]
+
+
+@pytest.hookimpl
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.outcome != "passed" or report.when == "call":
+        why = str(getattr(report.longrepr, "reprcrash", report.longrepr) or "")
+        with _OUTCOMES.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([report.nodeid.rpartition("/")[2], report.outcome, why[-600:]]) + "\n")
