@@ -9,9 +9,10 @@ from typing import Any
 from mm_adapters._inputs import Inputs
 from mm_adapters._registry import by_name, find, kind_of, lookup
 from mm_adapters._settle import settle
+from mm_adapters._sitemap import MountedTower
 from mm_adapters._spec import Mount, Mounts, Tower
 
-_PROMPT_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_PROMPT_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "prior_tokenizer")
 
 
 def inputs_for(
@@ -49,6 +50,14 @@ def inputs_for(
         pad_to_context=_reads_last_position(model),
         image_size=_image_size(model),
         n_channels=_n_channels(model),
+    )
+
+
+def own_tokenizer(pipeline: Any, tower: MountedTower | None) -> Any:
+    """What a pipeline makes a text encoder's tokens with, or None: tokenizer_2 for text_encoder_2."""
+    part = "" if tower is None else tower.path.partition(".")[0]
+    return (
+        getattr(pipeline, part.replace("text_encoder", "tokenizer"), None) if "text_encoder" in part else None
     )
 
 

@@ -1,4 +1,4 @@
-"""What each position of a pipeline's sequences is: its prompts; text and image where they attend as one."""
+"""What each position of a pipeline's sequences is: prompts, also pictures; text and image as one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from mm_adapters._sitemap import SiteMap
-from mm_adapters._tokens import TokenLayout, text_layout, vision_layout
+from mm_adapters._errors import InputError
+from mm_adapters._sitemap import SiteMap, resolve
+from mm_adapters._tokens import Role, TokenLayout, text_layout, vision_layout
 from mm_adapters._words import Word
 
 _APART = 1_000_000
@@ -34,9 +35,11 @@ def prompt_layouts(
     texts: Sequence[str],
     options: Mapping[str, Any],
 ) -> dict[str, TokenLayout]:
-    """The layout of each text tower, and of a denoiser with a joint attention, for these prompts.
+    """The layout of each text tower, and of a denoiser with a joint attention, for these prompts; and of
+    the "image_prompt", if there is one.
 
-    `options` are the pipeline's: `height` and `width` in pixels, `max_sequence_length`.
+    `options` are the pipeline's: `height` and `width` in pixels, `max_sequence_length`, and with an
+    IP-Adapter `ip_adapter_image` or `ip_adapter_image_embeds`.
     """
     defaults = {n: p.default for n, p in inspect.signature(type(pipeline).__call__).parameters.items()}
     given = {k: options.get(k, defaults.get(k)) for k in ("height", "width", "max_sequence_length")}
@@ -53,7 +56,35 @@ def prompt_layouts(
         parts = [found[name] for name in sites.mounts.joint_text]
         grid = _grid(pipeline, denoiser.module, given)
         found[denoiser.name] = joint_layout(parts, grid, joint.first == "text")
+    pictures = _pictures(options)
+    if pictures:
+        found["image_prompt"] = image_prompt_layout(pipeline, sites, max(len(texts), 1), pictures)
     return found
+
+
+def image_prompt_layout(pipeline: Any, sites: SiteMap, n_rows: int, n_pictures: int) -> TokenLayout:
+    """The tokens that an IP-Adapter makes of its pictures: the keys of `image_prompt.hook_pattern`.
+
+    A token is of a whole picture; which one, `image_index` says.
+
+    Raises: InputError if no adapter is loaded.
+    """
+    site = next((s for s in sites if s.part == "image_prompt.hook_pattern"), None)
+    if site is None:
+        raise InputError("No adapter reads a picture here. Load it, then wrap the pipeline again.")
+    each = resolve(pipeline, site.module).processor.num_tokens[0]
+    of = tuple(picture for picture in range(n_pictures) for _ in range(each))
+    roles: tuple[Role, ...] = ("image",) * len(of)
+    return TokenLayout(roles=(roles,) * n_rows, image_index=(of,) * n_rows)
+
+
+def _pictures(options: Mapping[str, Any]) -> int:
+    """How many pictures the first adapter is given for a prompt."""
+    given, embeds = options.get("ip_adapter_image"), options.get("ip_adapter_image_embeds")
+    if embeds is not None:
+        return embeds[0].shape[1]
+    first = given[0] if isinstance(given, list) else given
+    return len(first) if isinstance(first, list) else int(first is not None)
 
 
 def joint_layout(texts: Sequence[TokenLayout], grid: tuple[int, int], text_first: bool) -> TokenLayout:
@@ -99,7 +130,9 @@ def _grid(pipeline: Any, denoiser: Any, given: Mapping[str, Any]) -> tuple[int, 
     """The rows and columns of patches: of the latent's, those that one patch packs."""
     scale = pipeline.vae_scale_factor
     packed = denoiser.config.patch_size
-    if denoiser.config.in_channels == 4 * pipeline.vae.config.latent_channels:
+    # What comes in may have a picture beside the latents; what goes out has not.
+    channels = getattr(denoiser.config, "out_channels", None) or denoiser.config.in_channels
+    if channels == 4 * pipeline.vae.config.latent_channels:
         packed *= 2  # Four latents make one of the denoiser's channels.
     height, width = ((given[k] or pipeline.default_sample_size * scale) for k in ("height", "width"))
     return height // scale // packed, width // scale // packed

@@ -12,7 +12,7 @@ from mm_adapters._errors import InputError
 from mm_adapters._patch_orders import all_tiles, by_cell, by_tile, end_to_end
 from mm_adapters._places import Grid, Spot, image_places, merged_grids
 from mm_adapters._sitemap import MountedTower, SiteMap
-from mm_adapters._spec import Anyres, Merged, Placing, Queries, Square, Tiles
+from mm_adapters._spec import Anyres, Merged, Placing, Queries, Square, Tiles, Views
 from mm_adapters._tokens import TokenLayout, cut_layout, language_layout, text_layout, vision_layout
 
 _NO_TOKEN = -1  # Stands for image tokens that a mask marks.
@@ -69,7 +69,7 @@ def layouts(
             continue
         ids, image_id = _image_tokens(model, sites, placing, given, prepared)
         images = image_places(placing, model.config, prepared, tokenizer, ids.tolist(), image_id)
-        ends = placing.newlines if isinstance(placing, Merged) else ()
+        ends = placing.newlines if isinstance(placing, Merged | Views) else ()
         newline_ids = [tokenizer.convert_tokens_to_ids(token) for token in ends]
         found[name] = language_layout(
             texts, tokenizer, ids, mask, image_id, places=images, newline_ids=newline_ids

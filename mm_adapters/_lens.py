@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-Rows = Literal["all", "cond", "uncond"] | slice | Sequence[int]
+Rows = Literal["all", "cond", "uncond", "image"] | slice | Sequence[int]
 Steps = Iterable[int] | None
 
 
@@ -19,7 +19,7 @@ class Read:
 
     `reduce` folds each value down as it appears; what it returns is all that is kept. `steps`
     are the sampling steps wanted (None: all), `rows` the rows of the batch: a slice, indices, or
-    "cond"/"uncond" under classifier-free guidance.
+    "cond"/"uncond" (and "image", where a picture guides alone) under classifier-free guidance.
     """
 
     site: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import torch
 
 from mm_adapters._checkpoint import check_pipeline, check_weights, read_json, stored_dtype
 from mm_adapters._errors import CheckpointError
-from mm_adapters._registry import lookup
+from mm_adapters._registry import covers, unknown
 from mm_adapters._source import Source
+from mm_adapters._spec import Mounts
 
 
-def load_pipeline(source: Source, place: torch.device, dtype: torch.dtype | None, **options: Any) -> Any:
+def load_pipeline(
+    source: Source, place: torch.device, dtype: torch.dtype | None, *, automodel: Any = None, **options: Any
+) -> Any:
     """The pipeline, on the CPU, or without weights if `place` is "meta". No dtype: its denoiser's.
 
-    `options` may hold components, which are then not read, or None for those to leave out.
+    `automodel`, a class of diffusers or its name, is made of it instead of the class that it names;
+    one that chooses by the weights (AutoPipelineForImage2Image) only once they are read. `options` may
+    hold components, which are then not read, or None for those to leave out.
 
     Raises: CheckpointError if it cannot be read; UnknownFamilyError if no family covers its class.
     """
@@ -33,7 +39,11 @@ def load_pipeline(source: Source, place: torch.device, dtype: torch.dtype | None
             f"{source.name} is a {named}, which diffusers {diffusers.__version__} does not have. "
             "Build it yourself and pass it to mm_adapters.wrap."
         )
-    lookup(cls.__new__(cls))
+    chosen = getattr(diffusers, automodel) if isinstance(automodel, str) else automodel or cls
+    if _can_be_built(chosen):
+        cls = chosen
+    if not covers(cls):
+        raise unknown(_outline(source, index, cls), Mounts)
     if place.type == "meta":
         return cls(**_without_weights(source, index, cls))
     folder = source.folder
@@ -46,11 +56,25 @@ def load_pipeline(source: Source, place: torch.device, dtype: torch.dtype | None
         dtype = stored_dtype(check_weights(denoiser)[0]) if denoiser else torch.float32
     local = Source(str(folder), folder)
     rest = {k: v for k, v in options.items() if k not in source.where}
-    return local.read(cls.from_pretrained, dtype=dtype, **rest)
+    return local.read(chosen.from_pretrained, dtype=dtype, **rest)
+
+
+def _can_be_built(cls: Any) -> bool:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    return isinstance(cls, type) and issubclass(cls, DiffusionPipeline) and cls is not DiffusionPipeline
+
+
+def _outline(source: Source, index: dict[str, Any], cls: Any) -> Any:
+    """A pipeline of an unknown class, without weights; without parts where it cannot be built so."""
+    try:
+        return cls(**_without_weights(source, index, cls))
+    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError):
+        return cls.__new__(cls)
 
 
 def _without_weights(source: Source, index: dict[str, Any], cls: Any) -> dict[str, Any]:
-    """A pipeline's parts: modules on the meta device, schedulers, and None for what only prepares inputs."""
+    """A pipeline's parts: modules on the meta device, and what has no weights (None if it cannot be read)."""
     import diffusers
     import transformers
 
@@ -73,5 +97,8 @@ def _without_weights(source: Source, index: dict[str, Any], cls: Any) -> dict[st
                     parts[name] = kind.from_config(kind.load_config(source.name, **where))
                 else:
                     parts[name] = kind(kind.config_class.from_pretrained(source.name, **where))
+        elif isinstance(made, type) and library is transformers and hasattr(made, "from_pretrained"):
+            with suppress(OSError, ValueError):
+                parts[name] = made.from_pretrained(source.name, trust_remote_code=False, **where)
     takes = inspect.signature(cls.__init__).parameters
     return {name: part for name, part in parts.items() if name in takes}

@@ -10,8 +10,9 @@ from torch import nn
 
 from mm_adapters._checkpoint import check_weights, read_json
 from mm_adapters._errors import CheckpointError
-from mm_adapters._registry import lookup
+from mm_adapters._registry import covers, unknown
 from mm_adapters._source import Source
+from mm_adapters._spec import Mounts
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model",
@@ -28,13 +29,31 @@ def load_module(source: Source, place: torch.device, dtype: torch.dtype | None, 
     if path is None:
         raise CheckpointError(f"{source.name} has no config.json. Is it the right folder?")
     cls = _transformers_class(read_json(path), source)
-    lookup(cls.__new__(cls))  # The family of the class is known before any weight is read.
+    if not covers(cls):  # Before any weight is read.
+        raise unknown(_outline(cls, source), Mounts)
     if place.type == "meta":
-        with torch.device("meta"):
-            return cls(cls.config_class.from_pretrained(source.name, **source.where))
+        return _without_weights(cls, source, options.get("attn_implementation"))
     if source.folder is not None:
         check_weights(source.folder)
     return source.read(cls.from_pretrained, dtype=dtype or "auto", **options)
+
+
+def _without_weights(cls: Any, source: Source, attention: str | None = None) -> nn.Module:
+    config = cls.config_class.from_pretrained(source.name, **source.where)
+    if attention:
+        config._attn_implementation = attention
+    with torch.device("meta"):
+        return cls(config)
+
+
+def _outline(cls: Any, source: Source) -> nn.Module:
+    """A model of an unknown class, without weights; without modules where it cannot be built so."""
+    try:
+        return _without_weights(cls, source)
+    except (AttributeError, ImportError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError):
+        bare = cls.__new__(cls)
+        nn.Module.__init__(bare)
+        return bare
 
 
 def processor_beside(source: Source) -> dict[str, Any]:

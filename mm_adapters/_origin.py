@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ class Origin:
     def of(cls, name: str, options: Mapping[str, Any]) -> Origin | None:
         """None if an option is an object, which another process cannot be told."""
         name = os.path.abspath(name) if os.path.isdir(name) else name
-        told = {k: v for k, v in options.items() if k not in _HERE}
+        told = {k: _told(v) for k, v in options.items() if k not in _HERE}
         plain = all(v is None or isinstance(v, str | int | float | bool) for v in told.values())
         return cls(name, told) if plain else None
 
@@ -39,3 +40,10 @@ class Origin:
             raise ValueError(f"{key!r} names no checkpoint: it has no repo_id.")
         name = data.pop("repo_id")
         return cls(name, {k: v for k, v in data.items() if v is not None})
+
+
+def _told(value: Any) -> Any:
+    """A class of a library by its name there, which `load` takes too."""
+    library = sys.modules.get(getattr(value, "__module__", "").partition(".")[0])
+    is_theirs = isinstance(value, type) and getattr(library, value.__name__, None) is value
+    return value.__name__ if is_theirs else value

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mm_adapters._errors import InputError
-from mm_adapters._spec import Anyres, Lines, Merged, Placing, Queries, Square, Tiles
+from mm_adapters._spec import Anyres, Lines, Merged, Placing, Queries, Square, Tiles, Views
 
 Grid = tuple[int, int]
 
@@ -58,6 +58,9 @@ def image_places(
             return [_anyres(config, prepared, i) for i in range(len(prepared["image_sizes"]))]
         case Merged():
             return [raster(grid) for grid in merged_grids(placing, config, prepared)]
+        case Views():
+            sizes = prepared[placing.grids].tolist()
+            return [raster((r, c)) + raster((down, across), tile=1) for r, c, down, across in sizes]
         case Lines():
             lengths = [stop - start for row in rows for start, stop in runs(row, image_id)]
             sizes = prepared["image_sizes"].tolist()

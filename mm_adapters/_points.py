@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from mm_adapters._settle import head_count
-from mm_adapters._sitemap import SiteMap, resolve
-from mm_adapters._spec import Attention, Input, Norm, Output, Residual, Site, Stream
-from mm_adapters._taps import (
-    AttentionTap,
+from mm_adapters._attention import in_call
+from mm_adapters._readers import (
     Carry,
     Copy,
     Gain,
@@ -21,14 +18,15 @@ from mm_adapters._taps import (
     Point,
     Reader,
     ResidualReader,
-    Side,
-    Slot,
     Spread,
     StreamReader,
-    Tap,
     Text,
     View,
 )
+from mm_adapters._settle import head_count
+from mm_adapters._sitemap import SiteMap, resolve
+from mm_adapters._spec import Attention, Input, Norm, Output, Residual, Site, Stream
+from mm_adapters._taps import AttentionTap, Side, Slot, Tap
 
 
 class Points:
@@ -86,9 +84,10 @@ class Points:
                 self._feed(self._tap(site, "output"), reader, scale, point)
             case Norm():
                 pass  # Wired with its partner, which comes after it.
-            case Attention(value=value, heads=heads):
+            case Attention(value=value, heads=heads, call=call):
                 tap = self._attention(site, heads)
-                tap.points[value] = point
+                tap.points[in_call(value, call)] = point
+                tap.n_calls = max(tap.n_calls, call + 1)
                 if value in ("k", "v", "rot_k"):
                     tap.n_kv_heads = self._heads(site, heads) or tap.n_heads
                 point.taps.append(tap)
@@ -171,8 +170,8 @@ class Points:
 
     def _gain(self, site: Site, place: Output) -> Gain | None:
         name = (place.gain or "").removesuffix(".tanh")
-        if getattr(self._owner(site), name, None) is None:
-            return None
+        if not isinstance(getattr(self._owner(site), name, None), Tensor):
+            return None  # Built without one, it may be the number 1.
         return Gain(self._owner(site), name, squash=str(place.gain).endswith(".tanh"))
 
     @staticmethod

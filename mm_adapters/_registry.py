@@ -42,10 +42,16 @@ def find(kind: type[Record], model: Any) -> Record | None:
     """The record of `model`'s class or its nearest base class, or None."""
     _import_families()
     for cls in type(model).__mro__:
-        found = _RECORDS.get((kind, _key(cls)))
+        found = _RECORDS.get((kind, key_of(cls)))
         if found is not None:
             return found  # type: ignore[return-value]
     return None
+
+
+def covers(cls: type) -> bool:
+    """Whether a family covers a class, or one that it is made from."""
+    _import_families()
+    return any((kind, key_of(base)) in _RECORDS for base in cls.__mro__ for kind in (Mounts, Tower))
 
 
 def by_name(kind: type[Record], name: str) -> Record:
@@ -69,20 +75,34 @@ def lookup(model: Any) -> Mounts:
 
 
 def unknown(model: Any, kind: type) -> UnknownFamilyError:
-    """The error for a class that no family covers: it names the nearest one and the record to write."""
-    key = _key(type(model))
-    known = sorted(k for t, k in _RECORDS if t in (Mounts, Tower) and not k.startswith("name:"))
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or known
-    record = (
-        f'Mounts("mine", "contrastive", ("{key}",), '
-        '{"vision": Mount("path.to.vision"), "text": Mount("path.to.text")})'
-        if kind is Mounts
-        else f'Tower("mine", "vision", ("{key}",), {{"blocks": Stack(("layers.*",), {{...}})}})'
-    )
+    """The error for a class that no family covers: it names the nearest and shows a record to start from.
+
+    The record is read off the model; without its modules (a class alone) only its outline is shown.
+    """
+    from mm_adapters._draft import draft
+    from mm_adapters._nearest import nearest
+
+    key = key_of(type(model))
+    near, record = nearest(model), draft(model)
+    if not near:
+        known = sorted(k for t, k in _RECORDS if t in (Mounts, Tower) and not k.startswith("name:"))
+        close = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or known
+        near = f"The nearest by name are {', '.join(close)}."
+    if not record:
+        outline = (
+            f'Mounts("mine", "contrastive", ("{key}",), '
+            '{"vision": Mount("path.to.vision"), "text": Mount("path.to.text")})'
+            if kind is Mounts
+            else f'Tower("mine", "vision", ("{key}",), {{"blocks": Stack(("layers.*",), {{}})}})'
+        )
+        record = (
+            "from mm_adapters._registry import register\n"
+            f"from mm_adapters._spec import Mount, Mounts, Stack, Tower\n\nregister({outline})"
+        )
     return UnknownFamilyError(
-        f"No family covers {key}. The nearest are {', '.join(near)}. "
-        "Describe it in one record, as mm_adapters/families/README.md says, and pass it to "
-        f"mm_adapters.register:\n    {record}"
+        f"No family covers {key}. {near} Describe it in a record, as mm_adapters/families/README.md "
+        "says, and run that before you load the model. As far as it can be read off the model:\n\n"
+        f"{record}\n"
     )
 
 
@@ -91,7 +111,8 @@ def kind_of(model: Any) -> Kind:
     return lookup(model).kind
 
 
-def _key(cls: type) -> str:
+def key_of(cls: type) -> str:
+    """A class as records name it, with its package before it."""
     return f"{cls.__module__.partition('.')[0]}:{cls.__name__}"
 
 

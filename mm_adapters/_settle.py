@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_adapters._spec import Built, Input, Norm, Output, Parts, Place, Residual, Tower
+from mm_adapters._spec import Attention, Built, Input, Norm, Output, Parts, Place, Residual, Tower
 
 
 def settle(record: Tower, module: nn.Module) -> Tower:
@@ -60,18 +60,19 @@ def head_count(owner: nn.Module, where: str) -> int:
     )
 
 
-def _placed(place: Place | tuple[Place, ...], owner: nn.Module) -> Place | None:
-    if isinstance(place, tuple):
-        return next((found for one in place if (found := _placed(one, owner)) is not None), None)
-    if isinstance(place, Residual):
-        return place
-    path = first_path(owner, place.path)
-    needs = place.needs if isinstance(place, Output | Input) else None
+def _placed(place: Place | tuple[Place, ...] | Built, owner: nn.Module) -> Place | None:
+    given: Any = _value(place, owner)
+    if isinstance(given, tuple):
+        return next((found for one in given if (found := _placed(one, owner)) is not None), None)
+    if isinstance(given, Residual):
+        return given
+    path = first_path(owner, given.path)
+    needs = given.needs if isinstance(given, Output | Input | Attention) else None
     if path is None or (needs and first_path(owner, needs) is None):
         return None
-    if isinstance(place, Norm) and isinstance(owner.get_submodule(path), nn.Identity):
+    if isinstance(given, Norm) and isinstance(owner.get_submodule(path), nn.Identity):
         return None  # A norm that was left out.
-    return place if path == place.path else replace(place, path=path)
+    return given if path == given.path else replace(given, path=path)
 
 
 def _first(paths: str | None, there: Any) -> str | None:

@@ -75,12 +75,18 @@ class SiteMap:
     def __init__(self, model: Any) -> None:
         self.mounts = lookup(model)
         self.family = self.mounts.name
+        # The towers that sampling loops call, each with how it is guided.
+        self.loops = dict(self.mounts.more_loops)
+        if self.mounts.loop is not None:
+            self.loops = {self.mounts.loop: self.mounts.guidance} | self.loops
         self.towers: dict[str, MountedTower] = {}
         self.sites: dict[str, Site] = {}
         self.absent: dict[str, Site] = {}
         for name, mount in self.mounts.towers.items():
-            module = resolve(model, mount.path)
-            if module is None:  # A pipeline may leave an optional component out.
+            # A pipeline may leave a component out, and those of one family differ in what they take.
+            optional = self.mounts.loop is not None
+            module = getattr(model, mount.path, None) if optional else resolve(model, mount.path)
+            if module is None:
                 continue
             record = by_name(Tower, mount.tower) if mount.tower else find(Tower, module)
             path = mount.path

@@ -12,6 +12,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mm_adapters._placings import (
+    Anyres as Anyres,
+)  # Families say these too.
+from mm_adapters._placings import (
+    Lines as Lines,
+)
+from mm_adapters._placings import (
+    Merged as Merged,
+)
+from mm_adapters._placings import (
+    Placing as Placing,
+)
+from mm_adapters._placings import (
+    Queries as Queries,
+)
+from mm_adapters._placings import (
+    Square as Square,
+)
+from mm_adapters._placings import (
+    Tiles as Tiles,
+)
+from mm_adapters._placings import (
+    Views as Views,
+)
+
 Kind = Literal["contrastive", "vlm", "diffusion", "tower"]
 
 
@@ -78,11 +103,15 @@ class Attention:
     `v`, `z` are for modules that keep their projections inside one fused call, or join two streams
     before they attend: they are what that call is given, and gives. `pattern_text` is the part of a
     joint pattern where image positions look at text; the tower's `joint` says which those are.
+    A module may attend more than once, as to the words and then to a picture: `call` counts the times,
+    from 0. `needs` is a path that must be there too.
     """
 
     path: str
     value: Inside
     heads: str
+    call: int = 0
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +135,20 @@ class Stream:
     item: int | None = None
 
 
+@dataclass(frozen=True)
+class Built:
+    """What depends on how a module was built: the value beside the first attribute that is so.
+
+    `cases` are (attribute of the tower's module, or of a part's block, what it equals, value); True and
+    False stand for anything that counts as such.
+    """
+
+    cases: tuple[tuple[str, Any, Any], ...]
+    otherwise: Any
+
+
 Place = Output | Input | Norm | Attention | Residual | Stream
-Parts = Mapping[str, Place | tuple[Place, ...]]
+Parts = Mapping[str, Place | tuple[Place, ...] | Built]
 Pool = Literal["first", "end", "last", "each", "mean", "attention", "none"]
 
 
@@ -117,18 +158,6 @@ class Joint:
 
     first: Literal["text", "image"]
     argument: str = "encoder_hidden_states"
-
-
-@dataclass(frozen=True)
-class Built:
-    """What depends on how a module was built: the value beside the first attribute that is so.
-
-    `cases` are (attribute of the tower's module, what it equals, value); True and False stand for
-    anything that counts as such.
-    """
-
-    cases: tuple[tuple[str, Any, Any], ...]
-    otherwise: Any
 
 
 @dataclass(frozen=True)
@@ -145,62 +174,6 @@ class Stack:
     needs: str | None = None
     folded: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Square:
-    """An image takes one place for each cell of a grid that has its proportions (LLaVA, Gemma 3)."""
-
-
-@dataclass(frozen=True)
-class Queries:
-    """An image takes as many places as there are queries, which belong to no patch (BLIP-2).
-
-    `count` is an attribute of the config; without it an image has one place. `mask` names the
-    argument that marks the places, where no token does.
-    """
-
-    count: str | None = None
-    role: Literal["query", "image"] = "query"
-    mask: str | None = None
-
-
-@dataclass(frozen=True)
-class Anyres:
-    """The whole image, then its tiles as one grid with a newline after each line (LLaVA-NeXT)."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Patches of an image of any size, joined `merge` by `merge` (Qwen2-VL, Pixtral).
-
-    `grids` is the argument that has each image's size: in patches, or "image_sizes", in pixels.
-    `merge` is an attribute of the config. `newlines` are tokens that end a line or an image.
-    """
-
-    grids: str = "image_grid_thw"
-    merge: str | None = None
-    newlines: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """An image's tiles, then the whole, each a square of places (Idefics3, InternVL).
-
-    `marker` matches the token before a tile and has its row and column, from 1. Without it tiles lie
-    end to end, `count` (of the config) places each, and nobody says how they were cut.
-    """
-
-    marker: str | None = None
-    count: str | None = None
-
-
-@dataclass(frozen=True)
-class Lines:
-    """Codes of an image of any size, with a newline after each line (Emu3)."""
-
-
-Placing = Square | Queries | Anyres | Merged | Tiles | Lines
 
 
 @dataclass(frozen=True)
@@ -266,7 +239,8 @@ class Mount:
 class Guidance:
     """How a pipeline runs classifier-free guidance: what says so, which rows are which.
 
-    `flag` is the pipeline's attribute, or None where only the argument `scale` says it, above one.
+    `flag` is the pipeline's attribute, or None where only the argument `scale` says it, above one (of
+    several with "|" between them: any).
     `denoiser_calls` is for pipelines that call the denoiser once for each part, in this order, and
     not with the parts as rows of one batch; such calls differ by their `text` argument.
     """
@@ -283,6 +257,9 @@ class Guidance:
 class Mounts:
     """A composite model: what kind it is and where its towers hang, in the order they run.
 
+    `loop` is the tower that the sampling loop calls, guided by `guidance`. `more_loops` are towers that
+    loops of their own call before or after it (a prior, a stage that makes the picture larger), and
+    what is called once with a loop's rows; each with its guidance.
     `joint_text` are the text towers whose sequences, one after the other, are the text of a joint attention.
     `image_token` is the config's attribute with the token that stands for image features; `images`
     says how they lie there (its vision tower's `images` otherwise). `prompt` is what a text has in an
@@ -295,6 +272,7 @@ class Mounts:
     towers: Mapping[str, Mount]
     loop: str | None = None
     guidance: Guidance | None = None
+    more_loops: Mapping[str, Guidance | None] = field(default_factory=dict)
     image_token: str | None = None
     images: Placing | None = None
     prompt: str | None = "{image_token}"

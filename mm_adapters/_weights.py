@@ -87,7 +87,9 @@ class BlockWeights:
             return None
         if place.gain is not None:
             gain = getattr(self.block, place.gain.removesuffix(".tanh"), None)
-            return gain.tanh() if gain is not None and place.gain.endswith(".tanh") else gain
+            if not isinstance(gain, Tensor):  # Built without one, it may be the number 1.
+                return None
+            return gain.tanh() if place.gain.endswith(".tanh") else gain
         module = self.block.get_submodule(place.path)
         return next((g for n in ("gamma", "lambda1") if (g := getattr(module, n, None)) is not None), None)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any
@@ -40,15 +42,22 @@ def sites(
     model: Annotated[str, typer.Argument(help="A shipped model, a folder, or an id on the hub.")],
     pattern: Annotated[str, typer.Argument(help="Which names, as a glob: 'vision.blocks.0.*'.")] = "*",
     meta: Annotated[bool, typer.Option(help="Do not read the weights: faster, for large models.")] = False,
+    every: Annotated[bool, typer.Option(help="A line for each layer, with its own name.")] = False,
 ) -> None:
-    """Lists what can be read and edited in a model: names and axes, and what is absent and why."""
+    """Lists what can be read and edited in a model: names, layers, axes, and what is absent and why.
+
+    A name with * is a pattern: it finds that part of all the layers named beside it.
+    """
+    from mm_adapters._site_list import listing
     from mm_adapters.loading import load
 
     loaded = load(model, device="meta" if meta else "cpu")
     found = loaded.sites(pattern)
     if not found:
         raise loaded.sitemap.missing(pattern)
-    typer.echo(str(found))
+    # In a file or a pipe each line is whole.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    typer.echo(listing(found, width, every=every))
 
 
 def build(points: Iterable[EntryPoint] | None = None) -> typer.Typer:

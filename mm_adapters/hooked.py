@@ -12,17 +12,16 @@ from transformer_lens import HookedRootModule
 
 from mm_adapters._alone import runner
 from mm_adapters._cache import ModelCache
-from mm_adapters._errors import InputError, MetaDeviceError
-from mm_adapters._joint import prompt_layout, prompt_layouts
-from mm_adapters._layouts import layouts
+from mm_adapters._errors import InputError
+from mm_adapters._joint import prompt_layout
 from mm_adapters._lens import Edit, Read, Run, as_read
 from mm_adapters._points import Points
 from mm_adapters._session import Session
 from mm_adapters._site_point import SitePoint
-from mm_adapters._sitemap import SiteMap, SiteTable
-from mm_adapters._texts import as_texts
+from mm_adapters._sitemap import SiteMap
 from mm_adapters._tokens import TokenLayout
 from mm_adapters._tower import HookedTower
+from mm_adapters._wrapped import Wrapped
 
 if TYPE_CHECKING:
     from mm_adapters._inputs import Inputs
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 _RAW = ("text", "images")
 
 
-class HookedModel(HookedRootModule):
+class HookedModel(Wrapped, HookedRootModule):
     """CLIP, LLaVA or Stable Diffusion with TransformerLens' hooks, cache and towers.
 
     Calling it calls the wrapped model: with that model's own arguments, or with raw `text=` and
@@ -56,14 +55,8 @@ class HookedModel(HookedRootModule):
     inputs: Inputs | None
 
     @property
-    def kind(self) -> str:
-        """ "contrastive", "vlm", "diffusion" or "tower"."""
-        return self.sitemap.mounts.kind
-
-    @property
-    def tower_names(self) -> list[str]:
-        """The towers' names, in the order they run."""
-        return list(self.sitemap.towers)
+    def _inputs(self) -> Inputs | None:  # type: ignore[override]
+        return self.inputs
 
     def tower(self, name: str) -> HookedTower:
         """One tower as a TransformerLens model."""
@@ -82,38 +75,6 @@ class HookedModel(HookedRootModule):
     def dtype(self) -> torch.dtype:
         """The dtype of the wrapped model's weights."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    def sites(self, pattern: str = "*") -> SiteTable:
-        """The sites whose names match a glob, with axes; and what is absent there, with the reason."""
-        return SiteTable(self.sitemap.find(pattern))
-
-    def prepare(self, *, text: Any = None, images: Any = None) -> dict[str, Tensor]:
-        """Raw text and images as the wrapped model's own arguments, on its device, in its dtype."""
-        if self.inputs is None:
-            raise InputError(
-                "This model came without a processor, so it cannot take raw text or images. "
-                "Pass one: mm_adapters.wrap(model, processor=...), or give the model's own arguments."
-            )
-        ready = self.inputs.prepare(text=text, images=images)
-        return {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in ready.items()}
-
-    def layout(self, *, text: Any = None, images: Any = None, **prepared: Any) -> dict[str, TokenLayout]:
-        """What each position of each tower is: class, patch (row, column), word, image, padding.
-
-        Takes raw text and images, or the wrapped model's own tensors. For a pipeline, the prompt's, and
-        of a denoiser where text and image attend together: give `height`, `width` and
-        `max_sequence_length` as to the pipeline.
-        """
-        texts = None
-        if text is not None or images is not None:
-            if self.inputs is not None and text is not None:
-                texts = self.inputs.prompts(text, images)
-            if self.sitemap.mounts.loop is None:
-                prepared = self.prepare(text=text, images=images)
-        if self.sitemap.mounts.loop is not None:
-            given = texts if text is None or texts else as_texts(text)
-            return prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, given or [], prepared)
-        return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
         """What each position of a pipeline's prompts is, padded as the pipeline pads them."""
@@ -208,20 +169,6 @@ class HookedModel(HookedRootModule):
         takes = self.sitemap.mounts.towers[name].takes or self.sitemap.towers[name].record.takes
         return tower(ready.pop(takes), return_type="embeds", **ready)
 
-    def tokenizer_of(self, tower: str) -> Any:
-        """The tokenizer of a text tower, or None."""
-        suffix = tower.removeprefix("text") if tower.startswith("text") else ""
-        own = getattr(self.wrapped, f"tokenizer{suffix}", None)
-        return own if own is not None else getattr(self.inputs, "tokenizer", None)
-
-    def check_ready(self) -> None:
-        """Raises: MetaDeviceError if the weights have no values."""
-        if self.device.type == "meta":
-            raise MetaDeviceError(
-                "This model is on the meta device: its sites can be listed, but it has no weights to run. "
-                "Load it without device='meta'."
-            )
-
     def check_names(self, names: Any, tower: str = "") -> None:
         """Raises: MissingSiteError if a name (or one of a list) is no site; filters pass."""
         if callable(names) or names is None:
@@ -311,8 +258,8 @@ class HookedModel(HookedRootModule):
             output = self.forward(*args, **kwargs)
         found = dict(session.result(output).values)
         if remove_batch_dim:
-            loop = self.sitemap.mounts.loop
-            found = {k: v[:, 0] if k.startswith(f"{loop}.") else v[0] for k, v in found.items()}
+            looped = {k for k in found if self.sitemap[k].tower in self.sitemap.loops}
+            found = {k: v[:, 0] if k in looped else v[0] for k, v in found.items()}
         return output, found
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mm_adapters._errors import CheckpointError
+from mm_adapters._inputs import Inputs
 from mm_adapters._inputs_for import inputs_for
 from mm_adapters._load_diffusers import load_pipeline
 from mm_adapters._load_open_clip import load_open_clip
@@ -43,34 +44,45 @@ def load(
     GPU if there is one, else the CPU; `dtype` is the checkpoint's on a GPU and float32 on the CPU.
     `engine` is "hooked" (a HookedModel, for TransformerLens) or "nnsight" (a TracedModel).
     On the device "meta" no weights are read: its sites can be listed and it cannot run. `options`
-    go to the library's own from_pretrained.
+    go to the library's own from_pretrained; for a pipeline, `automodel` is the class of diffusers to
+    make of the checkpoint ("StableDiffusionImg2ImgPipeline", "AutoPipelineForInpainting") instead of
+    the one that it names.
 
     Raises: CheckpointError if it is not found or cannot be read; UnknownFamilyError if no family
     covers it; ValueError for a dtype, device, engine or option there is none of.
     """
-    build, name = _engine(engine), os.fspath(name)
+    build = _engine(engine)
+    model, inputs, origin = open_checkpoint(os.fspath(name), device, dtype, options)
+    return build(model, inputs=inputs) if engine == "hooked" else build(model, inputs=inputs, origin=origin)
+
+
+def open_checkpoint(
+    name: str, device: str | torch.device | None, dtype: str | torch.dtype | None, options: Any, **parts: Any
+) -> tuple[Any, Inputs, Origin | None]:
+    """A model or pipeline in eval mode, what prepares its inputs, and where a service finds it.
+
+    The arguments are `load`'s; `parts` (processor, tokenizer, image_processor) are taken instead of
+    those beside the checkpoint. Raises: as `load`.
+    """
     place, precision = _device(device), _dtype(dtype)
     for option in _REFUSED.keys() & options.keys():
         raise ValueError(f"load does not take {option}: {_REFUSED[option]}.")
     precision = precision or (torch.float32 if place.type == "cpu" else None)
     if name.startswith("open_clip:"):
         model, tokenizer, transform = load_open_clip(name.removeprefix("open_clip:"), **options)
-        parts = {"tokenizer": tokenizer, "image_processor": transform}
+        parts = {"tokenizer": tokenizer, "image_processor": transform} | parts
     else:
         source = _source(name, options)
         if source.file("model_index.json") is not None:
-            model, parts = load_pipeline(source, place, precision, **options), {}
+            model = load_pipeline(source, place, precision, **options)
             precision = None  # A pipeline's parts were given it; some keep a dtype of their own.
         else:
             model = load_module(source, place, precision, **options)
-            parts = processor_beside(source)
+            parts = parts or processor_beside(source)
     model = model.to(place) if precision is None else model.to(place, precision)
     for module in _modules(model):
         module.eval()
-    inputs = inputs_for(model, **parts)
-    if engine == "nnsight":
-        return build(model, inputs=inputs, origin=Origin.of(name, options))
-    return build(model, inputs=inputs)
+    return model, inputs_for(model, **parts), Origin.of(name, options)
 
 
 def wrap(

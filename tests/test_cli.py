@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import mm_adapters as mm
 from mm_adapters import cli, zoo
+from mm_adapters._site_list import listing, ranges
 
 METHODS = EntryPoint("methods", "methods_multimodal.commands:register", cli.GROUP)
 
@@ -154,8 +155,41 @@ def test_sites_lists_names_axes_and_reasons() -> None:
     result = worked("sites", "tiny-clip", "vision.blocks.0.attn.*")
     assert "vision.blocks.0.attn.hook_pattern" in result.stdout
     assert "head=4" in result.stdout
-    everything = worked("sites", "tiny-clip", "--meta").stdout.splitlines()
+    everything = worked("sites", "tiny-clip", "--meta", "--every").stdout.splitlines()
     assert len(everything) == len(mm.load("tiny-clip").sites())
+
+
+def test_sites_of_all_layers_are_one_line_whose_name_finds_them() -> None:
+    model = mm.load("tiny-clip", device="meta")
+    found = model.sites()
+    lines = worked("sites", "tiny-clip", "--meta").stdout.splitlines()
+    present = [line for line in lines if not line.startswith("absent: ")]
+    names = [line.split("  ")[0].strip() for line in present]
+    covered = [s.name for name in names for s in model.sites(name) if not s.reason]
+    assert sorted(covered) == sorted(s.name for s in found if not s.reason)  # Each once.
+    assert len(lines) < len(found) / 2
+    (pattern,) = [line for line in lines if line.startswith("vision.blocks.*.attn.hook_pattern")]
+    assert pattern.split() == [
+        "vision.blocks.*.attn.hook_pattern",
+        "0-3",
+        "[batch,",
+        "head=4,",
+        "query,",
+        "key]",
+    ]
+
+
+def test_a_list_of_sites_is_no_wider_than_the_window() -> None:
+    sites = mm.load("tiny-sd", device="meta").sites()
+    for width in (60, 100):
+        text = listing(sites, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert text.replace("\n", "").replace(" ", "") == listing(sites, 9999).replace("\n", "").replace(
+            " ", ""
+        )
+    assert ranges([0, 1, 2, 3]) == "0-3"
+    assert ranges([0, 2, 4]) == "0-4 by 2"
+    assert ranges([3, 4, 8]) == "3-4, 8"
 
 
 def test_a_mistake_is_one_line_before_anything_is_loaded(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import tiny_diffusion as td
 import torch
 
 import mm_adapters as mm
-from mm_adapters._attention import JointText, _by_rows, attend, attend_onto_text, fused
+from mm_adapters._attention import attend
+from mm_adapters._attention_text import JointText, attend_onto_text, by_rows, fused
 
 
 def read(case: tiny.Case, *sites: str, **more: Any) -> mm.Run:
@@ -61,7 +64,7 @@ def test_every_way_to_the_logsumexp_agrees(masked: bool) -> None:
     q, k, v = (torch.randn(2, 3, 700, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     mask = torch.zeros(700, 700).masked_fill(torch.rand(700, 700) < 0.2, -torch.inf) if masked else None
     scores = q.double() @ k.double().mT * 0.3 + (0 if mask is None else mask.double())
-    for way in (fused, _by_rows):
+    for way in (fused, by_rows):
         out, total = way(q, k, v, None if mask is None else mask.expand(2, 3, 700, 700), 0.3)
         torch.testing.assert_close(total.double(), scores.logsumexp(-1), rtol=0, atol=2e-5)
         torch.testing.assert_close(out.double(), scores.softmax(-1) @ v.double(), rtol=0, atol=2e-6)
@@ -91,6 +94,15 @@ def test_a_joint_layout_says_which_positions_are_text_and_which_latents(name: st
     assert len(layout.where("cat", row=0)) == 3 * len(model.sitemap.mounts.joint_text)
     assert {layout.roles[0][p] for p in layout.where("a cat", row=0)} == {"word"}
     assert min(layout.where("cat")) < len(latents) if text_first else min(layout.where("cat")) >= len(latents)
+
+
+def test_a_picture_beside_the_latents_leaves_the_joint_layout_as_it_is() -> None:
+    case = td.flux_control()
+    model, site = mm.HookedModel(case.model), "denoiser.blocks.0.attn.hook_pattern"
+    sizes = {k: case.inputs[k] for k in ("height", "width", "max_sequence_length")}
+    layout = model.layout(text=["a cat", "a dog"], **sizes)["denoiser"]
+    assert layout.grid == (2, 3)
+    assert layout.n_pos == model.run(case.inputs, read=[mm.Read(site, steps=[0])])[site].shape[-1]
 
 
 # -- guidance ------------------------------------------------------------------------------------
@@ -129,10 +141,87 @@ def test_guidance_that_only_an_argument_says_is_known(name: str, first: str) -> 
     assert alone.rows["denoiser"] == {"cond": slice(None)}
 
 
+def test_every_pipeline_that_a_record_names_is_there_and_says_whether_it_is_guided() -> None:
+    import diffusers
+
+    named = [(record, cls.partition(":")[2]) for record in mm.families.records()
+             if getattr(record, "kind", "") == "diffusion" for cls in record.classes]  # fmt: skip
+    assert len(named) > 40
+    for record, name in named:
+        cls = getattr(diffusers, name)
+        taken = inspect.signature(cls.__call__).parameters
+        for guidance in (record.guidance, *record.more_loops.values()):
+            if guidance is not None and guidance.flag is not None:
+                assert isinstance(getattr(cls, guidance.flag), property), name
+            elif guidance is not None:
+                assert {*guidance.scale.split("|")} <= taken.keys(), name
+
+
+def test_guidance_three_ways_has_rows_for_the_text_for_the_picture_and_for_neither() -> None:
+    case = td.instruct_pix2pix()
+    model = mm.HookedModel(case.model)
+    words, seen = "denoiser.blocks.0.cross_attn.hook_k", "denoiser.hook_in"
+
+    def moved(**change: Any) -> dict[str, set[str]]:
+        runs = [model.run(case.inputs | more, read=[words, seen]) for more in ({}, change)]
+        rows = runs[0].rows["denoiser"]
+        assert list(rows) == ["cond", "image", "uncond"]
+        changed = {site: [not torch.equal(a, b) for a, b in zip(*(run[site][0] for run in runs), strict=True)]
+                   for site in (words, seen)}  # fmt: skip
+        return {site: {name for name, of in rows.items() if any(changed[site][of])} for site in changed}
+
+    assert moved(prompt=["b", "c"]) == {words: {"cond"}, seen: set()}
+    assert moved(image=td.noise(2, 3, 16, 16, seed=9).sigmoid()) == {words: set(), seen: {"cond", "image"}}
+    alone = model.run(case.inputs, read=[mm.Read(seen, rows="image")])[seen]
+    assert torch.equal(alone, model.run(case.inputs, read=[seen])[seen][:, 2:4])
+    with pytest.raises(mm.InputError, match="has uncond, cond, all"):
+        mm.HookedModel(tiny.CASES["stable_diffusion"]().model).run(
+            tiny.CASES["stable_diffusion"]().inputs, read=[mm.Read(seen, rows="image")]
+        )
+
+
+# -- several loops in one pipeline -----------------------------------------------------------------
+
+
+def test_each_loop_of_a_pipeline_has_steps_and_rows_of_its_own() -> None:
+    case = tiny.CASES["unclip"]()
+    model = mm.HookedModel(case.model)
+    prior, drawn = "prior.blocks.0.hook_resid_pre", "denoiser.hook_in"
+    sites = [prior, drawn, "projector.hook_time", "enlarger.hook_in", "last_enlarger.hook_in"]
+    run = model.run(case.inputs | {"prior_num_inference_steps": 3}, read=sites)
+    assert [run[s].shape[:2] for s in sites] == [(3, 4), (2, 4), (1, 4), (1, 2), (1, 2)]
+    assert list(run.rows) == ["denoiser", "prior", "projector"]
+    assert run.rows["prior"] == {"uncond": slice(0, 2), "cond": slice(2, 4)}
+    other = model.run(case.inputs | {"prompt": ["b", "c"]}, read=[prior])[prior][0]
+    same = [torch.equal(a, b) for a, b in zip(run[prior][0], other, strict=True)]
+    assert same == [True, True, False, False]
+    edit = [mm.Edit(prior, torch.zeros_like, steps=[1], rows="cond")]
+    edited = model.run(case.inputs | {"prior_num_inference_steps": 3}, edit=edit, read=[prior])
+    assert edited.receipts[0].fired == 1
+    assert [torch.equal(edited[prior][step], run[prior][step]) for step in (0, 1)] == [True, False]
+    # One scale above one gives both loops unconditional rows.
+    one, none = {"prior_guidance_scale": 1.0}, {"prior_guidance_scale": 1.0, "decoder_guidance_scale": 1.0}
+    assert model.run(case.inputs | one, read=[drawn]).rows["denoiser"]["cond"] == slice(2, 4)
+    assert model.run(case.inputs | none, read=[drawn]).rows["denoiser"] == {"cond": slice(None)}
+    with pytest.raises(mm.InputError, match="no classifier-free guidance there"):
+        model.run(case.inputs, read=[mm.Read("enlarger.hook_in", rows="cond")])
+
+
+def test_loops_may_be_guided_apart() -> None:
+    case = tiny.CASES["stable_unclip"]()
+    model, sites = mm.HookedModel(case.model), ["prior.hook_pooled", "denoiser.hook_in"]
+    run = model.run(case.inputs | {"prior_guidance_scale": 1.0}, read=sites)
+    assert [run[s].shape[1] for s in sites] == [2, 4]
+    assert run.rows["prior"] == {"cond": slice(None)}
+    assert run.rows["denoiser"] == {"uncond": slice(0, 2), "cond": slice(2, 4)}
+    layouts = model.layout(text=["a cat", "a dog"])
+    assert layouts["text_prior"].where("dog", row=1) == layouts["text"].where("dog", row=1) == [2, 3, 4]
+
+
 # -- the same weights, elsewhere and with more on them ---------------------------------------------
 
 
-@pytest.mark.parametrize("make", [td.image_to_image, td.inpainting])
+@pytest.mark.parametrize("make", [td.image_to_image, td.inpainting, td.controlled, td.consistency])
 def test_other_pipelines_of_the_same_weights_have_the_same_sites(make: Any) -> None:
     from mm_adapters.traced import TracedModel
 
@@ -157,6 +246,46 @@ def test_steps_of_an_autoencoder_count_its_decodings() -> None:
         model.run(case.inputs, edit=[mm.Edit(site, torch.zeros_like, steps=[1])])
 
 
+def test_a_lora_from_a_file_is_in_the_sites_of_both_engines(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from mm_adapters.traced import TracedModel
+
+    teacher = tiny.CASES["stable_diffusion"]().model
+    teacher.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    tuned = teacher.text_encoder
+    tuned.add_adapter(LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(teacher.unet), get_peft_model_state_dict(tuned)
+    )
+    case = tiny.CASES["stable_diffusion"]()
+    q, normed = "denoiser.blocks.0.cross_attn.hook_q", "denoiser.blocks.0.ln2.hook_normalized"
+    v, usual = "text.blocks.1.attn.hook_v", mm.HookedModel(case.model)
+    before = usual.run(case.inputs, read=[q, v])
+    case.model.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
+    model = mm.HookedModel(case.model)
+    assert list(model.sitemap.sites) == list(usual.sitemap.sites)
+    after = model.run(case.inputs, read=[q, v, normed])
+    layer = case.model.unet.get_submodule(model.sitemap[q].module.removeprefix("unet."))
+    norm = case.model.unet.get_submodule(model.sitemap[normed].module.removeprefix("unet."))
+    x = after[normed] * norm.weight + norm.bias
+    (down, up), scale = ((layer.lora_A, layer.lora_B), layer.scaling)
+    name = next(iter(scale))
+    want = layer.base_layer(x) + up[name](down[name](x)) * scale[name]
+    torch.testing.assert_close(after[q].flatten(-2), want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after[v], before[v])
+    edits = [mm.Edit(site, lambda y: y * 2) for site in (q, v)]
+    one, other = (m.run(case.inputs, read=[q, v], edit=edits) for m in (model, TracedModel(case.model)))
+    assert all(torch.equal(one[s], other[s]) for s in (q, v))
+    assert all(receipt.moved > 0 for receipt in one.receipts)
+    assert not torch.allclose(case.head(one.output), case.head(after.output))
+    case.model.unload_lora_weights()
+    again = mm.HookedModel(case.model).run(case.inputs, read=[q, v])
+    assert all(torch.equal(again[s], before[s]) for s in (q, v))
+
+
 def test_a_lora_is_part_of_what_its_layer_gives() -> None:
     from peft import LoraConfig
 
@@ -172,6 +301,84 @@ def test_a_lora_is_part_of_what_its_layer_gives() -> None:
     assert want.shape[:2] == after[site].shape[:2]
     case.model.disable_adapters()
     assert torch.equal(read(case, site)[site], before)
+
+
+def adapted(folder: Path) -> tuple[tiny.Case, mm.HookedModel]:
+    """Stable Diffusion with an IP-Adapter that was read from a file."""
+    from safetensors.torch import save_file
+
+    case = td.ip_adapter()
+    case.model.unload_ip_adapter()
+    case.model.register_modules(image_encoder=td.ip_adapter().model.image_encoder)
+    weights = td.adapter_weights(case.model.unet)
+    flat = {f"{part}.{name}": x for part, named in weights.items() for name, x in named.items()}
+    save_file(flat, folder / "adapter.safetensors")
+    case.model.load_ip_adapter(str(folder), "", "adapter.safetensors", low_cpu_mem_usage=False)
+    return case, mm.HookedModel(case.model)
+
+
+def test_an_image_prompt_has_keys_values_and_a_pattern_of_its_own(tmp_path: Path) -> None:
+    case, model = adapted(tmp_path)
+    block = "denoiser.blocks.0"
+    sites = [f"{block}.cross_attn.hook_q", *(f"{block}.image_prompt.hook_{x}" for x in "kvz"),
+             f"{block}.image_prompt.hook_pattern", f"{block}.cross_attn.hook_z",
+             f"{block}.cross_attn.hook_pattern", f"{block}.cross_attn.hook_v"]  # fmt: skip
+    run = model.run(case.inputs, read=[mm.Read(s, steps=[0]) for s in sites])
+    q, k, v, z, pattern, total, onto_text, words = (run[s][0] for s in sites)
+    attention = case.model.unet.get_submodule(
+        model.sitemap[sites[0]].module.removeprefix("unet.").removesuffix(".to_q")
+    )
+    embeds = case.model.prepare_ip_adapter_image_embeds(case.inputs["ip_adapter_image"], None, "cpu", 1, True)
+    (projected,) = case.model.unet.encoder_hid_proj(embeds)
+    keys = attention.processor.to_k_ip[0](projected).flatten(1, 2).unflatten(-1, (attention.heads, -1))
+    torch.testing.assert_close(k, keys, rtol=1e-5, atol=1e-5)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    torch.testing.assert_close(pattern, scores.softmax(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(z, torch.einsum("bhqk,bkhd->bqhd", pattern, v), rtol=1e-5, atol=1e-5)
+    # What leaves the layer is of the words and of the picture.
+    torch.testing.assert_close(
+        total - z, torch.einsum("bhqk,bkhd->bqhd", onto_text, words), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_an_image_prompt_that_is_not_looked_at_is_as_one_of_scale_zero(tmp_path: Path) -> None:
+    from mm_adapters.traced import TracedModel
+
+    case, model = adapted(tmp_path)
+    patterns = [s for s in model.sitemap.sites if s.endswith("image_prompt.hook_pattern")]
+    assert len(patterns) == 4
+    blind = [mm.Edit(s, torch.zeros_like) for s in patterns]
+    outputs = [case.head(m.run(case.inputs, edit=blind).output) for m in (model, TracedModel(case.model))]
+    seen = case.head(model(**case.inputs))
+    case.model.set_ip_adapter_scale(0.0)
+    reference = case.head(model(**case.inputs))
+    assert (seen - reference).abs().max() > 1e-2
+    assert torch.equal(*outputs)
+    torch.testing.assert_close(outputs[0], reference, rtol=0, atol=1e-5)
+    with pytest.raises(mm.EditNeverFiredError):  # At scale zero nothing attends to the picture.
+        model.run(case.inputs, edit=blind[:1])
+
+
+def test_the_layout_says_which_tokens_are_of_which_picture(tmp_path: Path) -> None:
+    case, model = adapted(tmp_path)
+    pictures, site = case.inputs["ip_adapter_image"], "denoiser.blocks.0.image_prompt.hook_k"
+    layout = model.layout(text=["a cat"], ip_adapter_image=pictures)["image_prompt"]
+    assert layout.positions("image") == list(range(8))
+    assert layout.image_index[0] == (0,) * 4 + (1,) * 4
+    changed = [[pictures[0][0], pictures[0][1].rotate(90)]]
+    keys = [
+        model.run(case.inputs | {"ip_adapter_image": given}, read=[site])[site][0]
+        for given in (pictures, changed)
+    ]
+    assert keys[0].shape[1] == layout.n_pos
+    moved = (keys[0] - keys[1]).abs().amax((0, 2, 3)) > 1e-6
+    assert moved.tolist() == [i == 1 for i in layout.image_index[0]]
+    embeds = [td.noise(2, 3, 16)]
+    assert model.layout(text=["a cat"], ip_adapter_image_embeds=embeds)["image_prompt"].n_pos == 12
+    assert "image_prompt" not in model.layout(text=["a cat"])
+    plain = mm.HookedModel(tiny.CASES["stable_diffusion"]().model)
+    with pytest.raises(mm.InputError, match="No adapter reads a picture here"):
+        plain.layout(text=["a cat"], ip_adapter_image=pictures)
 
 
 def test_an_image_prompt_adapter_leaves_the_text_attention_its_own() -> None:

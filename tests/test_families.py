@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
 from itertools import islice
@@ -33,6 +34,15 @@ def plain(built: tiny.Case) -> torch.Tensor:
         return built.head(built.model(**inputs))
 
 
+def one_step(name: str, built: tiny.Case) -> dict[str, int]:
+    """What a pipeline takes for a loop of one step.
+
+    Or of two: the prior's scheduler divides by the steps less one, and text adds little to Kandinsky's first.
+    """
+    step = "num_inference_steps"
+    return {step: 2 if name in ("kandinsky_prior", "kandinsky_3") else 1} if step in built.inputs else {}
+
+
 def modules(model: Any) -> list[nn.Module]:
     roots = [model] if isinstance(model, nn.Module) else [
         m for m in model.components.values() if isinstance(m, nn.Module)]  # fmt: skip
@@ -58,10 +68,9 @@ def test_every_site_fires_with_the_axes_it_declares(name: str) -> None:
     built, model = case(name)
     run = model.run(built.inputs, read=list(model.sitemap.sites))
     assert set(run.values) == set(model.sitemap.sites)
-    loop = model.sitemap.mounts.loop
     for site in model.sitemap:
         value = run[site.name]
-        assert value.ndim == len(site.axes) + (site.tower == loop), site
+        assert value.ndim == len(site.axes) + (site.tower in model.sitemap.loops), site
         for size, axis in zip(reversed(value.shape), reversed(site.axes), strict=False):
             if "=" in axis:
                 assert size == int(axis.partition("=")[2]), site
@@ -87,6 +96,7 @@ def test_what_was_read_is_not_changed_afterwards(name: str) -> None:
 @each_family
 def test_every_site_is_causal_and_leaves_nothing_behind(name: str) -> None:
     built, model = case(name)
+    built = replace(built, inputs=built.inputs | one_step(name, built))
     reference = plain(built)
     before = count_hooks(built.model)
     for site in model.sitemap.sites:
@@ -132,12 +142,11 @@ def test_writing_into_a_value_is_an_edit(name: str) -> None:
 def test_sites_are_listed_in_the_order_they_run(name: str) -> None:
     built, model = case(name)
     fired: list[str] = []
-    loop = model.sitemap.mounts.loop
 
     def note(site: str):
         return lambda value: fired.append(site) or value.new_zeros(1)
 
-    reads = [mm.Read(s, note(s), steps=[0] if model.sitemap[s].tower == loop else None)
+    reads = [mm.Read(s, note(s), steps=[0] if model.sitemap[s].tower in model.sitemap.loops else None)
              for s in model.sitemap.sites]  # fmt: skip
     model.run(built.inputs, read=reads)
     for tower in model.tower_names:
@@ -208,13 +217,15 @@ def test_gradients_at_sites_equal_finite_differences(name: str) -> None:
     inputs = built.differentiable()
     if inputs is None:
         pytest.skip("its pipeline gives no tensor, so no gradient")
-    loop = model.sitemap.mounts.loop
     run = model.run(inputs, read=sites, grad_of=lambda o: built.head(o).double().pow(2).sum())
     for site in sites:
         grad = run.grads[site]
         assert grad.shape == run[site].shape
         direction = torch.randn(grad.shape, generator=torch.Generator().manual_seed(7))
-        predicted, shift_in_loop = (grad.double() * direction).sum(), model.sitemap[site].tower == loop
+        predicted, shift_in_loop = (
+            (grad.double() * direction).sum(),
+            model.sitemap[site].tower in model.sitemap.loops,
+        )
         tolerance = 0.03 * max(abs(predicted), 0.05 * grad.norm())
         error = torch.inf
         for step in (1e-3, 1e-2):  # The first suffers from rounding, the second from curvature.
@@ -231,14 +242,23 @@ def test_gradients_at_sites_equal_finite_differences(name: str) -> None:
         assert error <= tolerance, site
 
 
+def _records() -> list[Tower | Mounts]:
+    """Those of models that this transformers has."""
+    return [r for r in mm.families.records() if not r.name.startswith(tiny.tiny_vlm.LACKING)]
+
+
+def _wrapped_alone() -> list[mm.HookedModel]:
+    """Towers that open_clip wraps, without the model around them."""
+    alone = tiny.CASES["open_clip_timm_siglip"]().model.visual, tiny.CASES["open_clip_hf_text"]().model.text
+    return [mm.HookedModel(tower) for tower in alone]
+
+
 def test_every_registered_class_has_a_tiny_model() -> None:
     built = [case(name)[1] for name in tiny.CASES]
     used = {t.record.name for m in built for t in m.sitemap.towers.values()}
     mounted = {m.sitemap.mounts.name for m in built}
-    # Towers that open_clip wraps, without the model around them.
-    alone = tiny.CASES["open_clip_timm_siglip"]().model.visual, tiny.CASES["open_clip_hf_text"]().model.text
-    mounted |= {mm.HookedModel(tower).sitemap.mounts.name for tower in alone}
-    for record in mm.families.records():
+    mounted |= {model.sitemap.mounts.name for model in _wrapped_alone()}
+    for record in _records():
         known = used if isinstance(record, Tower) else mounted
         assert record.name in known, f"No tiny model for {record.name}; add one to tests/tiny.py."
 
@@ -250,11 +270,18 @@ def test_every_part_a_record_names_is_in_some_tiny_model() -> None:
             parts = [p for blocks in tower.parts.values() for block in blocks for p in block]
             found = {*parts, *tower.before, *tower.after}
             seen.setdefault(tower.record.name, set()).update(found)
-    for record in mm.families.records():
+    for record in _records():
         if isinstance(record, Tower):
             named = {p for stack in record.stacks.values() for p in stack.parts}
             missing = (named | {*record.before, *record.after}) - seen[record.name]
             assert not missing, f"{record.name}: no tiny model has {sorted(missing)}; is a path wrong?"
+
+
+def test_every_place_a_record_mounts_a_tower_at_is_in_some_tiny_model() -> None:
+    models = [case(name)[1] for name in tiny.CASES] + _wrapped_alone()
+    there = {mounted.mount.path for model in models for mounted in model.sitemap.towers.values()}
+    named = {m.path for r in _records() if isinstance(r, Mounts) for m in r.towers.values()}
+    assert named - there <= {"visual", "text"}  # open_clip's.
 
 
 def test_a_class_has_one_record() -> None:
@@ -264,5 +291,7 @@ def test_a_class_has_one_record() -> None:
 
 
 def test_an_unknown_class_says_what_to_write() -> None:
-    with pytest.raises(mm.UnknownFamilyError, match=r"torch:Linear[\s\S]*mm_adapters.register"):
+    with pytest.raises(
+        mm.UnknownFamilyError, match=r"torch:Linear[\s\S]*import register\n[\s\S]*register\(Mounts"
+    ):
         _registry.lookup(nn.Linear(2, 2))

@@ -34,7 +34,6 @@ from transformers import (
 from mm_adapters import loading, zoo
 from mm_adapters._checkpoint import check_safetensors, stored_dtype
 from mm_adapters._errors import CheckpointError, InputError, UnknownFamilyError
-from mm_adapters._spec import Mount, Mounts
 from mm_adapters.hooked import HookedModel
 
 _SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -419,10 +418,8 @@ def test_a_model_of_no_known_family_is_refused_before_its_weights(
         load(tmp_path)
     said = str(raised.value)
     assert "mm_adapters/families/README.md" in said
-    assert "The nearest are" in said
-    # The record it shows is one that can be written as it is.
-    record = eval(said.splitlines()[-1].strip(), {"Mounts": Mounts, "Mount": Mount})
-    assert record.classes == ("transformers:ElectraModel",)
+    assert "'bert'" in said.split("The nearest ")[1].split(":")[0]
+    assert '("transformers:ElectraModel",)' in said  # test_unknown_class.py runs what it shows.
 
 
 def test_an_unreadable_tokenizer_is_an_error_and_not_left_out(

@@ -29,8 +29,9 @@ def count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def test_there_are_at_least_ten() -> None:
-    assert len(PUBLISHED) >= 10
+def test_there_are_at_least_ten_and_several_are_vision_language_models() -> None:
+    assert len(PUBLISHED) >= 20
+    assert sum('"text_config"' in p.read_text() and '"clip"' not in p.read_text() for p in PUBLISHED) >= 8
 
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda p: p.stem)
@@ -39,7 +40,8 @@ def test_a_checkpoint_opens_on_the_meta_device_as_its_makers_say(published: Path
     model = mm.load(tmp_path, device="meta")
     for key, want in expect.items():
         if key == "parameters":
-            assert count(model.wrapped) == pytest.approx(want, rel=0.003)
+            # A whole number is what the checkpoint's own index counts, and is met; else it is a card's.
+            assert count(model.wrapped) == pytest.approx(want, rel=0 if isinstance(want, int) else 0.003)
         elif key == "denoiser parameters":
             found = count(model.sitemap.towers["denoiser"].module)
             assert found == pytest.approx(want, rel=0 if isinstance(want, int) else 0.03)

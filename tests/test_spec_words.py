@@ -116,3 +116,22 @@ def test_blocks_of_another_kind_are_an_error_not_another_meaning() -> None:
     config = hf.ChameleonConfig.from_dict(model.config.to_dict() | {"swin_norm": True})
     with pytest.raises(mm.UnknownFamilyError, match="ChameleonSwinDecoderLayer"):
         mm.HookedModel(hf.ChameleonForConditionalGeneration(config).eval())
+
+
+@pytest.mark.skipif("molmo2" in tiny_vlm.LACKING, reason="this transformers has no Molmo 2")
+@pytest.mark.parametrize("after", [False, True])
+def test_what_a_branch_adds_follows_from_how_its_block_was_built(after: bool) -> None:
+    case = tiny_vlm.molmo2(norm_after=after)
+    model, block = mm.HookedModel(case.model), "language.blocks.0"
+    names = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    layer = case.model.model.language_model.layers[0]
+    given: list[torch.Tensor] = []
+    # The stream itself, as the MLP's branch is given it.
+    branch = layer.mlp if after else layer.post_attention_layernorm
+    handle = branch.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    run = model.run(case.inputs, read=[f"{block}.hook_{name}" for name in names])
+    handle.remove()
+    before, attended, middle, thought, end = (run[f"{block}.hook_{name}"] for name in names)
+    torch.testing.assert_close(middle, given[0], rtol=0, atol=0)
+    torch.testing.assert_close(before + attended, middle, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(middle + thought, end, rtol=1e-6, atol=1e-6)

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers as df
 import torch
 import transformers as hf
+from PIL import Image
 from tiny import _TEXT, _UNET, _VAE, Case, letter_tokenizer, seeded
 from torch import Tensor
 
@@ -250,42 +251,182 @@ def deepfloyd_if_second_stage() -> Case:
     return quiet(pipe, _PROMPTS | _DIRTY | small, smooth=_PIXELS)
 
 
+def movq() -> Any:
+    model = df.VQModel(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, num_vq_embeddings=8, vq_embed_dim=4,
+    )  # fmt: skip
+    return seeded(lambda: model)
+
+
+def image_embeds() -> dict[str, Tensor]:
+    return {"image_embeds": noise(2, 16), "negative_image_embeds": noise(2, 16, seed=4)}
+
+
 def kandinsky() -> Case:
     options = _SIMPLE | {
         "in_channels": 4, "out_channels": 8, "addition_embed_type": "image",
         "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16, "resnet_time_scale_shift": "scale_shift",
     }  # fmt: skip
-    movq = df.VQModel(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, num_vq_embeddings=8, vq_embed_dim=4,
-    )  # fmt: skip
     pipe = df.KandinskyV22Pipeline(
         unet=seeded(lambda: df.UNet2DConditionModel(**options)),
         scheduler=df.DDIMScheduler(clip_sample=False),
-        movq=seeded(lambda: movq),
+        movq=movq(),
     )
-    embeds = {"image_embeds": noise(2, 16), "negative_image_embeds": noise(2, 16, seed=4)}
     rest = {k: v for k, v in _PROMPTS.items() if k != "prompt"}
-    return quiet(pipe, rest | embeds | {"height": 16, "width": 16})
+    return quiet(pipe, rest | image_embeds() | {"height": 16, "width": 16})
 
 
-def kandinsky_prior() -> Case:
+def _multilingual() -> Any:
+    from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+
+    config = MCLIPConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, vocab_size=60,
+        transformerDimSize=24, imageDimSize=16, max_position_embeddings=80, pad_token_id=1,
+    )  # fmt: skip
+    return seeded(lambda: MultilingualCLIP(config))
+
+
+def mclip() -> Case:
+    ids = torch.randint(3, 57, (2, 6), generator=torch.Generator().manual_seed(2))
+    return Case(_multilingual(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, lambda o: o[0])
+
+
+def kandinsky_2_1() -> Case:
+    options = _SIMPLE | {
+        "in_channels": 4, "out_channels": 8, "addition_embed_type": "text_image",
+        "encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 24, "cross_attention_dim": 16,
+        "resnet_time_scale_shift": "scale_shift",
+    }  # fmt: skip
+    pipe = df.KandinskyPipeline(
+        text_encoder=_multilingual(),
+        tokenizer=letter_tokenizer(16),
+        unet=seeded(lambda: df.UNet2DConditionModel(**options)),
+        scheduler=df.DDIMScheduler(clip_sample=False),
+        movq=movq(),
+    )
+    sizes = {"height": 16, "width": 16}
+    return quiet(pipe, _PROMPTS | image_embeds() | sizes, smooth=_PIXELS)
+
+
+def kandinsky_3() -> Case:
+    unet = df.Kandinsky3UNet(
+        in_channels=4, time_embedding_dim=16, groups=4, attention_head_dim=4, layers_per_block=2,
+        block_out_channels=(8, 16), cross_attention_dim=12, encoder_hid_dim=24,
+    )  # fmt: skip
+    pipe = df.Kandinsky3Pipeline(
+        tokenizer=letter_tokenizer(16),
+        text_encoder=t5(),
+        unet=seeded(lambda: unet),
+        scheduler=df.DDPMScheduler(clip_sample=False),
+        movq=movq(),
+    )
+    return quiet(pipe, _PROMPTS | {"negative_prompt": ["b", "c"], "height": 64, "width": 64})
+
+
+def _prior_parts(name: str = "{}") -> dict[str, Any]:
+    """The parts of a prior, called as a pipeline calls them."""
     prior = df.PriorTransformer(
         num_attention_heads=3, attention_head_dim=8, num_layers=2, embedding_dim=16, num_embeddings=16,
     )  # fmt: skip
     vision = hf.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, image_size=28,
                                  num_attention_heads=2, patch_size=14, projection_dim=16)  # fmt: skip
-    pipe = df.KandinskyV22PriorPipeline(
-        prior=seeded(lambda: prior),
-        image_encoder=seeded(lambda: hf.CLIPVisionModelWithProjection(vision)),
-        text_encoder=clip_text(True, hidden_size=16, num_attention_heads=2),
-        tokenizer=letter_tokenizer(16),
-        scheduler=df.UnCLIPScheduler(
+    parts = {
+        "prior": seeded(lambda: prior),
+        "image_encoder": seeded(lambda: hf.CLIPVisionModelWithProjection(vision)),
+        "text_encoder": clip_text(True, hidden_size=16, num_attention_heads=2),
+        "tokenizer": letter_tokenizer(16),
+        "scheduler": df.UnCLIPScheduler(
             variance_type="fixed_small_log", prediction_type="sample", clip_sample=False
         ),
-        image_processor=hf.CLIPImageProcessor(),
-    )
+        "image_processor": hf.CLIPImageProcessor(),
+    }
+    return {name.format(part): made for part, made in parts.items()}
+
+
+def kandinsky_prior() -> Case:
+    pipe = df.KandinskyV22PriorPipeline(**_prior_parts())
     return quiet(pipe, _PROMPTS, head=lambda o: o.image_embeds, smooth=_PIXELS)
+
+
+def kandinsky_combined() -> Case:
+    decoder = kandinsky().model
+    parts = {"unet": decoder.unet, "scheduler": decoder.scheduler, "movq": decoder.movq}
+    pipe = df.KandinskyV22CombinedPipeline(**parts, **_prior_parts("prior_{}"))
+    sizes = {"height": 16, "width": 16, "prior_num_inference_steps": 2}
+    return quiet(pipe, _PROMPTS | sizes, smooth=None)  # The pipelines that it calls follow no gradient.
+
+
+# -- a prior and what follows it -------------------------------------------------------------------
+
+
+def _unclip_scheduler(prediction: str = "epsilon", variance: str = "fixed_small_log") -> Any:
+    return df.UnCLIPScheduler(variance_type=variance, prediction_type=prediction, clip_sample=False)
+
+
+def unclip() -> Case:
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    text_proj = UnCLIPTextProjModel(clip_embeddings_dim=16, time_embed_dim=32, cross_attention_dim=24)
+    decoder = {k: v for k, v in _SIMPLE.items() if not k.startswith(("addition_", "encoder_hid"))}
+    decoder |= {"class_embed_type": "identity", "resnet_time_scale_shift": "scale_shift"}
+    larger = _MAP_UNET | {
+        "sample_size": 16, "in_channels": 6, "out_channels": 3,
+        "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+        "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+    }  # fmt: skip
+    prior = _prior_parts()
+    pipe = df.UnCLIPPipeline(
+        prior=prior["prior"],
+        decoder=seeded(lambda: df.UNet2DConditionModel(**decoder)),
+        text_encoder=prior["text_encoder"],
+        tokenizer=prior["tokenizer"],
+        text_proj=seeded(lambda: text_proj),
+        super_res_first=seeded(lambda: df.UNet2DModel(**larger)),
+        super_res_last=seeded(lambda: df.UNet2DModel(**larger)),
+        prior_scheduler=_unclip_scheduler("sample"),
+        # They make samples, not noise: of noise little is left at the last step, and what the decoder makes
+        # of a first one is cut off far beyond white.
+        decoder_scheduler=_unclip_scheduler("sample", "learned_range"),
+        super_res_scheduler=_unclip_scheduler("sample"),
+    )
+    steps = {f"{part}_num_inference_steps": 2 for part in ("prior", "decoder", "super_res")}
+    inputs = {"prompt": _PROMPTS["prompt"], "seed": 0, "output_type": "np"} | steps
+    return quiet(pipe, inputs, head=lambda o: torch.as_tensor(o.images), smooth=None)
+
+
+def _noised_parts() -> dict[str, Any]:
+    """What Stable unCLIP's pipelines share: a UNet that takes a noised embedding for a class."""
+    from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+
+    unet = _UNET | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 32}
+    return {
+        "image_normalizer": seeded(lambda: StableUnCLIPImageNormalizer(embedding_dim=16)),
+        "image_noising_scheduler": df.DDPMScheduler(),
+        "tokenizer": letter_tokenizer(16),
+        "text_encoder": clip_text(),
+        "unet": seeded(lambda: df.UNet2DConditionModel(**unet)),
+        "scheduler": df.DDIMScheduler(clip_sample=False, steps_offset=1),
+        "vae": vae(),
+    }
+
+
+def stable_unclip() -> Case:
+    prior = _prior_parts()
+    pipe = df.StableUnCLIPPipeline(
+        prior_tokenizer=prior["tokenizer"],
+        prior_text_encoder=prior["text_encoder"],
+        prior=prior["prior"],
+        prior_scheduler=df.DDPMScheduler(prediction_type="sample", clip_sample=False),
+        **_noised_parts(),
+    )
+    return quiet(pipe, _PROMPTS | {"prior_num_inference_steps": 2})
+
+
+def stable_unclip_image() -> Case:
+    parts = {"feature_extractor": hf.CLIPImageProcessor(), "image_encoder": _prior_parts()["image_encoder"]}
+    pipe = df.StableUnCLIPImg2ImgPipeline(**parts, **_noised_parts())
+    return quiet(pipe, _PROMPTS | {"image": noise(2, 3, 28, 28)})
 
 
 # -- the same weights in other pipelines -----------------------------------------------------------
@@ -313,6 +454,29 @@ def image_to_image() -> Case:
     return quiet(pipe, _PROMPTS | {"image": _picture(), "strength": 1.0})
 
 
+def adapter_weights(unet: Any, image: int = 16) -> dict[str, Any]:
+    """An IP-Adapter's file: four tokens of an embedding, and keys and values for each cross-attention."""
+    names = [n.removesuffix(".processor") for n in unet.attn_processors if ".attn2." in n]
+    layers = [unet.get_submodule(n).to_k for n in names]
+    text = layers[0].in_features
+    projection = {"proj.weight": noise(4 * text, image, seed=6), "proj.bias": noise(4 * text, seed=7),
+                  "norm.weight": noise(text, seed=8), "norm.bias": noise(text, seed=9)}  # fmt: skip
+    attention = {f"{2 * i + 1}.to_{x}_ip.weight": 0.3 * noise(k.out_features, text, seed=10 + 2 * i + n)
+                 for i, k in enumerate(layers) for n, x in enumerate("kv")}  # fmt: skip
+    return {"image_proj": projection, "ip_adapter": attention}
+
+
+def ip_adapter() -> Case:
+    pipe = _stable_diffusion(df.StableDiffusionPipeline)
+    pipe.register_modules(image_encoder=_prior_parts()["image_encoder"],
+                          feature_extractor=hf.CLIPImageProcessor(size=28, crop_size=28))  # fmt: skip
+    pipe.load_ip_adapter(adapter_weights(pipe.unet), subfolder="", weight_name="", low_cpu_mem_usage=False)
+    pipe.unet.eval()
+    picture = Image.fromarray((255 * noise(28, 28, 3).sigmoid()).byte().numpy())
+    one = _PROMPTS | {"prompt": ["a cat"], "ip_adapter_image": [[picture, picture.rotate(90)]]}
+    return quiet(pipe, one)
+
+
 def inpainting() -> Case:
     pipe = _stable_diffusion(df.StableDiffusionInpaintPipeline, in_channels=9)
     mask = torch.zeros(2, 1, 16, 16)
@@ -321,11 +485,45 @@ def inpainting() -> Case:
     return quiet(pipe, _PROMPTS | sizes)
 
 
+def controlled() -> Case:
+    parts = _stable_diffusion(df.StableDiffusionPipeline).components
+    # Its way in makes a picture as small as the latents.
+    small = {"load_weights_from_unet": False, "conditioning_embedding_out_channels": (16, 32)}
+    control = seeded(lambda: df.ControlNetModel.from_unet(parts["unet"], **small))
+    pipe = df.StableDiffusionControlNetPipeline(**parts, controlnet=control, requires_safety_checker=False)
+    return quiet(pipe, _PROMPTS | {"image": _picture()})
+
+
+def consistency() -> Case:
+    parts = _stable_diffusion(df.LatentConsistencyModelPipeline, time_cond_proj_dim=32).components
+    parts["scheduler"] = df.LCMScheduler(original_inference_steps=10)
+    pipe = df.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    return quiet(pipe, _PROMPTS)
+
+
+def instruct_pix2pix() -> Case:
+    pipe = _stable_diffusion(df.StableDiffusionInstructPix2PixPipeline, in_channels=8)
+    return quiet(pipe, _PROMPTS | {"image": _picture()})
+
+
+def flux_control() -> Case:
+    parts = flux().model.components
+    parts = {k: v for k, v in parts.items() if k not in ("image_encoder", "feature_extractor")}
+    options = _FLUX | {"in_channels": 32, "out_channels": 16}
+    parts["transformer"] = seeded(lambda: df.FluxTransformer2DModel(**options))
+    sizes = {"height": 8, "width": 12, "max_sequence_length": 6}
+    return quiet(
+        df.FluxControlPipeline(**parts), _PROMPTS | sizes | {"control_image": noise(2, 3, 8, 12).sigmoid()}
+    )
+
+
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
         t5_encoder, sd3_transformer, stable_diffusion_3, flux_transformer, flux, pixart, dit,
         sana_transformer, sana, unconditional, unet2d, deepfloyd_if, deepfloyd_if_second_stage,
-        kandinsky, kandinsky_prior,
+        kandinsky, mclip, kandinsky_2_1, kandinsky_3, kandinsky_prior, kandinsky_combined,
+        unclip, stable_unclip, stable_unclip_image, ip_adapter,
+        instruct_pix2pix,
     )
 }  # fmt: skip

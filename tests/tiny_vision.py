@@ -65,6 +65,26 @@ def dinov3_gated() -> Case:
     return _tower(lambda: hf.DINOv3ViTModel(config), _hidden)
 
 
+_BEIT = _VIT | {"layer_scale_init_value": 0.5, "use_relative_position_bias": True}
+
+
+def beit() -> Case:
+    head = lambda o: torch.cat([o.last_hidden_state[..., :5].flatten(1), o.pooler_output], 1)  # noqa: E731
+    config = hf.BeitConfig(**_BEIT, use_mean_pooling=True)
+    return _tower(lambda: hf.BeitModel(config), head)
+
+
+def beit_plain() -> Case:
+    config = hf.BeitConfig(**_VIT, layer_scale_init_value=0, use_absolute_position_embeddings=True,
+                           use_mean_pooling=False)  # fmt: skip
+    return _tower(lambda: hf.BeitModel(config), _hidden)
+
+
+def beit_classifier() -> Case:
+    config = hf.BeitConfig(**_BEIT, num_labels=3)
+    return _tower(lambda: hf.BeitForImageClassification(config), lambda o: o.logits)
+
+
 _TIMM = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
 
@@ -134,7 +154,7 @@ CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
         vit, deit, vit_classifier, deit_classifier, dinov2, dinov2_registers, dinov3, dinov3_gated,
-        timm_vit, timm_vit_average, timm_eva, timm_eva_fused, timm_wrapper, resnet, resnet_classifier,
-        torch_resnet, timm_resnet,
+        beit, beit_plain, beit_classifier, timm_vit, timm_vit_average, timm_eva, timm_eva_fused,
+        timm_wrapper, resnet, resnet_classifier, torch_resnet, timm_resnet,
     )
 }  # fmt: skip

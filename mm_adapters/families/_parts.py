@@ -33,11 +33,13 @@ def attention(
     rotary: bool = False,
     name: str = "attn",
     out: str | None = None,
+    beside: Mapping[str, Place] | None = None,
 ) -> dict[str, Place]:
     """An attention module with a projection module each for q, k, v and the output.
 
     `heads` and `kv_heads` are attributes of the attention module. Each name may be several, with "|".
-    `out` is the output projection's path from the block, where it is not inside.
+    `out` is the output projection's path from the block, where it is not inside. `beside` is what else
+    the module attends to before that projection.
     """
     n = _each(f"{path}:", heads)
     n_kv = _each(f"{path}:", kv_heads or heads)
@@ -52,6 +54,7 @@ def attention(
     return parts | {
         f"{name}.hook_attn_scores": Attention(path, "attn_scores", n),
         f"{name}.hook_pattern": Attention(path, "pattern", n),
+        **(beside or {}),
         f"{name}.hook_z": Input(out or _each(f"{path}.", o), n),
     }
 
@@ -78,9 +81,12 @@ def _each(start: str, names: str) -> str:
     return "|".join(start + name for name in names.split("|"))
 
 
-def inside(path: str, heads: str, *values: Inside, name: str = "attn") -> dict[str, Place]:
+def inside(
+    path: str, heads: str, *values: Inside, name: str = "attn", call: int = 0, needs: str | None = None
+) -> dict[str, Place]:
     """What an attention module's own call to a kernel is given and gives."""
-    return {f"{name}.hook_{value}": Attention(path, value, f"{path}:{heads}") for value in values}
+    n = f"{path}:{heads}"
+    return {f"{name}.hook_{value}": Attention(path, value, n, call, needs) for value in values}
 
 
 def fused_attention(path: str, *, heads: str = "num_heads", name: str = "attn") -> dict[str, Place]:

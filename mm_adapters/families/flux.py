@@ -38,7 +38,8 @@ register(
     Mounts(
         "flux",
         "diffusion",
-        ("diffusers:FluxPipeline", "diffusers:FluxImg2ImgPipeline", "diffusers:FluxInpaintPipeline"),
+        ("diffusers:FluxPipeline", "diffusers:FluxImg2ImgPipeline", "diffusers:FluxInpaintPipeline",
+         "diffusers:FluxFillPipeline", "diffusers:FluxControlPipeline"),
         {"text": Mount("text_encoder"), "text_2": Mount("text_encoder_2"),
          "denoiser": Mount("transformer"), "vae": Mount("vae")},
         loop="denoiser",

@@ -3,9 +3,12 @@
 
 from mm_adapters._registry import register
 from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Residual, Stack, Tower
-from mm_adapters.families._parts import attention, norm
+from mm_adapters.families._parts import attention, inside, norm
 from mm_adapters.families._unet import MAP_ATTENTION, RESNET, RESNETS
 
+# An IP-Adapter: a picture's tokens, which each block attends to beside the words (arXiv 2308.06721).
+IMAGE_PROMPT = inside("attn2", "heads", "k", "v", "attn_scores", "pattern", "z", name="image_prompt", call=1,
+                      needs="attn2.processor.to_k_ip")  # fmt: skip
 TRANSFORMER_BLOCK = (
     {"hook_resid_pre": Input("")}
     | norm("norm1", "ln1")
@@ -13,7 +16,8 @@ TRANSFORMER_BLOCK = (
     | {"hook_attn_out": Output("attn1")}
     | {"hook_resid_mid": Residual("hook_resid_pre", "hook_attn_out")}
     | norm("norm2", "ln2")
-    | attention("attn2", q="to_q", k="to_k", v="to_v", o="to_out.0", heads="heads", name="cross_attn")
+    | attention("attn2", q="to_q", k="to_k", v="to_v", o="to_out.0", heads="heads", name="cross_attn",
+                beside=IMAGE_PROMPT)
     | {"hook_cross_attn_out": Output("attn2")}
     | {"hook_resid_mid_cross": Residual("hook_resid_mid", "hook_cross_attn_out")}
     | norm("norm3", "ln3")
@@ -22,7 +26,7 @@ TRANSFORMER_BLOCK = (
     | {"mlp.hook_pre": Output("ff.net.0.proj", chunk=(2, 1))}
     | {"mlp.hook_post": Input("ff.net.2")}
     | {"hook_mlp_out": Output("ff"), "hook_resid_post": Output("")}
-)
+)  # fmt: skip
 
 register(
     Tower(
@@ -62,6 +66,7 @@ register(
 )  # fmt: skip
 TOWERS = {
     "text": Mount("text_encoder"),
+    "vision": Mount("image_encoder"),  # With an IP-Adapter.
     "denoiser": Mount("unet"),
     "vae": Mount("vae"),
 }
@@ -73,6 +78,11 @@ register(
             "diffusers:StableDiffusionPipeline",
             "diffusers:StableDiffusionImg2ImgPipeline",
             "diffusers:StableDiffusionInpaintPipeline",
+            "diffusers:StableDiffusionControlNetPipeline",
+            "diffusers:StableDiffusionControlNetImg2ImgPipeline",
+            "diffusers:StableDiffusionControlNetInpaintPipeline",
+            "diffusers:LatentConsistencyModelPipeline",
+            "diffusers:LatentConsistencyModelImg2ImgPipeline",
         ),
         TOWERS,
         loop="denoiser",
@@ -87,6 +97,9 @@ register(
             "diffusers:StableDiffusionXLPipeline",
             "diffusers:StableDiffusionXLImg2ImgPipeline",
             "diffusers:StableDiffusionXLInpaintPipeline",
+            "diffusers:StableDiffusionXLControlNetPipeline",
+            "diffusers:StableDiffusionXLControlNetImg2ImgPipeline",
+            "diffusers:StableDiffusionXLControlNetInpaintPipeline",
         ),
         {"text": Mount("text_encoder"), "text_2": Mount("text_encoder_2")} | TOWERS,
         loop="denoiser",

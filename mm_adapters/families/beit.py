@@ -1,0 +1,32 @@
+"""BEiT, whose positions are a bias on the attention scores (arXiv 2106.08254)."""
+
+from dataclasses import replace
+
+from mm_adapters._registry import register
+from mm_adapters._spec import Mount, Mounts, Output, Stream, Tower
+from mm_adapters.families import vit
+from mm_adapters.families._parts import norm
+
+# A ViT's block whose branches are scaled before they are added.
+_SCALED = {
+    "hook_attn_out": Output("attention", gain="lambda_1"),
+    "hook_resid_mid": Stream("layernorm_after"),
+    "hook_mlp_out": Output("mlp", gain="lambda_2"),
+}
+register(
+    Tower(
+        "beit",
+        "vision",
+        ("transformers:BeitModel",),
+        {"blocks": replace(vit.BLOCKS, parts={**vit.BLOCKS.parts, **_SCALED})},
+        before={"hook_embed": Output("embeddings")},
+        after=norm("layernorm", "ln_final") | norm("pooler.layernorm", "pool.ln"),
+        absent={"hook_pos_embed": "a bias on the scores, or a table added without a module; see W_pos"},
+        gives="last_hidden_state",
+        position="embeddings.position_embeddings",
+        patch="embeddings.patch_embeddings.projection",
+        n_class=1,
+    )
+)
+_MOUNT = Mount("beit", run="", gives="logits", project="classifier.weight.T")
+register(Mounts("beit_classifier", "tower", ("transformers:BeitForImageClassification",), {"vision": _MOUNT}))
