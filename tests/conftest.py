@@ -1,16 +1,36 @@
-"""Offline, single-threaded where it is faster, and repeatable."""
+"""Offline, repeatable, and with the shapes checked that modules declare."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Before anything imports nnsight, which puts `.save` on every object: beartype cannot load after that.
 import beartype  # noqa: F401
+import jaxtyping
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def with_shapes() -> list[str]:
+    """The modules of ours that declare shapes.
+
+    Only they are checked: on the way of every call of every module the checks would take a third of the time.
+    """
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for package in ("mm_adapters", "methods_multimodal")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if path.name != "__init__.py" and "from jaxtyping import" in path.read_text()
+    ]
+
+
+jaxtyping.install_import_hook(with_shapes(), "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

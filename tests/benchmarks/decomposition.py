@@ -6,10 +6,6 @@ python -m tests.benchmarks.decomposition [--small]
 from __future__ import annotations
 
 import argparse
-import resource
-import subprocess
-import sys
-import time
 import warnings
 from typing import Any
 
@@ -23,6 +19,8 @@ from methods_multimodal.decomposition import decompose
 from methods_multimodal.moments import Moments
 from methods_multimodal.second_order import second_order
 from methods_multimodal.text_span import text_span
+from tests.benchmarks._memory import peak
+from tests.benchmarks._paired import paired, ratio
 
 LIMITS = {"time, all rows / ours": (8.0, None), "memory, ours / all rows": (None, 1 / 3),
           "memory, many images / a tenth": (None, 1.05),
@@ -77,29 +75,21 @@ def all_rows(model: Any, pixels: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def one(which: str, small: bool) -> tuple[float, float]:
-    """Seconds of processor time for a decomposition, and memory on top of model and pixels, in MiB."""
-    layers, rows = (2, 1) if small else (3, 1)
-    module = vit(layers, small)
-    pixels = torch.randn(rows, 3, *(2 * [module.config.image_size]))
+def heads(small: bool, rounds: int) -> dict[str, float]:
+    """A decomposition beside the formulation as it is written: its time, and memory on top of the model."""
+    module = vit(2 if small else 3, small)
+    pixels = torch.randn(1, 3, *(2 * [module.config.image_size]))
     model = mm.HookedModel(module)
-    with torch.no_grad():
-        module(pixels)
-    before = peak_mib()
-    start = time.process_time()
-    if which == "ours":
-        decompose(model, images=pixels)
-    else:
-        all_rows(module, pixels)
-    return time.process_time() - start, peak_mib() - before
+    works = {"all rows": lambda: all_rows(module, pixels), "ours": lambda: decompose(model, images=pixels)}
+    seconds = paired(works, rounds)
+    return {
+        "time, all rows / ours": ratio(seconds, "all rows", "ours"),
+        "memory, ours / all rows": peak(works["ours"]) / peak(works["all rows"]),
+    }
 
 
-def stream(n_images: int, small: bool) -> float:
-    """Names all heads of a B/16 from a simulated stream of what they wrote; peak memory in MiB."""
+def stream(n_images: int, small: bool) -> None:
+    """Names all heads of a B/16 from a simulated stream of what they wrote."""
     layers, heads, d_head, width = (2, 4, 64, 128) if small else (12, 12, 64, 512)
     g = torch.Generator().manual_seed(0)
     basis = torch.randn(layers, heads, d_head, width, generator=g)
@@ -110,28 +100,17 @@ def stream(n_images: int, small: bool) -> float:
     for layer in range(layers):
         for head in range(heads):
             text_span(moments[layer, head], texts, 80, 20)
-    return peak_mib()
 
 
-def neurons(small: bool) -> tuple[float, float]:
-    """MiB that second-order effects of every neuron of a layer take, and what [tokens, neurons, d] would."""
+def neurons(small: bool) -> float:
+    """The share of [tokens, neurons, d] that second-order effects of every neuron of a layer take."""
     module = vit(3, small)
     pixels = torch.randn(2, 3, *(2 * [module.config.image_size]))
     model = mm.HookedModel(module)
-    with torch.no_grad():
-        module(pixels)
-    before = peak_mib()
     found = second_order(model, images=pixels, layer=0)
     tokens, width = (module.config.image_size // 16) ** 2 + 1, module.config.hidden_size
-    full = 2 * tokens * found.amounts.shape[2] * width * 4 / 2**20
-    return peak_mib() - before, full
-
-
-def in_a_process(what: str, small: bool) -> list[float]:
-    """One measurement in a process of its own, as its peak memory is the process's."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.decomposition", "--only", what]
-    done = subprocess.run(command + ["--small"] * small, check=True, capture_output=True, text=True)
-    return [float(v) for v in done.stdout.split()]
+    full = 2 * tokens * found.amounts.shape[2] * width * 4
+    return peak(lambda: second_order(model, images=pixels, layer=0)) / full
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,31 +118,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--small", action="store_true", help="Narrow shapes, in seconds; only memory has a limit"
     )
-    parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    if options.only:
-        what, _, count = options.only.partition(":")
-        if what == "stream":
-            print(stream(int(count), options.small))
-        else:
-            print(*(neurons(options.small) if what == "neurons" else one(what, options.small)))
-        return 0
-    rounds = 1 if options.small else 3
-    pairs = [
-        (in_a_process("ours", options.small), in_a_process("all rows", options.small)) for _ in range(rounds)
-    ]
-    rows = {
-        "time, all rows / ours": sorted(b[0] / a[0] for a, b in pairs)[rounds // 2],
-        "memory, ours / all rows": sorted(a[1] / b[1] for a, b in pairs)[rounds // 2],
-    }
+    rows = heads(options.small, rounds=3)
     few, many = (1000, 10_000) if options.small else (10_000, 100_000)
-    sizes = [in_a_process(f"stream:{n}", options.small)[0] for n in (few, many)]
+    sizes = [peak(lambda n=n: stream(n, options.small)) for n in (few, many)]
     rows["memory, many images / a tenth"] = sizes[1] / sizes[0]
-    used, full = in_a_process("neurons", options.small)
-    rows["memory, second order / [tokens, neurons, d]"] = used / full
-    print(f"named {many} images: {sizes[1]:.0f} MiB; {few}: {sizes[0]:.0f} MiB")
+    rows["memory, second order / [tokens, neurons, d]"] = neurons(options.small)
+    print(f"named {many} images: {sizes[1] / 2**20:.1f} MiB; {few}: {sizes[0] / 2**20:.1f} MiB")
     missed = 0
     for name, value in rows.items():
         low, high = LIMITS.get(name, (None, None))
