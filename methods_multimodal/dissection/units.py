@@ -54,7 +54,7 @@ class Units:
 
     @property
     def _looped(self) -> bool:
-        return self.described.tower == self.model.sitemap.mounts.loop
+        return self.described.tower in self.model.sitemap.loops
 
     def maps(self, inputs: Mapping[str, Any]) -> Float[Tensor, "image unit row column"]:
         """Each unit's activation at each place of each picture of these inputs, in float32."""
@@ -97,7 +97,7 @@ class Units:
 
     @property
     def _guided(self) -> bool:
-        return self._looped and self.model.sitemap.mounts.guidance is not None
+        return self.model.sitemap.loops.get(self.described.tower) is not None
 
     def _on_grid(
         self, value: Float[Tensor, "row pos unit"], inputs: Mapping[str, Any]

@@ -49,4 +49,4 @@ def test_every_record_equals_attention_map_diffusers(table: dict[str, Tensor]) -
         module = site.module.removeprefix("unet.")
         for step, pattern in enumerate(run[site.name]):
             (peer,) = (v for k, v in records.items() if k.endswith(f"{module}/{step}"))
-            torch.testing.assert_close(pattern[0, :, ::4], peer, rtol=0, atol=1e-6)
+            torch.testing.assert_close(pattern[0, :, ::4].float(), peer, rtol=0, atol=1e-6)
