@@ -73,7 +73,7 @@ class ForkingPool(host.Pool):
         super().__init__(*args, model_key=model_key, trust_remote_code=trust_remote_code, **kwargs)
 
     def acquire(self, timeout: float = 30.0) -> host.Sandbox:
-        while (made := super().acquire(timeout)).process.poll() is not None:
+        while (made := super().acquire(timeout)).process.poll() is not None or made.process.orphaned:
             made.stop()  # It has ended while it waited for a job.
         return made
 

@@ -32,12 +32,17 @@ _INHERITED = (MARK, "SPT_NOENV", "TMPDIR")
 class Runner:
     """A forked process, with what NDIF asks of a subprocess.Popen."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
+    def __init__(self, pid: int, parent: subprocess.Popen[bytes]) -> None:
+        self.pid, self.parent = pid, parent
         try:
             self.handle: int | None = os.pidfd_open(pid)
         except ProcessLookupError:
             self.handle = None  # It has ended already.
+
+    @property
+    def orphaned(self) -> bool:
+        """It dies with its parent: where that has ended, it has or is about to."""
+        return self.parent.poll() is not None
 
     def poll(self) -> int | None:
         """None while it runs."""
@@ -91,7 +96,7 @@ class Nursery:
                 pid = self._ask(f"{path} {peers}\n")
         if not pid:
             raise RuntimeError(f"no runner within {WARM_WITHIN_S} s: {' '.join(self.command)}")
-        return path, Runner(int(pid))
+        return path, Runner(int(pid), self.process)
 
     def close(self) -> None:
         self.process.kill()

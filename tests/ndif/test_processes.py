@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from integrations.ndif.commands import state
+from integrations.ndif.nursery import Runner
 from integrations.ndif.processes import MARK, end, mark, marked, new_run, parent_of
 from tests.ndif.conftest import command
 
@@ -175,3 +176,19 @@ def test_a_number_that_is_another_programs_by_now_is_no_service(
     (tmp_path / "service.json").write_text(json.dumps(told))
     assert state() is None
     assert command("status").returncode == 1
+
+
+def test_a_runner_whose_parent_has_ended_is_given_to_nobody() -> None:
+    parent = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "60"])
+    runner = Runner(child.pid, parent)
+    try:
+        assert not runner.orphaned
+        parent.kill()
+        parent.wait()
+        assert runner.orphaned
+        assert runner.poll() is None  # Nor has it ended yet: the kernel tells it last of all.
+    finally:
+        child.kill()
+        child.wait()
+    assert runner.poll() == 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,9 @@ def test_a_process_that_dies_fails_its_own_job_and_no_other(service: str, load: 
             __import__("os").kill(__import__("os").getpid(), 9)
     (_, nursery, seen), _ = job(load, service)
     assert seen == 1
+    handle = os.pidfd_open(nursery)
     os.kill(nursery, signal.SIGKILL)
+    assert select.select([handle], [], [], 60)[0]  # Its memory goes first, its children then.
+    os.close(handle)
     again = [job(load, service)[0] for _ in range(2)]  # The one that was ready for the first is gone too.
     assert all(parent != nursery and seen == 1 for _, parent, seen in again)
