@@ -19,13 +19,15 @@ from mm_adapters import InputError
 
 Weights = Mapping[str, Tensor]
 
+_PAPER_STEP, _PAPER_EXAMPLES = 0.01, 118_000  # Its model of MSCOCO.
+
 
 def unlearning_scores(
     task: Task,
     examples: Examples,
     queries: Batch,
     *,
-    step: float = 0.01,
+    step: float | None = None,
     fisher: Weights | None = None,
     damping: float = 1e-3,
     folder: str | Path | None = None,
@@ -40,18 +42,19 @@ def unlearning_scores(
     parameters are what moves: the paper's are the cross-attention's keys and values
     (`parameters="cross_attention_kv"`). `damping` is added to the Fisher, in shares of its mean.
 
-    `step` is the paper's, for N = 118,000. With few examples, and a model that knows them by heart (a small
-    Fisher), as large a step breaks the model: every loss rises, and scores say how easily, not for which
-    query. Then pass one that keeps the paper's step / N, 0.01 N / 118,000, where half the step halves scores.
+    `step` over N is the paper's unless it is given: 0.01 N / 118,000. The paper's step itself, 0.01, breaks
+    a model that knows few examples by heart (a small Fisher): every loss rises, and scores say how easily,
+    not for which query. A good step is one where half of it halves scores.
     With a `folder`, each query is written as it is done, and a run that was killed goes on.
 
     Source: Wang et al. 2024, arXiv 2406.09408, section 3.
     Raises: InputError for a step or damping that is not positive, or a folder of another run.
     """
+    n, n_queries = n_examples(examples), len(queries["index"])
+    step = _PAPER_STEP * n / _PAPER_EXAMPLES if step is None else step
     if step <= 0 or damping <= 0:
         raise InputError(f"Step and damping are positive, not {step} and {damping}.")
     weights, constants, measure = task.weights(), task.constants(), task.measures[0]
-    n, n_queries = n_examples(examples), len(queries["index"])
     done = Path(folder) if folder is not None else None
     if done is not None:
         _claim(done, task, examples, queries, step, damping, weights)

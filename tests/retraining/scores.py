@@ -49,8 +49,6 @@ TIMESTEPS = 20
 PROJECTION = Projection("sparse", 2048)
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 NONE = (0.0,)
-# Unlearning's step over the number of examples is that of its paper (0.01 for 118,000).
-STEP = 0.01 * N_TRAIN / 118_000
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class Subject:
         )
 
     def unlearning(
-        self, parameters: str | Sequence[str] = "all", step: float = STEP
+        self, parameters: str | Sequence[str] = "all", step: float | None = None
     ) -> Callable[[float], Tensor]:
         """Scores by unlearning, with the Fisher information made once."""
         task, train = self.task(10, parameters=parameters), self.training.examples()

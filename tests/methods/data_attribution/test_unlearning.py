@@ -106,6 +106,12 @@ def test_what_is_done_is_not_done_again_and_the_end_is_the_same(
         unlearning_scores(task, examples, queries, step=0.5, folder=tmp_path / "run")
 
 
+def test_the_step_of_each_example_is_the_papers_unless_it_is_given() -> None:
+    _, task, examples, queries = subject()
+    found = unlearning_scores(task, examples, queries)
+    torch.testing.assert_close(found, unlearning_scores(task, examples, queries, step=0.01 * 12 / 118_000))
+
+
 def test_a_step_that_goes_nowhere_is_refused() -> None:
     _, task, examples, queries = subject()
     with pytest.raises(InputError, match="positive"):
