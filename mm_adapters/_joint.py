@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -28,6 +29,59 @@ def prompt_layout(
     return text_layout(texts, tokenizer, ids)
 
 
+def template_layout(
+    pipeline: Any, template: tuple[str, str], tokenizer: Any, texts: Sequence[str]
+) -> TokenLayout:
+    """What each position is of prompts that a pipeline puts into a text of its own, padded to the longest.
+
+    The words are those of the prompts.
+    """
+    around, start = (getattr(pipeline, name) for name in template)
+    given = [around.format(text) for text in texts]
+    limit = pipeline.tokenizer_max_length + start
+    options = {"padding": True, "max_length": limit, "truncation": True, "return_tensors": "pt"}
+    made = tokenizer(given, **options)
+    whole = text_layout(given, tokenizer, made.input_ids, made.attention_mask)
+    at = around.index("{}")
+
+    def own(found: Sequence[Word], text: str) -> tuple[Word, ...]:
+        seen: Counter[str] = Counter()
+        words = []
+        for word in found:
+            first, last = (place - at for place in word.span)
+            if first >= 0 and last <= len(text):
+                key = word.text.casefold()
+                words.append(replace(word, span=(first, last), occurrence=seen[key]))
+                seen[key] += 1
+        return tuple(words)
+
+    words, marks = (tuple(map(own, each, texts)) for each in (whole.words, whole.marks))
+    return replace(whole, texts=tuple(texts), words=words, marks=marks)
+
+
+def seen_of(layout: TokenLayout, start: int, n: int | None) -> TokenLayout:
+    """The layout of `n` tokens from `start` on, moved to each row's beginning if padding comes first."""
+    rows = range(layout.n_rows)
+    first = [next((p for p, role in enumerate(layout.roles[r]) if role != "pad"), 0) + start for r in rows]
+    longest = max(sum(role != "pad" for role in layout.roles[r]) - start for r in rows)
+    size = max(min(longest, n or longest), 0)
+
+    def words(field: str) -> tuple[tuple[Word, ...], ...]:
+        return tuple(
+            tuple(
+                replace(word, positions=tuple(p - first[r] for p in word.positions))
+                for word in getattr(layout, field)[r]
+                if all(0 <= p - first[r] < size for p in word.positions)
+            )
+            for r in rows
+        )
+
+    roles = ((*layout.roles[r][first[r] :], *("pad",) * size)[:size] for r in rows)
+    return TokenLayout(
+        roles=tuple(roles), texts=layout.texts, words=words("words"), marks=words("marks")
+    )
+
+
 def prompt_layouts(
     pipeline: Any,
     sites: SiteMap,
@@ -41,11 +95,14 @@ def prompt_layouts(
     `options` are the pipeline's: `height` and `width` in pixels, `max_sequence_length`, and with an
     IP-Adapter `ip_adapter_image` or `ip_adapter_image_embeds`.
     """
+    template = sites.mounts.template
     defaults = {n: p.default for n, p in inspect.signature(type(pipeline).__call__).parameters.items()}
     given = {k: options.get(k, defaults.get(k)) for k in ("height", "width", "max_sequence_length")}
     found: dict[str, TokenLayout] = {}
     for name, tower in sites.towers.items():
-        if tower.record.role == "text" and tokenizer_of(name) is not None:
+        if template is not None and name in sites.mounts.joint_text:
+            found[name] = template_layout(pipeline, template, tokenizer_of(name), texts)
+        elif tower.record.role == "text" and tokenizer_of(name) is not None:
             context = _context(tower.module)
             # Towers without a limit of their own are given the pipeline's.
             length = None if context else given["max_sequence_length"]
@@ -54,6 +111,9 @@ def prompt_layouts(
     joint = None if denoiser is None else denoiser.record.joint
     if denoiser is not None and joint is not None and found.keys() >= {*sites.mounts.joint_text}:
         parts = [found[name] for name in sites.mounts.joint_text]
+        if template is not None:
+            start, n = getattr(pipeline, template[1]), given["max_sequence_length"]
+            parts = [seen_of(part, start, n) for part in parts]
         grid = _grid(pipeline, denoiser.module, given)
         found[denoiser.name] = joint_layout(parts, grid, joint.first == "text")
     pictures = _pictures(options)
@@ -132,7 +192,7 @@ def _grid(pipeline: Any, denoiser: Any, given: Mapping[str, Any]) -> tuple[int, 
     packed = denoiser.config.patch_size
     # What comes in may have a picture beside the latents; what goes out has not.
     channels = getattr(denoiser.config, "out_channels", None) or denoiser.config.in_channels
-    if channels == 4 * pipeline.vae.config.latent_channels:
+    if channels == 4 * getattr(pipeline.vae.config, "latent_channels", 0):
         packed *= 2  # Four latents make one of the denoiser's channels.
     height, width = ((given[k] or pipeline.default_sample_size * scale) for k in ("height", "width"))
     return height // scale // packed, width // scale // packed

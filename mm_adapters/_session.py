@@ -273,6 +273,13 @@ def _by_step(values: list[Tensor], parts: list[int]) -> list[Tensor]:
             steps[-1].append(value)
         else:
             steps.append([value])
+    for step in steps:
+        if len({value.shape[1:] for value in step}) > 1:
+            shapes = " and ".join(str(list(value.shape)) for value in step)
+            raise InputError(
+                f"The calls of one step have {shapes}, for their prompts differ in length: "
+                'read rows="cond" or rows="uncond", or reduce them to one shape.'
+            )
     return [step[0] if len(step) == 1 else torch.cat(step) for step in steps]
 
 

@@ -84,10 +84,10 @@ class SiteMap:
         self.absent: dict[str, Site] = {}
         for name, mount in self.mounts.towers.items():
             # A pipeline may leave a component out, and those of one family differ in what they take.
-            optional = self.mounts.loop is not None
-            module = getattr(model, mount.path, None) if optional else resolve(model, mount.path)
-            if module is None:
+            component = mount.path.partition(".")[0]
+            if self.mounts.loop is not None and getattr(model, component, None) is None:
                 continue
+            module = resolve(model, mount.path)
             record = by_name(Tower, mount.tower) if mount.tower else find(Tower, module)
             path = mount.path
             inner = find(Mounts, module) if record is None else None

@@ -261,6 +261,8 @@ class Mounts:
     loops of their own call before or after it (a prior, a stage that makes the picture larger), and
     what is called once with a loop's rows; each with its guidance.
     `joint_text` are the text towers whose sequences, one after the other, are the text of a joint attention.
+    `template` names the pipeline's attributes with the text around each prompt ("{}" is its place), and with
+    how many tokens of it the denoiser does not see; such prompts are as long as the longest of them.
     `image_token` is the config's attribute with the token that stands for image features; `images`
     says how they lie there (its vision tower's `images` otherwise). `prompt` is what a text has in an
     image's place, with the processor's own attributes; None if the processor makes places itself.
@@ -278,6 +280,7 @@ class Mounts:
     prompt: str | None = "{image_token}"
     logit_scale: str | None = None
     joint_text: tuple[str, ...] = ()
+    template: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ class HookedModel(Wrapped, HookedRootModule):
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
         """What each position of a pipeline's prompts is, padded as the pipeline pads them."""
+        if self.sitemap.mounts.template is not None:
+            return self.layout(text=texts)[tower]
         return prompt_layout(self.tower(tower).cfg.n_ctx, self.tokenizer_of(tower), texts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

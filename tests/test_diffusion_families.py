@@ -96,6 +96,44 @@ def test_a_joint_layout_says_which_positions_are_text_and_which_latents(name: st
     assert min(layout.where("cat")) < len(latents) if text_first else min(layout.where("cat")) >= len(latents)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_prompt_within_a_template_has_its_own_words_where_the_denoiser_sees_them(side: str) -> None:
+    case = tiny.CASES["qwen_image"]()
+    case.model.tokenizer.padding_side = side
+    model = mm.HookedModel(case.model)
+    texts = ["a cat", "a dog draws"]
+    layouts = model.layout(text=texts, height=8, width=12)
+    assert layouts["text"].texts == tuple(texts)
+    for row, (word, n) in enumerate([("cat", 3), ("draws", 5)]):
+        for tower in ("text", "denoiser"):
+            where = layouts[tower].where(word, row=row)
+            assert len(where) == n
+            assert {layouts[tower].roles[row][p] for p in where} == {"word"}
+    with pytest.raises(mm.WordNotFoundError, match="Its words: a, cat"):
+        layouts["denoiser"].where("draw")
+    inputs = case.inputs | {"prompt": texts, "negative_prompt": texts}
+    run = model.run(inputs, read=[mm.Read("denoiser.blocks.0.attn.hook_pattern", steps=[0], rows="cond"),
+                                  mm.Read("denoiser.hook_text_embed", steps=[0], rows="cond")])  # fmt: skip
+    layout = layouts["denoiser"]
+    assert run["denoiser.blocks.0.attn.hook_pattern"].shape[-1] == layout.n_pos
+    # Nobody attends to padding, and to all else somebody does; padding is zeros before it is embedded.
+    attended = run["denoiser.blocks.0.attn.hook_pattern"][0].amax((1, 2)) > 0
+    assert torch.equal(attended, ~layout.mask("pad"))
+
+
+def test_calls_of_one_step_with_prompts_of_two_lengths_are_not_stacked() -> None:
+    case = tiny.CASES["qwen_image"]()
+    inputs = case.inputs | {"negative_prompt": ["a", "b"]}
+    for engine in ("hooked", "nnsight"):
+        model = mm.wrap(case.model, engine=engine)
+        site = "denoiser.blocks.0.hook_text_resid_pre"
+        with pytest.raises(mm.InputError, match='rows="cond"'):
+            model.run(inputs, read=[site])
+        cond = model.run(inputs, read=[mm.Read(site, rows="cond")])[site]
+        uncond = model.run(inputs, read=[mm.Read(site, rows="uncond")])[site]
+        assert cond.shape[2] > uncond.shape[2]
+
+
 def test_a_picture_beside_the_latents_leaves_the_joint_layout_as_it_is() -> None:
     case = td.flux_control()
     model, site = mm.HookedModel(case.model), "denoiser.blocks.0.attn.hook_pattern"

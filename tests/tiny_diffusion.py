@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from PIL import Image
 from tiny import _TEXT, _UNET, _VAE, Case, letter_tokenizer, seeded
+from tiny_vlm import qwen2_5_vl
 from torch import Tensor
 
 _DIRTY = {"clean_caption": False}  # Cleaning needs a parser of HTML.
@@ -134,6 +135,34 @@ def flux() -> Case:
     sizes = {"height": 8, "width": 12, "max_sequence_length": 6}
     guided = {"negative_prompt": ["b", "c"], "true_cfg_scale": 2.0}
     return quiet(pipe, _PROMPTS | sizes | guided, *_LAST_TEXT)
+
+
+_QWEN = {
+    "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+
+
+def qwen_image() -> Case:
+    text = qwen2_5_vl().model
+    frames = {
+        "base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False],
+        "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
+    }  # fmt: skip
+    pipe = df.QwenImagePipeline(
+        transformer=seeded(lambda: df.QwenImageTransformer2DModel(**_QWEN)),
+        scheduler=df.FlowMatchEulerDiscreteScheduler(),
+        vae=seeded(lambda: df.AutoencoderKLQwenImage(**frames)),
+        text_encoder=text,
+        tokenizer=letter_tokenizer(64),
+    )
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "draw {} now", 5
+    guided = {"negative_prompt": ["a rat", "a cow"], "true_cfg_scale": 2.0}
+    last = (f"denoiser.blocks.1.{part}" for part in (
+        "hook_text_attn_out", "hook_text_resid_mid", "text_ln2.*", "text_mlp.*", "hook_text_mlp_out",
+        "hook_text_resid_post",
+    ))  # fmt: skip
+    return quiet(pipe, _PROMPTS | {"height": 8, "width": 12} | guided, *last)
 
 
 # -- transformers that read text by cross-attention, or read none ----------------------------------
@@ -520,7 +549,7 @@ def flux_control() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
-        t5_encoder, sd3_transformer, stable_diffusion_3, flux_transformer, flux, pixart, dit,
+        t5_encoder, sd3_transformer, stable_diffusion_3, flux_transformer, flux, qwen_image, pixart, dit,
         sana_transformer, sana, unconditional, unet2d, deepfloyd_if, deepfloyd_if_second_stage,
         kandinsky, mclip, kandinsky_2_1, kandinsky_3, kandinsky_prior, kandinsky_combined,
         unclip, stable_unclip, stable_unclip_image, ip_adapter,

@@ -80,13 +80,23 @@ def prompt_layouts(
 
     Where text and image attend as one, the positions of that sequence; `options` are the
     pipeline's, for the picture's size.
+
+    Raises: InputError for prompts of several lengths, where a pipeline pads them to the longest.
     """
     loop = model.sitemap.mounts.loop
     given = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
     joint = loop is not None and getattr(model.sitemap.towers[loop].record, "joint", None) is not None
     if joint or "max_sequence_length" in given:
         name = loop if joint else "text"
-        return tuple(model.layout(text=[prompt], **given)[name] for prompt in prompts)
+        found = tuple(model.layout(text=[prompt], **given)[name] for prompt in prompts)
+        if len({layout.n_pos for layout in found}) > 1:
+            lengths = ", ".join(str(len(text_positions(layout))) for layout in found)
+            raise InputError(
+                f"Prompts of {lengths} tokens: {model.sitemap.family} pads prompts to the longest, so where "
+                "the picture begins depends on what else is in the batch. Give one at a time, or as many "
+                "tokens each."
+            )
+        return found
     return tuple(model.prompt_layout("text", [prompt]) for prompt in prompts)
 
 

@@ -18,3 +18,19 @@ register(
         calls="decoder",
     )
 )
+register(
+    Tower(
+        "autoencoder_of_frames",
+        "vae",
+        ("diffusers:AutoencoderKLQwenImage",),
+        {},
+        # A picture is a film of one frame.
+        before={"hook_latent": Input("decoder", axes=("batch", "channel", "frame", "height", "width"))},
+        after={"hook_out": Output("decoder", axes=("batch", "channel", "frame", "height", "width"))},
+        norm=None,
+        takes="sample",
+        gives="sample",
+        pool="none",
+        calls="decoder",
+    )
+)

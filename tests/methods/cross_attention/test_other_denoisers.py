@@ -11,15 +11,19 @@ from torch import Tensor
 
 import mm_adapters as mm
 from methods_multimodal.cross_attention import word_maps
+from mm_adapters import InputError
 
 # "a cat" is start, a, c, a, t, end for the letter tokenizer, in each text encoder that reads it.
 TOKENS = {"a": [1], "cat": [2, 3, 4]}
+# In "draw a cat now" after the first five tokens, which the transformer does not see.
+WITHIN = {"qwen_image": {"a": [0], "cat": [1, 2, 3]}}
 STEPS = 2
 # What the pipeline's text is: the length of each encoder's part, which side of the joint sequence it is on
 # (None: cross-attention), and which patterns of a step are those of text and pixels.
 CASES = {
     "stable_diffusion_3": ((16, 6), "after"),
     "flux": ((6,), "before"),
+    "qwen_image": ((8,), "before"),
     "pixart": ((6,), None),
 }
 
@@ -66,7 +70,7 @@ def test_word_maps_are_the_attention_from_pixels_to_words(name: str, monkeypatch
     n_layers = grid.shape[1]
     # Guidance is a second half of the batch, or a second call of its own: then the text's call comes first.
     calls = len(patterns) // (STEPS * n_layers)
-    for word, tokens in TOKENS.items():
+    for word, tokens in WITHIN.get(name, TOKENS).items():
         for step in range(STEPS):
             for layer in range(n_layers):
                 pattern = patterns[(step * calls) * n_layers + layer][-1]
@@ -93,3 +97,9 @@ def test_word_maps_are_the_attention_from_pixels_to_words(name: str, monkeypatch
     )
     (whole,) = everything.by_grid.values()
     assert (whole.sum(4) <= 1 + 1e-5).all()
+
+
+def test_prompts_of_several_lengths_are_refused_where_the_pipeline_pads_them_to_the_longest() -> None:
+    built = tiny.CASES["qwen_image"]()
+    with pytest.raises(InputError, match="8, 9 tokens"):
+        word_maps(mm.HookedModel(built.model), built.inputs | {"prompt": ["a cat", "a dogs"]})
