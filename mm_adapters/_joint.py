@@ -76,10 +76,9 @@ def seen_of(layout: TokenLayout, start: int, n: int | None) -> TokenLayout:
             for r in rows
         )
 
-    roles = ((*layout.roles[r][first[r] :], *("pad",) * size)[:size] for r in rows)
-    return TokenLayout(
-        roles=tuple(roles), texts=layout.texts, words=words("words"), marks=words("marks")
-    )
+    pads: tuple[Role, ...] = ("pad",) * size
+    roles = tuple((*layout.roles[r][first[r] :], *pads)[:size] for r in rows)
+    return TokenLayout(roles=roles, texts=layout.texts, words=words("words"), marks=words("marks"))
 
 
 def prompt_layouts(
