@@ -108,30 +108,28 @@ def gallery(found: TopImages, data: Any) -> Figure:
     pictures = [np.asarray(p) for p in to_rgb_list([items[i] for i in found.items])]
     cols = 3
     rows = -(-len(pictures) // cols)
-    figure = plt.figure(figsize=(7.6, 1.75 * rows + 0.5), layout="constrained")
-    parts: Any = figure.subfigures(1, 2, width_ratios=(2.1, 1))
+    figure = plt.figure(figsize=(8.4, 1.75 * rows + 0.5), layout="constrained")
+    parts: Any = figure.subfigures(1, 2, width_ratios=(1.9, 1))
     left, right = parts
     axes: Any = left.subplots(rows, cols, squeeze=False)
     top = float(found.maps.max()) if len(pictures) else 1.0
     drawn = None
     for axis in axes.flat:
         axis.axis("off")
-    for axis, picture, heat in zip(axes.flat, pictures, found.maps.tolist(), strict=False):
+    for axis, picture, heat in zip(axes.flat, pictures, found.maps.numpy(), strict=False):
         height, width = picture.shape[:2]
         axis.imshow(picture)
         drawn = axis.imshow(
-            heat, extent=(0, width, height, 0), cmap="inferno", vmin=0, vmax=top or 1, alpha=0.55,
-            interpolation="nearest",
+            heat, extent=(0, width, height, 0), cmap="inferno", vmin=0, vmax=top or 1,
+            alpha=0.75 * heat / (top or 1), interpolation="nearest",
         )  # fmt: skip
     if drawn is not None:
         left.colorbar(drawn, ax=list(axes.flat), shrink=0.6, label="activation")
     chart: Any = right.subplots(1, 1)
     chart.hist(found.histogram.numpy(), bins=24, color="0.35")
     chart.set(xlabel="activation, where active", ylabel="positions (sample)", yscale="log")
-    words = ", ".join(found.words[:4])
-    chart.set_title(
-        f"active at {found.share_active:.2%} of patches" + (f"\n{words}" if words else ""), fontsize=9
-    )
+    words = "".join(f"\n{word}" for word in found.words[:4])
+    chart.set_title(f"active at {found.share_active:.2%} of patches{words}", fontsize=9)
     figure.suptitle(f"latent {found.latent}", fontsize=11)
     return figure
 
