@@ -84,7 +84,14 @@ class Lens(Protocol):
         read: Iterable[str | Read] = (),
         edit: Iterable[Edit] = (),
         grad_of: Callable[[Any], Tensor] | None = None,
-    ) -> Run: ...
+    ) -> Run:
+        """One forward, or one sampling loop: what is read, with what was edited, and how far edits moved it.
+
+        `grad_of` is a scalar function of the output; its gradients at the read sites come back too.
+
+        Raises: MissingSiteError before anything runs; EditNeverFiredError if an edit touched nothing.
+        """
+        ...
 
 
 class Meter:

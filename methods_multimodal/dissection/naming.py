@@ -125,11 +125,13 @@ class Stream:
     def soft_wpmi(
         self, top_k: int = 100, scale: float = 10.0, prior: float = 1.0, **options: float
     ) -> Tensor:
+        """`similarity.soft_wpmi`, of blocks."""
         add = partial(kernels.add_soft_evidence, **options)
         offset = kernels.silent(len(self._texts), top_k, **options)
         return kernels.less_prior(self._by_top(add, top_k, scale), prior, offset)
 
     def wpmi(self, top_k: int = 28, scale: float = 2.0, prior: float = 0.6) -> Tensor:
+        """`similarity.wpmi`, of blocks."""
         return kernels.less_prior(self._by_top(kernels.add_evidence, top_k, scale), prior)
 
     def cosine(self) -> Tensor:
@@ -154,6 +156,7 @@ class Stream:
         return (shared / a_size[:, None].clamp_min(1e-12) / p_size.clamp_min(1e-12)).float()
 
     def cosine_cubed(self) -> Tensor:
+        """`similarity.cosine_cubed`, of blocks."""
         n = len(self._store)
         a_mean = sum(a.double().sum(0) for a, _ in self._blocks()) / n
         e_mean = sum(e.double().sum(0) for _, e in self._blocks()) / n
@@ -175,6 +178,7 @@ class Stream:
         return torch.cat(parts, 1)
 
     def rank_reorder(self, top_share: float = 0.05, **options: Any) -> Tensor:
+        """`similarity.rank_reorder`, of blocks."""
         n_top = int(len(self._store) * top_share)
         if n_top < 2:
             raise InputError(f"The top {top_share:.0%} of {len(self._store)} images are {n_top}: too few.")
