@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from methods_multimodal.cross_attention.cases import Part
 from mm_adapters import InputError
 

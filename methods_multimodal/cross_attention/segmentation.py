@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from methods_multimodal.cross_attention._recipes import unit_range
 from mm_adapters import InputError
 

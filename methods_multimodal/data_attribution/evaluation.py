@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from mm_adapters import InputError
 
 _RESAMPLES = 1000

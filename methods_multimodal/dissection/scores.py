@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control, rankdata
 from torch import Tensor
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 
 Score = Callable[[Tensor], Float[Tensor, "unit concept"]]
 
