@@ -98,8 +98,8 @@ def families(page: Path) -> str:
     rows = ["| family | kind | towers | sites of a tiny one | classes |", "|---|---|---|---|---|"]
     for name, make in tiny.CASES.items():
         model = mm.HookedModel(make().model)
-        towers = ", ".join(f"{t} ({m.record.name})" for t, m in model.sitemap.towers.items())
-        classes = ", ".join(f"`{c}`" for c in model.sitemap.mounts.classes)
+        towers = ", ".join(f"{t} ({m.record.name})" for t, m in model.towers.items())
+        classes = ", ".join(f"`{c}`" for c in model.record.classes)
         rows.append(f"| {name} | {model.kind} | {towers} | {len(model.sitemap)} | {classes} |")
     return "\n".join(rows)
 
