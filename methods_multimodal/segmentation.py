@@ -14,6 +14,7 @@ from torch import Tensor
 
 from methods_multimodal._record import Record
 from methods_multimodal._tower_parts import Model
+from methods_multimodal.core.statistics import iou
 from methods_multimodal.decomposition import decompositions
 from mm_adapters import InputError
 
@@ -120,12 +121,11 @@ def best_threshold(
 ) -> float | None:
     """The threshold with the largest mIoU on these maps, to be used on others."""
     options: list[float | None] = [None, *(round(0.1 * i, 1) for i in range(1, 10))]
-    true = truth.flatten()
+    true = truth.flatten(1)
 
     def mean_iou(option: float | None) -> float:
-        said = above(maps, option).flatten()
-        both, neither = (said & true).sum(), (~said & ~true).sum()
-        return float((both / (said | true).sum() + neither / (~said | ~true).sum()) / 2)
+        said = above(maps, option).flatten(1)
+        return float((iou(said, true) + iou(~said, ~true)) / 2)
 
     return max(options, key=mean_iou)
 

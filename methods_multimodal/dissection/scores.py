@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import false_discovery_control, rankdata
+from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from methods_multimodal._record import Record
+from methods_multimodal.core.statistics import auroc
 
 Score = Callable[[Tensor], Float[Tensor, "unit concept"]]
 
@@ -73,31 +74,6 @@ def cell_iou(
         return shared / (areas - shared).clamp_min(1e-9)
 
     return score
-
-
-def auroc(
-    activations: Float[Tensor, "image unit"], present: Bool[Tensor, "image concept"]
-) -> Float[Tensor, "unit concept"]:
-    """How often a unit is stronger on an image with the concept than on one without; 0.5 is chance.
-
-    NaN for a concept that all images show, or none. Ties count one half.
-    """
-    ranks = torch.from_numpy(rankdata(activations.double().numpy(), axis=0))
-    shown = present.double()
-    n_with = shown.sum(0)
-    n_without = len(shown) - n_with
-    above = ranks.T @ shown - n_with * (n_with + 1) / 2
-    # 0 / 0 is NaN, which is what it should be.
-    return (above / (n_with * n_without)).float()
-
-
-def correlation(
-    activations: Float[Tensor, "image unit"], similarity: Float[Tensor, "image concept"]
-) -> Float[Tensor, "unit concept"]:
-    """Pearson's correlation over images of activation and similarity."""
-    a = activations.double() - activations.double().mean(0)
-    b = similarity.double() - similarity.double().mean(0)
-    return ((a / a.norm(dim=0).clamp_min(1e-12)).T @ (b / b.norm(dim=0).clamp_min(1e-12))).float()
 
 
 @dataclass(frozen=True)
