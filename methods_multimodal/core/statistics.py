@@ -112,7 +112,7 @@ def bootstrap(
     than: Values | None = None,
     paired_draws: bool = True,
     level: float = 0.95,
-    n_resamples: int = 1000,
+    n_resamples: int = 10_000,
     rng: Seed = 0,
 ) -> Estimate:
     """The mean of values and its interval, drawing clusters again, then the draws within each.
