@@ -62,10 +62,10 @@ def attribute(
         raise InputError("journey-trak follows a drawing of at least two --steps: it takes no --image.")
     pictures = read_pictures(train)
 
-    import torch
     from PIL import Image
     from torchvision.transforms.functional import to_pil_image
 
+    from methods_multimodal.core.generators import generator
     from methods_multimodal.data_attribution.encoding import diffusion_examples
     from methods_multimodal.data_attribution.journey import trajectory
     from methods_multimodal.plots.data_attribution import sources
@@ -82,8 +82,7 @@ def attribute(
         traced = trajectory(loaded, [query], n_own=timesteps, n_steps=steps, seed=seed)
         drawn = to_pil_image(traced.pictures[0])
     elif image is None:
-        lots = torch.Generator().manual_seed(seed)
-        drawn = pipe(query, num_inference_steps=steps, generator=lots).images[0]
+        drawn = pipe(query, num_inference_steps=steps, generator=generator(seed)).images[0]
     else:
         drawn = Image.open(image).convert("RGB").resize((side, side))
     if method in ("clip", "pixels"):

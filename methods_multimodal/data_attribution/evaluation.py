@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from methods_multimodal._record import Record
+from methods_multimodal.core.generators import generator
 from methods_multimodal.core.statistics import Estimate, spearman
 from mm_adapters import InputError
 
@@ -99,7 +100,7 @@ def choose_damping(
     each = torch.stack(
         [_rank_correlation(subsets.double() @ scores.double().T, -losses.double()) for scores in made]
     )
-    fold = torch.randperm(n_queries, generator=torch.Generator().manual_seed(seed)) % folds
+    fold = torch.randperm(n_queries, generator=generator(seed)) % folds
     best = torch.empty(n_queries, dtype=torch.long)
     for number in range(folds):
         best[fold == number] = each[:, fold != number].mean(1).argmax()

@@ -12,6 +12,7 @@ from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from methods_multimodal._record import Record
+from methods_multimodal.core.generators import Seed, generator
 from methods_multimodal.core.statistics import auroc
 
 Score = Callable[[Tensor], Float[Tensor, "unit concept"]]
@@ -36,16 +37,16 @@ class Chance(Record):
         return (self.q <= level).nonzero().flatten().tolist()
 
 
-def chance(score: Score, n_images: int, *, n_shuffles: int = 199, seed: int = 0) -> Chance:
+def chance(score: Score, n_images: int, *, n_shuffles: int = 199, seed: Seed = 0) -> Chance:
     """Whether a unit's best score over the concepts is more than chance.
 
     `score(order)` must give the scores [unit, concept] with image i's activations set against the
     concepts of image `order[i]`; the true order is 0, 1, 2 ...
     """
-    made = torch.Generator().manual_seed(seed)
+    rng = generator(seed)
     best = score(torch.arange(n_images)).amax(1)
     shuffled = torch.stack(
-        [score(torch.randperm(n_images, generator=made)).amax(1) for _ in range(n_shuffles)]
+        [score(torch.randperm(n_images, generator=rng)).amax(1) for _ in range(n_shuffles)]
     )
     mean, spread = shuffled.mean(0), shuffled.std(0).clamp_min(1e-12)
     pool = ((shuffled - mean) / spread).flatten().sort().values
