@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import mm_adapters as mm
-from methods_multimodal.logit_attribution import attribute_logits
+from methods_multimodal.lenses.direct_attribution import attribute_logits
 from methods_multimodal.plots import head_shares, mlp_shares
 from mm_adapters.zoo import sample_images
 

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import mm_adapters as mm
-from methods_multimodal.name_heads import name_heads
 from methods_multimodal.plots import head_table
-from methods_multimodal.vocabulary import vocabulary
+from methods_multimodal.text_explanations.name_heads import name_heads
+from methods_multimodal.text_explanations.vocabulary import vocabulary
 from mm_adapters.zoo import world
 
 

@@ -13,10 +13,10 @@ import torch
 from matplotlib.figure import Figure
 
 import mm_adapters as mm
-from methods_multimodal._embed import embed_texts
+from methods_multimodal.core.embed import embed_texts
 from methods_multimodal.plots import picture, text_map
 from methods_multimodal.report._page import as_seen
-from methods_multimodal.segmentation import segment
+from methods_multimodal.text_explanations.segmentation import segment
 from mm_adapters.zoo import sample_images
 
 

@@ -14,11 +14,11 @@ from mm_adapters._errors import (
     UnknownFamilyError,
     WordNotFoundError,
 )
-from mm_adapters._lens import Edit, Lens, Read, Receipt, Run
-from mm_adapters._registry import register
-from mm_adapters._spec import Site
-from mm_adapters._tokens import TokenLayout
 from mm_adapters.loading import load, wrap
+from mm_adapters.records.registry import register
+from mm_adapters.records.spec import Site
+from mm_adapters.runs.lens import Edit, Lens, Read, Receipt, Run
+from mm_adapters.tokens.layout import TokenLayout
 
 if TYPE_CHECKING:
     from mm_adapters.hooked import HookedModel

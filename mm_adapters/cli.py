@@ -48,8 +48,8 @@ def sites(
 
     A name with * is a pattern: it finds that part of all the layers named beside it.
     """
-    from mm_adapters._site_list import listing
     from mm_adapters.loading import load
+    from mm_adapters.sites.listing import listing
 
     loaded = load(model, device="meta" if meta else "cpu")
     found = loaded.sites(pattern)

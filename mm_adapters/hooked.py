@@ -10,26 +10,26 @@ import torch
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 
-from mm_adapters._alone import runner
-from mm_adapters._cache import ModelCache
 from mm_adapters._errors import InputError
-from mm_adapters._joint import prompt_layout
-from mm_adapters._lens import Edit, Read, Run, as_read
-from mm_adapters._points import Points
-from mm_adapters._session import Session
-from mm_adapters._site_point import SitePoint
-from mm_adapters._sitemap import SiteMap
-from mm_adapters._tokens import TokenLayout
-from mm_adapters._tower import HookedTower
-from mm_adapters._wrapped import Wrapped
+from mm_adapters.hooks.wiring import Points
+from mm_adapters.runs.base_model import BaseModel
+from mm_adapters.runs.lens import Edit, Read, Run, as_read
+from mm_adapters.runs.session import Session
+from mm_adapters.sites.single_tower import callable_for
+from mm_adapters.sites.site_map import SiteMap
+from mm_adapters.tl_engine.cache import ModelCache
+from mm_adapters.tl_engine.hook_point import SitePoint
+from mm_adapters.tl_engine.tower import HookedTower
+from mm_adapters.tokens.layout import TokenLayout
+from mm_adapters.tokens.of_prompt import prompt_layout
 
 if TYPE_CHECKING:
-    from mm_adapters._inputs import Inputs
+    from mm_adapters.inputs.prepare import Inputs
 
 _RAW = ("text", "images")
 
 
-class HookedModel(Wrapped, HookedRootModule):
+class HookedModel(BaseModel, HookedRootModule):
     """CLIP, LLaVA or Stable Diffusion with TransformerLens' hooks, cache and towers.
 
     Calling it calls the wrapped model: with that model's own arguments, or with raw `text=` and
@@ -78,14 +78,14 @@ class HookedModel(Wrapped, HookedRootModule):
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
         """What each position of a pipeline's prompts is, padded as the pipeline pads them."""
-        if self.sitemap.mounts.template is not None:
+        if self.sitemap.model_record.template is not None:
             return self.layout(text=texts)[tower]
         return prompt_layout(self.tower(tower).cfg.n_ctx, self.tokenizer_of(tower), texts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped model; raw `text` and `images` are prepared first."""
         self.check_ready()
-        if args and self.sitemap.mounts.loop is not None:
+        if args and self.sitemap.model_record.loop is not None:
             args, kwargs = args[1:], {"prompt": args[0], **kwargs}
         return self.wrapped(*args, **self._arguments(kwargs))
 
@@ -135,7 +135,7 @@ class HookedModel(Wrapped, HookedRootModule):
         Through a sampling loop every value is [step, batch, ...].
         """
         remove = kwargs.get("remove_batch_dim", False)
-        if self.sitemap.mounts.loop is not None:
+        if self.sitemap.model_record.loop is not None:
             output, found = self._cache_loop(*args, **kwargs)
         else:
             output, found = super().run_with_cache(*args, **kwargs)
@@ -168,7 +168,7 @@ class HookedModel(Wrapped, HookedRootModule):
         name = "text" if images is None else "vision"
         tower = self.tower(name)
         ready = self.prepare(text=text, images=images)
-        takes = self.sitemap.mounts.towers[name].takes or self.sitemap.towers[name].record.takes
+        takes = self.sitemap.model_record.towers[name].takes or self.sitemap.towers[name].record.takes
         return tower(ready.pop(takes), return_type="embeds", **ready)
 
     def check_names(self, names: Any, tower: str = "") -> None:
@@ -212,7 +212,7 @@ class HookedModel(Wrapped, HookedRootModule):
         return Session(self.wrapped, self.sitemap, self.points, reads, list(edit), keep_graph)
 
     def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if self.sitemap.mounts.loop is not None:
+        if self.sitemap.model_record.loop is not None:
             return self._pipeline_arguments(kwargs)
         raw = {k: kwargs.pop(k) for k in _RAW if kwargs.get(k) is not None and self._is_raw(k, kwargs[k])}
         if self.inputs is not None:
@@ -236,12 +236,12 @@ class HookedModel(Wrapped, HookedRootModule):
         return {**kwargs, "generator": made if isinstance(seed, list | tuple) else made[0]}
 
     def _call(self, arguments: dict[str, Any], differentiable: bool) -> Any:
-        if differentiable and self.sitemap.mounts.loop is not None:
+        if differentiable and self.sitemap.model_record.loop is not None:
             arguments.setdefault("output_type", "pt")
             # Pipelines are decorated with no_grad; the plain function is underneath.
             plain: Any = type(self.wrapped).__call__
             return plain.__wrapped__(self.wrapped, **arguments)
-        return runner(self.wrapped, self.sitemap, arguments)(**arguments)
+        return callable_for(self.wrapped, self.sitemap, arguments)(**arguments)
 
     def _cache_loop(
         self,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import mm_adapters._before_nnsight  # noqa: F401
+import mm_adapters.nnsight_engine.import_order  # noqa: F401
 
 # isort: split
-from mm_adapters._lens import Run
-from mm_adapters._remote_backend import Dispatch
-from mm_adapters._remote_errors import (
+from mm_adapters.ndif_client.backend import Dispatch
+from mm_adapters.ndif_client.errors import (
     AccessError,
     JobLostError,
     NotServedError,
     ServiceDownError,
     VersionMismatchError,
 )
+from mm_adapters.runs.lens import Run
 
 
 class PendingRun:

@@ -24,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mm_adapters._checkpoint import check_safetensors
 from mm_adapters._errors import CheckpointError, StoreError
-from mm_adapters._store_files import CODES, DTYPES, Mapped
-from mm_adapters._store_manifest import Column, file_name, read_manifest
-from mm_adapters._store_writer import Writer
+from mm_adapters.checkpoints.checks import check_safetensors
+from mm_adapters.storage.files import CODES, DTYPES, Mapped
+from mm_adapters.storage.manifest import Column, file_name, read_manifest
+from mm_adapters.storage.writer import Writer
 
 __all__ = ["Column", "Store", "Writer"]
 

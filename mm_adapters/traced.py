@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, no_type_check
 
-import mm_adapters._before_nnsight  # noqa: F401
+import mm_adapters.nnsight_engine.import_order  # noqa: F401
 
 # isort: split
 import nnsight
@@ -25,37 +25,37 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from mm_adapters._alone import runner
-from mm_adapters._images import opened
-from mm_adapters._lens import Edit, Read, Run, as_read
-from mm_adapters._origin import Origin
-from mm_adapters._points import Points
-from mm_adapters._scan import SiteScanner, for_shapes, shapes_only
-from mm_adapters._session import is_guided
-from mm_adapters._sitemap import SiteMap
-from mm_adapters._spec import Guidance
-from mm_adapters._taps import AttentionTap
-from mm_adapters._traced_batch import PipelineModule, Rows, combine, combine_prompts, n_prompts
-from mm_adapters._traced_call import by_name
-from mm_adapters._traced_engine import SiteInterleaver
-from mm_adapters._traced_named import NamedModel, generated, generator_of, open_named
-from mm_adapters._traced_points import TracedPoint
-from mm_adapters._traced_record import Recorder
-from mm_adapters._traced_remote import JOB
-from mm_adapters._traced_rows import RowBatcher
-from mm_adapters._traced_site import SiteEnvoy, TracedPart
-from mm_adapters._traced_steps import SiteEditor, SiteTracer
-from mm_adapters._wrapped import Wrapped
+from mm_adapters.checkpoints.origin import CheckpointRef
+from mm_adapters.hooks.module_hooks import AttentionHook
+from mm_adapters.hooks.wiring import Points
+from mm_adapters.inputs.images import opened
+from mm_adapters.nnsight_engine.batcher import RowBatcher
+from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS, by_name
+from mm_adapters.nnsight_engine.envoys import SiteEnvoy, TracedPart
+from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
+from mm_adapters.nnsight_engine.invokes import Rows, combine, combine_prompts, n_prompts
+from mm_adapters.nnsight_engine.iteration import SiteEditor, SiteTracer
+from mm_adapters.nnsight_engine.lazy_weights import NamedModel, generated, generator_of, open_named
+from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
+from mm_adapters.nnsight_engine.points import TracedPoint
+from mm_adapters.nnsight_engine.recorder import Recorder
+from mm_adapters.nnsight_engine.scan import SiteScanner, for_shapes, shapes_only
+from mm_adapters.records.spec import Guidance
+from mm_adapters.runs.base_model import BaseModel
+from mm_adapters.runs.lens import Edit, Read, Run, as_read
+from mm_adapters.runs.session import is_guided
+from mm_adapters.sites.single_tower import callable_for
+from mm_adapters.sites.site_map import SiteMap
 
 if TYPE_CHECKING:
-    from mm_adapters._inputs import Inputs
+    from mm_adapters.inputs.prepare import Inputs
     from mm_adapters.remote import PendingRun
 
 _RAW = ("text", "images")
 _KEEP = object()
 
 
-class TracedModel(Wrapped, NamedModel):
+class TracedModel(BaseModel, NamedModel):
     """CLIP, LLaVA or Stable Diffusion for nnsight: its own paths, and every site by its name.
 
     `wrapped` is a module or a pipeline; it keeps its weights and its behaviour. It is called with its
@@ -80,7 +80,7 @@ class TracedModel(Wrapped, NamedModel):
         wrapped: Any,
         *,
         inputs: Inputs | None = None,
-        origin: Origin | None = None,
+        origin: CheckpointRef | None = None,
         task: str | None = None,
         rename: Mapping[Any, Any] | None = None,
         **named: Any,
@@ -102,9 +102,11 @@ class TracedModel(Wrapped, NamedModel):
         engine = self.interleaver
         assert isinstance(engine, SiteInterleaver)
         self._points = Points(wrapped, self.sitemap, lambda site: TracedPoint(site, engine))
-        taps = self._points.taps
-        heads = {engine.envoys[id(t.module)].path: t.n_heads for t in taps if isinstance(t, AttentionTap)}
-        engine.serve(self._points.by_name, taps, self._loop_module())  # type: ignore[arg-type]
+        module_hooks = self._points.module_hooks
+        heads = {
+            engine.envoys[id(t.module)].path: t.n_heads for t in module_hooks if isinstance(t, AttentionHook)
+        }
+        engine.serve(self._points.by_name, module_hooks, self._loop_module())  # type: ignore[arg-type]
         paths = {at: envoy.path for at, envoy in engine.envoys.items()} | {-1: self.path}
         self.rows = Rows(module, self.sitemap, paths, heads)
 
@@ -153,7 +155,7 @@ class TracedModel(Wrapped, NamedModel):
         if self.kind == "diffusion" and fn is None:
             kwargs = self._one_step() | kwargs
         if kwargs.get("remote"):
-            job = {k: kwargs.pop(k) for k in JOB if k in kwargs}
+            job = {k: kwargs.pop(k) for k in REMOTE_OPTIONS if k in kwargs}
             inputs, kwargs = (), self._opened(self.named(inputs, kwargs))
             if self.needs_own_inputs(job["remote"]):
                 kwargs = self.arguments((), kwargs)
@@ -187,7 +189,7 @@ class TracedModel(Wrapped, NamedModel):
         # transformers' pipelines call the arguments of generate so.
         kwargs |= kwargs.pop("generate_kwargs", {})
         reads, edits = list(read), list(edit)
-        remote = {k: kwargs.pop(k) for k in JOB if k in kwargs}
+        remote = {k: kwargs.pop(k) for k in REMOTE_OPTIONS if k in kwargs}
         if reads or edits:
             return self._recorded(self.named(inputs, kwargs), reads, edits, None, fn, **remote)
         tracer = self.trace(*inputs, fn=fn, **kwargs, **remote)
@@ -293,7 +295,7 @@ class TracedModel(Wrapped, NamedModel):
                 return self._module(*args, **for_shapes(kwargs))
         if args or self.kind == "diffusion":
             return self._module(*args, **kwargs)
-        return runner(self._module, self.sitemap, kwargs)(**kwargs)
+        return callable_for(self._module, self.sitemap, kwargs)(**kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         return generated(self, args, kwargs)
@@ -334,7 +336,7 @@ class TracedModel(Wrapped, NamedModel):
 
     def _loop_module(self) -> nn.Module | None:
         for tower in self.sitemap.towers.values():
-            if tower.name == self.sitemap.mounts.loop or tower.record.role == "language":
+            if tower.name == self.sitemap.model_record.loop or tower.record.role == "language":
                 return tower.module
         return None
 

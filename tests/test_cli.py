@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import mm_adapters as mm
 from mm_adapters import cli, zoo
-from mm_adapters._site_list import listing, ranges
+from mm_adapters.sites.listing import listing, ranges
 
 METHODS = EntryPoint("methods", "methods_multimodal.commands:register", cli.GROUP)
 

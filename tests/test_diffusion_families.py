@@ -12,8 +12,8 @@ import tiny_diffusion as td
 import torch
 
 import mm_adapters as mm
-from mm_adapters._attention import attend
-from mm_adapters._attention_text import JointText, attend_onto_text, by_rows, fused
+from mm_adapters.hooks.attention import attend
+from mm_adapters.hooks.text_attention import JointText, attend_onto_text, by_rows, fused
 
 
 def read(case: tiny.Case, *sites: str, **more: Any) -> mm.Run:
@@ -55,7 +55,7 @@ def test_an_edit_of_the_text_part_is_that_edit_of_the_full_pattern(name: str) ->
 
 def test_the_full_pattern_is_never_formed_for_its_text_part(monkeypatch: pytest.MonkeyPatch) -> None:
     case = tiny.CASES["flux_transformer"]()
-    monkeypatch.setattr("mm_adapters._attention.attend", lambda *a, **k: pytest.fail("formed"))
+    monkeypatch.setattr("mm_adapters.hooks.attention.attend", lambda *a, **k: pytest.fail("formed"))
     read(case, "denoiser.blocks.0.attn.hook_pattern_text", "denoiser.single_blocks.0.attn.hook_q")
 
 
@@ -91,7 +91,7 @@ def test_a_joint_layout_says_which_positions_are_text_and_which_latents(name: st
     assert run[site].shape[-1] == layout.n_pos
     assert run[f"{site}_text"].shape[-2:] == (len(latents), n_text)
     # Words are found where the text is: once for each tower whose sequence is part of it.
-    assert len(layout.where("cat", row=0)) == 3 * len(model.sitemap.mounts.joint_text)
+    assert len(layout.where("cat", row=0)) == 3 * len(model.sitemap.model_record.joint_text)
     assert {layout.roles[0][p] for p in layout.where("a cat", row=0)} == {"word"}
     assert min(layout.where("cat")) < len(latents) if text_first else min(layout.where("cat")) >= len(latents)
 

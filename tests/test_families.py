@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import mm_adapters as mm
-from mm_adapters import _registry
-from mm_adapters._spec import Mounts, Tower
+from mm_adapters.records import registry as _registry
+from mm_adapters.records.spec import ModelRecord, Tower
 
 
 @cache
@@ -242,7 +242,7 @@ def test_gradients_at_sites_equal_finite_differences(name: str) -> None:
         assert error <= tolerance, site
 
 
-def _records() -> list[Tower | Mounts]:
+def _records() -> list[Tower | ModelRecord]:
     """Those of models that this transformers has."""
     return [r for r in mm.families.records() if not r.name.startswith(tiny.tiny_vlm.LACKING)]
 
@@ -256,8 +256,8 @@ def _wrapped_alone() -> list[mm.HookedModel]:
 def test_every_registered_class_has_a_tiny_model() -> None:
     built = [case(name)[1] for name in tiny.CASES]
     used = {t.record.name for m in built for t in m.sitemap.towers.values()}
-    mounted = {m.sitemap.mounts.name for m in built}
-    mounted |= {model.sitemap.mounts.name for model in _wrapped_alone()}
+    mounted = {m.sitemap.model_record.name for m in built}
+    mounted |= {model.sitemap.model_record.name for model in _wrapped_alone()}
     for record in _records():
         known = used if isinstance(record, Tower) else mounted
         assert record.name in known, f"No tiny model for {record.name}; add one to tests/tiny.py."
@@ -280,18 +280,18 @@ def test_every_part_a_record_names_is_in_some_tiny_model() -> None:
 def test_every_place_a_record_mounts_a_tower_at_is_in_some_tiny_model() -> None:
     models = [case(name)[1] for name in tiny.CASES] + _wrapped_alone()
     there = {mounted.mount.path for model in models for mounted in model.sitemap.towers.values()}
-    named = {m.path for r in _records() if isinstance(r, Mounts) for m in r.towers.values()}
+    named = {m.path for r in _records() if isinstance(r, ModelRecord) for m in r.towers.values()}
     assert named - there <= {"visual", "text"}  # open_clip's.
 
 
 def test_a_class_has_one_record() -> None:
-    record = next(r for r in mm.families.records() if isinstance(r, Mounts))
+    record = next(r for r in mm.families.records() if isinstance(r, ModelRecord))
     with pytest.raises(ValueError, match="already belongs to"):
-        mm.register(Mounts("another", "contrastive", record.classes, {}))
+        mm.register(ModelRecord("another", "contrastive", record.classes, {}))
 
 
 def test_an_unknown_class_says_what_to_write() -> None:
     with pytest.raises(
-        mm.UnknownFamilyError, match=r"torch:Linear[\s\S]*import register\n[\s\S]*register\(Mounts"
+        mm.UnknownFamilyError, match=r"torch:Linear[\s\S]*import register\n[\s\S]*register\(ModelRecord"
     ):
         _registry.lookup(nn.Linear(2, 2))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FAMILIES = sorted(p for p in (ROOT / "mm_adapters/families").glob("[!_]*.py"))
 MODELS = {"transformers", "diffusers", "open_clip", "timm", "torchvision"}
 # What turns a checkpoint's own words into a model must read them.
-LOADING = {"_load_transformers.py", "_load_diffusers.py", "_load_open_clip.py"}
+LOADING = {"from_transformers.py", "from_diffusers.py", "from_open_clip.py"}
 SOURCES = sorted(
     p for folder in ("mm_adapters", "methods_multimodal", "integrations")
     for p in (ROOT / folder).rglob("*.py")

@@ -15,7 +15,7 @@ from tiny_case import Case, seeded
 from torch import Tensor, nn
 
 import mm_adapters as mm
-from mm_adapters import _registry
+from mm_adapters.records import registry as _registry
 
 PAGE = (Path(mm.__file__).parent / "families" / "README.md").read_text()
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)]
@@ -120,9 +120,9 @@ def written() -> Any:
 
 
 def test_the_page_shows_a_tower_mounts_and_a_builder() -> None:
-    tower, mounts, builder = BLOCKS
+    tower, model_record, builder = BLOCKS
     assert "Tower(" in tower
-    assert "Mounts(" in mounts
+    assert "ModelRecord(" in model_record
     assert "-> Case" in builder
 
 

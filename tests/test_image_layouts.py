@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 import mm_adapters as mm
-from mm_adapters._tokens import TokenLayout
+from mm_adapters.tokens.layout import TokenLayout
 
 I = tiny_vlm.IMAGE  # noqa: E741
 BREAK, END, WHOLE, COLUMN = 50, 51, 52, 53

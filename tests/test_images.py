@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mm_adapters._errors import InputError
-from mm_adapters._images import to_rgb, to_rgb_list
+from mm_adapters.inputs.images import to_rgb, to_rgb_list
 
 RAMP = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
 GRAY = RAMP[:, :, 0]

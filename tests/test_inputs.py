@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from mm_adapters._errors import InputError
-from mm_adapters._inputs import Inputs
-from mm_adapters._inputs_for import inputs_for
+from mm_adapters.inputs.from_model import inputs_for
+from mm_adapters.inputs.prepare import Inputs
 
 _SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 _VISION = {**_SIZE, "image_size": 28, "patch_size": 14}

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from mm_adapters import loading, zoo
-from mm_adapters._checkpoint import check_safetensors, stored_dtype
 from mm_adapters._errors import CheckpointError, InputError, UnknownFamilyError
+from mm_adapters.checkpoints.checks import check_safetensors, stored_dtype
 from mm_adapters.hooked import HookedModel
 
 _SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import mm_adapters as mm
-from mm_adapters._spec import Mounts
+from mm_adapters.records.spec import ModelRecord
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- families: written by tests/test_readme.py -->", "<!-- /families -->"
@@ -21,7 +21,7 @@ def table() -> str:
     for name, make in tiny.CASES.items():
         model = mm.HookedModel(make().model)
         towers = ", ".join(f"{t} ({m.record.name})" for t, m in model.sitemap.towers.items())
-        classes = ", ".join(f"`{c}`" for c in model.sitemap.mounts.classes)
+        classes = ", ".join(f"`{c}`" for c in model.sitemap.model_record.classes)
         rows.append(f"| {name} | {model.kind} | {towers} | {len(model.sitemap)} | {classes} |")
     return "\n".join(rows)
 
@@ -33,7 +33,7 @@ def test_the_family_table_is_what_is_registered(request: pytest.FixtureRequest) 
     if old.strip() != table():
         README.write_text(f"{head}{BEGIN}\n{table()}\n{END}{tail}")
         pytest.fail("The README's table was out of date; it has been written again. Commit it.")
-    assert all(r.name in text or not isinstance(r, Mounts) for r in mm.families.records())
+    assert all(r.name in text or not isinstance(r, ModelRecord) for r in mm.families.records())
 
 
 def test_the_first_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

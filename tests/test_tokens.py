@@ -11,12 +11,12 @@ import pytest
 import tiny_tokenizers as made_here
 import torch
 
-from mm_adapters import _words
 from mm_adapters._errors import InputError, WordNotFoundError
 from mm_adapters._guidance import GuidanceRows
-from mm_adapters._spelling import speller_of
-from mm_adapters._tokens import TokenLayout, language_layout, text_layout, vision_layout
-from mm_adapters._words import spell, split_words
+from mm_adapters.tokens import words as _words
+from mm_adapters.tokens.layout import TokenLayout, language_layout, text_layout, vision_layout
+from mm_adapters.tokens.tokenizers import speller_of
+from mm_adapters.tokens.words import spell, split_words
 
 TEXTS = [
     "a red circle",

@@ -17,7 +17,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from test_families import count_hooks, plain
 
 import mm_adapters as mm
-from mm_adapters._traced_quiet import Place
+from mm_adapters.nnsight_engine.fast_path import LocationState
 from mm_adapters.traced import TracedModel
 
 each_family = pytest.mark.parametrize("name", tiny.CASES)
@@ -26,7 +26,7 @@ each_family = pytest.mark.parametrize("name", tiny.CASES)
 def once(name: str, built: tiny.Case) -> dict[str, Any]:
     """The inputs for one step and one text, as far as the pipeline can: in a second step, or in the second
     call that guidance makes, a block no longer waits, and fused attention rounds otherwise."""
-    loop = both(name)[1].sitemap.mounts.loop
+    loop = both(name)[1].sitemap.model_record.loop
     taken = inspect.signature(type(built.model).__call__).parameters if loop else {}
     # The prior's scheduler divides by the steps less one, and so do unCLIP's.
     fewest = {k: 2 if name == "kandinsky_prior" or k != "num_inference_steps" else 1
@@ -180,12 +180,12 @@ def interrupt(value: torch.Tensor) -> torch.Tensor:
 
 def test_fused_attention_runs_where_no_pattern_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     built, _, traced = both("clip")
-    from mm_adapters import _attention
+    from mm_adapters.hooks import attention as _attention
 
     opened: list[int] = []
     take = _attention._take_sdpa
     monkeypatch.setitem(
-        _attention._TAKES,
+        _attention.KERNELS,
         torch.nn.functional.scaled_dot_product_attention,
         lambda *a, **k: opened.append(1) or take(*a, **k),
     )
@@ -229,7 +229,7 @@ def test_every_site_by_name_in_one_trace_is_bit_equal_to_a_run(name: str) -> Non
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "flux_transformer"])
 def test_the_texts_part_of_a_joint_pattern_is_bit_equal_to_a_run(name: str) -> None:
     built, hooked, traced = both(name)
-    once = {"num_inference_steps": 1, "guidance_scale": 1.0} if hooked.sitemap.mounts.loop else {}
+    once = {"num_inference_steps": 1, "guidance_scale": 1.0} if hooked.sitemap.model_record.loop else {}
     sites = [site for site in in_order(name) if site.endswith("hook_pattern_text")]
     run = hooked.run(built.inputs | once, read=sites)
     with torch.no_grad(), traced.trace(**built.inputs | once):
@@ -237,7 +237,7 @@ def test_the_texts_part_of_a_joint_pattern_is_bit_equal_to_a_run(name: str) -> N
         for site in sites:
             got[site] = traced.site(site)
     for site in sites:
-        expected = run[site][0] if hooked.sitemap.mounts.loop else run[site]
+        expected = run[site][0] if hooked.sitemap.model_record.loop else run[site]
         assert torch.equal(got[site], expected), site
 
 
@@ -308,7 +308,12 @@ def test_what_nobody_waits_for_is_counted_as_what_is_read_and_nothing_is_kept_of
     assert counted([]) == served
     assert min(served.values()) > 0
     assert counted(list(sites)[::3]) == served
-    keeps = [r.inner for tap in traced.points.taps for r in tap.readers if hasattr(r, "inner")]
+    keeps = [
+        r.inner
+        for module_hook in traced.points.module_hooks
+        for r in module_hook.readers
+        if hasattr(r, "inner")
+    ]
     assert keeps
     assert all(getattr(keep.reader, keep.name) is None for keep in keeps)
 
@@ -319,7 +324,7 @@ def test_a_module_that_passes_quietly_still_does_what_others_need() -> None:
     def place(
         keeps: tuple[Any, ...] = (), forgets: tuple[Any, ...] = (), readers: tuple[Any, ...] = ()
     ) -> Place:
-        made = Place()
+        made = LocationState()
         keeping = [(SimpleNamespace(reader=reader), None) for reader in keeps]
         letting_go = [(reader, "base") for reader in forgets]
         made.station = SimpleNamespace(keeps=keeping, forgets=letting_go, readers=[*readers])  # type: ignore[assignment]

@@ -16,8 +16,8 @@ from zoo_inputs import INPUTS
 
 import mm_adapters as mm
 from mm_adapters import zoo
-from mm_adapters._fill import fill
-from mm_adapters._origin import Origin
+from mm_adapters.checkpoints.fill_weights import load_weights_into
+from mm_adapters.checkpoints.origin import CheckpointRef
 from mm_adapters.traced import TracedModel
 
 SITES = {
@@ -52,7 +52,7 @@ def test_tied_weights_stay_tied_and_what_is_no_parameter_is_read_too() -> None:
         empty = type(built.model)(built.model.config)
     empty.lm_head.weight = empty.model.language_model.embed_tokens.weight
     built.model.generation_config.max_new_tokens = 7
-    fill(empty, built.model)
+    load_weights_into(empty, built.model)
     assert empty.lm_head.weight is empty.model.language_model.embed_tokens.weight
     assert not any(x.is_meta for x in (*empty.parameters(), *empty.buffers()))
     assert empty.generation_config.max_new_tokens == 7
@@ -231,7 +231,7 @@ def test_another_pipeline_of_the_same_weights_by_its_name_or_class() -> None:
     assert type(lazy.pipeline).__name__ == "StableDiffusionPipeline"
     assert torch.equal(lazy.run(given, read=["denoiser.hook_out"])["denoiser.hook_out"], expected)
     assert type(lazy.pipeline) is StableDiffusionImg2ImgPipeline
-    assert lazy.origin == Origin("tiny-sd", {"automodel": "AutoPipelineForImage2Image"})
+    assert lazy.origin == CheckpointRef("tiny-sd", {"automodel": "AutoPipelineForImage2Image"})
     both_of_them = torch.cat([picture, picture])
     with torch.no_grad(), lazy.trace(image=both_of_them, strength=0.5, num_inference_steps=4) as tracer:
         with tracer.invoke("a red circle"):
@@ -249,7 +249,7 @@ def test_another_pipeline_of_the_same_weights_by_its_name_or_class() -> None:
 def test_a_whole_pipeline_is_scanned(name: str) -> None:
     built, _, traced = both(name)
     scheduler = built.model.scheduler
-    loop = f"{traced.sitemap.mounts.loop}."
+    loop = f"{traced.sitemap.model_record.loop}."
     sites = [
         s for s in traced.sitemap.sites if s.startswith(loop) and s.endswith(("hook_pattern", "hook_out"))
     ]

@@ -14,8 +14,8 @@ import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
 import mm_adapters as mm
-from mm_adapters._inputs import Inputs
-from mm_adapters._traced_rows import RowBatcher
+from mm_adapters.inputs.prepare import Inputs
+from mm_adapters.nnsight_engine.batcher import RowBatcher
 from mm_adapters.traced import TracedModel
 
 

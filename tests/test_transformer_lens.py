@@ -14,7 +14,7 @@ from transformer_lens import ActivationCache, FactoredMatrix, HookedRootModule, 
 from transformer_lens.utilities import get_act_name
 
 import mm_adapters as mm
-from mm_adapters._tower import HookedTower
+from mm_adapters.tl_engine.tower import HookedTower
 
 
 @cache

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import nn
 
 import mm_adapters as mm
-from mm_adapters import _registry
+from mm_adapters.records import registry as _registry
 
 _VISION = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -111,7 +111,7 @@ def test_a_pipeline_shows_where_its_towers_hang() -> None:
     bert = hf.BertModel(hf.BertConfig(**_TEXT))
     pipe = LDMTextToImagePipeline(vae, bert, None, unet, DDPMScheduler())  # type: ignore[arg-type]
     said = refused(pipe)
-    assert '"denoiser": Mount("unet")' in said
+    assert '"denoiser": TowerMount("unet")' in said
     pasted(said)
     assert "denoiser.blocks.0.cross_attn.hook_pattern" in mm.wrap(pipe).sitemap.sites
 
@@ -132,4 +132,4 @@ def test_what_has_no_blocks_gets_an_outline_and_the_nearest_names() -> None:
     said = refused(nn.Linear(2, 2))
     assert "The nearest by name are" in said
     pasted(said)
-    assert _registry.find(_registry.Mounts, nn.Linear(2, 2)) is not None
+    assert _registry.find(_registry.ModelRecord, nn.Linear(2, 2)) is not None

@@ -22,7 +22,7 @@ from ndif.services.ray.sandbox import host
 from ndif.services.ray.sandbox import model as sandbox
 from nnsight.modeling.mixins.remotable import Remotable
 
-from integrations.ndif.nursery import Nursery
+from integrations.ndif.nursery import ForkServer
 
 # NDIF 0.1.2 (deployments/modeling/base.py) synchronises CUDA after each job, whether it is there or not.
 if not torch.cuda.is_available():
@@ -69,7 +69,7 @@ class ForkingPool(host.Pool):
     """NDIF's pool of runners, which are forked and not started."""
 
     def __init__(self, *args: Any, model_key: str, trust_remote_code: bool, **kwargs: Any) -> None:
-        self.nursery = Nursery(model_key, trust_remote_code, host.runner_env())
+        self.nursery = ForkServer(model_key, trust_remote_code, host.runner_env())
         super().__init__(*args, model_key=model_key, trust_remote_code=trust_remote_code, **kwargs)
 
     def acquire(self, timeout: float = 30.0) -> host.Sandbox:

@@ -70,7 +70,7 @@ class Runner:
             signal.pidfd_send_signal(self.handle, signum)
 
 
-class Nursery:
+class ForkServer:
     """The process that runners of one model are forked from, started again if it should end."""
 
     def __init__(self, model_key: str, trust_remote_code: bool, env: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ PATIENCE_S = 300
 _MARK = "MM_INTERP_NDIF_RUN"  # As service.py; not imported from there, for that would take time.
 
 
-def make_patient(services: ModuleType, patience_s: float = PATIENCE_S) -> None:
+def ray_timeouts(services: ModuleType, patience_s: float = PATIENCE_S) -> None:
     """Makes `get_node` of Ray's services look again until the node is there."""
     look = services.get_node
 
@@ -50,7 +50,7 @@ class _Once(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
-                make_patient(module)
+                ray_timeouts(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -20,7 +20,7 @@ def write(model: Any, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     entries = []
     for i, (key, one) in enumerate(model.interventions.items()):
-        place = model.representations[key]
+        location = model.representations[key]
         if not hasattr(pv, type(one).__name__) and type(one).__name__ not in OWN:
             raise InputError(f"A {type(one).__name__} cannot be saved; save what is inside it.")
         if getattr(one, "change", None) is not None:
@@ -31,10 +31,10 @@ def write(model: Any, folder: Path) -> None:
             {
                 "class": type(one).__name__,
                 "module": type(one).__module__,
-                "layer": place.layer,
-                "component": place.component,
-                "unit": place.unit,
-                "max_number_of_units": place.max_number_of_units,
+                "layer": location.layer,
+                "component": location.component,
+                "unit": location.unit,
+                "max_number_of_units": location.max_number_of_units,
                 "options": _options(one),
             }
         )

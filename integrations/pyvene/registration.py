@@ -10,8 +10,8 @@ from pyvene.models.constants import CONST_INPUT_HOOK, CONST_OUTPUT_HOOK
 from torch import nn
 
 from integrations.pyvene._pipeline import host
-from mm_adapters._sitemap import SiteMap, head_count
-from mm_adapters._spec import Input, Output, Site
+from mm_adapters.records.spec import Input, Output, Site
+from mm_adapters.sites.site_map import SiteMap, head_count
 
 _HOOKS = {Input: CONST_INPUT_HOOK, Output: CONST_OUTPUT_HOOK}
 
@@ -30,20 +30,20 @@ def register(model: Any) -> dict[str, str]:
     modules, dimensions, missing = {}, {}, {}
     for site in sites:
         name, path = component_of(site), _path(site)
-        place = site.place
-        if not isinstance(place, Input | Output) or place.chunk is not None:
+        location = site.location
+        if not isinstance(location, Input | Output) or location.chunk is not None:
             missing[name] = "pyvene reads what a module is given or returns; this is computed inside one"
             continue
         if path is None:
             missing[name] = "its module is not part of the model that pyvene is given"
             continue
-        entry: tuple[Any, ...] = (path, _HOOKS[type(place)])
+        entry: tuple[Any, ...] = (path, _HOOKS[type(location)])
         width = width_of(sites, site, wrapped)
-        if place.heads is not None:
+        if location.heads is not None:
             owner = sites.towers[site.tower].module
             if site.stack is not None and site.layer is not None:
                 owner = owner.get_submodule(sites.towers[site.tower].stacks[site.stack][site.layer])
-            heads = head_count(owner, place.heads)
+            heads = head_count(owner, location.heads)
             entry = (*entry, (card.split_head_and_permute, heads))
             width = None if width is None else width // heads
         # Blocks of one stack may lie under several paths: then each layer is a component of its own.
@@ -80,9 +80,9 @@ def _path(site: Site) -> str | None:
 
 def width_of(sites: SiteMap, site: Site, wrapped: Any) -> int | None:
     """The size of the site's last axis (of a map, its channels), from the weights beside it."""
-    place = site.place
+    location = site.location
     module = attrgetter(site.module)(wrapped) if site.module else wrapped
-    side = "out" if isinstance(place, Output) else "in"
+    side = "out" if isinstance(location, Output) else "in"
     order = (f"{side}_features", f"{side}_channels", "embedding_dim", "embed_dim", "hidden_size")
     for name in order:
         if isinstance(value := vars(module).get(name), int):
@@ -91,7 +91,7 @@ def width_of(sites: SiteMap, site: Site, wrapped: Any) -> int | None:
         return int(module.normalized_shape[-1])
     # A block, an attention, an MLP: as wide as the stream its parts read.
     inner = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    if isinstance(place, Output) and inner:
+    if isinstance(location, Output) and inner:
         last = inner[-1]
         return last.out_features if isinstance(last, nn.Linear) else last.out_channels
     if inner:

@@ -12,7 +12,7 @@ from integrations.pyvene._pipeline import host
 from integrations.pyvene.interventions import BoundlessPositions
 from integrations.pyvene.registration import component_of, register, width_of
 from mm_adapters import InputError
-from mm_adapters._sitemap import SiteMap
+from mm_adapters.sites.site_map import SiteMap
 
 
 def intervention(
@@ -41,7 +41,7 @@ def intervention(
         raise InputError(f"{site}: {missing[name]}. Reach it with model.run(edit=...).")
     name = site if site in table else name
     width = width_of(sites, found, wrapped)
-    if found.place is not None and getattr(found.place, "heads", None) and unit in ("h", "h.pos"):
+    if found.location is not None and getattr(found.location, "heads", None) and unit in ("h", "h.pos"):
         width = int(card.type_to_dimension_mapping[type(host(model))][name][0])
     if width is None:
         raise InputError(f"{site}: its width is not known before it runs; use a site of a block.")

@@ -24,7 +24,7 @@ _KEPT = 2
 
 
 def save(
-    folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mapping[str, Any], place: Any
+    folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mapping[str, Any], sae_site: Any
 ) -> Path:
     """Writes step_N beside its predecessors, of which the last is kept."""
     step = next(iter(trainers.values())).n_training_steps
@@ -40,7 +40,7 @@ def save(
     save_file(
         {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, draft / "state.safetensors"
     )
-    document = {"about": about, "place": place, "trainers": plain}
+    document = {"about": about, "place": sae_site, "trainers": plain}
     (draft / "state.json").write_text(json.dumps(document, indent=1))
     for path in draft.iterdir():
         with path.open("rb") as opened:

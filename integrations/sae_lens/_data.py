@@ -52,15 +52,15 @@ def inputs_of(
         merged = {"text": list(items)}
     else:
         merged = {"images": list(items)}
-    if lens.sitemap.mounts.loop is not None:
+    if lens.sitemap.model_record.loop is not None:
         if "images" in merged and "text" not in merged and "prompt" not in merged:
             raise InputError("A pipeline that draws is given prompts, not images.")
         merged["prompt"] = merged.pop("text", merged.get("prompt"))
         merged.setdefault("seed", list(numbers))
         merged = {"output_type": "latent"} | merged
-    elif lens.sitemap.mounts.kind == "contrastive" and "images" in merged and "text" not in merged:
+    elif lens.sitemap.model_record.kind == "contrastive" and "images" in merged and "text" not in merged:
         merged["text"] = ["."]
-    elif lens.sitemap.mounts.kind == "contrastive" and "text" in merged and "images" not in merged:
+    elif lens.sitemap.model_record.kind == "contrastive" and "text" in merged and "images" not in merged:
         merged["images"] = [Image.new("RGB", (64, 64))]
     return merged | dict(options)
 

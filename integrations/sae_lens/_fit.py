@@ -75,7 +75,7 @@ class Fit:
                 step = self._first.n_training_steps
                 if self._stop is not None or step % self.checkpoint_every == 0:
                     metrics.flush()
-                    _checkpoints.save(checkpoints, self.trainers, self.about, self.provider.place())
+                    _checkpoints.save(checkpoints, self.trainers, self.about, self.provider.sae_site())
                 if self._stop == signal.SIGTERM:
                     raise SystemExit(128 + self._stop)
                 if self._stop is not None:
@@ -156,7 +156,7 @@ class Fit:
     @contextmanager
     def _looked_at(self, name: str, one: SAETrainer[Any, Any]) -> Iterator[Iterator[Tensor]]:
         """A trainer's first batches, before it trains on them."""
-        start = self.provider.place()
+        start = self.provider.sae_site()
         yield (_input_of(name, next(self.provider)) for _ in range(one.cfg.n_batches_for_norm_estimate))
         if not isinstance(self.provider, FromIterator):  # Which cannot go back.
             self.provider.go_to(start)

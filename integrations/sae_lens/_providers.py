@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from integrations.sae_lens._places import Place, Tokens
+from integrations.sae_lens._sites import SAESite, Tokens
 from integrations.sae_lens.collect import batches
 from mm_adapters import InputError, Lens
 from mm_adapters.store import Store
@@ -20,8 +20,8 @@ class Provider(Protocol):
     """Endless batches: for each column a tensor [row, width]. `place` is where it is, in JSON's types."""
 
     def __next__(self) -> Batch: ...
-    def place(self) -> dict[str, int]: ...
-    def go_to(self, place: Mapping[str, int]) -> None: ...
+    def sae_site(self) -> dict[str, int]: ...
+    def go_to(self, sae_site: Mapping[str, int]) -> None: ...
 
 
 class FromStore:
@@ -45,11 +45,11 @@ class FromStore:
         self._at += 1
         return found
 
-    def place(self) -> dict[str, int]:
+    def sae_site(self) -> dict[str, int]:
         return {"batch": self._at}
 
-    def go_to(self, place: Mapping[str, int]) -> None:
-        self._at = place["batch"]
+    def go_to(self, sae_site: Mapping[str, int]) -> None:
+        self._at = sae_site["batch"]
         epoch, start = divmod(self._at, self._per_epoch)
         self._batches = self._store.batches(
             self._size, seed=self._seed, epoch=epoch, start=start, columns=self._columns, drop_last=True
@@ -62,7 +62,7 @@ class FromLens:
     def __init__(
         self,
         lens: Lens,
-        places: Sequence[Place],
+        sae_sites: Sequence[SAESite],
         items: Sequence[Any],
         size: int,
         seed: int,
@@ -73,8 +73,8 @@ class FromLens:
         inputs: Mapping[str, Any] | None,
         buffer_rows: int = 65_536,
     ) -> None:
-        self._options = (lens, places, items, tokens, steps, batch_size, inputs)
-        self._names = [place.name for place in places]
+        self._options = (lens, sae_sites, items, tokens, steps, batch_size, inputs)
+        self._names = [sae_site.name for sae_site in sae_sites]
         self._items, self._size, self._seed = items, size, seed
         self._buffer_rows = max(buffer_rows, size)
         self.go_to({"epoch": 0, "run": 0, "batch": 0})
@@ -85,29 +85,31 @@ class FromLens:
         self._batch += 1
         return self._ready.pop(0)
 
-    def place(self) -> dict[str, int]:
+    def sae_site(self) -> dict[str, int]:
         return {"epoch": self._epoch, "run": self._run, "batch": self._batch}
 
-    def go_to(self, place: Mapping[str, int]) -> None:
+    def go_to(self, sae_site: Mapping[str, int]) -> None:
         # `run` is where the buffer began; what it had given is made again and passed over.
-        self._epoch, self._run, self._next_run = place["epoch"], place["run"], place["run"]
+        self._epoch, self._run, self._next_run = sae_site["epoch"], sae_site["run"], sae_site["run"]
         self._ready: list[Batch] = []
         self._batch = 0
-        if place["batch"]:
+        if sae_site["batch"]:
             self._fill()
-            self._batch = place["batch"]
+            self._batch = sae_site["batch"]
             self._ready = self._ready[self._batch :]
 
     def _fill(self) -> None:
         order = torch.randperm(len(self._items), generator=_seeded(self._seed, self._epoch)).tolist()
-        lens, places, items, tokens, steps, batch_size, inputs = self._options
+        lens, sae_sites, items, tokens, steps, batch_size, inputs = self._options
         if self._next_run * batch_size >= len(order):
             self._epoch, self._next_run = self._epoch + 1, 0
             order = torch.randperm(len(self._items), generator=_seeded(self._seed, self._epoch)).tolist()
         self._run, self._batch = self._next_run, 0
         parts: list[Batch] = []
         n_rows = 0
-        for found in batches(lens, places, items, tokens, steps, batch_size, inputs, self._next_run, order):
+        for found in batches(
+            lens, sae_sites, items, tokens, steps, batch_size, inputs, self._next_run, order
+        ):
             parts.append({name: found[name].float() for name in self._names})
             n_rows += len(parts[-1][self._names[0]])
             self._next_run += 1
@@ -160,11 +162,11 @@ class FromIterator:
         self._rows += len(batch)
         return {self._column: batch}
 
-    def place(self) -> dict[str, int]:
+    def sae_site(self) -> dict[str, int]:
         return {"batch": self._at}
 
-    def go_to(self, place: Mapping[str, int]) -> None:
-        while self._at < place["batch"]:  # It can only be asked again.
+    def go_to(self, sae_site: Mapping[str, int]) -> None:
+        while self._at < sae_site["batch"]:  # It can only be asked again.
             next(self)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from integrations.sae_lens._data import fingerprint, inputs_of, items_of
-from integrations.sae_lens._places import Place, Tokens, layouts_of, place_of, reads_of, rows_of
+from integrations.sae_lens._sites import SAESite, Tokens, layouts_of, place_of, reads_of, rows_of
 from mm_adapters import InputError, Lens
 from mm_adapters.store import Column, Store, Writer
 
@@ -44,7 +44,7 @@ def collect(
     """
     names = [sites] if isinstance(sites, str) else list(sites)
     steps = None if steps is None else sorted(set(steps))
-    places = [place_of(lens, name) for name in names]
+    sae_sites = [place_of(lens, name) for name in names]
     about = {
         "made_by": "integrations.sae_lens.collect",
         "model": lens.sitemap.family,  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ def collect(
         widths = {n: c.shape for n, c in Store(folder, partial=True).columns.items() if n in names}
         pending = None
     else:
-        pending = next(batches(lens, places, items, tokens, steps, batch_size, inputs))
+        pending = next(batches(lens, sae_sites, items, tokens, steps, batch_size, inputs))
         widths = {name: tuple(pending[name].shape[1:]) for name in names}
     columns = {name: Column(widths.get(name, ()), dtype) for name in names}
     columns |= {name: Column((), torch.int32) for name in _WHERE}
@@ -76,7 +76,7 @@ def collect(
                 writer.append(pending, items=min(batch_size, len(items)))
                 bar.update()
                 start = 1
-            for found in batches(lens, places, items, tokens, steps, batch_size, inputs, start):
+            for found in batches(lens, sae_sites, items, tokens, steps, batch_size, inputs, start):
                 writer.append(found, items=batch_size)
                 bar.update()
     return Store(folder)
@@ -84,7 +84,7 @@ def collect(
 
 def batches(
     lens: Lens,
-    places: Sequence[Place],
+    sae_sites: Sequence[SAESite],
     items: Sequence[Any],
     tokens: Tokens,
     steps: Sequence[int] | None,
@@ -95,7 +95,7 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """The rows of one batch of items after the other: a column a place, and item, position, step."""
     numbers = list(range(len(items))) if order is None else list(order)
-    reads = reads_of(lens, places, steps)
+    reads = reads_of(lens, sae_sites, steps)
     for at in range(start * batch_size, len(numbers), batch_size):
         part = numbers[at : at + batch_size]
         given = inputs_of(lens, [items[i] for i in part], part, inputs or {})
@@ -106,7 +106,7 @@ def batches(
                 f"{', '.join(unread)}: nothing was read there. This run does not come by, or not at "
                 f"steps {steps}."
             )
-        found = rows_of(lens, run, places, tokens, layouts_of(lens, given, places))
+        found = rows_of(lens, run, sae_sites, tokens, layouts_of(lens, given, sae_sites))
         where = found.pop("where")
         done = {"item": torch.tensor(part, dtype=torch.int32)[where[:, 0].long()], "position": where[:, 1]}
         step = where[:, 2]

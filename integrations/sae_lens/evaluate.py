@@ -12,7 +12,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from integrations.sae_lens._data import inputs_of, items_of
-from integrations.sae_lens._places import (
+from integrations.sae_lens._sites import (
     Tokens,
     editor,
     layouts_of,
@@ -134,20 +134,20 @@ def evaluate(
     -> [row] (which items the rows are), higher is better, also what is recovered of it
     against zero- and mean-ablation: `zero_shot`, `retrieval`, `answer_likelihood`, or your own.
     """
-    place = check_fit(lens, sae)
+    sae_site = check_fit(lens, sae)
     tokens = tokens or sae.cfg.metadata.token_kind or "all"
     items = items_of(data)
     overall, roles, by_step = _Tally(), {}, {}
     for numbers in _parts(len(items), batch_size):
         given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
-        run = lens.run(given, read=reads_of(lens, [place], steps))
-        value = value_at(run, place)
-        looped = place.site.tower in lens.sitemap.loops  # type: ignore[attr-defined]
+        run = lens.run(given, read=reads_of(lens, [sae_site], steps))
+        value = value_at(run, sae_site)
+        looped = sae_site.site.tower in lens.sitemap.loops  # type: ignore[attr-defined]
         value = value if looped else value[None]
-        layout = layouts_of(lens, given, [place]).get(place.site.tower)
-        layout = layout and stream_of(layout, place, value.shape[2])
+        layout = layouts_of(lens, given, [sae_site]).get(sae_site.site.tower)
+        layout = layout and stream_of(layout, sae_site, value.shape[2])
         assert tokens is not None
-        mask = mask_of(layout, tokens, place, *value.shape[1:3])
+        mask = mask_of(layout, tokens, sae_site, *value.shape[1:3])
         for i, here in enumerate(value):
             x = here[mask].float()
             acts = sae.encode(x)
@@ -187,25 +187,25 @@ def recovered(
     batch_size: int = 32,
 ) -> Recovered:
     """The mean score with the site as it is, reconstructed, zeroed, and set to `mean`."""
-    place = check_fit(lens, sae)
+    sae_site = check_fit(lens, sae)
     items = items_of(data)
-    looped = place.site.tower == lens.sitemap.mounts.loop  # type: ignore[attr-defined]
+    looped = sae_site.site.tower == lens.sitemap.model_record.loop  # type: ignore[attr-defined]
     sums: dict[str, float] = dict.fromkeys(("plain", "sae", "zero", "mean"), 0.0)
     n = 0
     for numbers in _parts(len(items), batch_size):
         given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
-        layout = layouts_of(lens, given, [place]).get(place.site.tower)
+        layout = layouts_of(lens, given, [sae_site]).get(sae_site.site.tower)
         mask = None
         if layout is not None and tokens != "all":
             n_pos = layout.n_pos
             if looped:  # A site of one stream of a joint attention has that stream's positions.
-                n_pos = value_at(lens.run(given, read=reads_of(lens, [place], [0])), place).shape[-2]
-            mask = mask_of(layout, tokens, place, layout.n_rows, n_pos)
+                n_pos = value_at(lens.run(given, read=reads_of(lens, [sae_site], [0])), sae_site).shape[-2]
+            mask = mask_of(layout, tokens, sae_site, layout.n_rows, n_pos)
         edits = {
             "plain": [],
             "sae": splice(lens, sae, mask=mask, rows="cond" if looped else "all"),
-            "zero": [_set(lens, place.site.name, torch.zeros_like(mean), mask)],
-            "mean": [_set(lens, place.site.name, mean, mask)],
+            "zero": [_set(lens, sae_site.site.name, torch.zeros_like(mean), mask)],
+            "mean": [_set(lens, sae_site.site.name, mean, mask)],
         }
         for name, edit in edits.items():
             got = score(lens.run(given, edit=edit).output, numbers).float()
@@ -264,10 +264,10 @@ def noise_recovered(
 
     The SAE (or the zeros) is there at that step only, so every prediction is of the same latent.
     """
-    place = check_fit(lens, sae)
-    loop = place.site.tower
+    sae_site = check_fit(lens, sae)
+    loop = sae_site.site.tower
     if loop not in lens.sitemap.loops:  # type: ignore[attr-defined]
-        raise InputError(f"{place.name} is not in a sampling loop.")
+        raise InputError(f"{sae_site.name} is not in a sampling loop.")
     items = items_of(data)
     errors = {step: [0.0, 0.0] for step in steps}
     for numbers in _parts(len(items), batch_size):
@@ -279,7 +279,7 @@ def noise_recovered(
             read = [Read(site, steps=[step], rows="cond")]
             ways = (
                 splice(lens, sae, steps=[step], rows="cond"),
-                [_set(lens, place.site.name, zero, None, [step])],
+                [_set(lens, sae_site.site.name, zero, None, [step])],
             )
             for which, edits in enumerate(ways):
                 moved = lens.run(given, read=read, edit=edits)[site][0]
@@ -307,14 +307,14 @@ def monosemanticity(
 
 def _set(lens: Any, site: str, vector: Tensor, mask: Tensor | None, steps: Any = None) -> Edit:
     """An edit that puts one vector at all positions, or at those of a mask."""
-    place = place_of(lens, site)
+    sae_site = place_of(lens, site)
 
     def put(flat: Tensor) -> Tensor:
         new = vector.to(flat).expand_as(flat)
         return new.clone() if mask is None else torch.where(mask.to(flat.device)[..., None], new, flat)
 
-    rows: Any = "cond" if place.site.tower in lens.sitemap.loops else "all"
-    return Edit(site, editor(place, put), steps=steps, rows=rows)
+    rows: Any = "cond" if sae_site.site.tower in lens.sitemap.loops else "all"
+    return Edit(site, editor(sae_site, put), steps=steps, rows=rows)
 
 
 def _parts(n: int, size: int) -> list[list[int]]:

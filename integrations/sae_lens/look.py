@@ -15,7 +15,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from integrations.sae_lens._data import inputs_of, items_of
-from integrations.sae_lens._places import layouts_of, reads_of, value_at
+from integrations.sae_lens._sites import layouts_of, reads_of, value_at
 from integrations.sae_lens.splice import check_fit, splice
 from mm_adapters import Edit, HookedModel, InputError, Lens
 
@@ -56,7 +56,7 @@ def top_images(
 
     Raises: InputError if the site has no grid of patches, or words are given and no CLIP.
     """
-    place = check_fit(lens, sae)
+    sae_site = check_fit(lens, sae)
     items = items_of(data)
     chosen = torch.tensor(list(latents))
     best = torch.full((len(chosen), n), -torch.inf)
@@ -68,12 +68,12 @@ def top_images(
     for at in range(0, len(items), batch_size):
         numbers = list(range(at, min(at + batch_size, len(items))))
         given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
-        run = lens.run(given, read=reads_of(lens, [place], None))
-        layout = layouts_of(lens, given, [place]).get(place.site.tower)
+        run = lens.run(given, read=reads_of(lens, [sae_site], None))
+        layout = layouts_of(lens, given, [sae_site]).get(sae_site.site.tower)
         if layout is None or layout.grid is None:
-            raise InputError(f"{place.name} has no grid of patches to draw.")
+            raise InputError(f"{sae_site.name} has no grid of patches to draw.")
         here = [p for p in range(layout.n_pos) if layout.patches[0][p] is not None]
-        acts = sae.encode(value_at(run, place)[:, here].float())[..., chosen]
+        acts = sae.encode(value_at(run, sae_site)[:, here].float())[..., chosen]
         grids = acts.permute(2, 0, 1).unflatten(-1, layout.grid)
         active += (acts > 0).sum((0, 1))
         seen += acts.shape[0] * acts.shape[1]
@@ -102,7 +102,7 @@ def top_images(
 
 def gallery(found: TopImages, data: Any) -> Figure:
     """A picture of one latent: its top images with the activation as a heat map, its histogram, its words."""
-    from mm_adapters._images import to_rgb_list
+    from mm_adapters.inputs.images import to_rgb_list
 
     items = items_of(data)
     pictures = [np.asarray(p) for p in to_rgb_list([items[i] for i in found.items])]

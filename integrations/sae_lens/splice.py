@@ -12,13 +12,13 @@ from sae_lens import SAE
 from sae_lens.analysis.hooked_sae_transformer import _SAEWrapper
 from torch import Tensor
 
-from integrations.sae_lens._places import Place, Tokens, layouts_of, mask_of, place_of
+from integrations.sae_lens._sites import SAESite, Tokens, layouts_of, mask_of, place_of
 from mm_adapters import Edit, HookedModel, InputError, Lens
 
 Change = Callable[[Tensor], Tensor]
 
 
-def check_fit(lens: Any, sae: SAE[Any]) -> Place:
+def check_fit(lens: Any, sae: SAE[Any]) -> SAESite:
     """Where an SAE lives in this model.
 
     Raises: MissingSiteError if there is no such site; InputError if the SAE does not name one.
@@ -47,8 +47,8 @@ def splice(
     where; `steps` and `rows` as in `Edit`. An update's SAE ("OUT - IN") and a transcoder take two
     edits, of which the first only listens.
     """
-    place = check_fit(lens, sae)
-    out = place_of(lens, sae.cfg.metadata.hook_name_out or place.site.name)
+    sae_site = check_fit(lens, sae)
+    out = place_of(lens, sae.cfg.metadata.hook_name_out or sae_site.site.name)
     heard: dict[str, Tensor] = {}
 
     def listen(value: Tensor) -> Tensor:
@@ -58,22 +58,22 @@ def splice(
     def put(value: Tensor) -> Tensor:
         flat = out.flat(value)
         before = flat.new_zeros(())
-        if place.minus is not None:
-            before = place.flat(heard["in"])
+        if sae_site.minus is not None:
+            before = sae_site.flat(heard["in"])
             given = flat - before
-        elif out.site.name != place.site.name:
-            given = place.flat(heard["in"])
+        elif out.site.name != sae_site.site.name:
+            given = sae_site.flat(heard["in"])
         else:
             given = flat
         wanted = flat - before
-        _check_width(sae, given, place)
+        _check_width(sae, given, sae_site)
         new = reconstructed(sae, given, wanted, change, use_error_term) + before
         if mask is not None:
             new = torch.where(mask.to(new.device)[..., None], new, flat)
         return out.like(new.to(value.dtype), value)
 
     edits = [Edit(out.site.name, put, steps=steps, rows=rows)]
-    first = place.minus or (place.site if out.site.name != place.site.name else None)
+    first = sae_site.minus or (sae_site.site if out.site.name != sae_site.site.name else None)
     return edits if first is None else [Edit(first.name, listen, steps=steps, rows=rows), *edits]
 
 
@@ -108,13 +108,13 @@ def add_sae(
 
     Raises: MissingSiteError for an unknown hook; InputError for a wrong width, at the first run.
     """
-    place = check_fit(model, sae)
-    out = place_of(model, sae.cfg.metadata.hook_name_out or place.site.name)
-    if place.minus is not None:
-        raise InputError(f"{place.name} is an update's SAE: use splice(...) and model.run(edit=...).")
+    sae_site = check_fit(model, sae)
+    out = place_of(model, sae.cfg.metadata.hook_name_out or sae_site.site.name)
+    if sae_site.minus is not None:
+        raise InputError(f"{sae_site.name} is an update's SAE: use splice(...) and model.run(edit=...).")
     attached = _attached(model)
-    if place.site.name in attached:
-        attached.pop(place.site.name).stack.close()
+    if sae_site.site.name in attached:
+        attached.pop(sae_site.site.name).stack.close()
     use = sae.use_error_term if use_error_term is None else use_error_term
     wrapper = _SAEWrapper(sae, use_error_term=use)
     new = _Attached(sae, wrapper, use_error_term, tokens)
@@ -122,7 +122,7 @@ def add_sae(
     def put(point: Any, args: Any, value: Tensor) -> Tensor:
         flat = out.flat(value)
         given = flat if wrapper._captured_input is None else wrapper._captured_input
-        _check_width(sae, given, place)
+        _check_width(sae, given, sae_site)
         wrapper.set_token_mask(_token_mask(model, out, tokens, flat))
         try:
             return out.like(wrapper(flat).to(value.dtype), value)
@@ -130,12 +130,12 @@ def add_sae(
             wrapper.set_token_mask(None)
 
     def capture(point: Any, args: Any, value: Tensor) -> None:
-        wrapper.capture_input(place.flat(value))
+        wrapper.capture_input(sae_site.flat(value))
 
-    if out.site.name != place.site.name:
-        _on(model, new.stack, place.site.name, capture)
+    if out.site.name != sae_site.site.name:
+        _on(model, new.stack, sae_site.site.name, capture)
     _on(model, new.stack, out.site.name, put)
-    attached[place.site.name] = new
+    attached[sae_site.site.name] = new
 
 
 def reset_saes(model: HookedModel, act_names: str | Sequence[str] | None = None) -> None:
@@ -157,15 +157,15 @@ def saes(
 ) -> Iterator[HookedModel]:
     """The model with these SAEs attached, and afterwards as it was."""
     wanted = [saes] if isinstance(saes, SAE) else list(saes)
-    places = [check_fit(model, sae).site.name for sae in wanted]
-    before = {name: _attached(model).get(name) for name in places}
+    sae_sites = [check_fit(model, sae).site.name for sae in wanted]
+    before = {name: _attached(model).get(name) for name in sae_sites}
     try:
         for sae in wanted:
             add_sae(model, sae, use_error_term, tokens)
         yield model
     finally:
         if reset_saes_end:
-            reset_saes(model, places)
+            reset_saes(model, sae_sites)
             for old in before.values():
                 if old is not None:
                     add_sae(model, old.sae, old.use_error_term, old.tokens)
@@ -290,18 +290,18 @@ def _inputs(model: HookedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         model.__dict__.pop("_saes_inputs", None)
 
 
-def _token_mask(model: HookedModel, place: Place, tokens: Tokens, flat: Tensor) -> Tensor | None:
+def _token_mask(model: HookedModel, sae_site: SAESite, tokens: Tokens, flat: Tensor) -> Tensor | None:
     """True where the SAE is passed by."""
     if tokens == "all":
         return None
     inputs = model.__dict__.get("_saes_inputs")
     if inputs is None:
         raise InputError("tokens= needs to know the inputs: use run_with_saes, or splice(..., mask=...).")
-    layout = layouts_of(model, inputs, [place]).get(place.site.tower)
+    layout = layouts_of(model, inputs, [sae_site]).get(sae_site.site.tower)
     n_rows, n_pos = flat.shape[:2]
     if layout is not None and set([tokens] if isinstance(tokens, str) else tokens) == {"latent"}:
         n_rows = layout.n_rows  # Latents stand in the same places in every row, whatever its text.
-    mask = mask_of(layout, tokens, place, n_rows, n_pos)
+    mask = mask_of(layout, tokens, sae_site, n_rows, n_pos)
     return ~mask.repeat(len(flat) // n_rows, 1).to(flat.device)
 
 
@@ -312,10 +312,10 @@ def _on(model: HookedModel, stack: ExitStack, site: str, hook: Callable[..., Any
     stack.callback(handle.remove)
 
 
-def _check_width(sae: SAE[Any], given: Tensor, place: Place) -> None:
+def _check_width(sae: SAE[Any], given: Tensor, sae_site: SAESite) -> None:
     if given.shape[-1] != sae.cfg.d_in:
         raise InputError(
-            f"{place.name} has {given.shape[-1]} numbers a position and this SAE takes {sae.cfg.d_in}. It "
+            f"{sae_site.name} has {given.shape[-1]} numbers a position and this SAE takes {sae.cfg.d_in}. It "
             "was trained on another site or another model."
         )
 

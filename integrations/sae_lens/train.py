@@ -21,9 +21,9 @@ from torch import Tensor
 from integrations.sae_lens._data import items_of
 from integrations.sae_lens._fast import FastBatchTopK
 from integrations.sae_lens._fit import Evaluator, Fit
-from integrations.sae_lens._places import Tokens, place_of
 from integrations.sae_lens._providers import FromIterator, FromLens, FromStore, Provider
 from integrations.sae_lens._settings import check, trainer_config
+from integrations.sae_lens._sites import Tokens, place_of
 from integrations.sae_lens.collect import collect
 from mm_adapters import InputError, Lens
 from mm_adapters.store import Store
@@ -127,21 +127,21 @@ def _trainers(
 def _describe(lens: Any, cfg: TrainingSAEConfig, name: str, tokens: Tokens, steps: Any) -> None:
     """What SAELens' metadata says of where the SAE lives."""
     given, _, wanted = (part.strip() for part in name.partition("->"))
-    place = place_of(lens, given)
+    sae_site = place_of(lens, given)
     meta = cfg.metadata
-    meta.hook_name = place.site.name
+    meta.hook_name = sae_site.site.name
     if wanted:
         meta.hook_name_out = place_of(lens, wanted).site.name
-    if place.minus is not None:
-        meta.hook_name_minus = place.minus.name
+    if sae_site.minus is not None:
+        meta.hook_name_minus = sae_site.minus.name
     meta.model_name = lens.sitemap.family
     meta.model_class_name = "mm_adapters"
-    meta.tower = place.site.tower
-    meta.hook_kind = "update" if place.minus is not None else "value"
-    meta.layout = "NCHW" if place.is_map else "NLC"
+    meta.tower = sae_site.site.tower
+    meta.hook_kind = "update" if sae_site.minus is not None else "value"
+    meta.layout = "NCHW" if sae_site.is_map else "NLC"
     meta.token_kind = tokens if isinstance(tokens, str) else list(tokens)
     meta.steps = None if steps is None else list(steps)
-    meta.guidance_rows = "cond" if place.site.tower in lens.sitemap.loops else None
+    meta.guidance_rows = "cond" if sae_site.site.tower in lens.sitemap.loops else None
 
 
 def _provider(
@@ -149,7 +149,7 @@ def _provider(
     seed: int, on_disk: bool, inputs: Any, batch_size: int, needed: int, progress: bool,
 ) -> tuple[Provider, dict[str, Any]]:  # fmt: skip
     columns = list(dict.fromkeys(part.strip() for name in names for part in name.split("->")))
-    places = [place_of(lens, column) for column in columns]
+    sae_sites = [place_of(lens, column) for column in columns]
     if isinstance(data, Store):
         missing = [c for c in columns if c not in data.columns]
         if missing:
@@ -170,7 +170,7 @@ def _provider(
         )  # fmt: skip
         return FromStore(store, columns, size, seed), {"data": store.about}
     streamed = FromLens(
-        lens, places, items, size, seed, tokens=tokens, steps=steps, batch_size=batch_size, inputs=inputs
+        lens, sae_sites, items, size, seed, tokens=tokens, steps=steps, batch_size=batch_size, inputs=inputs
     )
     return streamed, {"data": "streamed", "tokens": tokens, "steps": steps}
 

@@ -27,9 +27,9 @@ from integrations.transformer_lens._components import (
     bare,
 )
 from mm_adapters import HookedModel
-from mm_adapters._settle import has
-from mm_adapters._sitemap import MountedTower
-from mm_adapters._spec import Input, Norm, Output, Place
+from mm_adapters.records.resolve import has
+from mm_adapters.records.spec import Input, Location, Norm, Output
+from mm_adapters.sites.site_map import TowerView
 
 _NAMES = {"vision": "vision_encoder", "projector": "vision_projector"}  # As TransformerLens calls them.
 _QKVO = {"q": "hook_q", "k": "hook_k", "v": "hook_v", "o": "hook_z"}
@@ -94,7 +94,7 @@ class RecordAdapter(ArchitectureAdapter):
         bridge.clear_hook_registry()
         bridge._initialize_hook_registry()
 
-    def _configure(self, root: MountedTower, several: bool) -> None:
+    def _configure(self, root: TowerView, several: bool) -> None:
         sizes = self._hooked.tower(root.name).cfg
         if not sizes.d_model:
             name = type(root.module).__name__
@@ -105,23 +105,25 @@ class RecordAdapter(ArchitectureAdapter):
         self.cfg.is_multimodal = several
         self.cfg.is_visual_model = root.record.role == "vision"
 
-    def _top(self, root: MountedTower) -> dict[str, GeneralizedComponent]:
+    def _top(self, root: TowerView) -> dict[str, GeneralizedComponent]:
         found = self._inside(root, root.path)
         head = root.mount.project or ""
         if root.record.role == "language" and has(self._hooked.wrapped, head.removesuffix(".weight.T")):
             found["unembed"] = bare(Unembedding(head.removesuffix(".weight.T"), config=self.cfg))
         return found
 
-    def _container(self, tower: MountedTower) -> GeneralizedComponent:
+    def _container(self, tower: TowerView) -> GeneralizedComponent:
         inside = self._inside(tower, "")
         ends = [
-            place for name, place in (tower.before | tower.after).items() if name in ("hook_in", "hook_out")
+            location
+            for name, location in (tower.before | tower.after).items()
+            if name in ("hook_in", "hook_out")
         ]
         if ends and all(map(_path, ends)):  # Its module's own input and output are none of them.
             return bare(Inner(tower.path, submodules=inside), keep=())
         return GeneralizedComponent(tower.path, submodules=inside)
 
-    def _inside(self, tower: MountedTower, prefix: str) -> dict[str, GeneralizedComponent]:
+    def _inside(self, tower: TowerView, prefix: str) -> dict[str, GeneralizedComponent]:
         """A tower's embedding, blocks and last norm, where it has them."""
         found: dict[str, GeneralizedComponent] = {}
         if tower.record.embed is not None:
@@ -131,8 +133,8 @@ class RecordAdapter(ArchitectureAdapter):
             # After CLIP's first norm, so that what the blocks add sums to the stream.
             ends = {"embed": "hook_full_embed", "embed_ln": "hook_embed"}
         for name, site in ends.items():
-            if isinstance(place := tower.before.get(site), Output):
-                found[name] = GeneralizedComponent(_join(prefix, place.path))
+            if isinstance(location := tower.before.get(site), Output):
+                found[name] = GeneralizedComponent(_join(prefix, location.path))
         if "ln_final.hook_scale" in tower.after:
             path = _join(prefix, _path(tower.after["ln_final.hook_scale"]))
             found["ln_final"] = bare(NormPart(path, config=self.cfg))
@@ -142,15 +144,15 @@ class RecordAdapter(ArchitectureAdapter):
                 found[name] = bare(Block(path, submodules=self._block(tower, name)))
         return found
 
-    def _block(self, tower: MountedTower, stack: str) -> dict[str, GeneralizedComponent]:
+    def _block(self, tower: TowerView, stack: str) -> dict[str, GeneralizedComponent]:
         """What TransformerLens looks for in a block: norms, attentions, MLPs."""
         blocks = tower.parts[stack]
-        places = {part: place for block in blocks for part, place in block.items()}
+        resolve_parts = {part: location for block in blocks for part, location in block.items()}
         found: dict[str, GeneralizedComponent] = {}
-        for part in dict.fromkeys(name.rpartition(".")[0] for name in places):
+        for part in dict.fromkeys(name.rpartition(".")[0] for name in resolve_parts):
             own = {
-                leaf: place
-                for name, place in places.items()
+                leaf: location
+                for name, location in resolve_parts.items()
                 if (leaf := name.removeprefix(f"{part}.")) != name
             }
             if isinstance(norm := own.get("hook_scale"), Norm):
@@ -165,13 +167,13 @@ class RecordAdapter(ArchitectureAdapter):
             component.optional = not all(any(n.startswith(f"{part}.") for n in block) for block in blocks)
         return found
 
-    def _attention(self, tower: MountedTower, places: dict[str, Place]) -> GeneralizedComponent:
-        linear = _linears(places, _QKVO)
+    def _attention(self, tower: TowerView, resolve_parts: dict[str, Location]) -> GeneralizedComponent:
+        linear = _linears(resolve_parts, _QKVO)
         if linear is not None:
             return bare(Attention(linear[0], config=self._heads(tower), submodules=linear[1]))
-        return GeneralizedComponent(_path(places["hook_pattern"]))
+        return GeneralizedComponent(_path(resolve_parts["hook_pattern"]))
 
-    def _heads(self, tower: MountedTower) -> Any:
+    def _heads(self, tower: TowerView) -> Any:
         if tower.name == self._root:
             return self.cfg
         sizes = self._hooked.tower(tower.name).cfg
@@ -195,17 +197,17 @@ def _join(prefix: str, path: str) -> str:
     return ".".join(p for p in (prefix, path) if p)
 
 
-def _path(place: Place) -> str:
-    return getattr(place, "path", "")
+def _path(location: Location) -> str:
+    return getattr(location, "path", "")
 
 
-def _linears(places: dict[str, Place], sites: dict[str, str]) -> tuple[str, dict[str, Any]] | None:
+def _linears(resolve_parts: dict[str, Location], sites: dict[str, str]) -> tuple[str, dict[str, Any]] | None:
     """The module that holds the projections whose inputs or outputs these sites are, and each of them.
 
     None if they are slices of one projection's output, or lie in the block itself.
     """
-    own = {name: place.path for name, site in sites.items()
-           if isinstance(place := places.get(site), Input | Output) and place.path}  # fmt: skip
+    own = {name: location.path for name, site in sites.items()
+           if isinstance(location := resolve_parts.get(site), Input | Output) and location.path}  # fmt: skip
     steps = zip(*(path.split(".")[:-1] for path in own.values()), strict=False)
     shared = [same[0] for same in itertools.takewhile(lambda each: len(set(each)) == 1, steps)]
     if not shared or len(set(own.values())) < len(own):

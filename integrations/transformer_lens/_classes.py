@@ -6,8 +6,8 @@ from functools import cache
 
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
-from mm_adapters._spec import Mounts, Stack, Tower
 from mm_adapters.families import records
+from mm_adapters.records.spec import ModelRecord, Stack, Tower
 
 _KINDS = {
     "contrastive": "it is two towers and a bridge is one: bridge model.vision_model or model.text_model",
@@ -52,10 +52,10 @@ def _judged() -> dict[str, str | None]:
     return dict(sorted(found.items()))
 
 
-def _reason(record: Tower | Mounts, library: str, name: str) -> str | None:
+def _reason(record: Tower | ModelRecord, library: str, name: str) -> str | None:
     if name in SUPPORTED_ARCHITECTURES:
         return "TransformerLens has it"
-    if isinstance(record, Mounts) and record.kind in _KINDS:
+    if isinstance(record, ModelRecord) and record.kind in _KINDS:
         return _KINDS[record.kind]
     if isinstance(record, Tower) and record.role in _ROLES:
         return _ROLES[record.role]

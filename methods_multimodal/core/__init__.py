@@ -1,0 +1,1 @@
+"""What methods share: records, batches, progress, what they ask of a model."""

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from mm_adapters import InputError
 
 Seed = int | np.random.Generator

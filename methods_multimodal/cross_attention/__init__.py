@@ -22,7 +22,8 @@ from methods_multimodal.cross_attention.segmentation import (
     segment,
 )
 from methods_multimodal.cross_attention.tracing import ablate_heads, knock_out_words, patch_words
-from methods_multimodal.cross_attention.word_maps import WordMaps, WordReader, word_maps, word_reader
+from methods_multimodal.cross_attention.word_maps import WordReader, word_maps, word_reader
+from methods_multimodal.cross_attention.word_maps_record import WordMaps
 
 __all__ = [
     "Attribution",

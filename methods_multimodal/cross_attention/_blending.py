@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from methods_multimodal._grids import latent_grid
-from methods_multimodal.cross_attention._reading import Fold
+from methods_multimodal.core.grids import latent_grid
 from methods_multimodal.cross_attention._sites import TextAttention, text_attention
+from methods_multimodal.cross_attention.word_reader import Fold
 from mm_adapters import InputError, Read, TokenLayout
 
 MOST_PIXELS = 256

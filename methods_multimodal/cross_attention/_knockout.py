@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods_multimodal.cross_attention._reading import find
 from methods_multimodal.cross_attention._rows import Change, RowFn
+from methods_multimodal.cross_attention.word_reader import find
 
 
 class Blocked:

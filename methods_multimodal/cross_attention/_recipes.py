@@ -14,7 +14,7 @@ from torch import Tensor
 from mm_adapters import InputError, WordNotFoundError
 
 if TYPE_CHECKING:
-    from methods_multimodal.cross_attention.word_maps import WordMaps
+    from methods_multimodal.cross_attention.word_maps_record import WordMaps
 
 Maps = Float[Tensor, "image word height width"]
 # How often, and how sharply, a map is spread over the pixels that attend to each other; chosen on

@@ -83,7 +83,7 @@ def prompt_layouts(
 
     Raises: InputError for prompts of several lengths, where a pipeline pads them to the longest.
     """
-    loop = model.sitemap.mounts.loop
+    loop = model.sitemap.model_record.loop
     given = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
     joint = loop is not None and getattr(model.sitemap.towers[loop].record, "joint", None) is not None
     if joint or "max_sequence_length" in given:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from methods_multimodal.cross_attention._sites import TextAttention, text_attention, text_positions
 from methods_multimodal.cross_attention.cases import Case, Part, aligned, layouts_of
 from methods_multimodal.cross_attention.metrics import Metric

@@ -106,7 +106,7 @@ class _Mover:
         rate: float,
         steps: range,
     ) -> None:
-        self.tower = model.sitemap.mounts.loop or "denoiser"
+        self.tower = model.sitemap.model_record.loop or "denoiser"
         self.module = model.sitemap.towers[self.tower].module
         self.alone = wrap(self.module)
         (self.own,) = self.alone.tower_names

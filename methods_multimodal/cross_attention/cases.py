@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from methods_multimodal.cross_attention._reading import find
 from methods_multimodal.cross_attention._sites import (
     TextAttention,
     prompt_layouts,
     text_attention,
     text_positions,
 )
+from methods_multimodal.cross_attention.word_reader import find
 from mm_adapters import InputError, TokenLayout
 
 

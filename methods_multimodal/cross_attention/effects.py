@@ -10,7 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from methods_multimodal.core.statistics import paired_interval, spearman
 from methods_multimodal.cross_attention.cases import Part
 from mm_adapters import InputError

@@ -32,7 +32,9 @@ def clip_score(model: Any, text: str | Sequence[str]) -> Metric:
     def score(images: Images) -> Float[Tensor, " image"]:
         pixels = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
         pixels = (pixels - mean.to(pixels)) / std.to(pixels)
-        takes = model.sitemap.mounts.towers["vision"].takes or model.sitemap.towers["vision"].record.takes
+        takes = (
+            model.sitemap.model_record.towers["vision"].takes or model.sitemap.towers["vision"].record.takes
+        )
         given = {takes: pixels.to(model.device, model.dtype)}
         embedded = model.vision(given.pop(takes), return_type="embeds")
         return (F.normalize(embedded.float(), dim=-1) * wanted.to(embedded.device)).sum(-1)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from methods_multimodal.cross_attention._rows import Change, edits
 from methods_multimodal.cross_attention._sites import prompt_layouts, text_attention
 from methods_multimodal.cross_attention._ssim import similarity
@@ -109,7 +109,7 @@ def first_noise(
             changes.append(Change(attention[layer].site("v"), row, _silenced(own)))
     given = {**(options or {}), "callback_on_step_end": _stop, "output_type": "latent"}
     given |= {"prompt": [prompt] * len(seeds), "seed": list(seeds)}
-    tower = model.sitemap.mounts.loop
+    tower = model.sitemap.model_record.loop
     reads = [Read(f"{tower}.{part}", steps=[0], rows="cond") for part in ("hook_in", "hook_out")]
     run = (lens or model).run(given, read=reads, edit=edits(changes))
     taken = (run[f"{tower}.hook_out"][0] - run[f"{tower}.hook_in"][0]).float()

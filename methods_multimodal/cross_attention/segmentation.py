@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from methods_multimodal.core.statistics import iou
 from methods_multimodal.cross_attention._recipes import unit_range
 from mm_adapters import InputError

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from mm_adapters import InputError, UnknownFamilyError
-from mm_adapters._sitemap import SiteMap
-from mm_adapters._spec import Output
+from mm_adapters.records.spec import Output
+from mm_adapters.sites.site_map import SiteMap
 
 
 def select(module: nn.Module, wanted: str | Sequence[str]) -> tuple[str, ...]:

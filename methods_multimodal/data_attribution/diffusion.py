@@ -16,7 +16,7 @@ from methods_multimodal.core.generators import mixed
 from methods_multimodal.data_attribution._parameters import select
 from methods_multimodal.data_attribution.task import Batch, Call, Task
 from mm_adapters import InputError
-from mm_adapters._sitemap import SiteMap
+from mm_adapters.sites.site_map import SiteMap
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 _OWN = ("index", "latents", "timestep")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from methods_multimodal.data_attribution.diffusion import denoiser_of, takes
 from mm_adapters import InputError
-from mm_adapters._images import to_rgb_list
+from mm_adapters.inputs.images import to_rgb_list
 
 
 @torch.no_grad()

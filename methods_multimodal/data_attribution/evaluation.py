@@ -16,8 +16,8 @@ from scipy.stats import bootstrap
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from methods_multimodal._record import Record
 from methods_multimodal.core.generators import generator
+from methods_multimodal.core.record import Record
 from methods_multimodal.core.statistics import Estimate, spearman
 from mm_adapters import InputError
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from methods_multimodal.data_attribution._featurise import Draws, Featuriser
 from methods_multimodal.data_attribution.gradients import How
 from methods_multimodal.data_attribution.projection import Projection

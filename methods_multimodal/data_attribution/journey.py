@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from methods_multimodal.data_attribution.diffusion import Schedule, denoiser_of, diffusion_task
 from methods_multimodal.data_attribution.encoding import texts
 from methods_multimodal.data_attribution.features import Checkpoint, query_features
 from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.scorers import scores
 from methods_multimodal.data_attribution.trak import Trak
-from methods_multimodal.denoising import StepReader
+from methods_multimodal.diffusion.denoising import StepReader
 from mm_adapters import InputError, Lens
 from mm_adapters.store import Store
 

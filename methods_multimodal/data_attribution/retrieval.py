@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, normalize
 from tqdm.auto import tqdm
 
-from methods_multimodal._embed import embed
-from methods_multimodal._record import Record
-from methods_multimodal._tower_parts import Model
+from methods_multimodal.core.embed import embed
+from methods_multimodal.core.model import Model
+from methods_multimodal.core.record import Record
 from mm_adapters import InputError
 
 

@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from methods_multimodal._progress import fingerprint
+from methods_multimodal.core.progress import fingerprint
 from methods_multimodal.data_attribution.task import Batch, Examples, Task, batch_of, n_examples
 from mm_adapters import InputError
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from methods_multimodal.dissection import similarity as kernels
 from methods_multimodal.dissection.units import Pool, Units
 from mm_adapters import HookedModel, InputError, StoreError
@@ -128,11 +128,11 @@ class Stream:
         """`similarity.soft_wpmi`, of blocks."""
         add = partial(kernels.add_soft_evidence, **options)
         offset = kernels.silent(len(self._texts), top_k, **options)
-        return kernels.less_prior(self._by_top(add, top_k, scale), prior, offset)
+        return kernels.subtract_prior(self._by_top(add, top_k, scale), prior, offset)
 
     def wpmi(self, top_k: int = 28, scale: float = 2.0, prior: float = 0.6) -> Tensor:
         """`similarity.wpmi`, of blocks."""
-        return kernels.less_prior(self._by_top(kernels.add_evidence, top_k, scale), prior)
+        return kernels.subtract_prior(self._by_top(kernels.accumulate_log_likelihood, top_k, scale), prior)
 
     def cosine(self) -> Tensor:
         """From sums alone: a correlation with e . t is linear in sums over images of a, e, a e and e e."""

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from methods_multimodal._record import Record
+from methods_multimodal.core.record import Record
 from methods_multimodal.dissection.concepts import Concepts, Masks, stacked
 from methods_multimodal.dissection.thresholds import TopShare
 from methods_multimodal.dissection.units import Units

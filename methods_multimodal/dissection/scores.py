@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
-from methods_multimodal._record import Record
 from methods_multimodal.core.generators import Seed, generator
+from methods_multimodal.core.record import Record
 from methods_multimodal.core.statistics import auroc
 
 Score = Callable[[Tensor], Float[Tensor, "unit concept"]]

@@ -48,7 +48,7 @@ def soft_wpmi(
     add_soft_evidence(
         total, torch.softmax(similarity.float() * scale, 1), top, p_first=p_first, p_last=p_last
     )
-    return less_prior(total, prior, silent(total.shape[1], top_k, p_first=p_first, p_last=p_last))
+    return subtract_prior(total, prior, silent(total.shape[1], top_k, p_first=p_first, p_last=p_last))
 
 
 def wpmi(
@@ -62,8 +62,8 @@ def wpmi(
     """Weighted pointwise mutual information with the unit's `top_k` images, all counted alike."""
     top = top_images(activations, top_k)
     total = torch.zeros(len(top), similarity.shape[1])
-    add_evidence(total, torch.softmax(similarity.float() * scale, 1), top)
-    return less_prior(total, prior)
+    accumulate_log_likelihood(total, torch.softmax(similarity.float() * scale, 1), top)
+    return subtract_prior(total, prior)
 
 
 def cosine(
@@ -202,7 +202,7 @@ def _odds(n_top: int, p_first: float, p_last: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def add_evidence(
+def accumulate_log_likelihood(
     total: Float[Tensor, "unit concept"],
     likely: Float[Tensor, "image concept"],
     top: Int[Tensor, "unit top"],
@@ -216,7 +216,7 @@ def add_evidence(
         total += torch.nn.functional.embedding_bag(images, logs, starts, mode="sum")
 
 
-def less_prior(
+def subtract_prior(
     scores: Float[Tensor, "unit concept"], prior: float, offset: float = 0.0
 ) -> Float[Tensor, "unit concept"]:
     """Scores, given less an `offset`, less `prior` times a concept's mean over all units; in place."""

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal._grids import latent_grid
+from methods_multimodal.core.grids import latent_grid
 from mm_adapters import HookedModel, InputError, Lens, Read, Site
 
 Pool = Literal["mean", "max"]

@@ -11,8 +11,8 @@ from matplotlib.colors import Normalize
 from PIL import Image
 from torch import Tensor
 
-from methods_multimodal.attention_maps import HeadMaps
 from methods_multimodal.plots.heatmap import SIGNED, UNSIGNED, colour_bar, new_axes, norm_of
+from methods_multimodal.relevance.attention_maps import HeadMaps
 
 
 def mosaic(record: HeadMaps, ax: Axes | None = None, *, row: int = 0, title: str = "") -> Axes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-from methods_multimodal.logit_attribution import LogitAttribution
+from methods_multimodal.lenses.direct_attribution import LogitAttribution
 from methods_multimodal.plots.heatmap import heatmap, new_axes
 
 

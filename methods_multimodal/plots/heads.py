@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from methods_multimodal.name_heads import HeadNames
 from methods_multimodal.plots.attention import overlay
 from methods_multimodal.plots.heatmap import new_axes
-from methods_multimodal.segmentation import Segmentation
-from methods_multimodal.spurious import Groups
+from methods_multimodal.text_explanations.name_heads import HeadNames
+from methods_multimodal.text_explanations.segmentation import Segmentation
+from methods_multimodal.text_explanations.spurious import Groups
 
 
 def head_table(

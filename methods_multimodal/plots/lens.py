@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from matplotlib.axes import Axes
 
-from methods_multimodal.logit_lens import LogitLens
+from methods_multimodal.lenses.logit_lens import LogitLens
 from methods_multimodal.plots.heatmap import UNSIGNED, colour_bar, new_axes, norm_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-from methods_multimodal.activation_patching import ActivationPatching
+from methods_multimodal.patching.activation_patching import ActivationPatching
 from methods_multimodal.plots.heatmap import heatmap
 
 

@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from mm_adapters import HookedModel
-from mm_adapters._tokens import TokenLayout
+from mm_adapters.tokens.layout import TokenLayout
 
 LETTERS = ("A", "B")  # The image, and what it is compared with.
 

@@ -10,12 +10,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal._grids import image_layout
-from methods_multimodal._outputs import contrast_of, probabilities
-from methods_multimodal.activation_patching import ActivationPatching, patch_heads, patch_positions
-from methods_multimodal.attention_maps import HeadMaps, head_maps
-from methods_multimodal.logit_attribution import LogitAttribution, attribute_logits
+from methods_multimodal.core.grids import image_layout
+from methods_multimodal.core.outputs import contrast_of, probabilities
+from methods_multimodal.lenses.direct_attribution import LogitAttribution, attribute_logits
+from methods_multimodal.patching.activation_patching import (
+    ActivationPatching,
+    patch_heads,
+    patch_positions,
+)
 from methods_multimodal.plots import head_shares, heatmap, mlp_shares, mosaic, patch_effects, picture, tiles
+from methods_multimodal.relevance.attention_maps import HeadMaps, head_maps
 from methods_multimodal.report._page import (
     LETTERS,
     Report,

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from methods_multimodal.cross_attention import WordMaps, word_reader
-from methods_multimodal.denoising import DenoisingSteps, StepReader, frames_of, to_array
+from methods_multimodal.diffusion.denoising import DenoisingSteps, StepReader, frames_of, to_array
 from methods_multimodal.plots import overlay, picture, word_lines
 from methods_multimodal.report._page import Report, new_page, rounded
 from mm_adapters import HookedModel, InputError

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from methods_multimodal.name_heads import HeadNames
 from methods_multimodal.report._html import inline, write_whole
+from methods_multimodal.text_explanations.name_heads import HeadNames
 
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;

@@ -11,13 +11,17 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal._grids import answer_layout
-from methods_multimodal._outputs import vocabulary_logits
-from methods_multimodal.activation_patching import ActivationPatching, patch_heads, patch_positions
-from methods_multimodal.attention_maps import HeadMaps, head_maps
-from methods_multimodal.logit_attribution import LogitAttribution, attribute_tokens
-from methods_multimodal.logit_lens import LogitLens, logit_lens
+from methods_multimodal.core.grids import answer_layout
+from methods_multimodal.core.outputs import vocabulary_logits
+from methods_multimodal.lenses.direct_attribution import LogitAttribution, attribute_tokens
+from methods_multimodal.lenses.logit_lens import LogitLens, logit_lens
+from methods_multimodal.patching.activation_patching import (
+    ActivationPatching,
+    patch_heads,
+    patch_positions,
+)
 from methods_multimodal.plots import head_shares, lens_table, mosaic, overlay, patch_effects, picture, tiles
+from methods_multimodal.relevance.attention_maps import HeadMaps, head_maps
 from methods_multimodal.report._page import (
     LETTERS,
     Report,

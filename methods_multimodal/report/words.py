@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from methods_multimodal.cross_attention import word_maps
-from methods_multimodal.denoising import to_array
+from methods_multimodal.diffusion.denoising import to_array
 from methods_multimodal.plots import film_strip, picture, word_lines, word_map
 from methods_multimodal.report._page import Report, new_page, rounded
 from mm_adapters import HookedModel, InputError

@@ -1,5 +1,11 @@
-"""One small declarative file per family; `records()` lists what they say."""
+"""One small declarative file per family; importing the package registers them all."""
 
-from mm_adapters._registry import records
+import importlib
+import pkgutil
+
+from mm_adapters.records.registry import records
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 __all__ = ["records"]

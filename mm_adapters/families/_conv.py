@@ -1,6 +1,6 @@
 """Sites of convolutional towers: maps, [batch, channel, height, width]."""
 
-from mm_adapters._spec import Input, Output
+from mm_adapters.records import Input, Output
 
 NO_ATTENTION = {"blocks.*.attn.*": "it is convolutional: nothing attends"}
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mm_adapters._spec import (
+from mm_adapters.records import (
     Attention,
+    ImageTokens,
     Input,
     Inside,
-    Mount,
-    Mounts,
+    Location,
+    ModelRecord,
     Norm,
     Output,
-    Place,
-    Placing,
     Residual,
     Stack,
     Tower,
-)  # fmt: skip
+    TowerMount,
+)
 
 
 def attention(
@@ -33,8 +33,8 @@ def attention(
     rotary: bool = False,
     name: str = "attn",
     out: str | None = None,
-    beside: Mapping[str, Place] | None = None,
-) -> dict[str, Place]:
+    beside: Mapping[str, Location] | None = None,
+) -> dict[str, Location]:
     """An attention module with a projection module each for q, k, v and the output.
 
     `heads` and `kv_heads` are attributes of the attention module. Each name may be several, with "|".
@@ -43,7 +43,7 @@ def attention(
     """
     n = _each(f"{path}:", heads)
     n_kv = _each(f"{path}:", kv_heads or heads)
-    parts: dict[str, Place] = {
+    parts: dict[str, Location] = {
         f"{name}.hook_q": Output(_each(f"{path}.", q), n),
         f"{name}.hook_k": Output(_each(f"{path}.", k), n_kv),
         f"{name}.hook_v": Output(_each(f"{path}.", v), n_kv),
@@ -61,10 +61,10 @@ def attention(
 
 def qkv_attention(
     path: str, *, qkv: str = "qkv", o: str = "proj", heads: str = "num_heads", rotary: bool = False
-) -> dict[str, Place]:
+) -> dict[str, Location]:
     """An attention module with one projection for q, k and v, in that order, and one for the output."""
     n = f"{path}:{heads}"
-    parts: dict[str, Place] = {
+    parts: dict[str, Location] = {
         f"attn.hook_{name}": Output(f"{path}.{qkv}", n, chunk=(3, i)) for i, name in enumerate("qkv")
     }
     if rotary:
@@ -83,18 +83,18 @@ def _each(start: str, names: str) -> str:
 
 def inside(
     path: str, heads: str, *values: Inside, name: str = "attn", call: int = 0, needs: str | None = None
-) -> dict[str, Place]:
+) -> dict[str, Location]:
     """What an attention module's own call to a kernel is given and gives."""
     n = f"{path}:{heads}"
     return {f"{name}.hook_{value}": Attention(path, value, n, call, needs) for value in values}
 
 
-def fused_attention(path: str, *, heads: str = "num_heads", name: str = "attn") -> dict[str, Place]:
+def fused_attention(path: str, *, heads: str = "num_heads", name: str = "attn") -> dict[str, Location]:
     """An nn.MultiheadAttention: projections and attention in one call."""
     return inside(path, heads, "q", "k", "v", "attn_scores", "pattern", "z", name=name)
 
 
-def norm(path: str, name: str, kind: Literal["LN", "RMS"] = "LN", offset: float = 0.0) -> dict[str, Place]:
+def norm(path: str, name: str, kind: Literal["LN", "RMS"] = "LN", offset: float = 0.0) -> dict[str, Location]:
     """A LayerNorm or an RMSNorm: its scale and its result before the affine map."""
     return {
         f"{name}.hook_scale": Norm(path, "scale", kind, offset),
@@ -102,14 +102,14 @@ def norm(path: str, name: str, kind: Literal["LN", "RMS"] = "LN", offset: float 
     }
 
 
-def mlp(path: str, *, up: str = "fc1", down: str = "fc2") -> dict[str, Place]:
+def mlp(path: str, *, up: str = "fc1", down: str = "fc2") -> dict[str, Location]:
     """Up, activation, down."""
     return {"mlp.hook_pre": Output(f"{path}.{up}"), "mlp.hook_post": Input(f"{path}.{down}")}
 
 
 def gated_mlp(
     path: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
-) -> dict[str, Place]:
+) -> dict[str, Location]:
     """Down(act(gate) * up), as in Llama: `hook_pre` is the gate's, `hook_pre_linear` the other."""
     return {
         "mlp.hook_pre": Output(f"{path}.{gate}"),
@@ -122,13 +122,13 @@ def pre_norm(
     *,
     ln1: str,
     attn: str,
-    heads: Mapping[str, Place],
+    heads: Mapping[str, Location],
     ln2: str,
     ff: str,
-    neurons: Mapping[str, Place],
+    neurons: Mapping[str, Location],
     kind: Literal["LN", "RMS"] = "LN",
     offset: float = 0.0,
-) -> dict[str, Place]:
+) -> dict[str, Location]:
     """A block as most are: norm, attention, norm, MLP, each branch added to the stream as it is.
 
     `ln1`, `attn`, `ln2`, `ff` are the four modules; `heads` and `neurons` what is inside two of them.
@@ -145,10 +145,10 @@ def pre_norm(
 
 
 def projector(
-    name: str, *classes: str, inside: Mapping[str, Place] | None = None, packed: bool = False, **more: Any
+    name: str, *classes: str, inside: Mapping[str, Location] | None = None, packed: bool = False, **more: Any
 ) -> Tower:
     """What maps a vision tower's states to a language tower's, of these transformers classes."""
-    before: dict[str, Place] = {"hook_in": Input("")}
+    before: dict[str, Location] = {"hook_in": Input("")}
     return Tower(
         name,
         "projector",
@@ -196,21 +196,21 @@ def decoder(
 def vlm(
     name: str,
     *classes: str,
-    towers: Mapping[str, Mount],
-    images: Placing | None = None,
+    towers: Mapping[str, TowerMount],
+    images: ImageTokens | None = None,
     prompt: str | None = "{image_token}",
-) -> Mounts:
+) -> ModelRecord:
     """A model of images and text, of these transformers classes."""
     named = tuple(f"transformers:{c}" for c in classes)
-    return Mounts(name, "vlm", named, towers, image_token="image_token_id", images=images, prompt=prompt)
+    return ModelRecord(name, "vlm", named, towers, image_token="image_token_id", images=images, prompt=prompt)
 
 
-def language(path: str, tower: str | None = None) -> Mount:
+def language(path: str, tower: str | None = None) -> TowerMount:
     """A language tower whose words the whole model predicts, by its `lm_head`."""
-    return Mount(path, tower, run="", gives="logits", takes="input_ids", project="lm_head.weight.T")
+    return TowerMount(path, tower, run="", gives="logits", takes="input_ids", project="lm_head.weight.T")
 
 
-def davit_block(path: str, heads: str) -> dict[str, Place]:
+def davit_block(path: str, heads: str) -> dict[str, Location]:
     """A block of DaViT: its attention is among patches or among channels."""
     return (
         {"hook_resid_pre": Input("", is_map=True)}
@@ -223,5 +223,5 @@ def davit_block(path: str, heads: str) -> dict[str, Place]:
     )
 
 
-def t5_mlp(path: str) -> dict[str, Place]:
+def t5_mlp(path: str) -> dict[str, Location]:
     return gated_mlp(f"{path}.DenseReluDense", gate="wi_0", up="wi_1", down="wo")

@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts, Stack, Tower
 from mm_adapters.families import bert
 from mm_adapters.families._conv import NO_ATTENTION, maps
+from mm_adapters.records import ModelRecord, Stack, Tower, TowerMount, register
 
 register(
     Tower(
@@ -27,14 +26,14 @@ register(
     )
 )  # fmt: skip
 register(replace(bert.BERT, name="align_text", classes=("transformers:AlignTextModel",)))
-_TEXT = Mount("text_model", run="get_text_features", gives="pooler_output",
+_TEXT = TowerMount("text_model", run="get_text_features", gives="pooler_output",
               project="text_projection.weight.T")  # fmt: skip
 register(
-    Mounts(
+    ModelRecord(
         "align",
         "contrastive",
         ("transformers:AlignModel",),
-        {"vision": Mount("vision_model", run="get_image_features"), "text": _TEXT},
+        {"vision": TowerMount("vision_model", run="get_image_features"), "text": _TEXT},
         # It divides by a temperature; it has no scale to multiply with.
     )
 )

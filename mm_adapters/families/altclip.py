@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts, Output, Stack, Tower
 from mm_adapters.families import _bert, clip
 from mm_adapters.families._parts import norm
+from mm_adapters.records import ModelRecord, Output, Stack, Tower, TowerMount, register
 
 register(replace(clip.VISION, name="altclip_vision", classes=("transformers:AltCLIPVisionModel",)))
 register(
@@ -16,7 +15,7 @@ register(
         {"blocks": Stack(("roberta.encoder.layers.*",), _bert.PARTS)},
         before={
             "hook_embed": Output("roberta.embeddings.word_embeddings"),
-            "hook_pos_embed": Output("roberta.embeddings.position_embeddings", like="hook_embed"),
+            "hook_pos_embed": Output("roberta.embeddings.position_embeddings", reference_site="hook_embed"),
             "hook_full_embed": Output("roberta.embeddings"),
         },
         after=norm("pre_LN", "ln_final") | {"hook_projected": Output("transformation")},
@@ -26,14 +25,14 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "altclip",
         "contrastive",
         ("transformers:AltCLIPModel",),
         {
             "vision": clip.CLIP.towers["vision"],
             # Two maps, one with a bias, stand between the final norm and the joint space.
-            "text": Mount("text_model", run="get_text_features"),
+            "text": TowerMount("text_model", run="get_text_features"),
         },
         logit_scale="logit_scale",
     )

@@ -1,7 +1,6 @@
 """Autoencoders beside AutoencoderKL, from the latent to the picture."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Output, Tower
+from mm_adapters.records import Input, Output, Tower, register
 
 register(
     Tower(

@@ -1,8 +1,7 @@
 """BART: an encoder, and a decoder that reads it; norms come after the branches (arXiv 1910.13461)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Output, Stack, Tower
 from mm_adapters.families._parts import attention, norm
+from mm_adapters.records import Input, Output, Stack, Tower, register
 
 SELF = (
     {"hook_resid_pre": Input("")}

@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts, Output, Stream, Tower
 from mm_adapters.families import vit
 from mm_adapters.families._parts import norm
+from mm_adapters.records import ModelRecord, Output, Stream, Tower, TowerMount, register
 
 # A ViT's block whose branches are scaled before they are added.
 _SCALED = {
@@ -28,5 +27,7 @@ register(
         n_class=1,
     )
 )
-_MOUNT = Mount("beit", run="", gives="logits", project="classifier.weight.T")
-register(Mounts("beit_classifier", "tower", ("transformers:BeitForImageClassification",), {"vision": _MOUNT}))
+_MOUNT = TowerMount("beit", run="", gives="logits", project="classifier.weight.T")
+register(
+    ModelRecord("beit_classifier", "tower", ("transformers:BeitForImageClassification",), {"vision": _MOUNT})
+)

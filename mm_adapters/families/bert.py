@@ -1,8 +1,7 @@
 """BERT and its kin, as text towers of composite models (arXiv 1810.04805)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Output, Stack, Tower
 from mm_adapters.families import _bert
+from mm_adapters.records import Output, Stack, Tower, register
 
 BERT = register(
     Tower(
@@ -12,7 +11,7 @@ BERT = register(
         {"blocks": Stack(("encoder.layer.*",), _bert.PARTS)},
         before={
             "hook_embed": Output("embeddings.word_embeddings"),
-            "hook_pos_embed": Output("embeddings.position_embeddings", like="hook_embed"),
+            "hook_pos_embed": Output("embeddings.position_embeddings", reference_site="hook_embed"),
             "hook_full_embed": Output("embeddings"),
         },
         takes="input_ids",

@@ -3,9 +3,8 @@
 
 from functools import partial
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Stack, Tower
 from mm_adapters.families._parts import attention, norm
+from mm_adapters.records import Input, ModelRecord, Output, Stack, Tower, TowerMount, register
 
 BERT = partial(attention, q="query", k="key", v="value", heads="num_attention_heads")
 # Norms come after the branches, as BERT's do: each normalises the stream that a branch has joined.
@@ -41,14 +40,14 @@ register(
         position="embeddings.position_embeddings.weight",
     )
 )
-VISION = Mount("vision_model")
-ENCODER = Mount("text_encoder")
-DECODER = Mount("text_decoder.bert")
+VISION = TowerMount("vision_model")
+ENCODER = TowerMount("text_encoder")
+DECODER = TowerMount("text_decoder.bert")
 for _name, _model, _towers in (
     ("blip", "ConditionalGeneration", {"vision": VISION, "language": DECODER}),
     ("blip_itm", "ImageTextRetrieval", {"vision": VISION, "text": ENCODER}),
     ("blip_vqa", "QuestionAnswering", {
         "vision": VISION, "text": ENCODER,
-        "language": Mount("text_decoder.bert", takes="decoder_input_ids")}),
+        "language": TowerMount("text_decoder.bert", takes="decoder_input_ids")}),
 ):  # fmt: skip
-    register(Mounts(_name, "vlm", (f"transformers:BlipFor{_model}",), _towers, prompt=None))
+    register(ModelRecord(_name, "vlm", (f"transformers:BlipFor{_model}",), _towers, prompt=None))

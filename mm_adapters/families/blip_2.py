@@ -1,8 +1,7 @@
 """BLIP-2 and InstructBLIP: a ViT, a Q-Former, one linear map, a language model (arXiv 2301.12597)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Output, Queries, Stack, Tower
 from mm_adapters.families._parts import mlp, pre_norm, projector, qkv_attention, vlm
+from mm_adapters.records import Output, Queries, Stack, Tower, TowerMount, register
 
 BLOCKS = Stack(
     ("encoder.layers.*",),
@@ -29,10 +28,10 @@ register(
 register(projector("linear_projector"))
 register(
     vlm("blip_2", "Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration", towers={
-        "vision": Mount("vision_model"),
-        "qformer": Mount("qformer"),
-        "projector": Mount("language_projection", tower="linear_projector"),
-        "language": Mount("language_model", run="language_model", gives="logits", takes="input_ids",
+        "vision": TowerMount("vision_model"),
+        "qformer": TowerMount("qformer"),
+        "projector": TowerMount("language_projection", tower="linear_projector"),
+        "language": TowerMount("language_model", run="language_model", gives="logits", takes="input_ids",
                           project="language_model.lm_head.weight.T"),
     }, images=Queries("num_query_tokens"), prompt=None)
 )  # fmt: skip

@@ -1,9 +1,8 @@
 """Chameleon: a VQ model turns an image into words for the language model (arXiv 2405.09818)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Output, Stack, Tower
 from mm_adapters.families._parts import decoder, language, vlm
 from mm_adapters.families.llama import BLOCKS
+from mm_adapters.records import Input, Output, Stack, Tower, TowerMount, register
 
 RESNET = {
     "hook_in": Input("", is_map=True),
@@ -32,7 +31,7 @@ register(
 )  # fmt: skip
 register(
     vlm("chameleon", "ChameleonForConditionalGeneration", towers={
-        "vision": Mount("model.vqmodel"),
+        "vision": TowerMount("model.vqmodel"),
         # Its parts are the model's own.
         "language": language("model", "chameleon_text"),
     })

@@ -2,20 +2,19 @@
 
 from dataclasses import replace
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts
 from mm_adapters.families import bert, clip
+from mm_adapters.records import ModelRecord, TowerMount, register
 
 register(replace(clip.VISION, name="chinese_clip_vision", classes=("transformers:ChineseCLIPVisionModel",)))
 register(replace(bert.BERT, name="chinese_clip_text", classes=("transformers:ChineseCLIPTextModel",)))
 register(
-    Mounts(
+    ModelRecord(
         "chinese_clip",
         "contrastive",
         ("transformers:ChineseCLIPModel",),
         {
             "vision": clip.CLIP.towers["vision"],
-            "text": Mount("text_model", run="get_text_features", gives="pooler_output",
+            "text": TowerMount("text_model", run="get_text_features", gives="pooler_output",
                           project="text_projection.weight.T"),
         },
         logit_scale="logit_scale",

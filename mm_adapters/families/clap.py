@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Stack, Stream, Tower
 from mm_adapters.families import bert
 from mm_adapters.families._parts import attention, norm
+from mm_adapters.records import Input, ModelRecord, Output, Stack, Stream, Tower, TowerMount, register
 
 register(
     Tower(
@@ -43,14 +42,14 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "clap",
         "contrastive",
         ("transformers:ClapModel",),
         {
             # The projections are not linear, so no one matrix reads a summary off the stream.
-            "audio": Mount("audio_model", run="get_audio_features"),
-            "text": Mount("text_model", run="get_text_features"),
+            "audio": TowerMount("audio_model", run="get_audio_features"),
+            "text": TowerMount("text_model", run="get_text_features"),
         },
     )
 )

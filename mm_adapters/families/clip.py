@@ -1,8 +1,7 @@
 """CLIP as transformers writes it (arXiv 2103.00020)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, mlp, norm
+from mm_adapters.records import Input, ModelRecord, Output, Residual, Stack, Tower, TowerMount, register
 
 BLOCKS = Stack(
     ("encoder.layers.*",),
@@ -36,7 +35,7 @@ TEXT = register(
         ("transformers:CLIPTextModel",),
         {"blocks": BLOCKS},
         before={"hook_embed": Output("embeddings.token_embedding"),
-                "hook_pos_embed": Output("embeddings.position_embedding", like="hook_embed")},
+                "hook_pos_embed": Output("embeddings.position_embedding", reference_site="hook_embed")},
         after=norm("final_layer_norm", "ln_final"),
         takes="input_ids",
         pool="end",
@@ -46,14 +45,14 @@ TEXT = register(
     )
 )  # fmt: skip
 CLIP = register(
-    Mounts(
+    ModelRecord(
         "clip",
         "contrastive",
         ("transformers:CLIPModel",),
         {
-            "vision": Mount("vision_model", run="get_image_features",
+            "vision": TowerMount("vision_model", run="get_image_features",
                             project="visual_projection.weight.T"),
-            "text": Mount("text_model", run="get_text_features",
+            "text": TowerMount("text_model", run="get_text_features",
                           project="text_projection.weight.T"),
         },
         logit_scale="logit_scale",
@@ -61,12 +60,12 @@ CLIP = register(
 )  # fmt: skip
 for _role, _takes in (("vision", "pixel_values"), ("text", "input_ids")):
     register(
-        Mounts(
+        ModelRecord(
             f"clip_{_role}_projected",
             "tower",
             (f"transformers:CLIP{_role.title()}ModelWithProjection",),
             {
-                _role: Mount(
+                _role: TowerMount(
                     f"{_role}_model",
                     run="",
                     takes=_takes,

@@ -1,9 +1,8 @@
 """CoCa: an open_clip dual tower whose patches a captioning decoder reads (arXiv 2205.01917)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import fused_attention, mlp, norm
 from mm_adapters.families.open_clip import BLOCKS
+from mm_adapters.records import Input, ModelRecord, Output, Residual, Stack, Tower, TowerMount, register
 
 # A block of its own after each block of the decoder: the words read the image's queries, then an MLP.
 CROSS = Stack(
@@ -34,14 +33,14 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "coca",
         "contrastive",
         ("open_clip:CoCa",),
         {
-            "vision": Mount("visual", run="encode_image", takes="image", project="visual.proj"),
-            "text": Mount("text", run="encode_text", takes="text", project="text.text_projection"),
-            "decoder": Mount("text_decoder", project="text_decoder.text_projection"),
+            "vision": TowerMount("visual", run="encode_image", takes="image", project="visual.proj"),
+            "text": TowerMount("text", run="encode_text", takes="text", project="text.text_projection"),
+            "decoder": TowerMount("text_decoder", project="text_decoder.text_projection"),
         },
         logit_scale="logit_scale",
     )

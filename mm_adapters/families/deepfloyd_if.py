@@ -1,15 +1,14 @@
 """DeepFloyd IF: a cascade in pixels, each stage a pipeline of its own; T5 text, no autoencoder."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Mount, Mounts
+from mm_adapters.records import Guidance, ModelRecord, TowerMount, register
 
 register(
-    Mounts(
+    ModelRecord(
         "deepfloyd_if",
         "diffusion",
         ("diffusers:IFPipeline", "diffusers:IFSuperResolutionPipeline", "diffusers:IFImg2ImgPipeline",
          "diffusers:IFInpaintingPipeline"),
-        {"text": Mount("text_encoder"), "denoiser": Mount("unet")},
+        {"text": TowerMount("text_encoder"), "denoiser": TowerMount("unet")},
         loop="denoiser",
         guidance=Guidance(flag=None),
     )

@@ -1,8 +1,7 @@
 """DINOv2, with and without registers, as transformers writes it (arXiv 2304.07193, 2309.16588)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Built, Input, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, norm
+from mm_adapters.records import Built, Input, Output, Residual, Stack, Tower, register
 
 # transformers 5.17 has another attention and another gated MLP in it than 5.22.
 _ATTENTION = attention("attention", q="q_proj|attention.query", k="k_proj|attention.key",

@@ -1,8 +1,7 @@
 """DINOv3's vision transformer as transformers writes it (arXiv 2508.10104)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, norm
+from mm_adapters.records import Input, Output, Residual, Stack, Tower, register
 
 register(
     Tower(

@@ -1,8 +1,17 @@
 """DiT: a diffusion transformer conditioned on a class (arXiv 2212.09748)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Stack, Stream, Tower
 from mm_adapters.families._parts import attention, mlp, norm
+from mm_adapters.records import (
+    Guidance,
+    Input,
+    ModelRecord,
+    Output,
+    Stack,
+    Stream,
+    Tower,
+    TowerMount,
+    register,
+)
 
 register(
     Tower(
@@ -30,11 +39,11 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "dit",
         "diffusion",
         ("diffusers:DiTPipeline",),
-        {"denoiser": Mount("transformer"), "vae": Mount("vae")},
+        {"denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         # It lays the classes first, then the class of none.
         guidance=Guidance(flag=None, denoiser_rows=("cond", "uncond")),

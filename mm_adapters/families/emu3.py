@@ -1,9 +1,8 @@
 """Emu3: a VQ model turns an image into lines of words for the language model (arXiv 2409.18869)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Lines, Mount, Output, Stack, Tower
 from mm_adapters.families._parts import language, vlm
 from mm_adapters.families.chameleon import RESNET
+from mm_adapters.records import Input, Lines, Output, Stack, Tower, TowerMount, register
 
 FRAMES = ("batch", "channel", "time", "height", "width")
 
@@ -25,7 +24,7 @@ register(
 )  # fmt: skip
 register(
     vlm("emu3", "Emu3ForConditionalGeneration", towers={
-        "vision": Mount("model.vqmodel"),
+        "vision": TowerMount("model.vqmodel"),
         "language": language("model.text_model"),
     }, images=Lines())
 )  # fmt: skip

@@ -1,8 +1,7 @@
 """Florence-2: a DaViT, whose blocks attend among patches then among channels, and BART (arXiv 2311.06242)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Output, Stack, Tower
 from mm_adapters.families._parts import davit_block, norm, vlm
+from mm_adapters.records import Input, Output, Stack, Tower, TowerMount, register
 
 SKIP = "convolutions stand on the skip connection; read hook_resid_pre, hook_attn_out, hook_mlp_out"
 
@@ -40,10 +39,10 @@ register(
 )
 register(
     vlm("florence2", "Florence2ForConditionalGeneration", towers={
-        "vision": Mount("model.vision_tower", takes="pixel_values"),
-        "projector": Mount("model.multi_modal_projector"),
-        "text": Mount("model.language_model.encoder"),
-        "language": Mount("model.language_model.decoder", takes="decoder_input_ids",
+        "vision": TowerMount("model.vision_tower", takes="pixel_values"),
+        "projector": TowerMount("model.multi_modal_projector"),
+        "text": TowerMount("model.language_model.encoder"),
+        "language": TowerMount("model.language_model.decoder", takes="decoder_input_ids",
                           project="lm_head.weight.T"),
     }, prompt=None)
 )  # fmt: skip

@@ -1,9 +1,18 @@
 """Flux: blocks that keep text and image apart, then blocks that do not; text first."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Input, Joint, Mount, Mounts, Output, Stack, Tower
 from mm_adapters.families._dit import DOUBLE_END, DOUBLE_START, JOINT_ATTENTION
 from mm_adapters.families._parts import norm
+from mm_adapters.records import (
+    Guidance,
+    Input,
+    Joint,
+    ModelRecord,
+    Output,
+    Stack,
+    Tower,
+    TowerMount,
+    register,
+)
 
 _SINGLE = {
     "hook_resid_pre": Input("", argument="hidden_states"),
@@ -35,13 +44,13 @@ register(
     )
 )  # fmt: skip
 register(
-    Mounts(
+    ModelRecord(
         "flux",
         "diffusion",
         ("diffusers:FluxPipeline", "diffusers:FluxImg2ImgPipeline", "diffusers:FluxInpaintPipeline",
          "diffusers:FluxFillPipeline", "diffusers:FluxControlPipeline"),
-        {"text": Mount("text_encoder"), "text_2": Mount("text_encoder_2"),
-         "denoiser": Mount("transformer"), "vae": Mount("vae")},
+        {"text": TowerMount("text_encoder"), "text_2": TowerMount("text_encoder_2"),
+         "denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         # Two calls a step where there is a negative prompt and true_cfg_scale is above one.
         guidance=Guidance(flag=None, denoiser_calls=("cond", "uncond")),

@@ -1,9 +1,8 @@
 """Idefics2: a perceiver reads each image with a few queries (arXiv 2405.02246)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Output, Queries, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, gated_mlp, norm, vlm
 from mm_adapters.families.idefics3 import LANGUAGE
+from mm_adapters.records import Input, Output, Queries, Residual, Stack, Tower, TowerMount, register
 
 PERCEIVER = Stack(
     ("perceiver_resampler.layers.*",),
@@ -33,8 +32,8 @@ register(
 )  # fmt: skip
 register(
     vlm("idefics2", "Idefics2ForConditionalGeneration", towers={
-        "vision": Mount("model.vision_model"),
-        "projector": Mount("model.connector"),
+        "vision": TowerMount("model.vision_model"),
+        "projector": TowerMount("model.connector"),
         "language": LANGUAGE,
     }, images=Queries("perceiver_config.resampler_n_latents"))
 )  # fmt: skip

@@ -1,9 +1,8 @@
 """Idefics3 and SmolVLM: tiles, their patches shuffled into fewer (arXiv 2408.12637, 2504.05299)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Output, Tiles, Tower
 from mm_adapters.families._parts import language, norm, projector, vlm
 from mm_adapters.families.clip import BLOCKS
+from mm_adapters.records import Input, Output, Tiles, Tower, TowerMount, register
 
 LANGUAGE = language("model.text_model")
 
@@ -32,8 +31,8 @@ register(
 )
 register(
     vlm("idefics3", "Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration", towers={
-        "vision": Mount("model.vision_model"),
-        "projector": Mount("model.connector"),
+        "vision": TowerMount("model.vision_model"),
+        "projector": TowerMount("model.connector"),
         "language": LANGUAGE,
     }, images=Tiles(marker=r"<row_(\d+)_col_(\d+)>"))
 )  # fmt: skip

@@ -1,11 +1,10 @@
 """InstructPix2Pix: guided by text and picture, by the picture alone, by neither (arXiv 2211.09800)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Mounts
 from mm_adapters.families.stable_diffusion import TOWERS
+from mm_adapters.records import Guidance, ModelRecord, register
 
 register(
-    Mounts(
+    ModelRecord(
         "instruct_pix2pix",
         "diffusion",
         ("diffusers:StableDiffusionInstructPix2PixPipeline",),

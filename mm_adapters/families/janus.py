@@ -1,9 +1,8 @@
 """Janus: a SigLIP-like tower to see with, VQ codes to draw with (arXiv 2410.13848, 2501.17811)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Output, Stack, Tower
 from mm_adapters.families._parts import attention, mlp, pre_norm, projector, vlm
 from mm_adapters.families.llava import LANGUAGE
+from mm_adapters.records import Output, Stack, Tower, TowerMount, register
 
 BLOCKS = Stack(
     ("encoder.layers.*",),
@@ -37,8 +36,8 @@ register(
 )
 register(
     vlm("janus", "JanusForConditionalGeneration", towers={
-        "vision": Mount("model.vision_model"),
-        "projector": Mount("model.aligner"),
+        "vision": TowerMount("model.vision_model"),
+        "projector": TowerMount("model.aligner"),
         "language": LANGUAGE,
     })
 )  # fmt: skip

@@ -1,44 +1,61 @@
 """Kandinsky 2.1, whose decoder reads the text and an image's embedding, and 2.2, which reads the latter."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Mount, Mounts
+from mm_adapters.records import Guidance, ModelRecord, TowerMount, register
 
 # A multilingual RoBERTa with a projection around it.
-register(Mounts("mclip", "tower", ("diffusers:MultilingualCLIP",), {"text": Mount("transformer", run="")}))
 register(
-    Mounts(
+    ModelRecord(
+        "mclip", "tower", ("diffusers:MultilingualCLIP",), {"text": TowerMount("transformer", run="")}
+    )
+)
+register(
+    ModelRecord(
         "kandinsky_2_1",
         "diffusion",
-        ("diffusers:KandinskyPipeline", "diffusers:KandinskyImg2ImgPipeline",
-         "diffusers:KandinskyInpaintPipeline"),
-        {"text": Mount("text_encoder"), "denoiser": Mount("unet"), "vae": Mount("movq")},
+        (
+            "diffusers:KandinskyPipeline",
+            "diffusers:KandinskyImg2ImgPipeline",
+            "diffusers:KandinskyInpaintPipeline",
+        ),
+        {"text": TowerMount("text_encoder"), "denoiser": TowerMount("unet"), "vae": TowerMount("movq")},
         loop="denoiser",
         guidance=Guidance(flag=None),
     )
-)  # fmt: skip
+)
 register(
-    Mounts(
+    ModelRecord(
         "kandinsky",
         "diffusion",
-        ("diffusers:KandinskyV22Pipeline", "diffusers:KandinskyV22Img2ImgPipeline",
-         "diffusers:KandinskyV22InpaintPipeline", "diffusers:KandinskyV22ControlnetPipeline",
-         "diffusers:KandinskyV22ControlnetImg2ImgPipeline"),
-        {"denoiser": Mount("unet"), "vae": Mount("movq")},
+        (
+            "diffusers:KandinskyV22Pipeline",
+            "diffusers:KandinskyV22Img2ImgPipeline",
+            "diffusers:KandinskyV22InpaintPipeline",
+            "diffusers:KandinskyV22ControlnetPipeline",
+            "diffusers:KandinskyV22ControlnetImg2ImgPipeline",
+        ),
+        {"denoiser": TowerMount("unet"), "vae": TowerMount("movq")},
         loop="denoiser",
         guidance=Guidance(flag=None),
     )
-)  # fmt: skip
+)
 # Prior and decoder in one call, as AutoPipelineForText2Image makes them.
 register(
-    Mounts(
+    ModelRecord(
         "kandinsky_combined",
         "diffusion",
-        ("diffusers:KandinskyV22CombinedPipeline", "diffusers:KandinskyV22Img2ImgCombinedPipeline",
-         "diffusers:KandinskyV22InpaintCombinedPipeline"),
-        {"text": Mount("prior_text_encoder"), "prior": Mount("prior_prior"), "denoiser": Mount("unet"),
-         "vae": Mount("movq")},
+        (
+            "diffusers:KandinskyV22CombinedPipeline",
+            "diffusers:KandinskyV22Img2ImgCombinedPipeline",
+            "diffusers:KandinskyV22InpaintCombinedPipeline",
+        ),
+        {
+            "text": TowerMount("prior_text_encoder"),
+            "prior": TowerMount("prior_prior"),
+            "denoiser": TowerMount("unet"),
+            "vae": TowerMount("movq"),
+        },
         loop="denoiser",
         guidance=Guidance(flag=None),
         more_loops={"prior": Guidance(flag=None, scale="prior_guidance_scale")},
     )
-)  # fmt: skip
+)

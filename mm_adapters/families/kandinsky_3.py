@@ -2,10 +2,9 @@
 
 # pyright: reportArgumentType=false
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Stack, Tower
 from mm_adapters.families._conv import maps
 from mm_adapters.families._parts import attention
+from mm_adapters.records import Guidance, Input, ModelRecord, Output, Stack, Tower, TowerMount, register
 
 _NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "heads": "heads"}
 # A level's first attention is the map's to itself: before the others on the way down, after them up.
@@ -49,11 +48,11 @@ register(
     )
 )  # fmt: skip
 register(
-    Mounts(
+    ModelRecord(
         "kandinsky_3",
         "diffusion",
         ("diffusers:Kandinsky3Pipeline", "diffusers:Kandinsky3Img2ImgPipeline"),
-        {"text": Mount("text_encoder"), "denoiser": Mount("unet"), "vae": Mount("movq")},
+        {"text": TowerMount("text_encoder"), "denoiser": TowerMount("unet"), "vae": TowerMount("movq")},
         loop="denoiser",
         guidance=Guidance(),
     )

@@ -1,9 +1,8 @@
 """Kosmos-2: a CLIP tower, queries that read it, a decoder that grounds phrases (arXiv 2306.14824)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Queries, Stack, Tower
 from mm_adapters.families._parts import attention, mlp, norm, pre_norm, projector
 from mm_adapters.families.clip import BLOCKS as VISION_BLOCKS
+from mm_adapters.records import Input, ModelRecord, Output, Queries, Stack, Tower, TowerMount, register
 
 BLOCKS = Stack(
     ("model.layers.*",),
@@ -49,14 +48,14 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "kosmos2",
         "vlm",
         ("transformers:Kosmos2ForConditionalGeneration",),
         {
-            "vision": Mount("vision_model.model"),
-            "projector": Mount("image_to_text_projection"),
-            "language": Mount("text_model", project="text_model.lm_head.weight.T"),
+            "vision": TowerMount("vision_model.model"),
+            "projector": TowerMount("image_to_text_projection"),
+            "language": TowerMount("text_model", project="text_model.lm_head.weight.T"),
         },
         images=Queries("latent_query_num", mask="image_embeds_position_mask"),
         prompt=None,

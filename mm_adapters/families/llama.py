@@ -1,8 +1,7 @@
 """Decoder-only language towers that name their parts as Llama does."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts, Stack
 from mm_adapters.families._parts import attention, decoder, gated_mlp, pre_norm
+from mm_adapters.records import ModelRecord, Stack, TowerMount, register
 
 ATTENTION = attention("self_attn", o="o_proj", heads="config.num_attention_heads",
                       kv_heads="config.num_key_value_heads", rotary=True)  # fmt: skip
@@ -17,10 +16,10 @@ register(
             "Qwen2VLTextModel", "Qwen2_5_VLTextModel", "Qwen3VLTextModel", blocks=BLOCKS)
 )  # fmt: skip
 register(
-    Mounts(
+    ModelRecord(
         "llama_lm",
         "tower",
         tuple(f"transformers:{c}ForCausalLM" for c in ("Llama", "Qwen2", "Qwen3", "Mistral")),
-        {"language": Mount("model", run="", gives="logits", project="lm_head.weight.T")},
+        {"language": TowerMount("model", run="", gives="logits", project="lm_head.weight.T")},
     )
 )

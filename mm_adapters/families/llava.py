@@ -1,8 +1,7 @@
 """LLaVA: a vision tower, a projector, a language tower (arXiv 2304.08485)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Output, Tower
 from mm_adapters.families._parts import language, vlm
+from mm_adapters.records import Input, Output, Tower, TowerMount, register
 
 register(
     Tower(
@@ -20,8 +19,8 @@ register(
 )
 LANGUAGE = language("model.language_model")
 TOWERS = {
-    "vision": Mount("model.vision_tower"),
-    "projector": Mount("model.multi_modal_projector"),
+    "vision": TowerMount("model.vision_tower"),
+    "projector": TowerMount("model.multi_modal_projector"),
     "language": LANGUAGE,
 }
 register(vlm("llava", "LlavaForConditionalGeneration", towers=TOWERS))

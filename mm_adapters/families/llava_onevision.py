@@ -1,8 +1,7 @@
 """LLaVA-OneVision: LLaVA on the image and on its tiles, which are scaled down if many (arXiv 2408.03326)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Anyres
 from mm_adapters.families._parts import vlm
 from mm_adapters.families.llava import TOWERS
+from mm_adapters.records import Anyres, register
 
 register(vlm("llava_onevision", "LlavaOnevisionForConditionalGeneration", towers=TOWERS, images=Anyres()))

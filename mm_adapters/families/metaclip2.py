@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from mm_adapters._registry import register
 from mm_adapters.families import clip
+from mm_adapters.records import register
 
 for _tower, _name in ((clip.VISION, "Vision"), (clip.TEXT, "Text")):
     _class = f"transformers:MetaClip2{_name}Model"

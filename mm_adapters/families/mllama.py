@@ -1,9 +1,8 @@
 """Llama 3.2 Vision: some language blocks read an image's tiles through a gate (arXiv 2407.21783)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Output, Queries, Stack, Stream, Tower
 from mm_adapters.families._parts import attention, decoder, gated_mlp, mlp, norm, pre_norm, vlm
 from mm_adapters.families.llava import LANGUAGE
+from mm_adapters.records import Input, Output, Queries, Stack, Stream, Tower, TowerMount, register
 
 VISION = pre_norm(ln1="input_layernorm", attn="self_attn", heads=attention("self_attn", o="o_proj"),
                   ln2="post_attention_layernorm", ff="mlp", neurons=mlp("mlp"))  # fmt: skip
@@ -62,8 +61,8 @@ register(
 register(decoder("mllama_text", "MllamaTextModel", blocks=LANGUAGE_BLOCKS))
 register(
     vlm("mllama", "MllamaForConditionalGeneration", towers={
-        "vision": Mount("model.vision_model"),
-        "projector": Mount("model.multi_modal_projector", tower="mllama_projector"),
+        "vision": TowerMount("model.vision_model"),
+        "projector": TowerMount("model.multi_modal_projector", tower="mllama_projector"),
         "language": LANGUAGE,
     }, images=Queries(role="image"))
 )  # fmt: skip

@@ -1,8 +1,17 @@
 """open_clip's ViT towers, whose attention is nn.MultiheadAttention (arXiv 2212.07143)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Built, Input, Mount, Mounts, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import fused_attention, mlp, norm
+from mm_adapters.records import (
+    Built,
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Tower,
+    TowerMount,
+    register,
+)
 
 BLOCKS = Stack(
     ("transformer.resblocks.*",),
@@ -58,28 +67,30 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "open_clip",
         "contrastive",
         ("open_clip:CLIP",),
         {
-            "vision": Mount("visual", run="encode_image", takes="image", project="visual.proj"),
+            "vision": TowerMount("visual", run="encode_image", takes="image", project="visual.proj"),
             # The text tower's parts are the model's own.
-            "text": Mount("", tower="open_clip_text", run="encode_text", project="text_projection"),
+            "text": TowerMount("", tower="open_clip_text", run="encode_text", project="text_projection"),
         },
         logit_scale="logit_scale",
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "open_clip_custom_text",
         "contrastive",
         ("open_clip:CustomTextCLIP",),
         {
-            "vision": Mount(
+            "vision": TowerMount(
                 "visual", run="encode_image", takes="image", project="visual.proj|visual.head.proj"
             ),
-            "text": Mount("text", run="encode_text", takes="text", project="text.text_projection|text.proj"),
+            "text": TowerMount(
+                "text", run="encode_text", takes="text", project="text.text_projection|text.proj"
+            ),
         },
         logit_scale="logit_scale",
     )

@@ -1,9 +1,8 @@
 """CLIP's modified ResNet, as open_clip writes it (arXiv 2103.00020)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Output, Stack, Tower
 from mm_adapters.families._conv import maps
 from mm_adapters.families._parts import fused_attention
+from mm_adapters.records import Input, Output, Stack, Tower, register
 
 register(
     Tower(

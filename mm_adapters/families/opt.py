@@ -1,8 +1,7 @@
 """OPT's language tower (arXiv 2205.01068)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Stack
 from mm_adapters.families._parts import attention, decoder, pre_norm
+from mm_adapters.records import Input, ModelRecord, Output, Stack, TowerMount, register
 
 NEURONS = {"mlp.hook_pre": Output("fc1"), "mlp.hook_post": Input("fc2")}
 BLOCKS = Stack(
@@ -17,10 +16,10 @@ register(
             position="embed_positions.weight")
 )  # fmt: skip
 register(
-    Mounts(
+    ModelRecord(
         "opt_lm",
         "tower",
         ("transformers:OPTForCausalLM",),
-        {"language": Mount("model.decoder", run="", gives="logits", project="lm_head.weight.T")},
+        {"language": TowerMount("model.decoder", run="", gives="logits", project="lm_head.weight.T")},
     )
 )

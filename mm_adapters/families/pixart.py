@@ -3,9 +3,19 @@
 
 # pyright: reportArgumentType=false
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Residual, Stack, Stream, Tower
 from mm_adapters.families._parts import attention, mlp, norm
+from mm_adapters.records import (
+    Guidance,
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Stream,
+    Tower,
+    TowerMount,
+    register,
+)
 
 _NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "heads": "heads"}
 register(
@@ -38,11 +48,11 @@ register(
     )
 )  # fmt: skip
 register(
-    Mounts(
+    ModelRecord(
         "pixart",
         "diffusion",
         ("diffusers:PixArtAlphaPipeline", "diffusers:PixArtSigmaPipeline"),
-        {"text": Mount("text_encoder"), "denoiser": Mount("transformer"), "vae": Mount("vae")},
+        {"text": TowerMount("text_encoder"), "denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         guidance=Guidance(flag=None),
     )

@@ -1,9 +1,8 @@
 """Pixtral's tower, for images of any size, and Mistral 3, which merges patches (arXiv 2410.07073)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Merged, Output, Stack, Tower
 from mm_adapters.families._parts import attention, gated_mlp, norm, pre_norm, projector, vlm
 from mm_adapters.families.llava import TOWERS
+from mm_adapters.records import Input, Merged, Output, Stack, Tower, register
 
 NEWLINES = ("[IMG_BREAK]", "[IMG_END]")
 BLOCKS = Stack(

@@ -1,8 +1,17 @@
 """The prior of unCLIP and Kandinsky: a transformer that denoises an image's embedding (arXiv 2204.06125)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, mlp, norm
+from mm_adapters.records import (
+    Guidance,
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Tower,
+    TowerMount,
+    register,
+)
 
 register(
     Tower(
@@ -29,11 +38,11 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "kandinsky_prior",
         "diffusion",
         ("diffusers:KandinskyV22PriorPipeline", "diffusers:KandinskyPriorPipeline"),
-        {"text": Mount("text_encoder"), "denoiser": Mount("prior")},
+        {"text": TowerMount("text_encoder"), "denoiser": TowerMount("prior")},
         loop="denoiser",
         guidance=Guidance(flag=None),
     )

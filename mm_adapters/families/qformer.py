@@ -2,9 +2,8 @@
 
 from functools import partial
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Output, Stack, Tower
 from mm_adapters.families._parts import attention, norm
+from mm_adapters.records import Input, Output, Stack, Tower, register
 
 BERT = partial(attention, q="query", k="key", v="value", heads="num_attention_heads")
 

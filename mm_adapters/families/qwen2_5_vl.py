@@ -1,9 +1,8 @@
 """Qwen2.5-VL: most blocks of its vision tower attend within windows (arXiv 2502.13923)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Merged, Stack, Tower
 from mm_adapters.families._parts import gated_mlp, norm, pre_norm, projector, qkv_attention, vlm
 from mm_adapters.families.qwen2_vl import MERGER, PROMPT, TOWERS
+from mm_adapters.records import Input, Merged, Stack, Tower, register
 
 BLOCKS = Stack(
     ("blocks.*",),

@@ -1,9 +1,8 @@
 """Qwen2-VL: packed patches, a merger, multi-axis rotary embedding (arXiv 2409.12191)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Merged, Mount, Output, Stack, Tower
 from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention, vlm
 from mm_adapters.families.llava import LANGUAGE
+from mm_adapters.records import Input, Merged, Output, Stack, Tower, TowerMount, register
 
 BLOCKS = Stack(
     ("blocks.*",),
@@ -13,8 +12,8 @@ BLOCKS = Stack(
 MERGER = {"hook_pre": Output("mlp.0"), "hook_post": Input("mlp.2")}
 PROMPT = "<|vision_start|>{image_token}<|vision_end|>"
 TOWERS = {
-    "vision": Mount("model.visual"),
-    "projector": Mount("model.visual.merger"),
+    "vision": TowerMount("model.visual"),
+    "projector": TowerMount("model.visual.merger"),
     "language": LANGUAGE,
 }
 

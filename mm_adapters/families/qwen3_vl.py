@@ -1,9 +1,8 @@
 """Qwen3-VL: features of several depths join the first language blocks (DeepStack; arXiv 2511.21631)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Merged, Output, Stack, Tower
 from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention, vlm
 from mm_adapters.families.qwen2_vl import PROMPT, TOWERS
+from mm_adapters.records import Input, Merged, Output, Stack, Tower, register
 
 BLOCKS = Stack(
     ("blocks.*",),

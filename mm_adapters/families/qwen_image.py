@@ -1,8 +1,17 @@
 """Qwen-Image: text and image in one joint attention, text first, read by Qwen2.5-VL (arXiv 2508.02324)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Input, Joint, Mount, Mounts, Output, Stack, Tower
 from mm_adapters.families._dit import double_block
+from mm_adapters.records import (
+    Guidance,
+    Input,
+    Joint,
+    ModelRecord,
+    Output,
+    Stack,
+    Tower,
+    TowerMount,
+    register,
+)
 
 _START, _END = double_block("img_norm1", "img_norm2", "img_mlp", text=("txt_norm1", "txt_norm2", "txt_mlp"))
 register(
@@ -20,13 +29,13 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "qwen_image",
         "diffusion",
         ("diffusers:QwenImagePipeline", "diffusers:QwenImageImg2ImgPipeline",
          "diffusers:QwenImageInpaintPipeline"),
-        {"text": Mount("text_encoder.model.language_model"),
-         "denoiser": Mount("transformer"), "vae": Mount("vae")},
+        {"text": TowerMount("text_encoder.model.language_model"),
+         "denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         # Two calls a step where there is a negative prompt and true_cfg_scale is above one.
         guidance=Guidance(flag=None, scale="true_cfg_scale", denoiser_calls=("cond", "uncond")),

@@ -1,8 +1,7 @@
 """ResNet as transformers writes it (arXiv 1512.03385)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts, Output, Stack, Tower
 from mm_adapters.families._conv import NO_ATTENTION, maps
+from mm_adapters.records import ModelRecord, Output, Stack, Tower, TowerMount, register
 
 register(
     Tower(
@@ -26,10 +25,10 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "resnet_classifier",
         "tower",
         ("transformers:ResNetForImageClassification",),
-        {"vision": Mount("resnet", run="", gives="logits", project="classifier.1.weight.T")},
+        {"vision": TowerMount("resnet", run="", gives="logits", project="classifier.1.weight.T")},
     )
 )

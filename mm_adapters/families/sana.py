@@ -2,12 +2,22 @@
 
 # pyright: reportArgumentType=false
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Residual, Stack, Stream, Tower
 from mm_adapters.families._parts import attention, norm
+from mm_adapters.records import (
+    Guidance,
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Stream,
+    Tower,
+    TowerMount,
+    register,
+)
 
 _NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "heads": "heads"}
-_LINEAR = {site: place for site, place in attention("attn1", **_NAMES).items()
+_LINEAR = {site: location for site, location in attention("attn1", **_NAMES).items()
            if not site.endswith(("hook_attn_scores", "hook_pattern"))}  # fmt: skip
 _WHY = "linear attention: keys and values are summed first, no position's weight on another is formed"
 register(
@@ -42,11 +52,11 @@ register(
     )
 )  # fmt: skip
 register(
-    Mounts(
+    ModelRecord(
         "sana",
         "diffusion",
         ("diffusers:SanaPipeline",),
-        {"denoiser": Mount("transformer"), "vae": Mount("vae")},
+        {"denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         guidance=Guidance(),
     )

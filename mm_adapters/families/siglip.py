@@ -1,9 +1,8 @@
 """SigLIP as transformers writes it (arXiv 2303.15343)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Tower
 from mm_adapters.families._parts import fused_attention, norm
 from mm_adapters.families.clip import BLOCKS
+from mm_adapters.records import Input, ModelRecord, Output, Tower, TowerMount, register
 
 # What reads the summary off the patches: one query attends to them, and an MLP follows.
 POOL = (
@@ -34,7 +33,7 @@ TEXT = register(
         ("transformers:SiglipTextModel",),
         {"blocks": BLOCKS},
         before={"hook_embed": Output("embeddings.token_embedding"),
-                "hook_pos_embed": Output("embeddings.position_embedding", like="hook_embed")},
+                "hook_pos_embed": Output("embeddings.position_embedding", reference_site="hook_embed")},
         after=norm("final_layer_norm", "ln_final"),
         takes="input_ids",
         pool="last",
@@ -43,23 +42,23 @@ TEXT = register(
     )
 )  # fmt: skip
 SIGLIP = register(
-    Mounts(
+    ModelRecord(
         "siglip",
         "contrastive",
         ("transformers:SiglipModel",),
         {
-            "vision": Mount("vision_model", run="get_image_features"),
-            "text": Mount("text_model", run="get_text_features",
+            "vision": TowerMount("vision_model", run="get_image_features"),
+            "text": TowerMount("text_model", run="get_text_features",
                           project="text_model.head.weight.T"),
         },
         logit_scale="logit_scale",
     )
 )  # fmt: skip
 register(
-    Mounts(
+    ModelRecord(
         "siglip_text",
         "tower",
         ("transformers:SiglipTextModel",),
-        {"text": Mount("", tower="siglip_text", run="", takes="input_ids", project="head.weight.T")},
+        {"text": TowerMount("", tower="siglip_text", run="", takes="input_ids", project="head.weight.T")},
     )
 )

@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Output
 from mm_adapters.families import siglip
 from mm_adapters.families._parts import norm
+from mm_adapters.records import Output, register
 
 register(
     replace(

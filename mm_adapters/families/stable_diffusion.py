@@ -1,10 +1,19 @@
 """Stable Diffusion 1, 2 and XL: text encoders, a UNet with cross-attention, an autoencoder
 (arXiv 2112.10752, 2307.01952)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Input, Mount, Mounts, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, inside, norm
 from mm_adapters.families._unet import MAP_ATTENTION, RESNET, RESNETS
+from mm_adapters.records import (
+    Guidance,
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Tower,
+    TowerMount,
+    register,
+)
 
 # An IP-Adapter: a picture's tokens, which each block attends to beside the words (arXiv 2308.06721).
 IMAGE_PROMPT = inside("attn2", "heads", "k", "v", "attn_scores", "pattern", "z", name="image_prompt", call=1,
@@ -65,13 +74,13 @@ register(
     )
 )  # fmt: skip
 TOWERS = {
-    "text": Mount("text_encoder"),
-    "vision": Mount("image_encoder"),  # With an IP-Adapter.
-    "denoiser": Mount("unet"),
-    "vae": Mount("vae"),
+    "text": TowerMount("text_encoder"),
+    "vision": TowerMount("image_encoder"),  # With an IP-Adapter.
+    "denoiser": TowerMount("unet"),
+    "vae": TowerMount("vae"),
 }
 register(
-    Mounts(
+    ModelRecord(
         "stable_diffusion",
         "diffusion",
         (
@@ -90,7 +99,7 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "stable_diffusion_xl",
         "diffusion",
         (
@@ -101,7 +110,7 @@ register(
             "diffusers:StableDiffusionXLControlNetImg2ImgPipeline",
             "diffusers:StableDiffusionXLControlNetInpaintPipeline",
         ),
-        {"text": Mount("text_encoder"), "text_2": Mount("text_encoder_2")} | TOWERS,
+        {"text": TowerMount("text_encoder"), "text_2": TowerMount("text_encoder_2")} | TOWERS,
         loop="denoiser",
         guidance=Guidance(),
     )

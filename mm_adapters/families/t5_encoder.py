@@ -1,8 +1,7 @@
 """T5's encoder, the text tower of many pipelines (arXiv 1910.10683)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, norm
+from mm_adapters.records import Input, Output, Residual, Stack, Tower, register
 
 _MLP = "layer.1.DenseReluDense"
 register(

@@ -2,9 +2,8 @@
 
 from functools import partial
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, norm, t5_mlp
+from mm_adapters.records import Input, Output, Residual, Stack, Tower, register
 
 T5_ATTENTION = partial(attention, q="q", k="k", v="v", o="o", heads="n_heads")
 

@@ -1,8 +1,7 @@
 """timm's VisionTransformer: ViT, DeiT, AugReg, SigLIP's image tower and many more."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Built, Input, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import inside, mlp, norm
+from mm_adapters.records import Built, Input, Output, Residual, Stack, Tower, register
 
 _N = "attn:num_heads"
 POOL = Built((("global_pool", "avg", "mean"), ("global_pool", "map", "attention"),

@@ -1,7 +1,6 @@
 """Any timm tower that transformers has wrapped."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Mount, Mounts
+from mm_adapters.records import ModelRecord, TowerMount, register
 
-_TOWER = {"vision": Mount("timm_model", run="", takes="pixel_values", gives="pooler_output")}
-register(Mounts("timm_wrapper", "tower", ("transformers:TimmWrapperModel",), _TOWER))
+_TOWER = {"vision": TowerMount("timm_model", run="", takes="pixel_values", gives="pooler_output")}
+register(ModelRecord("timm_wrapper", "tower", ("transformers:TimmWrapperModel",), _TOWER))

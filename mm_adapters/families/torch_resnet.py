@@ -1,8 +1,7 @@
 """ResNet as torchvision and timm write it (arXiv 1512.03385)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Output, Stack, Tower
 from mm_adapters.families._conv import NO_ATTENTION, maps
+from mm_adapters.records import Input, Output, Stack, Tower, register
 
 register(
     Tower(

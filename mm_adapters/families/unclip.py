@@ -1,9 +1,8 @@
 """unCLIP: a prior makes an image's embedding of the text, a decoder the image of both (arXiv 2204.06125);
 and Stable unCLIP, where Stable Diffusion's UNet is the decoder."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Guidance, Mount, Mounts, Output, Tower
 from mm_adapters.families.stable_diffusion import TOWERS
+from mm_adapters.records import Guidance, ModelRecord, Output, Tower, TowerMount, register
 
 register(
     Tower(
@@ -26,29 +25,34 @@ register(
 # One scale above one makes both loops run with unconditional rows.
 _BOTH = Guidance(flag=None, scale="prior_guidance_scale|decoder_guidance_scale")
 register(
-    Mounts(
+    ModelRecord(
         "unclip",
         "diffusion",
         ("diffusers:UnCLIPPipeline",),
-        {"text": Mount("text_encoder"), "prior": Mount("prior"), "projector": Mount("text_proj"),
-         "denoiser": Mount("decoder"), "enlarger": Mount("super_res_first"),
-         "last_enlarger": Mount("super_res_last")},
+        {
+            "text": TowerMount("text_encoder"),
+            "prior": TowerMount("prior"),
+            "projector": TowerMount("text_proj"),
+            "denoiser": TowerMount("decoder"),
+            "enlarger": TowerMount("super_res_first"),
+            "last_enlarger": TowerMount("super_res_last"),
+        },
         loop="denoiser",
         guidance=_BOTH,
         more_loops={"prior": _BOTH, "projector": _BOTH, "enlarger": None, "last_enlarger": None},
     )
-)  # fmt: skip
+)
 register(
-    Mounts(
+    ModelRecord(
         "stable_unclip",
         "diffusion",
         ("diffusers:StableUnCLIPPipeline",),
         {
-            "text_prior": Mount("prior_text_encoder"),
-            "prior": Mount("prior"),
-            "text": Mount("text_encoder"),
-            "denoiser": Mount("unet"),
-            "vae": Mount("vae"),
+            "text_prior": TowerMount("prior_text_encoder"),
+            "prior": TowerMount("prior"),
+            "text": TowerMount("text_encoder"),
+            "denoiser": TowerMount("unet"),
+            "vae": TowerMount("vae"),
         },
         loop="denoiser",
         guidance=Guidance(flag=None),
@@ -56,7 +60,7 @@ register(
     )
 )
 register(
-    Mounts(
+    ModelRecord(
         "stable_unclip_image",
         "diffusion",
         ("diffusers:StableUnCLIPImg2ImgPipeline",),
@@ -64,4 +68,4 @@ register(
         loop="denoiser",
         guidance=Guidance(flag=None),
     )
-)  # fmt: skip
+)

@@ -1,8 +1,7 @@
 """UNets without text: DDPM, DDIM and what else samples with UNet2DModel (arXiv 2006.11239)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Input, Mount, Mounts, Output, Tower
 from mm_adapters.families._unet import MAP_ATTENTION, RESNETS
+from mm_adapters.records import Input, ModelRecord, Output, Tower, TowerMount, register
 
 register(
     Tower(
@@ -18,4 +17,6 @@ register(
     )
 )
 _PIPELINES = ("diffusers:DDPMPipeline", "diffusers:DDIMPipeline")
-register(Mounts("unconditional", "diffusion", _PIPELINES, {"denoiser": Mount("unet")}, loop="denoiser"))
+register(
+    ModelRecord("unconditional", "diffusion", _PIPELINES, {"denoiser": TowerMount("unet")}, loop="denoiser")
+)

@@ -1,8 +1,17 @@
 """ViT and DeiT as transformers writes them (arXiv 2010.11929, 2012.12877)."""
 
-from mm_adapters._registry import register
-from mm_adapters._spec import Built, Input, Mount, Mounts, Output, Residual, Stack, Tower
 from mm_adapters.families._parts import attention, mlp, norm
+from mm_adapters.records import (
+    Built,
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Tower,
+    TowerMount,
+    register,
+)
 
 BLOCKS = Stack(
     ("layers.*",),
@@ -33,6 +42,6 @@ register(
 )
 for _path in ("vit", "deit"):
     _class = {"vit": "ViT", "deit": "DeiT"}[_path]
-    _mount = Mount(_path, run="", gives="logits", project="classifier.weight.T")
-    register(Mounts(f"{_path}_classifier", "tower", (f"transformers:{_class}ForImageClassification",),
+    _mount = TowerMount(_path, run="", gives="logits", project="classifier.weight.T")
+    register(ModelRecord(f"{_path}_classifier", "tower", (f"transformers:{_class}ForImageClassification",),
                     {"vision": _mount}))  # fmt: skip

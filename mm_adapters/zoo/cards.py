@@ -106,8 +106,8 @@ def world_sheet() -> Image.Image:
 
 def contact_sheet(folder: Path) -> Image.Image:
     """What tiny-sd draws, each picture above its prompt."""
-    from mm_adapters.zoo.evaluate import load
     from mm_adapters.zoo.measures import prompts_to_draw
+    from mm_adapters.zoo.models_at import load
 
     texts = [text for _, text in prompts_to_draw(24)]
     pipeline, _ = load(folder, "tiny-sd")

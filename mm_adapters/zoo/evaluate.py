@@ -5,34 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
 from mm_adapters.zoo import NAMES, cards, path
 from mm_adapters.zoo.measures import Measure, measure_clip, measure_llava, measure_sd
+from mm_adapters.zoo.models_at import load
 
 _FULL = {"tiny-clip": 2000, "tiny-llava": 2000, "tiny-sd": 300}
 _QUICK = {"tiny-clip": 200, "tiny-llava": 150, "tiny-sd": 16}
-
-
-def load(folder: Path, name: str) -> tuple[Any, Any]:
-    """The model and its processor (None for a pipeline), read as any user would, in float32."""
-    if name == "tiny-sd":
-        from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
-
-        return StableDiffusionPipeline.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        ), None
-    from transformers import CLIPModel, CLIPProcessor, LlavaForConditionalGeneration, LlavaProcessor
-
-    model_class, processor_class = {
-        "tiny-clip": (CLIPModel, CLIPProcessor),
-        "tiny-llava": (LlavaForConditionalGeneration, LlavaProcessor),
-    }[name]
-    model = model_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), processor_class.from_pretrained(folder, local_files_only=True)
 
 
 def measure(name: str, folder: Path, n: int) -> list[Measure]:

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import mm_adapters as mm
-from methods_multimodal.decomposition import decompose
-from methods_multimodal.moments import Moments
-from methods_multimodal.second_order import second_order
-from methods_multimodal.text_span import text_span
+from methods_multimodal.text_explanations.decomposition import decompose
+from methods_multimodal.text_explanations.moments import Moments
+from methods_multimodal.text_explanations.second_order import second_order
+from methods_multimodal.text_explanations.text_span import text_span
 from tests.benchmarks._memory import peak
 from tests.benchmarks._paired import paired, ratio
 

@@ -13,7 +13,7 @@ import torch
 from sklearn.linear_model import Lasso
 from torch import Tensor
 
-from methods_multimodal._sparse import solve
+from methods_multimodal.text_explanations.sparse_coding import solve
 
 LIMITS = {"scikit-learn / ours": 50.0, "largest difference of objectives": 1e-5}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from methods_multimodal.decomposition import decompose
+from methods_multimodal.text_explanations.decomposition import decompose
 from mm_adapters import HookedModel
 from tests.benchmarks._small import run_small
 from tests.benchmarks.decomposition import all_rows, vit

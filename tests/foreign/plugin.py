@@ -15,7 +15,7 @@ import pytest
 from nnsight.intervention.backends import remote
 from nnsight.modeling import diffusion, transformers
 
-from mm_adapters._remote_backend import Dispatch
+from mm_adapters.ndif_client.backend import Dispatch
 from mm_adapters.traced import TracedModel
 
 _HERE = json.loads(os.environ.get("FOREIGN_CHECKPOINTS", "{}"))

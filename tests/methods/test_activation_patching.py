@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import patching
 
 import mm_adapters as mm
-from methods_multimodal.activation_patching import patch_heads, patch_positions
+from methods_multimodal.patching.activation_patching import patch_heads, patch_positions
 
 
 def pair(name: str) -> tuple[tiny.Case, dict[str, Tensor], dict[str, Tensor]]:

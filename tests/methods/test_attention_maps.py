@@ -6,9 +6,9 @@ import tiny
 import torch
 
 import mm_adapters as mm
-from methods_multimodal._grids import answer_layout, image_layout
-from methods_multimodal.attention_maps import head_maps
-from mm_adapters._tokens import vision_layout
+from methods_multimodal.core.grids import answer_layout, image_layout
+from methods_multimodal.relevance.attention_maps import head_maps
+from mm_adapters.tokens.layout import vision_layout
 
 
 def test_class_maps_equal_the_librarys_own_attentions() -> None:
@@ -53,7 +53,7 @@ def test_the_last_tokens_map_covers_the_image_tokens() -> None:
 def test_the_image_tokens_of_an_answer_are_where_the_image_is() -> None:
     import tiny_tokenizers
 
-    from mm_adapters._inputs_for import inputs_for
+    from mm_adapters.inputs.from_model import inputs_for
 
     built = tiny.llava()
     ids = built.inputs["input_ids"]

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import mm_adapters as mm
-from methods_multimodal._embed import embed_texts
-from methods_multimodal.ablation import Component
-from methods_multimodal.components import rank_components
-from methods_multimodal.concept_dictionary import concept_dictionary, token_states
-from methods_multimodal.decomposition import decompose
-from methods_multimodal.retrieval import retrieve
-from methods_multimodal.vocabulary import vocabulary
+from methods_multimodal.core.embed import embed_texts
+from methods_multimodal.text_explanations.ablation import Component
+from methods_multimodal.text_explanations.components import rank_components
+from methods_multimodal.text_explanations.concept_dictionary import concept_dictionary, token_states
+from methods_multimodal.text_explanations.decomposition import decompose
+from methods_multimodal.text_explanations.retrieval import retrieve
+from methods_multimodal.text_explanations.vocabulary import vocabulary
 from mm_adapters.zoo import world
 from mm_adapters.zoo.measures import images_of, value_of
 

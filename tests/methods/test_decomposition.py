@@ -12,7 +12,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 import mm_adapters as mm
-from methods_multimodal.decomposition import Decomposition, decompose
+from methods_multimodal.text_explanations.decomposition import Decomposition, decompose
 from mm_adapters.traced import TracedModel
 from mm_adapters.zoo import sample_images
 

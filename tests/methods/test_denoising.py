@@ -10,7 +10,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 
 import mm_adapters as mm
-from methods_multimodal.denoising import DenoisingSteps, StepReader
+from methods_multimodal.diffusion.denoising import DenoisingSteps, StepReader
 
 INPUTS: dict[str, Any] = {"prompt": "a cat", "seed": 0, "output_type": "pt"}
 

@@ -8,12 +8,12 @@ import tiny
 import torch
 
 import mm_adapters as mm
-from methods_multimodal._grids import image_layout
-from methods_multimodal.activation_patching import patch_heads, patch_positions
-from methods_multimodal.attention_maps import head_maps
+from methods_multimodal.core.grids import image_layout
 from methods_multimodal.cross_attention import word_maps
-from methods_multimodal.logit_attribution import attribute_logits, attribute_tokens
-from methods_multimodal.logit_lens import logit_lens
+from methods_multimodal.lenses.direct_attribution import attribute_logits, attribute_tokens
+from methods_multimodal.lenses.logit_lens import logit_lens
+from methods_multimodal.patching.activation_patching import patch_heads, patch_positions
+from methods_multimodal.relevance.attention_maps import head_maps
 from mm_adapters.traced import TracedModel
 
 

@@ -10,7 +10,11 @@ import torch
 from einops import einsum
 
 import mm_adapters as mm
-from methods_multimodal.logit_attribution import LogitAttribution, attribute_logits, attribute_tokens
+from methods_multimodal.lenses.direct_attribution import (
+    LogitAttribution,
+    attribute_logits,
+    attribute_tokens,
+)
 
 DUAL = ("clip", "open_clip", "open_clip_custom_text")
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import mm_adapters as mm
-from methods_multimodal.logit_lens import logit_lens
+from methods_multimodal.lenses.logit_lens import logit_lens
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_siglip_qwen", "llava_mistral"])

@@ -11,10 +11,14 @@ import pytest
 import torch
 
 import mm_adapters as mm
-from methods_multimodal.decomposition import decompose
-from methods_multimodal.name_heads import HeadNames, name_heads
-from methods_multimodal.text_span import text_span
-from methods_multimodal.vocabulary import Vocabulary, attribute_templates, vocabulary
+from methods_multimodal.text_explanations.decomposition import decompose
+from methods_multimodal.text_explanations.name_heads import HeadNames, name_heads
+from methods_multimodal.text_explanations.text_span import text_span
+from methods_multimodal.text_explanations.vocabulary import (
+    Vocabulary,
+    attribute_templates,
+    vocabulary,
+)
 from mm_adapters.zoo import world
 from mm_adapters.zoo.measures import images_of, value_of, values
 
@@ -99,8 +103,8 @@ def write_images(folder: Path, n: int) -> list[Path]:
 def test_a_run_that_was_killed_goes_on_to_the_same_result(
     tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from methods_multimodal import _progress
-    from methods_multimodal import name_heads as module
+    from methods_multimodal.core import progress as _progress
+    from methods_multimodal.text_explanations import name_heads as module
 
     files = write_images(tmp_path / "images", 60)
     options: dict[str, Any] = {"n_texts": 3, "top": 2, "batch_size": 8, "every": 2}

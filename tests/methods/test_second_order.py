@@ -9,7 +9,11 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 import mm_adapters as mm
-from methods_multimodal.second_order import principal_directions, second_order, text_codes
+from methods_multimodal.text_explanations.second_order import (
+    principal_directions,
+    second_order,
+    text_codes,
+)
 from mm_adapters.traced import TracedModel
 
 

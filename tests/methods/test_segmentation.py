@@ -8,8 +8,13 @@ import tiny
 import torch
 
 import mm_adapters as mm
-from methods_multimodal.decomposition import decompose
-from methods_multimodal.segmentation import above, best_threshold, segment, segmentation_scores
+from methods_multimodal.text_explanations.decomposition import decompose
+from methods_multimodal.text_explanations.segmentation import (
+    above,
+    best_threshold,
+    segment,
+    segmentation_scores,
+)
 from mm_adapters.traced import TracedModel
 
 

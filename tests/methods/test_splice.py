@@ -9,10 +9,16 @@ from sklearn.linear_model import Lasso
 from torch import Tensor
 
 import mm_adapters as mm
-from methods_multimodal._embed import embed, embed_texts
-from methods_multimodal._sparse import solve
-from methods_multimodal.splice import Splice, dictionary, image_mean, intervene, splice
-from methods_multimodal.vocabulary import vocabulary
+from methods_multimodal.core.embed import embed, embed_texts
+from methods_multimodal.text_explanations.sparse_coding import solve
+from methods_multimodal.text_explanations.splice import (
+    Splice,
+    dictionary,
+    image_mean,
+    intervene,
+    splice,
+)
+from methods_multimodal.text_explanations.vocabulary import vocabulary
 from mm_adapters.zoo import world
 from mm_adapters.zoo.measures import images_of, value_of
 

@@ -10,12 +10,18 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import mm_adapters as mm
-from methods_multimodal._embed import embed_texts
-from methods_multimodal.ablation import Component, ablate, ablation, components_of, outputs
-from methods_multimodal.components import align, rank_components, stacked
-from methods_multimodal.decomposition import Decomposition, decompose
-from methods_multimodal.spurious import find_shortcut, group_accuracy, repaired
-from methods_multimodal.vocabulary import vocabulary
+from methods_multimodal.core.embed import embed_texts
+from methods_multimodal.text_explanations.ablation import (
+    Component,
+    ablate,
+    ablation,
+    components_of,
+    outputs,
+)
+from methods_multimodal.text_explanations.components import align, rank_components, stacked
+from methods_multimodal.text_explanations.decomposition import Decomposition, decompose
+from methods_multimodal.text_explanations.spurious import find_shortcut, group_accuracy, repaired
+from methods_multimodal.text_explanations.vocabulary import vocabulary
 from mm_adapters.zoo import world
 from mm_adapters.zoo.measures import images_of
 

@@ -9,7 +9,6 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
 from torch import Tensor
 
-from methods_multimodal import segmentation
 from methods_multimodal.core.statistics import (
     auroc,
     bootstrap,
@@ -22,6 +21,7 @@ from methods_multimodal.cross_attention import Effects, average_precision
 from methods_multimodal.cross_attention import correlation as both_correlations
 from methods_multimodal.data_attribution import detection, linear_datamodeling_score
 from methods_multimodal.dissection.similarity import rank_reorder
+from methods_multimodal.text_explanations import segmentation
 from mm_adapters import InputError
 
 # Activations after a ReLU: many are exactly zero, and the rest are few different numbers, as in bfloat16.

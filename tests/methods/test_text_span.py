@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import mm_adapters as mm
-from methods_multimodal.moments import Moments
-from methods_multimodal.text_span import TextSpan, text_span
+from methods_multimodal.text_explanations.moments import Moments
+from methods_multimodal.text_explanations.text_span import TextSpan, text_span
 
 
 def published(data: Tensor, texts: Tensor, rank: int, n_texts: int) -> tuple[list[int], Tensor]:

@@ -18,7 +18,7 @@ import torch
 
 import mm_adapters as mm
 from integrations.ndif.service import answers, free_ports
-from mm_adapters._remote_backend import Dispatch
+from mm_adapters.ndif_client.backend import Dispatch
 
 ROOT = Path(__file__).parents[2]
 

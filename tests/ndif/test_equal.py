@@ -11,7 +11,7 @@ import torch
 from zoo_inputs import INPUTS
 
 import mm_adapters as mm
-from mm_adapters._remote_backend import Dispatch
+from mm_adapters.ndif_client.backend import Dispatch
 
 Load = Callable[[str], Any]
 

@@ -12,8 +12,9 @@ from zoo_inputs import INPUTS
 
 import mm_adapters as mm
 from mm_adapters import zoo
-from mm_adapters._guest import guest_key, sources
-from mm_adapters._remote_backend import Dispatch
+from mm_adapters.ndif_client.backend import Dispatch
+from mm_adapters.ndif_client.shipping import sources
+from mm_adapters.ndif_client.stock_service import stock_service_key
 
 Load = Callable[[str], Any]
 
@@ -39,17 +40,17 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "standin":
         return request.getfixturevalue("stock").host
     monkeypatch.setattr(Dispatch, "trusted", request.param == "trusted")
-    monkeypatch.setattr(Dispatch, "is_guest", True)
+    monkeypatch.setattr(Dispatch, "on_stock_service", True)
     return request.getfixturevalue("service")
 
 
 def test_the_key_is_that_of_nnsights_own_model(load: Load) -> None:
-    key = guest_key(load("tiny-clip"))
+    key = stock_service_key(load("tiny-clip"))
     assert key.startswith("nnsight.modeling.transformers.TransformersModel:{")
     assert str(zoo.path("tiny-clip")) in key
     assert "zero-shot-image-classification" in key
-    assert "image-text-to-text" in guest_key(load("tiny-llava"))
-    assert guest_key(load("tiny-sd")).startswith("nnsight.modeling.diffusion.DiffusionModel:{")
+    assert "image-text-to-text" in stock_service_key(load("tiny-llava"))
+    assert stock_service_key(load("tiny-sd")).startswith("nnsight.modeling.diffusion.DiffusionModel:{")
 
 
 def test_what_is_sent_along_is_source_and_small() -> None:

@@ -18,7 +18,7 @@ from zoo_inputs import INPUTS
 
 from integrations.ndif.commands import state
 from integrations.ndif.processes import marked
-from mm_adapters._remote_backend import Dispatch
+from mm_adapters.ndif_client.backend import Dispatch
 
 Load = Callable[[str], Any]
 CLIP = INPUTS["tiny-clip"]

@@ -21,8 +21,8 @@ from zoo_inputs import INPUTS
 import mm_adapters as mm
 from integrations.ndif.service import free_ports
 from mm_adapters import remote
-from mm_adapters._remote_backend import Dispatch, check_service, own_version
-from mm_adapters._remote_errors import failed
+from mm_adapters.ndif_client.backend import Dispatch, check_service, own_version
+from mm_adapters.ndif_client.errors import failed
 from mm_adapters.traced import TracedModel
 
 Load = Callable[[str], Any]

@@ -26,13 +26,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from integrations.ndif import environment
-from mm_adapters._remote_backend import by_value
-from mm_adapters._traced_batch import PipelineModule
+from mm_adapters.ndif_client.backend import by_value
+from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
 from mm_adapters.traced import TracedModel
 
 
 def test_nnsight_runs_here_what_it_was_told_to_run_remotely() -> None:
-    """mm_adapters/_traced_site.py and _traced_remote.py; nnsight 0.8.1, intervention/envoy.py, trace.
+    """mm_adapters/nnsight_engine/envoys.py, ndif_client/remotable.py; nnsight 0.8.1, envoy.py, trace.
 
     `remote=` is a keyword of the model's forward, which swallows it: of a child, and of a plain NNsight.
     """
@@ -47,7 +47,7 @@ def test_nnsight_runs_here_what_it_was_told_to_run_remotely() -> None:
 
 
 def test_v4_nnsight_breaks_anyios_attribute_sets() -> None:
-    """mm_adapters/_before_nnsight.py; nnsight 0.8.1, __init__.py, pymount."""
+    """mm_adapters/nnsight_engine/import_order.py; nnsight 0.8.1, __init__.py, pymount."""
     assert "is missing its type annotation" in alone("import nnsight, anyio._core._sockets")
     assert not alone(
         """
@@ -65,7 +65,7 @@ def test_v4_nnsight_breaks_anyios_attribute_sets() -> None:
 
 
 def test_n1_nnsight_has_one_axis_of_rows_and_gives_all_rows_where_it_cannot_tell() -> None:
-    """mm_adapters/_traced_rows.py; nnsight 0.8.1, intervention/batching.py, _narrow_tensor."""
+    """mm_adapters/nnsight_engine/batcher.py; nnsight 0.8.1, intervention/batching.py, _narrow_tensor."""
     theirs = batching.Batcher(None)
     theirs.invokes, theirs.total = [((), {}), ((), {})], 2
     doubled = torch.zeros(4, 3)  # As a denoiser's under guidance.
@@ -73,13 +73,13 @@ def test_n1_nnsight_has_one_axis_of_rows_and_gives_all_rows_where_it_cannot_tell
 
 
 def test_diffusers_outputs_cannot_be_copied() -> None:
-    """mm_adapters/_traced_rows.py, _rebuilt; diffusers 0.42, utils/outputs.py, BaseOutput."""
+    """mm_adapters/nnsight_engine/batcher.py, _rebuilt; diffusers 0.42, utils/outputs.py, BaseOutput."""
     with pytest.raises(TypeError, match="missing 2 required positional arguments"):
         StableDiffusionPipelineOutput(images=[], nsfw_content_detected=None).copy()
 
 
 def test_d1_nnsight_cannot_scan_a_pipeline() -> None:
-    """mm_adapters/_scan.py; nnsight 0.8.1, intervention/tracer.py, ScanningTracer."""
+    """mm_adapters/nnsight_engine/scan.py; nnsight 0.8.1, intervention/tracer.py, ScanningTracer."""
     pipe = tiny.CASES["stable_diffusion"]().model
     module = PipelineModule(pipe)
     with (
@@ -90,7 +90,7 @@ def test_d1_nnsight_cannot_scan_a_pipeline() -> None:
 
 
 def test_s1_a_class_that_nnsight_ships_by_its_source_loses_super() -> None:
-    """mm_adapters/_remote_backend.py, by_reference; nnsight 0.8.1, intervention/serialization.py.
+    """mm_adapters/ndif_client/backend.py, by_reference; nnsight 0.8.1, intervention/serialization.py.
 
     So this package is named and not shipped where a service has it, and shipped as files where not.
     """
@@ -130,17 +130,17 @@ def alone(source: str) -> str:
 
 
 def test_nnsight_drops_what_follows_a_loop_with_a_warning_only() -> None:
-    """mm_adapters/_traced_steps.py, Steps; nnsight 0.8.1, intervention/interleaver.py, dangling_unwind."""
+    """mm_adapters/nnsight_engine/iteration.py; nnsight 0.8.1, interleaver.py, dangling_unwind."""
     assert "was cut short" in inspect.getsource(interleaver.dangling_unwind)
 
 
 def test_nnsights_simulation_hides_this_package() -> None:
-    """mm_adapters/_remote_backend.py, LocalCopy; nnsight 0.8.1, intervention/backends/local.py."""
+    """mm_adapters/ndif_client/backend.py, LocalCopy; nnsight 0.8.1, intervention/backends/local.py."""
     assert "mm_adapters" not in local._SERVER_MODULES
 
 
 def test_nnsights_pipelines_take_no_dtype_and_no_object() -> None:
-    """mm_adapters/_traced_batch.py, PipelineModule; nnsight 0.8.1, modeling/diffusion.py, _load."""
+    """mm_adapters/nnsight_engine/invokes.py, PipelineModule; nnsight 0.8.1, modeling/diffusion.py, _load."""
     source = inspect.getsource(diffusion.DiffusionModel._load)
     assert "torch_dtype" not in source
     assert "from_pretrained" in source
@@ -170,7 +170,7 @@ def test_nnsight_reads_trust_remote_code_off_the_key() -> None:
 )
 def test_ndif_reads_as_it_did(service: str, file: str, text: str) -> None:
     """actors.py, nursery.py, patience.py, processes.py and service.py of integrations/ndif, and
-    mm_adapters/_traced_remote.py, name these places of NDIF 0.1.2 and Ray 2.60."""
+    mm_adapters/ndif_client/remotable.py, name these places of NDIF 0.1.2 and Ray 2.60."""
     folder = environment.home() / "env"
     (found,) = folder.glob(f"lib/python*/site-packages/{file}")
     assert text.encode() in Path(found).read_bytes()

@@ -15,8 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mm_adapters as mm
-from methods_multimodal._embed import embed_texts
-from methods_multimodal.segmentation import SegmentationScores, best_threshold, segment, segmentation_scores
+from methods_multimodal.core.embed import embed_texts
+from methods_multimodal.text_explanations.segmentation import (
+    SegmentationScores,
+    best_threshold,
+    segment,
+    segmentation_scores,
+)
 from mm_adapters.zoo import world
 from mm_adapters.zoo.captions import Claim, Phrase
 from mm_adapters.zoo.measures import images_of

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 import mm_adapters as mm
-from methods_multimodal._grids import latent_grid
+from methods_multimodal.core.grids import latent_grid
 from methods_multimodal.cross_attention import WordMaps, word_maps, word_reader
 
 INPUTS: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 3, "seed": 0, "height": 16, "width": 24,

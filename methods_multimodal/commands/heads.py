@@ -1,0 +1,67 @@
+"""`mm-interp heads`: what every head of an image tower says, over a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mm_adapters import InputError
+
+
+def heads(
+    images: Annotated[Path, typer.Option(help="A folder of images; folders in it count too.")],
+    model: Annotated[str, typer.Option(help="A shipped model, a folder, or an id on the hub.")] = "tiny-clip",
+    vocabulary: Annotated[
+        str, typer.Option(help="A text file, one text a line; or general, or world (for tiny-clip).")
+    ] = "general",
+    texts: Annotated[int, typer.Option(min=1, help="How many texts name a head.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="How many images are shown for a text.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    skip_unreadable: Annotated[
+        bool, typer.Option(help="List images that cannot be read, and go on.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU if there is one.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="A folder: heads.html, heads.json, and what a killed run left.")
+    ] = Path("heads"),
+) -> None:
+    """Names every head of a model's image tower in words: heads.html to read, heads.json to use.
+
+    A run that was killed goes on where it was, if it is started again with the same --out.
+    """
+    from methods_multimodal.core.batches import image_files
+    from methods_multimodal.text_explanations.vocabulary import vocabulary as words_of
+
+    if not images.is_dir():
+        raise FileNotFoundError(f"--images {images}: there is no such folder.")
+    files = image_files(images)
+    words = words_of(vocabulary)
+    if texts > len(words):
+        raise InputError(f"--texts {texts}: the vocabulary has {len(words)}.")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give a folder.")
+    from PIL import Image
+
+    from methods_multimodal.report.heads import write_heads
+    from methods_multimodal.text_explanations.name_heads import name_heads
+    from mm_adapters.inputs.images import to_rgb
+    from mm_adapters.loading import load
+
+    try:
+        loaded = load(model, device=device)
+    except ValueError as error:  # An unknown device.
+        raise InputError(str(error)) from None
+    if loaded.kind != "contrastive":
+        raise InputError(f"{model} has no joint space of images and texts, so its heads have no words here.")
+    found = name_heads(loaded, files, words, n_texts=texts, top=top, folder=out, batch_size=batch_size,
+                       skip_unreadable=skip_unreadable)  # fmt: skip
+
+    def picture_of(number: int) -> Image.Image:
+        return to_rgb(files[number])
+
+    page, numbers = write_heads(found, picture_of, model, out)
+    for name, why in found.unreadable:
+        typer.echo(f"skipped {name}: {why}")
+    typer.echo(f"wrote {page} and {numbers}")

@@ -1,0 +1,62 @@
+"""What a model's output says, in the few ways that libraries write it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mm_adapters import HookedModel, InputError
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A contrastive output: the model's own logits, and the unit vector of each text."""
+
+    logits: Float[Tensor, "image text"]
+    texts: Float[Tensor, "text d_joint"]
+
+
+def contrast_of(output: Any) -> Contrast:
+    """The logits and texts of a contrastive model's output.
+
+    Raises: InputError if the output has no image or no text in it.
+    """
+    if isinstance(output, tuple) and len(output) >= 3:  # open_clip without output_dict
+        output = dict(zip(("image_features", "text_features", "logit_scale"), output, strict=False))
+    if isinstance(output, Mapping) and "image_features" in output:
+        images, texts = output["image_features"], output["text_features"]
+        if images is None or texts is None:
+            raise InputError("An image-text logit needs images and text; give both.")
+        return Contrast(output["logit_scale"] * images @ texts.T, texts)
+    said: Any = output
+    if getattr(said, "logits_per_image", None) is None:
+        raise InputError(f"{type(output).__name__} holds no image-text logits: the model is not contrastive.")
+    return Contrast(said.logits_per_image, said.text_embeds)
+
+
+def logit_scale(model: HookedModel) -> Float[Tensor, ""]:
+    """What the model multiplies a cosine with."""
+    path = model.sitemap.model_record.logit_scale
+    if path is None:
+        raise InputError(f"{model.sitemap.family} has no logit scale: it is not a contrastive model.")
+    return attrgetter(path)(model.wrapped).detach().float().exp().reshape(())
+
+
+def vocabulary_logits(
+    model: HookedModel, output: Any, tower: str = "language"
+) -> Float[Tensor, "row pos token"]:
+    """The logits of a model with a language tower."""
+    logits = attrgetter(model.sitemap.model_record.towers[tower].gives or "logits")(output)
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def probabilities(logits: Float[Tensor, "image text"]) -> Float[Tensor, "image text"]:
+    """How likely each text is, among these texts, for each image."""
+    return torch.softmax(logits.float(), -1)

@@ -1,0 +1,92 @@
+"""What each part of a tower wrote to the residual stream at one position, along given directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mm_adapters import Read
+
+
+@dataclass(frozen=True)
+class ResidualWrites:
+    """The residual stream at one position, by who wrote it. It is the sum of all."""
+
+    embed: Float[Tensor, "row d_model"]
+    z: Float[Tensor, "row layer head d_head"]
+    attn_bias: Float[Tensor, "layer d_model"]
+    mlps: Float[Tensor, "row layer d_model"]
+    w_o: Float[Tensor, "layer head d_head d_model"]
+    scale: Float[Tensor, "row 1"]
+    normalized: Float[Tensor, "row d_model"]
+
+
+@dataclass(frozen=True)
+class Direct:
+    """What each part adds to each target, before any division."""
+
+    embed: Float[Tensor, "row target"]
+    heads: Float[Tensor, "row target layer head"]
+    attn_bias: Float[Tensor, "row target layer"]
+    mlps: Float[Tensor, "row target layer"]
+
+
+def reads(tower: str, n_layers: int, position: int) -> list[Read]:
+    """The reads that `written` needs; of each site only this position is kept."""
+
+    def at(x: Tensor) -> Tensor:
+        return x[:, position]
+
+    names = [f"{tower}.blocks.0.hook_resid_pre"]
+    names += [
+        f"{tower}.blocks.{i}.{part}" for i in range(n_layers) for part in ("attn.hook_z", "hook_mlp_out")
+    ]
+    names += [f"{tower}.ln_final.hook_scale", f"{tower}.ln_final.hook_normalized"]
+    return [Read(name, reduce=at) for name in names]
+
+
+def written(values: Mapping[str, Tensor], weights: Any) -> ResidualWrites:
+    """What was written, from the values of `reads` and the tower's weights."""
+    name, n = weights.name, weights.cfg.n_layers
+    return ResidualWrites(
+        embed=values[f"{name}.blocks.0.hook_resid_pre"].float(),
+        z=torch.stack([values[f"{name}.blocks.{i}.attn.hook_z"].float() for i in range(n)], 1),
+        attn_bias=weights.b_O.detach().float(),
+        mlps=torch.stack([values[f"{name}.blocks.{i}.hook_mlp_out"].float() for i in range(n)], 1),
+        w_o=weights.W_O.detach().float(),
+        scale=values[f"{name}.ln_final.hook_scale"].float(),
+        normalized=values[f"{name}.ln_final.hook_normalized"].float(),
+    )
+
+
+def along(
+    parts: ResidualWrites,
+    directions: Float[Tensor, "d_model target"],
+    factor: Float[Tensor, "row 1"],
+    *,
+    centred: bool,
+) -> Direct:
+    """What each part adds along each direction, times `factor`, after the final norm's division.
+
+    `centred`: the norm is a LayerNorm. It takes the mean off every part; taking it off the
+    direction instead is the same number.
+    """
+    if centred:
+        directions = directions - directions.mean(0)
+    factor = factor / parts.scale
+    wide = rearrange(factor, "row 1 -> row 1 1")
+    readers = einsum(parts.w_o, directions, "layer head d m, m target -> layer head d target")
+    bias = einsum(parts.attn_bias, directions, "layer m, m target -> target layer")
+    return Direct(
+        embed=parts.embed @ directions * factor,
+        heads=einsum(parts.z, readers, "row layer head d, layer head d target -> row target layer head")
+        * rearrange(factor, "row 1 -> row 1 1 1"),
+        attn_bias=bias[None] * wide,
+        mlps=einsum(parts.mlps, directions, "row layer m, m target -> row target layer") * wide,
+    )

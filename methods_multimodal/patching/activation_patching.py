@@ -1,0 +1,171 @@
+"""Which activations carry the difference between two inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from methods_multimodal.core.record import Record
+from mm_adapters import Edit, InputError, Lens, Read
+
+Metric = Callable[[Any], Tensor]
+_AXES = {"pos": 1, "head": 2}
+
+
+@dataclass(frozen=True)
+class ActivationPatching(Record):
+    """The metric after one piece of the clean run was put into the corrupted one.
+
+    Piece `unit` of layer `layer` is `units[unit]`: heads, or positions, of `site` there.
+    """
+
+    patched: Float[Tensor, "row layer unit"]
+    clean: Float[Tensor, " row"]
+    corrupted: Float[Tensor, " row"]
+    site: str
+    axis: str
+    layers: tuple[int, ...]
+    units: tuple[tuple[int, ...], ...]
+
+    @property
+    def effect(self) -> Float[Tensor, "row layer unit"]:
+        """0: the metric is as in the corrupted run. 1: it is as in the clean one.
+
+        Raises: InputError if the metric is the same in both.
+        """
+        gap = self.clean - self.corrupted
+        if not bool((gap != 0).all()):
+            raise InputError("The metric is the same for both inputs, so an effect has no scale.")
+        return (self.patched - self.corrupted[:, None, None]) / gap[:, None, None]
+
+
+def patch_heads(
+    lens: Lens,
+    clean: Mapping[str, Any],
+    corrupted: Mapping[str, Any],
+    metric: Metric,
+    *,
+    tower: str,
+    layers: Sequence[int],
+    stacked: Collection[str] | None = None,
+    batch: int = 64,
+) -> ActivationPatching:
+    """Patches each head's z of each layer, at all positions. The rest as in `patch_units`."""
+    return patch_units(lens, clean, corrupted, metric, f"{tower}.blocks.{{}}.attn.hook_z", "head",
+                       layers=layers, stacked=stacked, batch=batch)  # fmt: skip
+
+
+def patch_positions(
+    lens: Lens,
+    clean: Mapping[str, Any],
+    corrupted: Mapping[str, Any],
+    metric: Metric,
+    *,
+    tower: str,
+    layers: Sequence[int],
+    units: Sequence[Sequence[int]] | None = None,
+    stacked: Collection[str] | None = None,
+    batch: int = 64,
+) -> ActivationPatching:
+    """Patches each position (or each group of them in `units`) of each layer's input.
+
+    The rest as in `patch_units`.
+    """
+    return patch_units(lens, clean, corrupted, metric, f"{tower}.blocks.{{}}.hook_resid_pre", "pos",
+                       layers=layers, units=units, stacked=stacked, batch=batch)  # fmt: skip
+
+
+def patch_units(
+    lens: Lens,
+    clean: Mapping[str, Any],
+    corrupted: Mapping[str, Any],
+    metric: Metric,
+    site: str,
+    axis: str,
+    *,
+    layers: Sequence[int],
+    units: Sequence[Sequence[int]] | None = None,
+    stacked: Collection[str] | None = None,
+    batch: int = 64,
+) -> ActivationPatching:
+    """Runs the corrupted input once for each layer and unit, with that unit taken from the clean run.
+
+    `metric` maps a model's output to one number a row. The corrupted input is copied along the
+    batch, so that up to `batch` units share a run; `stacked` names the arguments that have a row
+    for each input (None: every tensor does; empty: nothing is stacked and units run one by one).
+    `site` has "{}" where the layer goes.
+
+    Source: Meng et al. 2022, arXiv 2202.05262; Heimersheim and Nanda 2024, arXiv 2404.15255.
+    Raises: InputError if the two inputs differ in shape.
+    """
+    names = {layer: site.format(layer) for layer in layers}
+    _check_same_shape(clean, corrupted)
+    source = lens.run(clean, read=[Read(name) for name in names.values()])
+    base = metric(lens.run(corrupted).output).detach().float()
+    n_rows, dim = len(base), _AXES[axis]
+    if units is None:
+        units = [(i,) for i in range(source[names[layers[0]]].shape[dim])]
+    groups = tuple(tuple(int(i) for i in unit) for unit in units)
+    per_run = 1 if stacked is not None and not stacked else max(1, batch // n_rows)
+    chunks = [groups[i : i + per_run] for i in range(0, len(groups), per_run)]
+    rows: list[Tensor] = []
+    with tqdm(total=len(names) * len(chunks), desc="patching", unit="run", disable=None, leave=False) as bar:
+        for name in names.values():
+            effects: list[Tensor] = []
+            for chunk in chunks:
+                edit = Edit(name, _swap(source[name], chunk, dim))
+                run = lens.run(_stack(corrupted, len(chunk), stacked), edit=[edit])
+                effects.append(rearrange(metric(run.output).detach().float(), "(u r) -> r u", u=len(chunk)))
+                bar.update()
+            rows.append(torch.cat(effects, 1))
+    return ActivationPatching(
+        patched=torch.stack(rows, 1),
+        clean=metric(source.output).detach().float(),
+        corrupted=base,
+        site=site,
+        axis=axis,
+        layers=tuple(int(layer) for layer in layers),
+        units=groups,
+    )
+
+
+def _swap(clean: Tensor, chunk: Sequence[Sequence[int]], dim: int) -> Callable[[Tensor], Tensor]:
+    """An edit that gives the copy of each unit that unit's clean value."""
+
+    def swap(value: Tensor) -> Tensor:
+        copies = rearrange(value.clone(), "(u r) ... -> u r ...", u=len(chunk))
+        for copy, unit in zip(copies, chunk, strict=True):
+            index = torch.tensor(unit, device=value.device)
+            copy.index_copy_(dim, index, clean.index_select(dim, index).to(copy))
+        return rearrange(copies, "u r ... -> (u r) ...")
+
+    return swap
+
+
+def _stack(inputs: Mapping[str, Any], copies: int, stacked: Collection[str] | None) -> dict[str, Any]:
+    if copies == 1:
+        return dict(inputs)
+    return {
+        key: repeat(value, "r ... -> (u r) ...", u=copies)
+        if isinstance(value, Tensor) and (stacked is None or key in stacked)
+        else value
+        for key, value in inputs.items()
+    }
+
+
+def _check_same_shape(clean: Mapping[str, Any], corrupted: Mapping[str, Any]) -> None:
+    for key in clean.keys() | corrupted.keys():
+        one, two = clean.get(key), corrupted.get(key)
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in (one, two)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"Patching needs two inputs of one shape; {key} is {shapes[0]} in the clean one and "
+                f"{shapes[1]} in the corrupted one."
+            )

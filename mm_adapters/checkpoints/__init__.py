@@ -1,0 +1,1 @@
+"""From a name to a model: folders, the hub, transformers, diffusers, open_clip."""

@@ -1,0 +1,104 @@
+"""transformers' models, by the class their configuration names, with what stands beside them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm_adapters._errors import CheckpointError
+from mm_adapters.checkpoints.checks import check_weights, read_json
+from mm_adapters.checkpoints.source import Source
+from mm_adapters.records.registry import covers
+from mm_adapters.records.spec import ModelRecord
+from mm_adapters.sites.lookup import unknown
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+_IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def load_module(
+    source: Source, device_wanted: torch.device, dtype: torch.dtype | None, **options: Any
+) -> nn.Module:
+    """The model, on the CPU, or without weights if `place` is "meta". No dtype: the checkpoint's own.
+
+    Raises: CheckpointError if it cannot be read; UnknownFamilyError if no family covers its class.
+    """
+    path = source.file("config.json")
+    if path is None:
+        raise CheckpointError(f"{source.name} has no config.json. Is it the right folder?")
+    cls = _transformers_class(read_json(path), source)
+    if not covers(cls):  # Before any weight is read.
+        raise unknown(_outline(cls, source), ModelRecord)
+    if device_wanted.type == "meta":
+        return _without_weights(cls, source, options.get("attn_implementation"))
+    if source.folder is not None:
+        check_weights(source.folder)
+    return source.read(cls.from_pretrained, dtype=dtype or "auto", **options)
+
+
+def _without_weights(cls: Any, source: Source, attention: str | None = None) -> nn.Module:
+    config = cls.config_class.from_pretrained(source.name, **source.where)
+    if attention:
+        config._attn_implementation = attention
+    with torch.device("meta"):
+        return cls(config)
+
+
+def _outline(cls: Any, source: Source) -> nn.Module:
+    """A model of an unknown class, without weights; without modules where it cannot be built so."""
+    try:
+        return _without_weights(cls, source)
+    except (AttributeError, ImportError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError):
+        bare = cls.__new__(cls)
+        nn.Module.__init__(bare)
+        return bare
+
+
+def processor_beside(source: Source) -> dict[str, Any]:
+    """The processor beside a model, or its tokenizer or image processor if that is all there is."""
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    reads_text = source.has_any(_TOKENIZER_FILES)
+    reads_images = source.has_any(_IMAGE_FILES)
+    if reads_text and reads_images:
+        part, auto = "processor", AutoProcessor
+    elif reads_text:
+        part, auto = "tokenizer", AutoTokenizer
+    elif reads_images:
+        part, auto = "image_processor", AutoImageProcessor
+    else:
+        return {}
+    try:
+        return {part: auto.from_pretrained(source.name, trust_remote_code=False, **source.where)}
+    except Exception as error:  # The tokenizers library raises no narrower one.
+        raise CheckpointError(
+            f"The {part} beside {source.name} cannot be read: {error}. Repair it, or load the model "
+            "yourself and pass both to mm_adapters.wrap."
+        ) from error
+
+
+def _transformers_class(config: dict[str, Any], source: Source) -> Any:
+    import transformers
+
+    named = (config.get("architectures") or [None])[0]
+    if named is not None:
+        found = getattr(transformers, named, None)
+        if inspect.isclass(found) and issubclass(found, nn.Module):
+            return found
+        why = ", and code that comes with a checkpoint is never run" if "auto_map" in config else ""
+        raise CheckpointError(
+            f"{source.name} is a {named}, which transformers {transformers.__version__} does not have{why}. "
+            "Build it yourself and pass it to mm_adapters.wrap."
+        )
+    kind = str(config.get("model_type"))
+    if kind not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{source.name}: config.json names neither an architecture nor a model_type that transformers "
+            f"{transformers.__version__} has (model_type is {kind!r})."
+        )
+    return transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[kind]]

@@ -1,0 +1,123 @@
+"""A checkpoint by its name: where it is, what reads it, and what prepares its inputs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm_adapters._errors import CheckpointError
+from mm_adapters.checkpoints.from_diffusers import load_pipeline
+from mm_adapters.checkpoints.from_open_clip import load_open_clip
+from mm_adapters.checkpoints.from_transformers import load_module, processor_beside
+from mm_adapters.checkpoints.origin import CheckpointRef
+from mm_adapters.checkpoints.source import Source
+from mm_adapters.inputs.from_model import inputs_for
+from mm_adapters.inputs.prepare import Inputs
+
+_REFUSED = {
+    "trust_remote_code": "Code that comes with a checkpoint is never run",
+    "use_safetensors": "Weights are read from safetensors only",
+    "torch_dtype": "It is called dtype",
+    "device_map": "Pass device; to spread a model, load it yourself and wrap it",
+}
+
+
+def open_checkpoint(
+    name: str, device: str | torch.device | None, dtype: str | torch.dtype | None, options: Any, **parts: Any
+) -> tuple[Any, Inputs, CheckpointRef | None]:
+    """A model or pipeline in eval mode, what prepares its inputs, and where a service finds it.
+
+    The arguments are `load`'s; `parts` (processor, tokenizer, image_processor) are taken instead of
+    those beside the checkpoint. Raises: as `load`.
+    """
+    device_wanted, precision = _device(device), _dtype(dtype)
+    for option in _REFUSED.keys() & options.keys():
+        raise ValueError(f"load does not take {option}: {_REFUSED[option]}.")
+    precision = precision or (torch.float32 if device_wanted.type == "cpu" else None)
+    if name.startswith("open_clip:"):
+        model, tokenizer, transform = load_open_clip(name.removeprefix("open_clip:"), **options)
+        parts = {"tokenizer": tokenizer, "image_processor": transform} | parts
+    else:
+        source = _source(name, options)
+        if source.file("model_index.json") is not None:
+            model = load_pipeline(source, device_wanted, precision, **options)
+            precision = None  # A pipeline's parts were given it; some keep a dtype of their own.
+        else:
+            model = load_module(source, device_wanted, precision, **options)
+            parts = parts or processor_beside(source)
+    model = model.to(device_wanted) if precision is None else model.to(device_wanted, precision)
+    for module in _modules(model):
+        module.eval()
+    return model, inputs_for(model, **parts), CheckpointRef.of(name, options)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, and torch sees no GPU here. Pass device='cpu'.")
+    return found
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise ValueError(f"dtype={dtype!r} is none a model runs in. Try float32, float16 or bfloat16.")
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    parts = getattr(model, "components", {})
+    return [part for part in parts.values() if isinstance(part, nn.Module)]
+
+
+def _source(name: str, options: Mapping[str, Any]) -> Source:
+    from mm_adapters import zoo
+
+    if name in zoo.NAMES:
+        folder = Path(zoo.path(name))
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{name} is not at {folder}. Install mm-interp again, or make it: "
+                f"python -m mm_adapters.zoo.train {name}"
+            )
+        return Source(str(folder), folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        source = Source(str(folder), folder)
+        if not source.has_any(("config.json", "model_index.json")):
+            raise CheckpointError(
+                f"{folder} has neither config.json nor model_index.json, so it is no checkpoint of "
+                "transformers or diffusers. Pass the folder that save_pretrained wrote."
+            )
+        return source
+    if folder.is_file():
+        raise CheckpointError(f"{name} is a file. Pass its folder, which holds config.json too.")
+    return _at_hub(name, options, list(zoo.NAMES))
+
+
+def _at_hub(name: str, options: Mapping[str, Any], shipped: list[str]) -> Source:
+    near = difflib.get_close_matches(name, shipped, n=1)
+    source = Source.at_hub(name, options)
+    try:
+        if source.has_any(("model_index.json", "config.json")):
+            return source
+        reason = "its repository on the hub has neither config.json nor model_index.json"
+    except CheckpointError as error:
+        reason = f"as an id on the hub: {error}"
+    raise CheckpointError(
+        f"There is no model {name!r}: it is not one that ships with the package "
+        f"({', '.join(shipped)}), there is no such folder, and {reason}."
+        + (f" Did you mean {near[0]!r}?" if near else "")
+    )

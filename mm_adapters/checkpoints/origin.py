@@ -1,0 +1,49 @@
+"""Which checkpoint a model was loaded from, as a service is told to load it too."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# About this machine, or part of a request's environment: not of what a checkpoint is.
+_HERE = ("token", "cache_dir", "local_files_only", "force_download", "attn_implementation")
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """What `load` was given: a shipped name, a folder or an id on the hub, and the options."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, options: Mapping[str, Any]) -> CheckpointRef | None:
+        """None if an option is an object, which another process cannot be told."""
+        name = os.path.abspath(name) if os.path.isdir(name) else name
+        told = {k: _told(v) for k, v in options.items() if k not in _HERE}
+        plain = all(v is None or isinstance(v, str | int | float | bool) for v in told.values())
+        return cls(name, told) if plain else None
+
+    def key(self) -> str:
+        """As JSON, under the names that NDIF's own tools read (`repo_id`, `revision`)."""
+        return json.dumps({"repo_id": self.name, "revision": None, **self.options}, sort_keys=True)
+
+    @classmethod
+    def parse(cls, key: str) -> CheckpointRef:
+        """The inverse of `key`. Raises: ValueError if it is none."""
+        data = json.loads(key)
+        if not isinstance(data, dict) or not isinstance(data.get("repo_id"), str):
+            raise ValueError(f"{key!r} names no checkpoint: it has no repo_id.")
+        name = data.pop("repo_id")
+        return cls(name, {k: v for k, v in data.items() if v is not None})
+
+
+def _told(value: Any) -> Any:
+    """A class of a library by its name there, which `load` takes too."""
+    library = sys.modules.get(getattr(value, "__module__", "").partition(".")[0])
+    is_theirs = isinstance(value, type) and getattr(library, value.__name__, None) is value
+    return value.__name__ if is_theirs else value

@@ -1,0 +1,1 @@
+"""Torch hooks on an untouched model: what both engines read and edit with."""

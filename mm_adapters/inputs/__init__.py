@@ -1,0 +1,1 @@
+"""Raw texts and images as a model's own arguments."""

@@ -1,0 +1,150 @@
+"""A model's `Inputs`: read from its signature, its configuration, and what was found beside it."""
+
+from __future__ import annotations
+
+import inspect
+from operator import attrgetter
+from typing import Any
+
+from mm_adapters.inputs.prepare import Inputs
+from mm_adapters.records.registry import by_name, find
+from mm_adapters.records.resolve import resolve_record
+from mm_adapters.records.spec import ModelRecord, Tower, TowerMount
+from mm_adapters.sites.lookup import kind_of, lookup
+from mm_adapters.sites.site_map import TowerView
+
+_PROMPT_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "prior_tokenizer")
+
+
+def inputs_for(
+    model: Any, *, processor: Any = None, tokenizer: Any = None, image_processor: Any = None
+) -> Inputs:
+    """How texts and images are prepared for `model` (a module or a pipeline).
+
+    A processor's own tokenizer and image processor serve where none is passed.
+
+    Raises: UnknownFamilyError if no family covers the model.
+    """
+    kind = kind_of(model)
+    if hasattr(processor, "convert_ids_to_tokens"):  # AutoProcessor may return a part alone.
+        tokenizer, processor = tokenizer or processor, None
+    elif processor is not None and not hasattr(processor, "tokenizer"):
+        image_processor, processor = image_processor or processor, None
+    tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+    image_processor = image_processor or getattr(processor, "image_processor", None)
+    if kind == "diffusion":
+        return _pipeline_inputs(model, tokenizer)
+    takes = frozenset(inspect.signature(model.forward).parameters)
+    prompt, token = lookup(model).prompt, getattr(processor, "image_token", None)
+    return Inputs(
+        kind,
+        processor=processor,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        context=_context(model, tokenizer),
+        image_token=None if token is None or prompt is None else str(token),
+        image_prompt=None if token is None or prompt is None else prompt.format(image_token=token),
+        processor_places_images=prompt is None,
+        text_key=_taken(model, "text", "language"),
+        image_key=_taken(model, "vision"),
+        accepts=takes,
+        pad_to_context=_reads_last_position(model),
+        image_size=_image_size(model),
+        n_channels=_n_channels(model),
+    )
+
+
+def own_tokenizer(pipeline: Any, tower: TowerView | None) -> Any:
+    """What a pipeline makes a text encoder's tokens with, or None: tokenizer_2 for text_encoder_2."""
+    part = "" if tower is None else tower.path.partition(".")[0]
+    return (
+        getattr(pipeline, part.replace("text_encoder", "tokenizer"), None) if "text_encoder" in part else None
+    )
+
+
+def _pipeline_inputs(pipeline: Any, tokenizer: Any) -> Inputs:
+    own = [getattr(pipeline, name, None) for name in _PROMPT_TOKENIZERS]
+    tokenizers = tuple(t for t in own if t is not None) or ((tokenizer,) if tokenizer else ())
+    takes = frozenset(inspect.signature(pipeline.__call__).parameters)
+    return Inputs(
+        "diffusion",
+        tokenizer=tokenizer or (tokenizers[0] if tokenizers else None),
+        image_processor=getattr(pipeline, "image_processor", None),
+        text_key="prompt",
+        image_key=_first(takes, "image"),
+        accepts=takes,
+        prompt_tokenizers=tokenizers,
+    )
+
+
+def _taken(model: Any, *roles: str) -> str:
+    """The argument by which the first tower of one of these roles is given its input; "" if none is."""
+    for mount in lookup(model).towers.values():
+        record = _record(model, mount)
+        if record is not None and record.role in roles:
+            return mount.takes or record.takes
+    return ""
+
+
+def _record(model: Any, mount: TowerMount) -> Tower | None:
+    if mount.tower:
+        return by_name(Tower, mount.tower)
+    module = attrgetter(mount.path)(model) if mount.path else model
+    record, inner = find(Tower, module), find(ModelRecord, module)
+    if record is None and inner is not None:
+        (within,) = inner.towers.values()
+        return _record(module, within)
+    return None if record is None else resolve_record(record, module)
+
+
+def _first(takes: frozenset[str], *names: str) -> str:
+    return next((name for name in names if name in takes), "")
+
+
+def _context(model: Any, tokenizer: Any) -> int | None:
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    found = getattr(config, "max_position_embeddings", None)
+    # open_clip's models and tokenizers say it themselves.
+    found = found or getattr(model, "context_length", None)
+    return found or getattr(tokenizer, "context_length", None)
+
+
+def _image_size(model: Any) -> tuple[int, int] | None:
+    vision = _record_at(model, "vision")
+    if vision is not None and vision.any_size:
+        return None
+    found = getattr(_vision_config(model), "image_size", None)
+    if found is None:
+        found = getattr(getattr(model, "visual", model), "image_size", None)
+    if found is None:
+        return None
+    return (found, found) if isinstance(found, int) else (int(found[0]), int(found[1]))
+
+
+def _n_channels(model: Any) -> int | None:
+    found = getattr(_vision_config(model), "num_channels", None)
+    return 3 if found is None and hasattr(model, "visual") else found
+
+
+def _vision_config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    return getattr(config, "vision_config", config)
+
+
+def _reads_last_position(model: Any) -> bool:
+    """Whether a text tower without a causal mask is read at its last position, as SigLIP's is.
+
+    Its texts must then fill the context, or the position read would be another for each length.
+    """
+    record = _record_at(model, "text")
+    return record is not None and record.pool == "last" and not record.causal
+
+
+def _record_at(model: Any, tower: str) -> Tower | None:
+    """What stands at one of the model's towers, if it has it and a record covers it."""
+    mount = lookup(model).towers.get(tower)
+    if mount is None:
+        return None
+    module = attrgetter(mount.path)(model) if mount.path else model
+    return by_name(Tower, mount.tower) if mount.tower else find(Tower, module)

@@ -1,0 +1,1 @@
+"""Runs on an NDIF service, with this package there or without."""

@@ -1,0 +1,59 @@
+"""What a traced call is given, by name: the model's own arguments, or raw text, images and messages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from mm_adapters._errors import InputError
+from mm_adapters.inputs.chat import is_chat, is_chats, spoken
+
+REMOTE_OPTIONS = ("remote", "blocking", "job_id", "verbose")  # What a call says of how it is run.
+
+
+def by_name(
+    kind: str, takes: list[str], processor: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One call's arguments by name, raw text and images as they are.
+
+    `takes` are the names of what the wrapped model is called with. The first positional argument may
+    also be text, pictures, messages of a chat, or a dictionary of arguments.
+
+    Raises: InputError if something is given twice.
+    """
+    first, given = (inputs[0], dict(kwargs)) if inputs else (None, dict(kwargs))
+    raw: dict[str, Any] = {}
+    if kind != "diffusion" and first is not None:
+        if isinstance(first, Mapping):
+            raw = dict(first)
+        elif is_text(first):
+            raw = {"text": first}
+        elif is_chat(first) or is_chats(first):
+            raw = spoken(processor, [first] if is_chat(first) else first)
+        elif _is_pictures(first):
+            raw = {"images": first}
+    if raw:
+        inputs = inputs[1:]
+    out = given | dict(zip(takes, inputs, strict=False))
+    for key in raw.keys() & out.keys():
+        if key == "text":
+            raise InputError("A prompt was given both positionally and as `text=`. Give it once.")
+        raise InputError(f"{key} was given twice: in the first argument, and as {key}=. Give it once.")
+    return raw | out
+
+
+def is_text(value: Any) -> bool:
+    """Whether this is a text or several."""
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)
+    )
+
+
+def _is_pictures(value: Any) -> bool:
+    from PIL.Image import Image
+
+    one = Image | os.PathLike
+    return isinstance(value, one) or (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, one) for v in value)
+    )

@@ -1,0 +1,1 @@
+"""What a run is: reads, edits, receipts, gradients."""

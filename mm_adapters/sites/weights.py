@@ -1,0 +1,154 @@
+"""The model's weights in TransformerLens' layout, found through the sites they make or read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from mm_adapters.records.resolve import head_count
+from mm_adapters.records.spec import Attention, Input, Location, Norm, Output
+from mm_adapters.sites.site_map import TowerView
+
+_QKV = {"Q": "hook_q", "K": "hook_k", "V": "hook_v"}
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One repeated module's weights by TransformerLens' names: ("attn", "W_Q"), ("ln1", "w"), ..."""
+
+    tower: TowerView
+    stack: str
+    layer: int
+
+    @property
+    def block(self) -> nn.Module:
+        return self.tower.module.get_submodule(self.tower.stacks[self.stack][self.layer])
+
+    @property
+    def resolve_parts(self) -> dict[str, Location]:
+        """What the block has, and where."""
+        return self.tower.parts[self.stack][self.layer]
+
+    def names(self, part: str) -> dict[str, Callable[[], Tensor]]:
+        """What `part` ("attn", "cross_attn", "mlp", "ln1", ...) has, each as a function."""
+        resolve_parts = self.resolve_parts
+        found: dict[str, Callable[[], Tensor]] = {}
+        if f"{part}.hook_z" in resolve_parts:
+            sites = {letter: f"{part}.{_QKV.get(letter, 'hook_z')}" for letter in "QKVO"}
+            for letter in (w for w, site in sites.items() if self._has_weight(resolve_parts.get(site))):
+                found[f"W_{letter}"] = lambda w=letter: self._attention(part, w)[0]
+                found[f"b_{letter}"] = lambda w=letter: self._attention(part, w)[1]
+        elif f"{part}.hook_post" in resolve_parts:
+            up = "hook_pre_linear" if f"{part}.hook_pre_linear" in resolve_parts else "hook_pre"
+            linears = {"in": f"{part}.{up}", "out": f"{part}.hook_post"}
+            if up == "hook_pre_linear":
+                linears["gate"] = f"{part}.hook_pre"
+            for name, site in linears.items():
+                found[f"W_{name}"] = lambda s=site: self._linear(s)[0].T
+                found[f"b_{name}"] = lambda s=site: self._linear(s)[1]
+        elif isinstance(location := resolve_parts.get(f"{part}.hook_scale"), Norm):
+            found["w"] = lambda: norm_weight(self.block.get_submodule(location.path), location.offset)
+            found["b"] = lambda: norm_bias(self.block.get_submodule(location.path))
+        return found
+
+    def _attention(self, part: str, letter: str) -> tuple[Tensor, Tensor]:
+        resolve_parts = self.resolve_parts
+        n_heads = self._heads(resolve_parts[f"{part}.hook_q"])
+        if letter == "O":
+            weight, bias = self._linear(f"{part}.hook_z", branch=f"hook_{part}_out")
+            return rearrange(weight, "m (h d) -> h d m", h=n_heads), bias
+        site = f"{part}.{_QKV[letter]}"
+        weight, bias = self._linear(site)
+        own = self._heads(resolve_parts[site])
+        weight = rearrange(weight, "(h d) m -> h m d", h=own)
+        bias = rearrange(bias, "(h d) -> h d", h=own)
+        if own != n_heads:  # Grouped queries: TransformerLens shows each head its group's weights.
+            weight = repeat(weight, "h m d -> (h g) m d", g=n_heads // own)
+            bias = repeat(bias, "h d -> (h g) d", g=n_heads // own)
+        return weight, bias
+
+    def _linear(self, site: str, branch: str | None = None) -> tuple[Tensor, Tensor]:
+        location = self.resolve_parts[site]
+        weight, bias = _affine(self.block, location)
+        if bias is None:
+            bias = weight.new_zeros(weight.shape[0])
+        gain = self._gain(branch or ("hook_mlp_out" if site == "mlp.hook_post" else None))
+        return (weight, bias) if gain is None else (weight * gain[:, None], bias * gain)
+
+    def _gain(self, branch: str | None) -> Tensor | None:
+        """The per-channel gain some models put on a branch before it joins the stream."""
+        location = self.resolve_parts.get(branch or "")
+        if not isinstance(location, Output):
+            return None
+        if location.gain is not None:
+            gain = getattr(self.block, location.gain.removesuffix(".tanh"), None)
+            if not isinstance(gain, Tensor):  # Built without one, it may be the number 1.
+                return None
+            return gain.tanh() if location.gain.endswith(".tanh") else gain
+        module = self.block.get_submodule(location.path)
+        return next((g for n in ("gamma", "lambda1") if (g := getattr(module, n, None)) is not None), None)
+
+    def _has_weight(self, location: Location | None) -> bool:
+        # What a module attends with may have come out of several projections and a rotation.
+        if isinstance(location, Attention):
+            return getattr(self.block.get_submodule(location.path), "in_proj_weight", None) is not None
+        return location is not None
+
+    def _heads(self, location: Location) -> int:
+        assert isinstance(location, Output | Input | Attention)
+        assert location.heads is not None
+        return head_count(self.block, location.heads)
+
+
+def norm_weight(norm: nn.Module, offset: float = 0.0) -> Tensor:
+    """A norm's gain; ones if it has none."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return torch.ones(1)
+    return weight + offset if offset else weight
+
+
+def norm_bias(norm: nn.Module) -> Tensor:
+    """A norm's offset; zeros if it has none."""
+    bias = getattr(norm, "bias", None)
+    return torch.zeros_like(norm_weight(norm)) if bias is None else bias
+
+
+def tensor_at(root: object, path: str) -> Tensor | None:
+    """The tensor at a dotted path, transposed if the path ends in ".T"; None if it is not there.
+
+    Of several paths with "|" between them it is that of the first where there is one.
+    """
+    if "|" in path:
+        found = (tensor_at(root, one) for one in path.split("|"))
+        return next((tensor for tensor in found if tensor is not None), None)
+    value: Any = root
+    for name in path.removesuffix(".T").split("."):
+        value = getattr(value, name, None)
+    if isinstance(value, nn.Linear):
+        value = value.weight.T
+    if not isinstance(value, Tensor):
+        return None
+    return value.T if path.endswith(".T") else value
+
+
+def _affine(block: nn.Module, location: Location) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(location, Output | Input | Attention)
+    module = block.get_submodule(location.path)
+    if isinstance(location, Attention):  # nn.MultiheadAttention
+        if location.value == "z":
+            return module.out_proj.weight, module.out_proj.bias  # type: ignore[union-attr]
+        which = "qkv".index(location.value)
+        bias: Tensor | None = module.in_proj_bias  # type: ignore[assignment]
+        weight: Tensor = module.in_proj_weight  # type: ignore[assignment]
+        return weight.chunk(3)[which], None if bias is None else bias.chunk(3)[which]
+    weight, bias = module.weight, getattr(module, "bias", None)  # type: ignore[assignment]
+    if location.chunk and isinstance(location, Output):
+        count, which = location.chunk
+        return weight.chunk(count)[which], None if bias is None else bias.chunk(count)[which]
+    return weight, bias

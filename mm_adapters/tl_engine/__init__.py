@@ -1,0 +1,1 @@
+"""HookPoints, caches and towers for TransformerLens."""

@@ -1,0 +1,53 @@
+"""A site as TransformerLens' HookPoint, which puts its taps on the model while somebody listens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformer_lens.hook_points import HookPoint
+
+from mm_adapters.hooks.module_hooks import ModuleHook
+from mm_adapters.records.spec import Site
+
+
+class SitePoint(HookPoint):
+    """The HookPoint of one site. Adding or removing a hook puts its taps on the model or off it."""
+
+    site: Site
+    live: bool
+    module_hooks: list[ModuleHook]
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        # Plain entries: nn.Module's own __setattr__ is slow, and `live` changes often.
+        self.__dict__.update(site=site, module_hooks=[], live=False)
+
+    def layer(self) -> int:
+        """The layer, counted within the tower (TransformerLens reads it off the name)."""
+        if self.site.layer is None:
+            raise ValueError(f"{self.site.name} belongs to no layer.")
+        return self.site.layer
+
+    # Every way on passes through torch's own two; TransformerLens' one way off is `remove_hooks`.
+    def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
+        if self.fwd_hooks or self.bwd_hooks:
+            super().remove_hooks(*args, **kwargs)
+            self.refresh()
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any):
+        handle = super().register_forward_hook(*args, **kwargs)
+        self.refresh()
+        return handle
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any):
+        handle = super().register_full_backward_hook(*args, **kwargs)
+        self.refresh()
+        return handle
+
+    def refresh(self) -> None:
+        """Tells its taps if it has become live, or ceased to be."""
+        live = bool(self._forward_hooks or self._backward_hooks)
+        if live != self.live:
+            self.__dict__["live"] = live
+            for module_hook in self.module_hooks:
+                module_hook.count(1 if live else -1)

@@ -1,0 +1,271 @@
+"""One tower as a TransformerLens model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.config import TransformerLensConfig
+
+from mm_adapters.hooks.wiring import Points
+from mm_adapters.records.resolve import head_count
+from mm_adapters.records.spec import Attention, Input, Norm, Output
+from mm_adapters.sites.site_map import TowerView, resolve
+from mm_adapters.sites.weights import BlockWeights, norm_bias, norm_weight, tensor_at
+from mm_adapters.tl_engine.cache import TowerCache
+from mm_adapters.tl_engine.tower_tokens import TowerTokens
+from mm_adapters.tl_engine.tower_weights import TowerWeights
+
+
+@dataclass
+class TowerConfig(TransformerLensConfig):
+    """TransformerLens' configuration of one tower. `tower` is its name, `d_vocab_out` its logits."""
+
+    tower: str = ""
+    model_name: str = ""
+    d_vocab_out: int = -1
+    use_hook_mlp_in: bool = False
+    use_attn_in: bool = False
+    ungroup_grouped_query_attention: bool = False
+    tokenizer_prepends_bos: bool = True
+    parallel_attn_mlp: bool = False
+
+
+class Part(nn.Module):
+    """A place in the tree of HookPoints. `weights` are the tensors of the module it stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: dict[str, Callable[[], Tensor]] = {}
+        self.stands_for: list[nn.Module] = []  # In a list: not a submodule.
+
+    def __getattr__(self, name: str) -> Any:
+        weights = self.__dict__.get("weights", {})
+        return weights[name]() if name in weights else super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module it stands for returns."""
+        return self.stands_for[0](*args, **kwargs)
+
+
+class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
+    """A TransformerLens model over one tower: local hook names, weights, tokens, its own cache.
+
+    Calling it runs the tower alone. It returns logits where the tower has an unembedding (a
+    language model's vocabulary, or the classes given to `set_classes`: un-normalised, the dot
+    product with each class's unit vector), else the tower's summary (an image or text embedding).
+    """
+
+    def __init__(self, root: Any, mounted: TowerView, points: Points) -> None:
+        super().__init__()
+        self.__dict__["_root"] = root
+        self.__dict__["_mounted"] = mounted
+        self.__dict__["_tower_name"] = mounted.name
+        self._class_names = None
+        self._class_directions = None
+        self.__dict__["_given"] = {}
+        for stack, paths in mounted.stacks.items():
+            self.add_module(stack, nn.ModuleList([Part() for _ in paths]))
+        if "blocks" not in mounted.stacks:
+            self.blocks = nn.ModuleList()
+        for name, point in points.by_name.items():
+            if point.site.tower == mounted.name:
+                self._hang(name.removeprefix(f"{mounted.name}."), point)
+        self.setup()
+        self._name_weights()
+        self.cfg = self._config()
+        self.eval()
+
+    # TransformerLens gives every module a name attribute; the tower's is the prefix of its sites.
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.__dict__["_tower_name"]
+
+    @name.setter
+    def name(self, value: str) -> None:
+        assert value == self.__dict__["_tower_name"]
+
+    # Points are shared with the whole model, and so is the level that says which hooks are whose.
+    @property
+    def context_level(self) -> int:
+        return self._root.context_level
+
+    @context_level.setter
+    def context_level(self, level: int) -> None:
+        if "mod_dict" in self.__dict__:
+            self._root.context_level = level
+
+    @property
+    def tokenizer(self) -> Any:  # type: ignore[override]
+        return self._root.tokenizer_of(self.name)
+
+    @property
+    def appends_end(self) -> bool:  # type: ignore[override]
+        return self._mounted.record.role == "text"
+
+    @property
+    def W_gate(self) -> Tensor | None:  # type: ignore[override]
+        blocks: Any = self.blocks
+        return torch.stack([b.mlp.W_gate for b in blocks]) if self.cfg.gated_mlp else None
+
+    @contextmanager
+    def given(self, **inputs: Any) -> Iterator[None]:
+        """Every call inside also gets these inputs: `pixel_values` for a language tower that looks.
+
+        For scripts and TransformerLens functions that pass tokens only.
+        """
+        before = self.__dict__["_given"]
+        self.__dict__["_given"] = {**before, **inputs}
+        try:
+            yield
+        finally:
+            self.__dict__["_given"] = before
+
+    def forward(self, input: Any, return_type: str | None = "logits", **kwargs: Any) -> Any:
+        """Runs the tower on text, tokens or pixels, whichever it takes.
+
+        `return_type`: "logits" as the class docstring says, "embeds" for the summary, "loss" or
+        "both" for a language tower's next-token loss, "module" for the module's own output, None
+        for nothing.
+        """
+        self._root.check_ready()
+        mounted = self._mounted
+        kwargs = {**self.__dict__["_given"], **kwargs}
+        kwargs.pop("prepend_bos", None)
+        kwargs.pop("padding_side", None)
+        if isinstance(input, str) or (isinstance(input, list) and input and isinstance(input[0], str)):
+            input = self.to_tokens(input)
+        name = mounted.mount.takes or mounted.record.takes
+        run = mounted.mount.run
+        target = mounted.module if run is None else resolve(self._root.wrapped, run)
+        output = target(**{name: input}, **kwargs) if mounted.record.gives else target(input, **kwargs)
+        if return_type is None:
+            return None
+        if return_type == "module":
+            return output
+        gives = mounted.record.gives if mounted.mount.gives is None else mounted.mount.gives
+        summary = attrgetter(gives)(output) if gives and not isinstance(output, Tensor) else output
+        if return_type in ("loss", "both"):
+            loss = next_token_loss(summary, input)
+            return loss if return_type == "loss" else (summary, loss)
+        if return_type == "logits" and self._class_directions is not None:
+            return summary @ self._class_directions.to(summary).T
+        return summary
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a string that is one token; of a class, where the tower has classes."""
+        return super().to_single_token(string) if self._class_names is None else self._class_index(string)
+
+    def generate(self, input: Any = "", max_new_tokens: int = 10, **kwargs: Any) -> Any:
+        """Continues a text, or tokens, with the whole model's `generate`; a text gives a text back."""
+        tokens = self.to_tokens(input) if isinstance(input, str) else input
+        kwargs.setdefault("do_sample", False)
+        out = self._root.wrapped.generate(input_ids=tokens, max_new_tokens=max_new_tokens, **kwargs)
+        return self.to_string(out[0]) if isinstance(input, str) else out
+
+    def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
+        """As HookedTransformer's: the output and an ActivationCache under local names."""
+        remove = kwargs.get("remove_batch_dim", False)
+        output, found = super().run_with_cache(*args, **kwargs)
+        own = {key.removeprefix(f"{self.name}."): value for key, value in found.items()}
+        return output, TowerCache(own, self, has_batch_dim=not remove) if return_cache_object else own
+
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
+        """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
+        self._root.check_names(names_filter, self.name)
+        return super().get_caching_hooks(names_filter, *args, **kwargs)
+
+    def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:
+        """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
+        self._root.check_names(name, self.name)
+        super().add_hook(name, *args, **kwargs)
+
+    def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
+        self._root.check_names(name, self.name)
+        super()._enable_hook_with_name(name, hook, dir)
+
+    def _hang(self, local: str, point: nn.Module) -> None:
+        *path, leaf = local.split(".")
+        owner: nn.Module = self
+        for step in path:
+            known = dict(owner.named_children())
+            if step not in known:
+                owner.add_module(step, Part())
+            owner = owner.get_submodule(step)
+        owner.add_module(leaf, point)
+
+    def _name_weights(self) -> None:
+        mounted = self._mounted
+        for stack in mounted.stacks:
+            repeated: Any = self.get_submodule(stack)
+            for layer, block in enumerate(repeated):
+                source = BlockWeights(mounted, stack, layer)
+                for name, part in block.named_children():
+                    if not isinstance(part, Part):
+                        continue
+                    part.weights = source.names(name)
+                    location = mounted.parts[stack][layer].get(f"{name}.hook_scale")
+                    if isinstance(location, Norm):
+                        part.stands_for = [source.block.get_submodule(location.path)]
+        location = mounted.after.get("ln_final.hook_scale")
+        if isinstance(location, Norm):
+            norm = mounted.module.get_submodule(location.path)
+            final: Any = self.ln_final
+            final.weights = {"w": lambda: norm_weight(norm, location.offset), "b": lambda: norm_bias(norm)}
+            final.stands_for = [norm]
+
+    def _config(self) -> TowerConfig:
+        mounted, record = self._mounted, self._mounted.record
+        parts = mounted.parts["blocks"][0] if mounted.parts.get("blocks") else {}
+        device, dtype = self._root.device, self._root.dtype
+        common: dict[str, Any] = {"tower": mounted.name, "device": str(device), "dtype": dtype,
+                                  "model_name": self._root.sitemap.family,
+                                  "normalization_type": record.norm}  # fmt: skip
+        first_block: Any = self.blocks[0] if "attn.hook_q" in parts else None
+        weights: Any = first_block.attn.weights if first_block is not None else {}
+        if not weights.keys() & {"W_Q", "W_O"}:
+            return TowerConfig(d_model=0, d_head=0, n_heads=0, n_layers=len(self.blocks), n_ctx=0, **common)
+        location, kv_location = parts["attn.hook_q"], parts["attn.hook_k"]
+        assert isinstance(location, Output | Input | Attention)
+        assert isinstance(kv_location, Output | Input | Attention)
+        first = mounted.module.get_submodule(mounted.stacks["blocks"][0])
+        assert location.heads is not None
+        assert kv_location.heads is not None
+        n_heads, n_kv = head_count(first, location.heads), head_count(first, kv_location.heads)
+        block: Any = self.blocks[0]
+        _, d_model, d_head = block.attn.W_Q.shape if "W_Q" in weights else block.attn.W_O.mT.shape
+        positions = tensor_at(mounted.module, record.position) if record.position else None
+        own = getattr(mounted.module, "config", None)
+        longest = getattr(own, "max_position_embeddings", 0)
+        vocabulary = tensor_at(mounted.module, record.embed) if record.embed else None
+        d_vocab = -1 if vocabulary is None else vocabulary.shape[0]
+        gated = "mlp.hook_pre_linear" in parts
+        has_mlp = "mlp.hook_post" in parts
+        return TowerConfig(
+            d_model=d_model,
+            d_head=d_head,
+            n_heads=n_heads,
+            n_key_value_heads=n_kv if n_kv != n_heads else None,
+            n_layers=len(self.blocks),
+            n_ctx=int(positions.numel() // d_model) if positions is not None else int(longest or 0),
+            d_mlp=block.mlp.W_out.shape[0] if has_mlp else None,
+            d_vocab=d_vocab,
+            d_vocab_out=d_vocab if record.role == "language" else -1,
+            gated_mlp=gated,
+            uses_rms_norm=record.norm == "RMS",
+            attn_only=not has_mlp,
+            positional_embedding_type="rotary" if "attn.hook_rot_q" in parts else "standard",
+            eps=getattr(getattr(self, "ln_final", None), "eps", 1e-5),
+            **common,
+        )
+
+
+def next_token_loss(logits: Tensor, tokens: Any) -> Tensor:
+    """The mean cross-entropy of each token given those before it."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())

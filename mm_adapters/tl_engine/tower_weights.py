@@ -1,0 +1,208 @@
+"""A tower's weights stacked over layers, and what TransformerLens computes from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
+
+from mm_adapters._errors import InputError, MissingSiteError
+from mm_adapters.records.spec import Norm
+from mm_adapters.sites.site_map import TowerView
+from mm_adapters.sites.weights import norm_bias, norm_weight, tensor_at
+
+
+class TowerWeights:
+    """`W_Q` [layer, head, d_model, d_head] and the rest; the weights are never copied or folded.
+
+    `W_U` is what maps the normalised residual to the tower's logits: a language model's head, or
+    the zero-shot classifier of the texts given to `set_classes`. TransformerLens folds the final
+    norm's gain into `W_U`; here `tokens_to_residual_directions` does it, so `logit_attrs` is exact,
+    and `logit_bias` holds what the norm's own bias adds to each logit.
+    """
+
+    blocks: nn.ModuleList
+    cfg: Any
+    name: str
+    _mounted: TowerView
+    _root: Any
+    _class_names: list[str] | None
+    _class_directions: Tensor | None
+    to_single_token: Any
+
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    W_O: Tensor
+    W_in: Tensor
+    W_gate: Tensor
+    W_out: Tensor
+    b_Q: Tensor
+    b_K: Tensor
+    b_V: Tensor
+    b_O: Tensor
+    b_in: Tensor
+    b_out: Tensor
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_K^T of every head, factored."""
+        return FactoredMatrix(self.W_Q, self.W_K.mT)
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O of every head, factored."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """Token embeddings."""
+        return self._table("embed", "W_E")
+
+    @property
+    def W_pos(self) -> Float[Tensor, "pos d_model"]:
+        """Position embeddings."""
+        return self._table("position", "W_pos").reshape(-1, self.cfg.d_model)
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model logit"]:
+        """The unembedding; see the class docstring."""
+        project = self.projection
+        if self._class_directions is not None:
+            return project @ self._class_directions.to(project).T
+        if self._mounted.record.role != "language":
+            raise InputError(
+                f"The {self.name} tower has no classes yet, so no unembedding. "
+                'Give it some: model.vision.set_classes(["a red circle", "a blue square"]).'
+            )
+        return project
+
+    @property
+    def b_U(self) -> Float[Tensor, " logit"]:
+        """The unembedding's bias; zeros if it has none."""
+        path = (self._mounted.mount.project or "").replace(".weight.T", ".bias")
+        bias = tensor_at(self._root.wrapped, path) if path.endswith(".bias") else None
+        if bias is None or self._class_directions is not None:
+            extra = 0 if bias is None else bias @ self._class_directions.to(bias).T  # type: ignore[union-attr]
+            return self.W_U.new_zeros(self.W_U.shape[1]) + extra
+        return bias
+
+    @property
+    def projection(self) -> Float[Tensor, "d_model d_out"]:
+        """What maps the normalised pooled residual to the tower's summary; the identity if nothing does.
+
+        Raises: MissingSiteError if the summary is not a linear map of one position.
+        """
+        record, mount = self._mounted.record, self._mounted.mount
+        if record.pool in ("attention", "none"):
+            raise MissingSiteError(
+                f"{self.name}: its summary is pooled by {record.pool}, so no single matrix reads it "
+                "off the residual stream."
+            )
+        found = tensor_at(self._root.wrapped, mount.project) if mount.project else None
+        return torch.eye(self.cfg.d_model, device=self.cfg.device) if found is None else found
+
+    @property
+    def logit_bias(self) -> Float[Tensor, " logit"]:
+        """What the final norm's bias and the unembedding's add to every logit."""
+        return norm_bias(self._final_norm()) @ self.W_U + self.b_U
+
+    def set_classes(self, names: list[str] | None, directions: Tensor | None = None) -> None:
+        """Makes the tower's unembedding the zero-shot classifier of these texts (None: none).
+
+        `directions` are the classes' unit vectors in the joint space [class, d_joint]; without them
+        the texts are encoded by this model's text tower.
+        """
+        if names is None:
+            self._class_names = self._class_directions = None
+            self._resize(-1)
+            return
+        if not names:
+            raise InputError("set_classes was given no classes; give at least one text.")
+        if directions is None:
+            with torch.no_grad():
+                directions = self._root.embed(text=list(names))
+        assert directions is not None
+        self._class_names = list(names)
+        self._class_directions = torch.nn.functional.normalize(directions.detach(), dim=-1)
+        self._resize(len(names))
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*shape d_model"]:
+        """The residual direction of each token or class, with the final norm's gain folded in."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        ids = torch.as_tensor(tokens, device=self.W_U.device)
+        location = self._final_place()
+        gain = norm_weight(self._final_norm(), location.offset if location else 0.0)
+        directions = rearrange(self.W_U[:, ids], "d ... -> ... d") * gain
+        return directions.reshape(-1) if ids.numel() == 1 and ids.ndim <= 1 else directions
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """The sum of the output biases of all attention (and MLP) before the input of `layer`."""
+        total = torch.zeros(self.cfg.d_model, device=self.cfg.device)
+        for index in range(layer + bool(mlp_input)):
+            block: Any = self.blocks[index]
+            total = total + block.attn.b_O
+            if include_mlp_biases and index < layer:
+                total = total + block.mlp.b_out
+        return total
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Every weight under TransformerLens' parameter name (what SVDInterpreter reads)."""
+        named: dict[str, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            for part, container in block.named_children():
+                for weight, get in getattr(container, "weights", {}).items():
+                    named[f"blocks.{layer}.{part}.{weight}"] = get()
+        for key, attribute in (("embed.W_E", "W_E"), ("pos_embed.W_pos", "W_pos"), ("unembed.W_U", "W_U")):
+            try:
+                named[key] = getattr(self, attribute)
+            except (MissingSiteError, InputError):
+                continue
+        return named
+
+    def _resize(self, n_logits: int) -> None:
+        self.cfg.d_vocab_out = n_logits
+        if self._mounted.record.embed is None:  # A tower without words has its classes for a vocabulary.
+            self.cfg.d_vocab = n_logits
+
+    def _class_index(self, name: str) -> int:
+        assert self._class_names is not None
+        if name not in self._class_names:
+            raise InputError(f"No class {name!r}; there is {', '.join(map(repr, self._class_names))}.")
+        return self._class_names.index(name)
+
+    def _table(self, field: str, name: str) -> Tensor:
+        path = getattr(self._mounted.record, field)
+        found = tensor_at(self._mounted.module, path) if path else None
+        if found is None:
+            raise MissingSiteError(f"The {self.name} tower has no {name}: it has no such table.")
+        return found
+
+    def _final_norm(self) -> nn.Module:
+        location = self._final_place()
+        return self._mounted.module.get_submodule(location.path) if location is not None else nn.Identity()
+
+    def _final_place(self) -> Norm | None:
+        location = self._mounted.after.get("ln_final.hook_scale")
+        return location if isinstance(location, Norm) else None
+
+
+def _stacked(name: str) -> property:
+    part = "mlp" if name[2:] in ("in", "out", "gate") else "attn"
+
+    def get(self: TowerWeights) -> Tensor:
+        return torch.stack([getattr(getattr(b, part), name) for b in self.blocks])
+
+    return property(get, doc=f"{name} of every layer, stacked.")
+
+
+for _name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O",
+              "W_in", "W_gate", "W_out", "b_in", "b_out"):  # fmt: skip
+    setattr(TowerWeights, _name, _stacked(_name))

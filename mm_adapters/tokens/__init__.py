@@ -1,0 +1,1 @@
+"""What each position of each tower is: class, patch, word, image, padding."""

@@ -1,0 +1,85 @@
+"""The order in which a vision tower keeps the patches of a batch's images: one function for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mm_adapters.tokens.image_positions import Grid, ImagePosition, raster
+from mm_adapters.tokens.layout import Position, TokenLayout, seated
+
+CLASS, PAD = Position("class"), Position("pad")
+
+
+def _patch(spot: ImagePosition, image: int) -> Position:
+    return Position("patch", spot.at, spot.grid, spot.tile, image)
+
+
+def by_tile(
+    grid: Grid,
+    n_class: int,
+    n_rows: int,
+    tiles: Sequence[int] | None = None,
+    images: Sequence[int] | None = None,
+) -> TokenLayout:
+    """A row for each image, or tile: class tokens, then patches line by line.
+
+    `tiles` and `images` say which tile of which of the batch's images a row is. Rows and columns of a
+    tile count within it, as the tower sees it.
+    """
+    rows = []
+    for row in range(n_rows):
+        image, tile = images[row] if images else 0, tiles[row] if tiles else 0
+        front = [Position("class", tile=tile, image=image)] * n_class
+        own = None if tile else grid  # Where a tile lies is said by the language tower's layout.
+        rows.append(front + [Position("patch", s.at, own, tile, image) for s in raster(grid)])
+    return seated(rows)
+
+
+def end_to_end(grids: Sequence[Grid]) -> TokenLayout:
+    """One row: the patches of all images, each line by line."""
+    return seated([[_patch(spot, i) for i, grid in enumerate(grids) for spot in raster(grid)]])
+
+
+def by_cell(grids: Sequence[Grid], merge: int, window: int | None = None) -> TokenLayout:
+    """One row: the patches of all images, by cells of `merge` x `merge` that become one token later.
+
+    With `window`, cells come by windows of so many cells a side, those at the edge smaller.
+    """
+    seats = []
+    for image, grid in enumerate(grids):
+        down, across = grid[0] // merge, grid[1] // merge
+        cells = [(r, c) for r in range(down) for c in range(across)]
+        if window is not None:
+            cells.sort(key=lambda cell: (cell[0] // window, cell[1] // window, cell))
+        for r, c in cells:
+            for i in range(merge):
+                for j in range(merge):
+                    seats.append(Position("patch", (r * merge + i, c * merge + j), grid, 0, image))
+    return seated([seats])
+
+
+def all_tiles(side: Grid, n_class: int, cuts: Sequence[Grid], n_tiles: int, multiple: int = 8) -> TokenLayout:
+    """A row for each image: its tiles one after another, each padded, and tiles that are padding.
+
+    `cuts` are (rows, columns) of each image's tiles. Each tile has its class tokens, then patches, and
+    as much padding as makes it a `multiple`.
+    """
+    length = n_class + side[0] * side[1]
+    padding = [PAD] * (-length % multiple)
+    rows = []
+    for down, across in cuts:
+        row: list[Position] = []
+        whole = (down * side[0], across * side[1])
+        for tile in range(n_tiles):
+            if tile >= down * across:
+                row += [PAD] * length + padding
+                continue
+            at, number = divmod(tile, across), tile + 1 if down * across > 1 else 0
+            row += [Position("class", tile=number)] * n_class
+            for r in range(side[0]):
+                for c in range(side[1]):
+                    place = (at[0] * side[0] + r, at[1] * side[1] + c)
+                    row.append(Position("patch", place, whole, number))
+            row += padding
+        rows.append(row)
+    return seated(rows)
