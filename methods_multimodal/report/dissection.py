@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import html
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from methods_multimodal.core.files import write_json, write_text
 from methods_multimodal.dissection.describe import exemplar
 from methods_multimodal.dissection.scores import agreement
 from methods_multimodal.dissection.survey import Named, Survey
 from methods_multimodal.plots.dissection import activation_histogram, detectors
-from methods_multimodal.report._html import inline, write_whole
+from methods_multimodal.report._html import inline
 
 _THUMB = 96
 _STYLE = """
@@ -60,7 +60,7 @@ def write_page(
     writer = csv.DictWriter(lines, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(table, lines.getvalue())
+    write_text(table, lines.getvalue())
     numbers = out / "units.json"
     about = {
         "model": model,
@@ -68,9 +68,9 @@ def write_page(
         "images": len(found.activations),
         "concepts": found.concepts.names,
     }
-    write_whole(numbers, json.dumps({**about, "units": rows}, indent=1))
+    write_json(numbers, {**about, "units": rows})
     page = out / "index.html"
-    write_whole(page, _page(found, model, pictures, maps, thresholds, shown))
+    write_text(page, _page(found, model, pictures, maps, thresholds, shown))
     return page, numbers, table
 
 

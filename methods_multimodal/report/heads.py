@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from methods_multimodal.report._html import inline, write_whole
+from methods_multimodal.core.files import write_json, write_text
+from methods_multimodal.report._html import inline
 from methods_multimodal.text_explanations.name_heads import HeadNames
 
 _STYLE = """
@@ -88,8 +88,8 @@ def write_heads(
 ) -> tuple[Path, Path]:
     """Writes heads.html and heads.json into `folder`; returns both."""
     page, numbers = folder / "heads.html", folder / "heads.json"
-    write_whole(page, heads_page(found, picture_of, called))
-    write_whole(numbers, json.dumps(heads_numbers(found, called), indent=1))
+    write_text(page, heads_page(found, picture_of, called))
+    write_json(numbers, heads_numbers(found, called))
     return page, numbers
 
 
