@@ -115,7 +115,7 @@ def attribute(
         },
     )  # fmt: skip
     for i in ranked[:shown]:
-        typer.echo(f"{float(scores[i]):+.3g}  {pictures.names[i]}: {pictures.captions[i]}")
+        typer.echo(f"{float(scores[i]):+z.3g}  {pictures.names[i]}: {pictures.captions[i]}")
     typer.echo(f"wrote {out} and {numbers}")
 
 

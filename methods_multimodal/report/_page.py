@@ -86,7 +86,7 @@ def spread(n_layers: int, most: int = 6) -> list[int]:
 
 
 def rounded(values: Tensor, digits: int = 6) -> Any:
-    """A tensor as nested lists of short numbers."""
+    """A tensor as nested lists of short numbers, none of them -0.0."""
     return _rounded(values.detach().float().cpu().tolist(), digits)
 
 
@@ -99,4 +99,4 @@ def strongest(table: Float[Tensor, "layer head"], n: int = 3) -> Sequence[tuple[
 
 
 def _rounded(value: Any, digits: int) -> Any:
-    return [_rounded(v, digits) for v in value] if isinstance(value, list) else round(value, digits)
+    return [_rounded(v, digits) for v in value] if isinstance(value, list) else round(value, digits) + 0.0

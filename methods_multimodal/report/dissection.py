@@ -21,6 +21,7 @@ from methods_multimodal.dissection.scores import agreement
 from methods_multimodal.dissection.survey import Named, Survey
 from methods_multimodal.plots.dissection import activation_histogram, detectors
 from methods_multimodal.report._html import inline
+from methods_multimodal.report._page import rounded
 
 _THUMB = 96
 _STYLE = """
@@ -78,11 +79,11 @@ def _row(found: Survey, unit: int) -> dict[str, Any]:
     row: dict[str, Any] = {"unit": unit}
     for one in found.methods:
         row[f"{one.method}"] = one.names[unit]
-        row[f"{one.method}_score"] = round(float(one.scores[unit]), 6)
-        row[f"{one.method}_q"] = round(float(one.chance.q[unit]), 6)
-        row[f"{one.method}_correlation"] = round(float(one.follows[unit]), 4)
+        row[f"{one.method}_score"] = rounded(one.scores[unit], 6)
+        row[f"{one.method}_q"] = rounded(one.chance.q[unit], 6)
+        row[f"{one.method}_correlation"] = rounded(one.follows[unit], 4)
         if one.faithful is not None:
-            row[f"{one.method}_auroc"] = round(float(one.faithful.auroc[unit]), 4)
+            row[f"{one.method}_auroc"] = rounded(one.faithful.auroc[unit], 4)
     row["top_pictures"] = " ".join(map(str, found.top[unit].tolist()))
     return row
 
@@ -138,7 +139,7 @@ def _methods(found: Survey) -> str:
         lines.append(
             f'<tr><td>{_t(one.method)}</td><td class="n">{len(one.chance.significant())}</td>'
             f'<td class="n">{auroc}</td>'
-            f'<td class="n">{float(one.follows.mean()):+.3f}</td><td class="n">{same}</td></tr>'
+            f'<td class="n">{float(one.follows.mean()):+z.3f}</td><td class="n">{same}</td></tr>'
         )
     table = f"<table>{head}{''.join(lines)}</table>"
     same = agreement({one.method: one.names for one in found.methods})
@@ -186,7 +187,7 @@ def _line(one: Named, unit: int) -> str:
     check = "" if one.faithful is None else f'<td class="n">AUROC {float(one.faithful.auroc[unit]):.2f}</td>'
     return (
         f"<tr><td>{_t(one.method)}</td><td>{_t(one.names[unit])}</td>"
-        f'<td class="n">{float(one.scores[unit]):.3f}</td>'
+        f'<td class="n">{float(one.scores[unit]):z.3f}</td>'
         f'<td class="n">q {float(one.chance.q[unit]):.3f}</td>{check}</tr>'
     )
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from methods_multimodal.core.files import write_json, write_text
 from methods_multimodal.report._html import inline
+from methods_multimodal.report._page import rounded
 from methods_multimodal.text_explanations.name_heads import HeadNames
 
 _STYLE = """
@@ -36,7 +37,7 @@ def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], calle
     def picture(number: int, score: float) -> str:
         if number not in thumbs:
             thumbs[number] = _inline(picture_of(number))
-        tip = html.escape(f"{Path(files[number]).name}: {score:+.4f}")
+        tip = html.escape(f"{Path(files[number]).name}: {score:+z.4f}")
         return f'<img src="{thumbs[number]}" alt="{tip}" title="{tip}">'
 
     body = []
@@ -70,14 +71,14 @@ def heads_numbers(found: HeadNames, called: str) -> dict[str, Any]:
                 {
                     "text": found.texts[number],
                     "group": found.groups[number],
-                    "variance_explained": round(float(found.variance_explained[layer, head, i]), 5),
+                    "variance_explained": rounded(found.variance_explained[layer, head, i], 5),
                     "images": [files[n] for n in found.top_images[layer, head, i].tolist()],
-                    "scores": [round(s, 6) for s in found.scores[layer, head, i].tolist()],
+                    "scores": rounded(found.scores[layer, head, i]),
                 }
                 for i, number in enumerate(found.chosen[layer, head].tolist())
                 if number >= 0
             ]
-            share = round(float(found.variance[layer, head]), 6)
+            share = rounded(found.variance[layer, head])
             heads.append({"layer": layer, "head": head, "variance": share, "texts": texts})
     unreadable = [{"image": name, "reason": why} for name, why in found.unreadable]
     return {"model": called, "images": found.n_images, "unreadable": unreadable, "heads": heads}
