@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm_adapters import InputError
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+from mm_adapters.inputs.images import image_files
 
 
 def items_of(data: Any) -> Sequence[Any]:
@@ -27,10 +26,7 @@ def items_of(data: Any) -> Sequence[Any]:
         folder = Path(data)
         if not folder.is_dir():
             raise InputError(f"data={str(data)!r} is no folder of images. Pass one, or a list of items.")
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        if not found:
-            raise InputError(f"{folder} has no image ({', '.join(_SUFFIXES)}).")
-        return found
+        return image_files(folder, below=True)
     if not isinstance(data, Sequence) or not len(data):
         raise InputError("data is a folder of images, or a list of images, prompts or dicts of inputs.")
     return data

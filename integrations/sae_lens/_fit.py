@@ -99,7 +99,7 @@ class Fit:
                 row |= {_tagged(k, name, self.trainers): v for k, v in found.items()}
                 bar.set_postfix(
                     loss=f"{found['losses/overall_loss']:.4g}",
-                    explained=f"{found['metrics/explained_variance']:.3f}",
+                    explained=f"{found['metrics/explained_variance']:z.3f}",
                     l0=f"{found['metrics/l0']:.1f}",
                 )
         for one in self.trainers.values():

@@ -31,12 +31,12 @@ def heads(
 
     A run that was killed goes on where it was, if it is started again with the same --out.
     """
-    from methods_multimodal.core.batches import image_files
     from methods_multimodal.text_explanations.vocabulary import vocabulary as words_of
+    from mm_adapters.inputs.images import image_files
 
     if not images.is_dir():
         raise FileNotFoundError(f"--images {images}: there is no such folder.")
-    files = image_files(images)
+    files = image_files(images, below=True)
     words = words_of(vocabulary)
     if texts > len(words):
         raise InputError(f"--texts {texts}: the vocabulary has {len(words)}.")

@@ -13,10 +13,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from methods_multimodal.core.batches import image_files
 from methods_multimodal.core.record import Record
 from mm_adapters import InputError
-from mm_adapters.inputs.images import to_rgb
+from mm_adapters.inputs.images import image_files, to_rgb
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def all_images(given: Any) -> Sequence[Any]:
         path = Path(given)
         if not path.is_dir():
             raise InputError(f"There is no folder {path}.")
-        return image_files(path)
+        return image_files(path, below=True)
     given = list(given) if isinstance(given, Tensor) else given
     if isinstance(given, Sequence):
         if len(given) == 0:

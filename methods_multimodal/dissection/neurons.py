@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from methods_multimodal.core.record import Record
-from methods_multimodal.dissection.scores import auroc
+from methods_multimodal.core.statistics import auroc
 from mm_adapters import InputError
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import rankdata
 from torch import Tensor
 
 from mm_adapters import InputError
@@ -104,7 +105,7 @@ def rank_reorder(
     for unit in range(activations.shape[1]):
         own = values[:, unit]
         seen = similarity[top[:, unit]].float()
-        ranks = seen.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+        ranks = torch.from_numpy(rankdata(-seen.cpu().numpy(), method="ordinal", axis=0) - 1).to(own.device)
         change = (own[:, None] - own[ranks]).abs().pow(power).mean(0)
         random = (own[:, None] - own[None, :]).abs().pow(power).mean().clamp_min(TINY)
         out[unit] = -(change / random) / seen.mean(0).clamp_min(TINY).pow(scale)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from methods_multimodal.core.statistics import correlation
 from methods_multimodal.dissection.concepts import Concepts, Masks, presence, shares
 from methods_multimodal.dissection.naming import JUDGE, clip_dissect, collect, embed_concepts
 from methods_multimodal.dissection.network import NetworkDissection, active_places, network_dissection
@@ -19,7 +20,6 @@ from methods_multimodal.dissection.scores import (
     Faithfulness,
     cell_iou,
     chance,
-    correlation,
     faithfulness,
 )
 from methods_multimodal.dissection.similarity import KERNELS, cosine

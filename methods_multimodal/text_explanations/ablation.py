@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from methods_multimodal.core.generators import Seed, generator
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.decomposition import Decomposition
 from mm_adapters import InputError
@@ -66,7 +67,7 @@ def ablate(
     how: How = "mean",
     *,
     means: Decomposition | None = None,
-    generator: torch.Generator | None = None,
+    seed: Seed = 0,
 ) -> Float[Tensor, "image width"]:
     """The embeddings with some components' direct effects replaced.
 
@@ -80,7 +81,7 @@ def ablate(
     source, total = means or found, found.total
     other = None
     if how == "resample":
-        drawn = torch.randperm(len(source.own), generator=generator)
+        drawn = torch.randperm(len(source.own), generator=generator(seed))
         other = drawn.repeat(-(-len(total) // len(drawn)))[: len(total)].to(total.device)
     for component in components:
         total = total - outputs(found, component)
@@ -110,11 +111,11 @@ def ablation(
     how: How = "mean",
     *,
     means: Decomposition | None = None,
-    generator: torch.Generator | None = None,
+    seed: Seed = 0,
 ) -> Ablation:
     """Zero-shot accuracy before and after components are ablated."""
     which = list(components)
-    after = ablate(found, which, how, means=means, generator=generator)
+    after = ablate(found, which, how, means=means, seed=seed)
     return Ablation(
         accuracy(found.total, classes, labels), accuracy(after, classes, labels), tuple(map(str, which)), how
     )

@@ -9,6 +9,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.core.generators import Seed, generator
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.ablation import Component, components_of, outputs
 from methods_multimodal.text_explanations.decomposition import Decomposition
@@ -97,7 +98,7 @@ def align(
     orthogonal: float = 0.01,
     epochs: int = 300,
     learning_rate: float = 3e-3,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Alignment:
     """Learns one linear map a component, so that the mapped components sum to another model's embeddings.
 
@@ -111,9 +112,8 @@ def align(
     parts = stacked(found).float()
     scale = parts.std().clamp_min(1e-12)
     wanted = torch.nn.functional.normalize(joint.float(), dim=1)
-    generator = torch.Generator().manual_seed(seed)
     width, wide = parts.shape[2], joint.shape[1]
-    start = torch.randn(parts.shape[1], width, wide, generator=generator).to(parts) / width**0.5
+    start = torch.randn(parts.shape[1], width, wide, generator=generator(seed)).to(parts) / width**0.5
     maps, bias = torch.nn.Parameter(start), torch.nn.Parameter(wanted.mean(0).clone())
     optimiser = torch.optim.Adam([maps, bias], lr=learning_rate)
     least = min(width, wide)

@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score, jaccard_score
 from torch import Tensor
 
 from methods_multimodal.core.record import Record
+from methods_multimodal.core.statistics import iou
 from methods_multimodal.text_explanations.decomposition import decompositions
 from mm_adapters import InputError, Model
 
@@ -119,12 +120,11 @@ def best_threshold(
 ) -> float | None:
     """The threshold with the largest mIoU on these maps, to be used on others."""
     options: list[float | None] = [None, *(round(0.1 * i, 1) for i in range(1, 10))]
-    true = truth.flatten()
+    true = truth.flatten(1)
 
     def mean_iou(option: float | None) -> float:
-        said = above(maps, option).flatten()
-        both, neither = (said & true).sum(), (~said & ~true).sum()
-        return float((both / (said | true).sum() + neither / (~said | ~true).sum()) / 2)
+        said = above(maps, option).flatten(1)
+        return float((iou(said, true) + iou(~said, ~true)) / 2)
 
     return max(options, key=mean_iou)
 

@@ -16,6 +16,7 @@ from mm_adapters._errors import InputError
 
 ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | np.ndarray | Tensor"
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ACCEPTED = (
     "Accepted: a PIL image, the path of an image file, a numpy array [height, width] or "
     "[height, width, channel], or a torch tensor [channel, height, width]"
@@ -63,6 +64,34 @@ def opened(images: Any) -> Any:
     if isinstance(images, list | tuple):
         return [opened(image) for image in images]
     return images.cpu() if isinstance(images, Tensor) else images
+
+
+def image_files(
+    folder: Path, *, below: bool = False, verify: bool = False, least: int = 1
+) -> list[Path]:
+    """The image files in a folder, in order of name.
+
+    below: also those in its folders, and so on. verify: looks into each, so that a broken file is named
+    before anything is computed.
+
+    Raises: FileNotFoundError without such a folder; InputError if it has fewer images than `least`, or a
+    broken one.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}. Give a folder of images.")
+    inside = folder.rglob("*") if below else folder.iterdir()
+    files = sorted(path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise InputError(f"{folder} holds no image: nothing there ends in {', '.join(SUFFIXES)}.")
+    if len(files) < least:
+        raise InputError(f"{folder} holds {len(files)} images, and {least} are the least.")
+    for path in files if verify else ():
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except (UnidentifiedImageError, OSError, SyntaxError):
+            raise InputError(f"{path} is no picture that can be read. Remove or replace it.") from None
+    return files
 
 
 def as_list(images: Any) -> list[Any]:
