@@ -41,10 +41,10 @@ def chance(score: Score, n_images: int, *, n_shuffles: int = 199, seed: int = 0)
     `score(order)` must give the scores [unit, concept] with image i's activations set against the
     concepts of image `order[i]`; the true order is 0, 1, 2 ...
     """
-    made = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     best = score(torch.arange(n_images)).amax(1)
     shuffled = torch.stack(
-        [score(torch.randperm(n_images, generator=made)).amax(1) for _ in range(n_shuffles)]
+        [score(torch.randperm(n_images, generator=generator)).amax(1) for _ in range(n_shuffles)]
     )
     mean, spread = shuffled.mean(0), shuffled.std(0).clamp_min(1e-12)
     pool = ((shuffled - mean) / spread).flatten().sort().values
@@ -105,7 +105,7 @@ class Faithfulness(Record):
     """How well each unit's name predicts it on held-out images.
 
     `auroc[unit]` of the unit's own name; `constant[unit]` of the one name that does best for all units
-    together, `constant_name`: a method that cannot beat it has said nothing about the units.
+    together, `constant_name`: a method that does no better tells nothing of the units.
     """
 
     auroc: Float[Tensor, " unit"]
@@ -124,9 +124,9 @@ def faithfulness(
     `present` says what each held-out image shows, in the order of `names`.
     """
     table = auroc(activations, present).nan_to_num(0.5)
-    own = torch.stack([table[unit, list(names).index(name)] for unit, name in enumerate(named)])
+    of_name = torch.stack([table[unit, list(names).index(name)] for unit, name in enumerate(named)])
     best = int(table.mean(0).argmax())
-    return Faithfulness(own, table[:, best], names[best])
+    return Faithfulness(of_name, table[:, best], names[best])
 
 
 def agreement(named: Mapping[str, Sequence[str]]) -> Float[Tensor, "method method"]:

@@ -201,7 +201,8 @@ class TowerMount:
 
     `run` is the callable that runs this tower alone (a path from the model; "" is the model
     itself, None the mounted module), `gives` its summary, `project` the tensor that maps the
-    pooled residual to that summary: a path, with ".T" if it must be transposed.
+    pooled residual to that summary: a path, with ".T" if it must be transposed; several, with " @ "
+    between them, where one map follows another.
     """
 
     path: str
