@@ -66,9 +66,7 @@ def opened(images: Any) -> Any:
     return images.cpu() if isinstance(images, Tensor) else images
 
 
-def image_files(
-    folder: Path, *, below: bool = False, verify: bool = False, least: int = 1
-) -> list[Path]:
+def image_files(folder: Path, *, below: bool = False, verify: bool = False, least: int = 1) -> list[Path]:
     """The image files in a folder, in order of name.
 
     below: also those in its folders, and so on. verify: looks into each, so that a broken file is named

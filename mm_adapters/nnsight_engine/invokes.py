@@ -98,7 +98,7 @@ class Rows:
             return {}
         found = {}
         for name, tower in self._sites.towers.items():
-            path = (tower.mount.project or "").removesuffix(".T").rpartition(".")[0]
+            path = (tower.mount.project or "").rpartition(" @ ")[2].removesuffix(".T").rpartition(".")[0]
             if path and not path.startswith(tower.path or "?"):
                 found[f"{self._root}.{path}"] = self._of_tower(self._sites.towers[name])
         return found

@@ -236,7 +236,7 @@ class TowerMount:
         gives: The attribute of that callable's output that sums the tower up.
         takes: The argument of that callable.
         project: The tensor that maps the pooled residual to the summary, with ".T" at the end of its path if
-            it must be transposed.
+            it must be transposed; several, with " @ " between them, where one map follows another.
     """
 
     path: str
