@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mm_adapters._errors import InputError
-from mm_adapters.inputs.images import to_rgb, to_rgb_list
+from mm_adapters.inputs.images import image_files, to_rgb, to_rgb_list
 
 RAMP = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
 GRAY = RAMP[:, :, 0]
@@ -199,3 +199,17 @@ def test_the_bad_one_of_many_is_named_and_none_is_an_error() -> None:
     for empty in ([], torch.zeros(0, 3, 4, 4)):
         with pytest.raises(InputError, match="images is empty"):
             to_rgb_list(empty)
+
+
+def test_the_image_files_of_a_folder_are_listed_by_name(tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    below.mkdir()
+    for path in (tmp_path / "b.PNG", tmp_path / "a.jpeg", below / "c.tiff", tmp_path / "notes.txt"):
+        path.write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    assert image_files(tmp_path) == [tmp_path / "a.jpeg", tmp_path / "b.PNG", below / "c.tiff"]
+    assert image_files(str(tmp_path), recursive=False) == [tmp_path / "a.jpeg", tmp_path / "b.PNG"]
+    with pytest.raises(InputError, match=r"holds no image: nothing there ends in \.png"):
+        image_files(tmp_path / "folder.png")
+    with pytest.raises(InputError, match="There is no folder"):
+        image_files(tmp_path / "a.jpeg")

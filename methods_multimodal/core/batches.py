@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm_adapters import InputError, Model, TowerView
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from mm_adapters.inputs.images import image_files
 
 
 def batches(model: Model, tower: TowerView, given: Any, batch_size: int) -> Iterator[Mapping[str, Any]]:
@@ -46,14 +45,6 @@ def prepared(model: Model, tower: TowerView, items: list[Any]) -> dict[str, Any]
     if isinstance(items[0], Tensor):
         return {tower.input_name: torch.stack(items)}
     return model.prepare(images=items)
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, in order of name. Raises: InputError if it has none."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-        raise InputError(f"{folder} holds no image: nothing there ends in {', '.join(SUFFIXES)}.")
-    return found
 
 
 def _items(given: Any) -> Iterable[Any]:

@@ -13,10 +13,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from methods_multimodal.core.batches import image_files
 from methods_multimodal.core.record import Record
 from mm_adapters import InputError
-from mm_adapters.inputs.images import to_rgb
+from mm_adapters.inputs.images import image_files, to_rgb
 
 
 @dataclass(frozen=True)

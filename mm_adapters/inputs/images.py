@@ -1,4 +1,7 @@
-"""Any picture a user may hold, as the 8-bit RGB image that image processors are made for."""
+"""Any picture a user may hold, as the 8-bit RGB image that image processors are made for.
+
+Public: `to_rgb`, `to_rgb_list`, `image_files`, `SUFFIXES`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from torch import Tensor
 from mm_adapters._errors import InputError
 
 ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | np.ndarray | Tensor"
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 _ACCEPTED = (
     "Accepted: a PIL image, the path of an image file, a numpy array [height, width] or "
@@ -54,6 +59,21 @@ def to_rgb_list(images: Any) -> list[Image.Image]:
     if not many:
         raise InputError("images is empty. Pass at least one image, or leave images out.")
     return [_numbered(i, image) if len(many) > 1 else to_rgb(image) for i, image in enumerate(many)]
+
+
+def image_files(folder: str | os.PathLike[str], *, recursive: bool = True) -> list[Path]:
+    """The image files in a folder, and below it if `recursive`, in order of name: those of `SUFFIXES`.
+
+    Raises: InputError if there is no such folder, or it has no image.
+    """
+    where = Path(folder)
+    if not where.is_dir():
+        raise InputError(f"There is no folder {where}. Pass a folder of images.")
+    inside = where.rglob("*") if recursive else where.iterdir()
+    files = sorted(path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise InputError(f"{where} holds no image: nothing there ends in {', '.join(SUFFIXES)}.")
+    return files
 
 
 def opened(images: Any) -> Any:
