@@ -50,7 +50,7 @@ def prepared(model: Model, tower: TowerView, items: list[Any]) -> dict[str, Any]
 def _items(items: Any) -> Iterable[Any]:
     if isinstance(items, str | PathLike):
         path = Path(items)
-        return image_files(path, below=True) if path.is_dir() else [items]
+        return image_files(path) if path.is_dir() else [items]
     if isinstance(items, Image.Image | Tensor):
         return [items]
     if isinstance(items, Iterable):

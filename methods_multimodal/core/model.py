@@ -25,7 +25,7 @@ def check_one(images: Any, texts: Any) -> str:
 
 
 def check_sites(model: Model, names: Iterable[str]) -> None:
-    """Raises: MissingSiteError for a site that the model lacks; one whose absence is explained comes first."""
+    """Raises: MissingSiteError for a site that the model lacks; first one with a reason."""
     present = {site.name for site in model.sites() if site.reason is None}
     missing = [name for name in names if name not in present]
     absent = [site.name for site in model.sites() if site.reason is not None]

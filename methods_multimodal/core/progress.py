@@ -43,7 +43,7 @@ def all_images(images: Any) -> Sequence[Any]:
         path = Path(images)
         if not path.is_dir():
             raise InputError(f"There is no folder {path}.")
-        return image_files(path, below=True)
+        return image_files(path)
     images = list(images) if isinstance(images, Tensor) else images
     if isinstance(images, Sequence):
         if len(images) == 0:

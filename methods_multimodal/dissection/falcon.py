@@ -1,4 +1,4 @@
-"""FALCON: concepts for groups of units, from crops they fire on, less what similar images without them show."""
+"""FALCON: concepts for groups of units, from crops they fire on, less what similar images show."""
 
 from __future__ import annotations
 

@@ -148,8 +148,8 @@ def accumulate_soft_likelihood(
 
     Only of those of its images that are here: `likely` is about the images from number `first` on. Each
     term is less that of an image of which all concepts are equally likely (`uninformative_score` is their
-    sum): what is left is small, and float32 holds it. With d = (1 - p + TINY) / p a term is log p + log(d + likely);
-    the sums are multiplied before their log.
+    sum): what is left is small, and float32 holds it. With d = (1 - p + TINY) / p a term is
+    log p + log(d + likely); the sums are multiplied before their log.
     """
     n_units, n_top = top.shape
     odds = _odds(n_top, p_first, p_last)[1]
