@@ -112,6 +112,11 @@ class SiteMap:
             return self.sites[name]
         raise self.missing(name)
 
+    def check(self, name: str) -> None:
+        """Raises: MissingSiteError for a name that is no site."""
+        if name not in self.sites:
+            raise self.missing(name)
+
     def missing(self, name: str) -> MissingSiteError:
         """The error for a name that is no site: why, or the nearest names."""
         for pattern, site in self.absent.items():
