@@ -26,6 +26,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.intersphinx",
+    "docstrings",
     "example_pages",
     "shown_output",
 ]
@@ -46,7 +47,6 @@ nb_merge_streams = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 # Inventories are read from files beside this one, never from the network; without them names stay plain text.
 _SITES = {

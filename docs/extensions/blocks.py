@@ -99,8 +99,12 @@ def run(block: Block, names: dict[str, Any], folder: Path, replace: tuple[str, s
     file.write_text(code, encoding="utf-8")
     names["__name__"] = "__main__"
     printed = io.StringIO()
-    with working_in(folder), contextlib.redirect_stdout(printed):
-        exec(compile(code, str(file), "exec"), names)
+    try:
+        with working_in(folder), contextlib.redirect_stdout(printed):
+            exec(compile(code, str(file), "exec"), names)
+    except Exception as error:
+        error.add_note(f"This is the block at {block.page}:{block.line}.")
+        raise
     file.unlink()
     return printed.getvalue()
 

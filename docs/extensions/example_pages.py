@@ -14,6 +14,9 @@ HEADER = """---
 file_format: mystnb
 kernelspec:
   name: python3
+language_info:
+  name: python
+  pygments_lexer: python
 ---
 
 """

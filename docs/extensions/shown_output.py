@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from blocks import ROOT, blocks, groups
+from blocks import ROOT, blocks, groups, pages
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 
@@ -43,10 +43,10 @@ def run_pages(app: Any) -> None:
     """Runs the blocks of every page whose blocks, or whose packages, have changed."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     stale = []
-    for docname in sorted(app.project.discover()):
-        page = Path(app.srcdir) / f"{docname}.md"
-        if docname.startswith("examples/") or not page.exists() or not groups(page):
+    for page in pages():
+        if not page.is_relative_to(app.srcdir) or not groups(page):
             continue
+        docname = page.relative_to(app.srcdir).with_suffix("").as_posix()
         key = FOLDER / f"{name_of(docname)}.key"
         if not key.exists() or key.read_text() != key_of(page):
             stale.append((page, key))
