@@ -28,9 +28,10 @@ extensions = [
     "sphinx.ext.intersphinx",
     "docstrings",
     "example_pages",
+    "local_assets",
     "shown_output",
 ]
-exclude_patterns = ["_build", "_generated", "extensions"]
+exclude_patterns = ["_build", "_generated", "extensions", "jupyter_execute"]
 
 # ---- pages ----
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
@@ -38,6 +39,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
+nb_execution_cache_path = str(HERE / "_generated" / "notebooks")
 nb_execution_timeout = 240
 nb_execution_show_tb = True
 nb_output_stderr = "remove"
@@ -45,6 +47,7 @@ nb_merge_streams = True
 
 # ---- reference ----
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False

@@ -17,7 +17,10 @@ def plain(line: str) -> str:
         if _CODE.fullmatch(part):
             parts[i] = f"`{part}`"
         else:
+            # Code ends before a letter, as in `site`s, only where an escaped space says so.
             parts[i] = re.sub(r"([*|\\]|(?<=\w)_(?!\w))", r"\\\1", part)
+            if i and part[:1].isalnum():
+                parts[i] = f"\\ {parts[i]}"
     return "".join(parts)
 
 
