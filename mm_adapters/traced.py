@@ -316,10 +316,10 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             )
         ref = CheckpointRef.parse(model_key)
         device = f"cuda:{device}" if isinstance(device, int) else device
-        wrapped, inputs, origin = open_checkpoint(
+        wrapped, inputs, origin, sites = open_checkpoint(
             ref.name, device if dispatch else "meta", dtype, dict(ref.options)
         )
-        return TracedModel(wrapped, inputs=inputs, origin=origin)
+        return TracedModel(wrapped, inputs=inputs, origin=origin, sites=sites)
 
     @classmethod
     def _remoteable_describe_checkpoint(cls, model_key: str, dtype: str) -> CheckpointInfo:
