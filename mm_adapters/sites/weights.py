@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mm_adapters.records.resolve import head_count
 from mm_adapters.records.spec import Attention, Input, Location, Norm, Output
-from mm_adapters.sites.site_map import TowerView
 
 _QKV = {"Q": "hook_q", "K": "hook_k", "V": "hook_v"}
 
@@ -21,59 +20,49 @@ _QKV = {"Q": "hook_q", "K": "hook_k", "V": "hook_v"}
 class BlockWeights:
     """One repeated module's weights by TransformerLens' names: ("attn", "W_Q"), ("ln1", "w"), ..."""
 
-    tower: TowerView
-    stack: str
-    layer: int
-
-    @property
-    def block(self) -> nn.Module:
-        return self.tower.module.get_submodule(self.tower.stacks[self.stack][self.layer])
-
-    @property
-    def resolve_parts(self) -> dict[str, Location]:
-        """What the block has, and where."""
-        return self.tower.parts[self.stack][self.layer]
+    block: nn.Module
+    locations: dict[str, Location]
 
     def names(self, part: str) -> dict[str, Callable[[], Tensor]]:
         """What `part` ("attn", "cross_attn", "mlp", "ln1", ...) has, each as a function."""
-        resolve_parts = self.resolve_parts
-        found: dict[str, Callable[[], Tensor]] = {}
-        if f"{part}.hook_z" in resolve_parts:
+        locations = self.locations
+        getters: dict[str, Callable[[], Tensor]] = {}
+        if f"{part}.hook_z" in locations:
             sites = {letter: f"{part}.{_QKV.get(letter, 'hook_z')}" for letter in "QKVO"}
-            for letter in (w for w, site in sites.items() if self._has_weight(resolve_parts.get(site))):
-                found[f"W_{letter}"] = lambda w=letter: self._attention(part, w)[0]
-                found[f"b_{letter}"] = lambda w=letter: self._attention(part, w)[1]
-        elif f"{part}.hook_post" in resolve_parts:
-            up = "hook_pre_linear" if f"{part}.hook_pre_linear" in resolve_parts else "hook_pre"
+            for letter in (w for w, site in sites.items() if self._has_weight(locations.get(site))):
+                getters[f"W_{letter}"] = lambda w=letter: self._attention(part, w)[0]
+                getters[f"b_{letter}"] = lambda w=letter: self._attention(part, w)[1]
+        elif f"{part}.hook_post" in locations:
+            up = "hook_pre_linear" if f"{part}.hook_pre_linear" in locations else "hook_pre"
             linears = {"in": f"{part}.{up}", "out": f"{part}.hook_post"}
             if up == "hook_pre_linear":
                 linears["gate"] = f"{part}.hook_pre"
             for name, site in linears.items():
-                found[f"W_{name}"] = lambda s=site: self._linear(s)[0].T
-                found[f"b_{name}"] = lambda s=site: self._linear(s)[1]
-        elif isinstance(location := resolve_parts.get(f"{part}.hook_scale"), Norm):
-            found["w"] = lambda: norm_weight(self.block.get_submodule(location.path), location.offset)
-            found["b"] = lambda: norm_bias(self.block.get_submodule(location.path))
-        return found
+                getters[f"W_{name}"] = lambda s=site: self._linear(s)[0].T
+                getters[f"b_{name}"] = lambda s=site: self._linear(s)[1]
+        elif isinstance(location := locations.get(f"{part}.hook_scale"), Norm):
+            getters["w"] = lambda: norm_weight(self.block.get_submodule(location.path), location.offset)
+            getters["b"] = lambda: norm_bias(self.block.get_submodule(location.path))
+        return getters
 
     def _attention(self, part: str, letter: str) -> tuple[Tensor, Tensor]:
-        resolve_parts = self.resolve_parts
-        n_heads = self._heads(resolve_parts[f"{part}.hook_q"])
+        locations = self.locations
+        n_heads = self._heads(locations[f"{part}.hook_q"])
         if letter == "O":
             weight, bias = self._linear(f"{part}.hook_z", branch=f"hook_{part}_out")
             return rearrange(weight, "m (h d) -> h d m", h=n_heads), bias
         site = f"{part}.{_QKV[letter]}"
         weight, bias = self._linear(site)
-        own = self._heads(resolve_parts[site])
-        weight = rearrange(weight, "(h d) m -> h m d", h=own)
-        bias = rearrange(bias, "(h d) -> h d", h=own)
-        if own != n_heads:  # Grouped queries: TransformerLens shows each head its group's weights.
-            weight = repeat(weight, "h m d -> (h g) m d", g=n_heads // own)
-            bias = repeat(bias, "h d -> (h g) d", g=n_heads // own)
+        n_kv_heads = self._heads(locations[site])
+        weight = rearrange(weight, "(h d) m -> h m d", h=n_kv_heads)
+        bias = rearrange(bias, "(h d) -> h d", h=n_kv_heads)
+        if n_kv_heads != n_heads:  # Grouped queries: TransformerLens shows each head its group's weights.
+            weight = repeat(weight, "h m d -> (h g) m d", g=n_heads // n_kv_heads)
+            bias = repeat(bias, "h d -> (h g) d", g=n_heads // n_kv_heads)
         return weight, bias
 
     def _linear(self, site: str, branch: str | None = None) -> tuple[Tensor, Tensor]:
-        location = self.resolve_parts[site]
+        location = self.locations[site]
         weight, bias = _affine(self.block, location)
         if bias is None:
             bias = weight.new_zeros(weight.shape[0])
@@ -82,7 +71,7 @@ class BlockWeights:
 
     def _gain(self, branch: str | None) -> Tensor | None:
         """The per-channel gain some models put on a branch before it joins the stream."""
-        location = self.resolve_parts.get(branch or "")
+        location = self.locations.get(branch or "")
         if not isinstance(location, Output):
             return None
         if location.gain is not None:
@@ -125,8 +114,8 @@ def tensor_at(root: object, path: str) -> Tensor | None:
     Of several paths with "|" between them it is that of the first where there is one.
     """
     if "|" in path:
-        found = (tensor_at(root, one) for one in path.split("|"))
-        return next((tensor for tensor in found if tensor is not None), None)
+        tensors = (tensor_at(root, one) for one in path.split("|"))
+        return next((tensor for tensor in tensors if tensor is not None), None)
     value: Any = root
     for name in path.removesuffix(".T").split("."):
         value = getattr(value, name, None)
