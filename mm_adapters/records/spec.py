@@ -138,6 +138,23 @@ class Joint:
 
 
 @dataclass(frozen=True)
+class Stages:
+    """A grid of patches that is halved on the way, rounded up, and attends within windows (Swin).
+
+    `merges` is the stack of modules that each halve it; they and the blocks are registered in the order
+    they run. A block pads the grid below and at the right to whole windows of `window` patches a side, rolls
+    it up and left by `shift` (two of its attributes), and in its `windowed` parts a row is one window.
+    `rolls_larger_only`: not where the grid is as small as a window, down or across.
+    """
+
+    merges: str = "merges"
+    windowed: str = "attn"
+    window: str = "window_size"
+    shift: str = "shift_size"
+    rolls_larger_only: bool = False
+
+
+@dataclass(frozen=True)
 class Stack:
     """Modules that repeat. Globs are relative to the tower, in the order the modules run.
 
@@ -165,8 +182,8 @@ class Tower:
     A `packed` tower lays the patches of all images end to end, without a batch axis: its sites show
     them as one row, and its patterns are blocks on a diagonal. One of `any_size` reads images of other
     sizes than its config names. `order` is that of its patches: line by line, end to end (all images
-    in one row), by cells that are merged later, by windows of such cells, or by tiles (all tiles of an
-    image in one row). `images`: how they lie among words.
+    in one row), by cells that are merged later, by windows of such cells, by tiles (all tiles of an
+    image in one row), or another one at each stage. `images`: how they lie among words.
     """
 
     name: str
@@ -191,7 +208,7 @@ class Tower:
     grids: str | None = None
     packed: bool = False
     any_size: bool = False
-    order: Literal["lines", "end to end", "cells", "windows", "tiles"] = "lines"
+    order: Literal["lines", "end to end", "cells", "windows", "tiles"] | Stages = "lines"
     images: ImageTokens | None = None
 
 

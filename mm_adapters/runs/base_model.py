@@ -12,7 +12,7 @@ from mm_adapters._errors import InputError, MetaDeviceError
 from mm_adapters.inputs.from_model import own_tokenizer
 from mm_adapters.inputs.texts import as_texts
 from mm_adapters.sites.site_map import SiteMap, SiteTable
-from mm_adapters.tokens.layout import TokenLayout
+from mm_adapters.tokens.layouts import Layouts
 from mm_adapters.tokens.of_model import layouts
 from mm_adapters.tokens.of_prompt import prompt_layouts
 
@@ -61,7 +61,7 @@ class BaseModel:
             ready = self._inputs.prepare(text=text, images=images)
             return {k: self._placed(v) if isinstance(v, Tensor) else v for k, v in ready.items()}
 
-    def layout(self, *, text: Any = None, images: Any = None, **prepared: Any) -> dict[str, TokenLayout]:
+    def layout(self, *, text: Any = None, images: Any = None, **prepared: Any) -> Layouts:
         """What each position of each tower is: class, patch (row, column), word, image, padding.
 
         Takes raw text and images, or the wrapped model's own tensors. For a pipeline, the prompt's, and
@@ -77,7 +77,8 @@ class BaseModel:
                 prepared = self.prepare(text=text, images=images)
         if self.sitemap.model_record.loop is not None:
             given = texts if text is None or texts else as_texts(text)
-            return prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, given or [], prepared)
+            found = prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, given or [], prepared)
+            return Layouts(found)
         return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)
 
     def tokenizer_of(self, tower: str) -> Any:

@@ -18,6 +18,7 @@ from mm_adapters.records.image_tokens import (
     Tiles,
     Views,
 )
+from mm_adapters.records.spec import Stages
 from mm_adapters.sites.site_map import SiteMap, TowerView
 from mm_adapters.tokens.image_positions import Grid, ImagePosition, image_places, merged_grids
 from mm_adapters.tokens.layout import (
@@ -27,6 +28,8 @@ from mm_adapters.tokens.layout import (
     text_layout,
     vision_layout,
 )
+from mm_adapters.tokens.layouts import Layouts
+from mm_adapters.tokens.of_stages import stage_layouts
 from mm_adapters.tokens.patch_order import all_tiles, by_cell, by_tile, end_to_end
 
 _NO_TOKEN = -1  # Stands for image tokens that a mask marks.
@@ -40,9 +43,15 @@ def patch_layout(
     `grids` are each image's rows and columns of patches, where images come cut into patches and
     padded to the same number.
 
-    Raises: InputError if the tower does not cut images into patches, or wants grids.
+    Raises: InputError if the tower does not cut images into patches, wants grids, or has another layout
+    at each stage.
     """
     record = tower.record
+    if isinstance(record.order, Stages):
+        raise InputError(
+            f"The {tower.name} tower has another grid of patches at each stage, so no one layout. "
+            "model.layout(images=...).at(site) gives that of a site."
+        )
     if record.grids is not None:
         if grids is None:
             raise InputError(f"The {tower.name} tower takes images cut into patches. Pass {record.grids}=.")
@@ -57,7 +66,7 @@ def _count(number: object) -> int:
 
 def layouts(
     model: Any, sites: SiteMap, tokenizer_of: Any, prepared: Mapping[str, Any], texts: Sequence[str] | None
-) -> dict[str, TokenLayout]:
+) -> Layouts:
     """The layout of every tower whose inputs are among `prepared`, the wrapped model's arguments.
 
     `texts` are what the tokens were made of, where that is known; they are decoded otherwise.
@@ -88,13 +97,13 @@ def layouts(
         found[name] = language_layout(
             texts, tokenizer, ids, mask, image_id, places=images, newline_ids=newline_ids
         )
-    if (
-        vision is not None
-        and pixels is not None
-        and (seen := _vision(model, sites, vision, prepared, images))
-    ):
-        found = {vision.name: seen} | found
-    return found
+    if vision is None or pixels is None:
+        return Layouts(found)
+    order = vision.record.order
+    if isinstance(order, Stages):
+        return Layouts(stage_layouts(vision, order, pixels, _cut(vision, pixels, padded=True)) | found)
+    seen = _vision(model, sites, vision, prepared, images)
+    return Layouts(found if seen is None else {vision.name: seen} | found)
 
 
 def _placing(sites: SiteMap, vision: TowerView | None) -> ImageTokens | None:
@@ -166,11 +175,14 @@ def _cells(config: Any, *, windows: bool) -> tuple[int, int | None]:
     return merge, vision.window_size // merge // vision.patch_size if windows else None
 
 
-def _cut(tower: TowerView, pixels: Tensor) -> Grid:
+def _cut(tower: TowerView, pixels: Tensor, *, padded: bool = False) -> Grid:
+    """The grid of patches that pixels are cut into; `padded` at its ends to whole patches."""
     if tower.record.patch is None:
         raise InputError(f"The {tower.name} tower has no patches.")
     cut: Any = tower.module.get_submodule(tower.record.patch)
     down, across = cut.stride
+    if padded:
+        return -(-pixels.shape[-2] // down), -(-pixels.shape[-1] // across)
     return pixels.shape[-2] // down, pixels.shape[-1] // across
 
 
