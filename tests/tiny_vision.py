@@ -94,16 +94,16 @@ def ijepa_classifier() -> Case:
     return _tower(lambda: hf.IJepaForImageClassification(config), lambda o: o.logits)
 
 
-# Grids of 10 x 10, 5 x 5 and 3 x 3 patches in windows of 3 x 3: some padded, some rolled.
+# Grids of 11 x 11, 6 x 6 and 3 x 3 patches in windows of 3 x 3: some padded, some rolled.
 _SWIN = {
-    "image_size": 40, "patch_size": 4, "embed_dim": 12, "depths": [2, 1, 2], "num_heads": [2, 3, 4],
+    "image_size": 44, "patch_size": 4, "embed_dim": 12, "depths": [2, 1, 2], "num_heads": [2, 3, 4],
     "window_size": 3, "mlp_ratio": 2.0,
 }  # fmt: skip
 _SWIN_SMALL = _SWIN | {"image_size": 24, "depths": [2, 1], "num_heads": [2, 3], "num_labels": 3}
 
 
 def swin() -> Case:
-    return _tower(lambda: hf.SwinModel(hf.SwinConfig(**_SWIN)), _hidden, size=40)
+    return _tower(lambda: hf.SwinModel(hf.SwinConfig(**_SWIN)), _hidden, size=44)
 
 
 def swin_classifier() -> Case:
@@ -112,7 +112,7 @@ def swin_classifier() -> Case:
 
 
 def swinv2() -> Case:
-    return _tower(lambda: hf.Swinv2Model(hf.Swinv2Config(**_SWIN)), _hidden, size=40)
+    return _tower(lambda: hf.Swinv2Model(hf.Swinv2Config(**_SWIN)), _hidden, size=44)
 
 
 def swinv2_classifier() -> Case:
