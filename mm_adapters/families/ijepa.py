@@ -1,9 +1,7 @@
 """I-JEPA: a ViT without a class token (arXiv 2301.08243)."""
 
 from mm_adapters.families import vit
-from mm_adapters.families._parts import norm
-from mm_adapters.records.registry import register
-from mm_adapters.records.spec import ModelRecord, Output, Tower, TowerMount
+from mm_adapters.records import ModelRecord, Output, Tower, TowerMount, norm, register
 
 register(
     Tower(
@@ -20,7 +18,6 @@ register(
         patch="embeddings.patch_embeddings.projection",
     )
 )
+_CLASSES = ("transformers:IJepaForImageClassification",)
 _MOUNT = TowerMount("ijepa", run="", gives="logits", project="classifier.weight.T")
-register(
-    ModelRecord("ijepa_classifier", "tower", ("transformers:IJepaForImageClassification",), {"vision": _MOUNT})
-)
+register(ModelRecord("ijepa_classifier", "tower", _CLASSES, {"vision": _MOUNT}))

@@ -2,9 +2,19 @@
 
 from dataclasses import replace
 
-from mm_adapters.families._parts import attention, norm
-from mm_adapters.records.registry import register
-from mm_adapters.records.spec import Input, ModelRecord, Output, Residual, Stack, Stages, Tower, TowerMount
+from mm_adapters.records import (
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Stages,
+    Tower,
+    TowerMount,
+    attention,
+    norm,
+    register,
+)
 
 # transformers 5.17 has other modules in a block than 5.22, and Swin V2 those of 5.17.
 _ATTENTION = attention("attention", q="q_proj|self.query", k="k_proj|self.key", v="v_proj|self.value",
