@@ -18,6 +18,9 @@ from mm_adapters.loading import load, wrap
 from mm_adapters.records.registry import register
 from mm_adapters.records.spec import Site
 from mm_adapters.runs.lens import Edit, Lens, Read, Receipt, Run
+from mm_adapters.runs.model import Model
+from mm_adapters.sites.site_map import SiteMap
+from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tokens.layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -49,12 +52,15 @@ __all__ = [
     "Lens",
     "MetaDeviceError",
     "MissingSiteError",
+    "Model",
     "Read",
     "Receipt",
     "Run",
     "Site",
+    "SiteMap",
     "StoreError",
     "TokenLayout",
+    "TowerView",
     "TracedModel",
     "UnknownFamilyError",
     "WordNotFoundError",

@@ -20,8 +20,6 @@ from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.tl_engine.cache import ModelCache
 from mm_adapters.tl_engine.hook_point import SitePoint
 from mm_adapters.tl_engine.tower import HookedTower
-from mm_adapters.tokens.layout import TokenLayout
-from mm_adapters.tokens.of_prompt import prompt_layout
 
 if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
@@ -39,12 +37,20 @@ class HookedModel(BaseModel, HookedRootModule):
     `model.vision`, `model.text`, `model.language`, ... are TransformerLens models of one tower.
     """
 
-    def __init__(self, wrapped: Any, *, inputs: Inputs | None = None) -> None:
+    def __init__(
+        self,
+        wrapped: Any,
+        *,
+        inputs: Inputs | None = None,
+        sites: SiteMap | None = None,
+        loaded_as: str | None = None,
+    ) -> None:
         super().__init__()
         # Not registered: the wrapped model keeps its parameters, its keys and its hooks to itself.
         self.__dict__["wrapped"] = wrapped
         self.__dict__["inputs"] = inputs
-        self.sitemap = SiteMap(wrapped)
+        self.sitemap = SiteMap(wrapped) if sites is None else sites
+        self._loaded_as = loaded_as
         self.points = Points(wrapped, self.sitemap, SitePoint)
         for name, mounted in self.sitemap.towers.items():
             self.add_module(name, HookedTower(self, mounted, self.points))
@@ -60,8 +66,7 @@ class HookedModel(BaseModel, HookedRootModule):
 
     def tower(self, name: str) -> HookedTower:
         """One tower as a TransformerLens model."""
-        if name not in self.sitemap.towers:
-            raise self.sitemap.missing(name)
+        self.check_tower(name)
         tower = getattr(self, name)
         assert isinstance(tower, HookedTower)
         return tower
@@ -75,12 +80,6 @@ class HookedModel(BaseModel, HookedRootModule):
     def dtype(self) -> torch.dtype:
         """The dtype of the wrapped model's weights."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
-        """What each position of a pipeline's prompts is, padded as the pipeline pads them."""
-        if self.sitemap.model_record.template is not None:
-            return self.layout(text=texts)[tower]
-        return prompt_layout(self.tower(tower).cfg.n_ctx, self.tokenizer_of(tower), texts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped model; raw `text` and `images` are prepared first."""

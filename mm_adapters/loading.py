@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from mm_adapters.checkpoints.open import _modules, open_checkpoint
+from mm_adapters._errors import InputError
+from mm_adapters.checkpoints.open import modules_of, open_checkpoint
 from mm_adapters.inputs.from_model import inputs_for
+from mm_adapters.sites.site_map import SiteMap
 
-_ENGINES = ("hooked", "nnsight")
+if TYPE_CHECKING:
+    from mm_adapters.hooked import HookedModel
+    from mm_adapters.traced import TracedModel
+
+ENGINES = ("hooked", "nnsight")
 
 
+@overload
+def load(
+    name: str | os.PathLike[str],
+    *,
+    engine: Literal["hooked"] = "hooked",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    **options: Any,
+) -> HookedModel: ...
+@overload
+def load(
+    name: str | os.PathLike[str],
+    *,
+    engine: Literal["nnsight"],
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    **options: Any,
+) -> TracedModel: ...
+@overload
+def load(
+    name: str | os.PathLike[str],
+    *,
+    engine: str,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    **options: Any,
+) -> HookedModel | TracedModel: ...
 def load(
     name: str | os.PathLike[str],
     *,
@@ -23,23 +56,54 @@ def load(
 ) -> Any:
     """A model ready to be read and edited, in eval mode, with what prepares its texts and images.
 
-    `name` is, in this order, a model that ships with the package ("tiny-clip"), an open_clip model
-    ("open_clip:ViT-B-32/laion2b_s34b_b79k"), a folder, or an id on the hub. `device` is the first
-    GPU if there is one, else the CPU; `dtype` is the checkpoint's on a GPU and float32 on the CPU.
-    `engine` is "hooked" (a HookedModel, for TransformerLens) or "nnsight" (a TracedModel).
-    On the device "meta" no weights are read: its sites can be listed and it cannot run. `options`
-    go to the library's own from_pretrained; for a pipeline, `automodel` is the class of diffusers to
-    make of the checkpoint ("StableDiffusionImg2ImgPipeline", "AutoPipelineForInpainting") instead of
-    the one that it names.
+    Args:
+        name: In this order, a model that ships with the package ("tiny-clip"), an open_clip model
+            ("open_clip:ViT-B-32/laion2b_s34b_b79k"), a folder, or an id on the hub.
+        engine: "hooked" (a HookedModel, for TransformerLens) or "nnsight" (a TracedModel).
+        device: The first GPU if there is one, else the CPU. On "meta" no weights are read: the sites can
+            be listed and the model cannot run.
+        dtype: The checkpoint's own on a GPU, and float32 on the CPU.
+        options: For the library's own from_pretrained. Of a pipeline, `automodel` is the class of
+            diffusers to make of the checkpoint ("StableDiffusionImg2ImgPipeline",
+            "AutoPipelineForInpainting") instead of the one that it names.
 
     Raises: CheckpointError if it is not found or cannot be read; UnknownFamilyError if no family
-    covers it; ValueError for a dtype, device, engine or option there is none of.
+    covers it; InputError for a dtype, device, engine or option there is none of.
     """
     build = _engine(engine)
-    model, inputs, origin = open_checkpoint(os.fspath(name), device, dtype, options)
-    return build(model, inputs=inputs) if engine == "hooked" else build(model, inputs=inputs, origin=origin)
+    model, inputs, origin, sites = open_checkpoint(os.fspath(name), device, dtype, options)
+    if engine == "hooked":
+        return build(model, inputs=inputs, sites=sites, loaded_as=os.fspath(name))
+    return build(model, inputs=inputs, sites=sites, origin=origin)
 
 
+@overload
+def wrap(
+    model: Any,
+    *,
+    processor: Any = None,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    engine: Literal["hooked"] = "hooked",
+) -> HookedModel: ...
+@overload
+def wrap(
+    model: Any,
+    *,
+    processor: Any = None,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    engine: Literal["nnsight"],
+) -> TracedModel: ...
+@overload
+def wrap(
+    model: Any,
+    *,
+    processor: Any = None,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    engine: str,
+) -> HookedModel | TracedModel: ...
 def wrap(
     model: Any,
     *,
@@ -52,18 +116,21 @@ def wrap(
 
     A processor, or a tokenizer and an image processor, let it take raw text and images.
 
-    Raises: UnknownFamilyError if no family covers it; ValueError if there is no such engine.
+    Raises: UnknownFamilyError if no family covers it; InputError if there is no such engine.
     """
     build = _engine(engine)
-    inputs = inputs_for(model, processor=processor, tokenizer=tokenizer, image_processor=image_processor)
-    for module in _modules(model):
+    sites = SiteMap(model)
+    inputs = inputs_for(
+        model, processor=processor, tokenizer=tokenizer, image_processor=image_processor, sites=sites
+    )
+    for module in modules_of(model):
         module.eval()
-    return build(model, inputs=inputs)
+    return build(model, inputs=inputs, sites=sites)
 
 
 def _engine(engine: str) -> Any:
-    if engine not in _ENGINES:
-        raise ValueError(f"There is no engine {engine!r}; there is {', '.join(_ENGINES)}.")
+    if engine not in ENGINES:
+        raise InputError(f"There is no engine {engine!r}; there is {', '.join(ENGINES)}.")
     if engine == "nnsight":
         from mm_adapters.traced import TracedModel
 

@@ -81,6 +81,7 @@ class TracedModel(BaseModel, NamedModel):
         *,
         inputs: Inputs | None = None,
         origin: CheckpointRef | None = None,
+        sites: SiteMap | None = None,
         task: str | None = None,
         rename: Mapping[Any, Any] | None = None,
         **named: Any,
@@ -96,9 +97,10 @@ class TracedModel(BaseModel, NamedModel):
         self._inputs = inputs
         self._task = task
         self.origin = origin
+        self._loaded_as = None if origin is None else origin.name
         self.automodel = named.get("automodel")
         self.generator = generator_of(self)
-        self.sitemap = SiteMap(wrapped)
+        self.sitemap = SiteMap(wrapped) if sites is None else sites
         engine = self.interleaver
         assert isinstance(engine, SiteInterleaver)
         self._points = Points(wrapped, self.sitemap, lambda site: TracedPoint(site, engine))

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import mm_adapters as mm
-from mm_adapters.tokens.layouts import Layouts
+from mm_adapters.tokens.by_part import Layouts
 
 
 def vision(name: str) -> mm.TokenLayout:

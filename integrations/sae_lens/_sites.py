@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mm_adapters import InputError, Read, Run, Site, TokenLayout
-from mm_adapters.tokens.of_model import layouts
-from mm_adapters.tokens.of_prompt import prompt_layouts
+from mm_adapters.layouts.of_model import layouts
+from mm_adapters.layouts.of_prompt import prompt_layouts
 
 Tokens = str | Sequence[str]
 # Positions that have no layout of their own: a denoiser's latents, a projector's patches.

@@ -29,7 +29,7 @@ from integrations.transformer_lens._components import (
 from mm_adapters import HookedModel
 from mm_adapters.records.resolve import has
 from mm_adapters.records.spec import Input, Location, Norm, Output
-from mm_adapters.sites.site_map import TowerView
+from mm_adapters.sites.tower_view import TowerView
 
 _NAMES = {"vision": "vision_encoder", "projector": "vision_projector"}  # As TransformerLens calls them.
 _QKVO = {"q": "hook_q", "k": "hook_k", "v": "hook_v", "o": "hook_z"}
@@ -147,12 +147,12 @@ class RecordAdapter(ArchitectureAdapter):
     def _block(self, tower: TowerView, stack: str) -> dict[str, GeneralizedComponent]:
         """What TransformerLens looks for in a block: norms, attentions, MLPs."""
         blocks = tower.parts[stack]
-        resolve_parts = {part: location for block in blocks for part, location in block.items()}
+        locations = {part: location for block in blocks for part, location in block.items()}
         found: dict[str, GeneralizedComponent] = {}
-        for part in dict.fromkeys(name.rpartition(".")[0] for name in resolve_parts):
+        for part in dict.fromkeys(name.rpartition(".")[0] for name in locations):
             own = {
                 leaf: location
-                for name, location in resolve_parts.items()
+                for name, location in locations.items()
                 if (leaf := name.removeprefix(f"{part}.")) != name
             }
             if isinstance(norm := own.get("hook_scale"), Norm):
@@ -167,11 +167,11 @@ class RecordAdapter(ArchitectureAdapter):
             component.optional = not all(any(n.startswith(f"{part}.") for n in block) for block in blocks)
         return found
 
-    def _attention(self, tower: TowerView, resolve_parts: dict[str, Location]) -> GeneralizedComponent:
-        linear = _linears(resolve_parts, _QKVO)
+    def _attention(self, tower: TowerView, locations: dict[str, Location]) -> GeneralizedComponent:
+        linear = _linears(locations, _QKVO)
         if linear is not None:
             return bare(Attention(linear[0], config=self._heads(tower), submodules=linear[1]))
-        return GeneralizedComponent(_path(resolve_parts["hook_pattern"]))
+        return GeneralizedComponent(_path(locations["hook_pattern"]))
 
     def _heads(self, tower: TowerView) -> Any:
         if tower.name == self._root:
@@ -201,13 +201,13 @@ def _path(location: Location) -> str:
     return getattr(location, "path", "")
 
 
-def _linears(resolve_parts: dict[str, Location], sites: dict[str, str]) -> tuple[str, dict[str, Any]] | None:
+def _linears(locations: dict[str, Location], sites: dict[str, str]) -> tuple[str, dict[str, Any]] | None:
     """The module that holds the projections whose inputs or outputs these sites are, and each of them.
 
     None if they are slices of one projection's output, or lie in the block itself.
     """
     own = {name: location.path for name, site in sites.items()
-           if isinstance(location := resolve_parts.get(site), Input | Output) and location.path}  # fmt: skip
+           if isinstance(location := locations.get(site), Input | Output) and location.path}  # fmt: skip
     steps = zip(*(path.split(".")[:-1] for path in own.values()), strict=False)
     shared = [same[0] for same in itertools.takewhile(lambda each: len(set(each)) == 1, steps)]
     if not shared or len(set(own.values())) < len(own):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from methods_multimodal.core.model import Model, input_name
 from mm_adapters import InputError
-from mm_adapters.sites.site_map import TowerView
+from mm_adapters.sites.tower_view import TowerView
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

@@ -6,8 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mm_adapters import HookedModel, InputError
+from mm_adapters.layouts.of_model import layouts, patch_layout
 from mm_adapters.tokens.layout import Grid, TokenLayout
-from mm_adapters.tokens.of_model import layouts, patch_layout
 
 
 def image_layout(

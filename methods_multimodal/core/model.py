@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mm_adapters import InputError, Run
 from mm_adapters.sites.single_tower import pooled_output
-from mm_adapters.sites.site_map import SiteMap, TowerView
+from mm_adapters.sites.site_map import SiteMap
+from mm_adapters.sites.tower_view import TowerView
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.pooled_run import PooledRun, folded
 from methods_multimodal.text_explanations.tower_parts import TowerParts, tower_parts
 from mm_adapters import InputError
-from mm_adapters.tokens.of_model import patch_layout
+from mm_adapters.layouts.of_model import patch_layout
 
 Shares = Literal["exact", "uniform"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from methods_multimodal.core.model import Model
 from mm_adapters import MissingSiteError
 from mm_adapters.records.spec import Norm
-from mm_adapters.sites.site_map import TowerView
+from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.sites.weights import BlockWeights, norm_bias, norm_weight, tensor_at
 
 NEEDED = ("hook_resid_pre", "attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_mlp_out")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from mm_adapters._errors import CheckpointError
+from mm_adapters._errors import CheckpointError, InputError
 from mm_adapters.checkpoints.from_diffusers import load_pipeline
 from mm_adapters.checkpoints.from_open_clip import load_open_clip
 from mm_adapters.checkpoints.from_transformers import load_module, processor_beside
@@ -18,6 +18,7 @@ from mm_adapters.checkpoints.origin import CheckpointRef
 from mm_adapters.checkpoints.source import Source
 from mm_adapters.inputs.from_model import inputs_for
 from mm_adapters.inputs.prepare import Inputs
+from mm_adapters.sites.site_map import SiteMap
 
 _REFUSED = {
     "trust_remote_code": "Code that comes with a checkpoint is never run",
@@ -27,17 +28,26 @@ _REFUSED = {
 }
 
 
+class OpenedCheckpoint(NamedTuple):
+    """A model or pipeline in eval mode, what prepares its inputs, where a service finds it, and its sites."""
+
+    model: Any
+    inputs: Inputs
+    origin: CheckpointRef | None
+    sites: SiteMap
+
+
 def open_checkpoint(
     name: str, device: str | torch.device | None, dtype: str | torch.dtype | None, options: Any, **parts: Any
-) -> tuple[Any, Inputs, CheckpointRef | None]:
-    """A model or pipeline in eval mode, what prepares its inputs, and where a service finds it.
+) -> OpenedCheckpoint:
+    """The model or pipeline of a checkpoint.
 
     The arguments are `load`'s; `parts` (processor, tokenizer, image_processor) are taken instead of
     those beside the checkpoint. Raises: as `load`.
     """
     device_wanted, precision = _device(device), _dtype(dtype)
     for option in _REFUSED.keys() & options.keys():
-        raise ValueError(f"load does not take {option}: {_REFUSED[option]}.")
+        raise InputError(f"load does not take {option}: {_REFUSED[option]}.")
     precision = precision or (torch.float32 if device_wanted.type == "cpu" else None)
     if name.startswith("open_clip:"):
         model, tokenizer, transform = load_open_clip(name.removeprefix("open_clip:"), **options)
@@ -51,31 +61,38 @@ def open_checkpoint(
             model = load_module(source, device_wanted, precision, **options)
             parts = parts or processor_beside(source)
     model = model.to(device_wanted) if precision is None else model.to(device_wanted, precision)
-    for module in _modules(model):
+    for module in modules_of(model):
         module.eval()
-    return model, inputs_for(model, **parts), CheckpointRef.of(name, options)
+    sites = SiteMap(model)
+    return OpenedCheckpoint(
+        model, inputs_for(model, sites=sites, **parts), CheckpointRef.of(name, options), sites
+    )
 
 
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, str | torch.device):
+        raise InputError(f"device={device!r} is no device. Pass a name, such as 'cpu' or 'cuda:0'.")
     try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, and torch sees no GPU here. Pass device='cpu'.")
-    return found
+        checked = torch.device(device)
+        torch.empty(0, device=checked)  # A device of a kind that torch knows may not be on this machine.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise InputError(f"There is no device {str(device)!r} here: {reason}. Pass device='cpu'.") from None
+    return checked
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point):
-        return found
-    raise ValueError(f"dtype={dtype!r} is none a model runs in. Try float32, float16 or bfloat16.")
+    if dtype is None:
+        return None
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if isinstance(named, torch.dtype) and named.is_floating_point:
+        return named
+    raise InputError(f"dtype={dtype!r} is none a model runs in. Try float32, float16 or bfloat16.")
 
 
-def _modules(model: Any) -> list[nn.Module]:
+def modules_of(model: Any) -> list[nn.Module]:
     if isinstance(model, nn.Module):
         return [model]
     parts = getattr(model, "components", {})

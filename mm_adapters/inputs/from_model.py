@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import inspect
-from operator import attrgetter
 from typing import Any
 
 from mm_adapters.inputs.prepare import Inputs
-from mm_adapters.records.registry import by_name, find
-from mm_adapters.records.resolve import resolve_record
-from mm_adapters.records.spec import ModelRecord, Tower, TowerMount
-from mm_adapters.sites.lookup import kind_of, lookup
-from mm_adapters.sites.site_map import TowerView
+from mm_adapters.sites.site_map import SiteMap
+from mm_adapters.sites.tower_view import TowerView
 
 _PROMPT_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "prior_tokenizer")
 
 
 def inputs_for(
-    model: Any, *, processor: Any = None, tokenizer: Any = None, image_processor: Any = None
+    model: Any,
+    *,
+    processor: Any = None,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    sites: SiteMap | None = None,
 ) -> Inputs:
     """How texts and images are prepared for `model` (a module or a pipeline).
 
-    A processor's own tokenizer and image processor serve where none is passed.
+    A processor's own tokenizer and image processor serve where none is passed. `sites` are the model's, if
+    they were read already.
 
     Raises: UnknownFamilyError if no family covers the model.
     """
-    kind = kind_of(model)
+    sites = SiteMap(model) if sites is None else sites
+    kind = sites.model_record.kind
     if hasattr(processor, "convert_ids_to_tokens"):  # AutoProcessor may return a part alone.
         tokenizer, processor = tokenizer or processor, None
     elif processor is not None and not hasattr(processor, "tokenizer"):
@@ -35,7 +38,7 @@ def inputs_for(
     if kind == "diffusion":
         return _pipeline_inputs(model, tokenizer)
     takes = frozenset(inspect.signature(model.forward).parameters)
-    prompt, token = lookup(model).prompt, getattr(processor, "image_token", None)
+    prompt, token = sites.model_record.prompt, getattr(processor, "image_token", None)
     return Inputs(
         kind,
         processor=processor,
@@ -45,11 +48,11 @@ def inputs_for(
         image_token=None if token is None or prompt is None else str(token),
         image_prompt=None if token is None or prompt is None else prompt.format(image_token=token),
         processor_places_images=prompt is None,
-        text_key=_taken(model, "text", "language"),
-        image_key=_taken(model, "vision"),
+        text_key=_taken(sites, "text", "language"),
+        image_key=_taken(sites, "vision"),
         accepts=takes,
-        pad_to_context=_reads_last_position(model),
-        image_size=_image_size(model),
+        pad_to_context=_reads_last_position(sites),
+        image_size=_image_size(model, sites),
         n_channels=_n_channels(model),
     )
 
@@ -77,24 +80,9 @@ def _pipeline_inputs(pipeline: Any, tokenizer: Any) -> Inputs:
     )
 
 
-def _taken(model: Any, *roles: str) -> str:
+def _taken(sites: SiteMap, *roles: str) -> str:
     """The argument by which the first tower of one of these roles is given its input; "" if none is."""
-    for mount in lookup(model).towers.values():
-        record = _record(model, mount)
-        if record is not None and record.role in roles:
-            return mount.takes or record.takes
-    return ""
-
-
-def _record(model: Any, mount: TowerMount) -> Tower | None:
-    if mount.tower:
-        return by_name(Tower, mount.tower)
-    module = attrgetter(mount.path)(model) if mount.path else model
-    record, inner = find(Tower, module), find(ModelRecord, module)
-    if record is None and inner is not None:
-        (within,) = inner.towers.values()
-        return _record(module, within)
-    return None if record is None else resolve_record(record, module)
+    return next((tower.input_name for tower in sites.towers.values() if tower.role in roles), "")
 
 
 def _first(takes: frozenset[str], *names: str) -> str:
@@ -110,9 +98,9 @@ def _context(model: Any, tokenizer: Any) -> int | None:
     return found or getattr(tokenizer, "context_length", None)
 
 
-def _image_size(model: Any) -> tuple[int, int] | None:
-    vision = _record_at(model, "vision")
-    if vision is not None and vision.any_size:
+def _image_size(model: Any, sites: SiteMap) -> tuple[int, int] | None:
+    vision = sites.towers.get("vision")
+    if vision is not None and vision.record.any_size:
         return None
     found = getattr(_vision_config(model), "image_size", None)
     if found is None:
@@ -132,19 +120,10 @@ def _vision_config(model: Any) -> Any:
     return getattr(config, "vision_config", config)
 
 
-def _reads_last_position(model: Any) -> bool:
+def _reads_last_position(sites: SiteMap) -> bool:
     """Whether a text tower without a causal mask is read at its last position, as SigLIP's is.
 
     Its texts must then fill the context, or the position read would be another for each length.
     """
-    record = _record_at(model, "text")
-    return record is not None and record.pool == "last" and not record.causal
-
-
-def _record_at(model: Any, tower: str) -> Tower | None:
-    """What stands at one of the model's towers, if it has it and a record covers it."""
-    mount = lookup(model).towers.get(tower)
-    if mount is None:
-        return None
-    module = attrgetter(mount.path)(model) if mount.path else model
-    return by_name(Tower, mount.tower) if mount.tower else find(Tower, module)
+    text = sites.towers.get("text")
+    return text is not None and text.pool == "last" and not text.record.causal

@@ -15,7 +15,8 @@ from mm_adapters.nnsight_engine.batcher import MIXED, Axis
 from mm_adapters.nnsight_engine.points import ROOT
 from mm_adapters.records.spec import Guidance
 from mm_adapters.runs.session import is_guided
-from mm_adapters.sites.site_map import SiteMap, TowerView
+from mm_adapters.sites.site_map import SiteMap
+from mm_adapters.sites.tower_view import TowerView
 
 _PICTURE_KEYS = ("pixel_", "image")
 _TEXTS, _IMAGES, _ROWS = "texts", "images", "rows"

@@ -59,7 +59,7 @@ def open_named(
 
     parts = {k: options.pop(k) for k in PARTS if options.get(k) is not None}
     device_wanted = device if dispatch else "meta"
-    model, inputs, origin = open_checkpoint(os.fspath(name), device_wanted, dtype, options, **parts)
+    model, inputs, origin, _ = open_checkpoint(os.fspath(name), device_wanted, dtype, options, **parts)
 
     def read() -> tuple[Any, Inputs]:
         return open_checkpoint(os.fspath(name), device, dtype, options, **parts)[:2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from mm_adapters._errors import InputError, MetaDeviceError
 from mm_adapters.inputs.from_model import own_tokenizer
 from mm_adapters.inputs.texts import as_texts
+from mm_adapters.layouts.of_model import layouts
+from mm_adapters.layouts.of_prompt import prompt_layout, prompt_layouts
+from mm_adapters.records.spec import Guidance, Kind, ModelRecord, Site
 from mm_adapters.sites.site_map import SiteMap, SiteTable
-from mm_adapters.tokens.layouts import Layouts
-from mm_adapters.tokens.of_model import layouts
-from mm_adapters.tokens.of_prompt import prompt_layouts
+from mm_adapters.sites.tower_view import TowerView
+from mm_adapters.tokens.by_part import Layouts
+from mm_adapters.tokens.layout import TokenLayout
 
 if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
@@ -29,11 +33,32 @@ class BaseModel:
     wrapped: Any
     sitemap: SiteMap
     _inputs: Inputs | None
+    _loaded_as: str | None = None
 
     @property
-    def kind(self) -> str:
+    def name(self) -> str:
+        """What it was loaded as ("tiny-clip"), else its family."""
+        return self._loaded_as or self.sitemap.family
+
+    @property
+    def kind(self) -> Kind:
         """ "contrastive", "vlm", "diffusion" or "tower"."""
         return self.sitemap.model_record.kind
+
+    @property
+    def record(self) -> ModelRecord:
+        """What its family says of it."""
+        return self.sitemap.model_record
+
+    @property
+    def towers(self) -> Mapping[str, TowerView]:
+        """Its towers by name, in the order they run: modules, weights, summaries, patch layouts."""
+        return self.sitemap.towers
+
+    @property
+    def preparer(self) -> Inputs | None:
+        """What makes raw texts and images the model's own arguments; None if it came without."""
+        return self._inputs
 
     @property
     def tower_names(self) -> list[str]:
@@ -49,6 +74,18 @@ class BaseModel:
     def sites(self, pattern: str = "*") -> SiteTable:
         """The sites whose names match a glob, with axes; and what is absent there, with the reason."""
         return SiteTable(self.sitemap.find(pattern))
+
+    def check_site(self, name: str) -> Site:
+        """The site of this name. Raises: MissingSiteError with the reason, or the nearest names."""
+        return self.sitemap.check(name)
+
+    def check_tower(self, name: str) -> TowerView:
+        """The tower of this name. Raises: MissingSiteError naming those there are."""
+        return self.sitemap.tower(name)
+
+    def loops(self) -> Mapping[str, Guidance | None]:
+        """The towers that sampling loops call, each with how it is guided; none outside pipelines."""
+        return self.sitemap.loops
 
     def prepare(self, *, text: Any = None, images: Any = None) -> dict[str, Any]:
         """Raw text and images as the wrapped model's own arguments, on its device, in its dtype."""
@@ -80,6 +117,12 @@ class BaseModel:
             found = prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, given or [], prepared)
             return Layouts(found)
         return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)
+
+    def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
+        """What each position of a pipeline's prompts is, padded as the pipeline pads them."""
+        if self.sitemap.model_record.template is not None:
+            return self.layout(text=texts)[tower]
+        return prompt_layout(self.check_tower(tower).context_length, self.tokenizer_of(tower), texts)
 
     def tokenizer_of(self, tower: str) -> Any:
         """The tokenizer of a text tower, or None."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mm_adapters.sites.site_map import SiteMap, TowerView, resolve
+from mm_adapters.sites.site_map import SiteMap, resolve
+from mm_adapters.sites.tower_view import TowerView
 
 
 def single_tower(sites: SiteMap, given: Mapping[str, Any]) -> TowerView | None:
     """The one tower of a composite model that these arguments are for; None if that is not so."""
     if sites.model_record.kind not in ("contrastive", "vlm"):
         return None
-    named = {name: tower.mount.takes or tower.record.takes for name, tower in sites.towers.items()}
+    named = {name: tower.input_name for name, tower in sites.towers.items()}
     wanted = [name for name, argument in named.items() if given.get(argument) is not None]
     return sites.towers[wanted[0]] if len(wanted) == 1 else None
 
@@ -23,11 +24,3 @@ def callable_for(model: Any, sites: SiteMap, given: Mapping[str, Any]) -> Callab
     if tower is None:
         return model
     return tower.module if tower.mount.run is None else resolve(model, tower.mount.run)
-
-
-def pooled_output(tower: TowerView, output: Any) -> Any:
-    """The tensor that sums a tower up, out of what its run gives."""
-    gives = tower.record.gives if tower.mount.gives is None else tower.mount.gives
-    for name in gives.split(".") if gives else ():
-        output = getattr(output, name)
-    return output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
 from operator import attrgetter
 from typing import Any
@@ -25,9 +24,9 @@ from mm_adapters.records.spec import (
     Site,
     Stack,
     Tower,
-    TowerMount,
 )
 from mm_adapters.sites.lookup import lookup, unknown
+from mm_adapters.sites.tower_view import TowerView
 
 _TOKEN = ("batch", "pos", "d_model")
 _AXES: dict[str, tuple[str, ...]] = {
@@ -47,24 +46,6 @@ _AXES: dict[str, tuple[str, ...]] = {
     "hook_post": ("batch", "pos", "d_mlp"),
 }
 _MAP = ("batch", "channel", "height", "width")
-
-
-@dataclass(frozen=True)
-class TowerView:
-    """A tower where it hangs: its record as its module was built, and its repeated modules.
-
-    `stacks` are their paths, `parts` what each of them has; `before` and `after` are the tower's own.
-    """
-
-    name: str
-    record: Tower
-    mount: TowerMount
-    module: nn.Module
-    path: str
-    stacks: dict[str, list[str]]
-    parts: dict[str, list[dict[str, Location]]]
-    before: dict[str, Location]
-    after: dict[str, Location]
 
 
 class SiteMap:
@@ -102,14 +83,25 @@ class SiteMap:
             parts = {s: [resolve_parts(record.stacks[s].parts, module.get_submodule(p)) for p in paths]
                      for s, paths in stacks.items()}  # fmt: skip
             ends = resolve_parts(record.before, module), resolve_parts(record.after, module)
-            tower = TowerView(name, resolve_record(record, module), mount, module, path, stacks, parts, *ends)
+            settled = resolve_record(record, module)
+            tower = TowerView(name, settled, mount, module, path, stacks, parts, *ends, model)
             self.towers[name] = tower
             for site in _tower_sites(tower):
                 (self.absent if site.reason else self.sites)[site.name] = site
 
     def __getitem__(self, name: str) -> Site:
+        return self.check(name)
+
+    def check(self, name: str) -> Site:
+        """The site of this name. Raises: MissingSiteError with the reason, or the nearest names."""
         if name in self.sites:
             return self.sites[name]
+        raise self.missing(name)
+
+    def tower(self, name: str) -> TowerView:
+        """The tower of this name. Raises: MissingSiteError naming those there are."""
+        if name in self.towers:
+            return self.towers[name]
         raise self.missing(name)
 
     def missing(self, name: str) -> MissingSiteError:

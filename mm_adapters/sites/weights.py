@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mm_adapters.records.resolve import head_count
 from mm_adapters.records.spec import Attention, Input, Location, Norm, Output
-from mm_adapters.sites.site_map import TowerView
 
 _QKV = {"Q": "hook_q", "K": "hook_k", "V": "hook_v"}
 
@@ -21,50 +20,40 @@ _QKV = {"Q": "hook_q", "K": "hook_k", "V": "hook_v"}
 class BlockWeights:
     """One repeated module's weights by TransformerLens' names: ("attn", "W_Q"), ("ln1", "w"), ..."""
 
-    tower: TowerView
-    stack: str
-    layer: int
-
-    @property
-    def block(self) -> nn.Module:
-        return self.tower.module.get_submodule(self.tower.stacks[self.stack][self.layer])
-
-    @property
-    def resolve_parts(self) -> dict[str, Location]:
-        """What the block has, and where."""
-        return self.tower.parts[self.stack][self.layer]
+    block: nn.Module
+    locations: dict[str, Location]
 
     def names(self, part: str) -> dict[str, Callable[[], Tensor]]:
         """What `part` ("attn", "cross_attn", "mlp", "ln1", ...) has, each as a function."""
-        resolve_parts = self.resolve_parts
+        locations = self.locations
         found: dict[str, Callable[[], Tensor]] = {}
-        if f"{part}.hook_z" in resolve_parts:
+        if f"{part}.hook_z" in locations:
             sites = {letter: f"{part}.{_QKV.get(letter, 'hook_z')}" for letter in "QKVO"}
-            for letter in (w for w, site in sites.items() if self._has_weight(resolve_parts.get(site))):
+            for letter in (w for w, site in sites.items() if self._has_weight(locations.get(site))):
                 found[f"W_{letter}"] = lambda w=letter: self._attention(part, w)[0]
                 found[f"b_{letter}"] = lambda w=letter: self._attention(part, w)[1]
-        elif f"{part}.hook_post" in resolve_parts:
-            up = "hook_pre_linear" if f"{part}.hook_pre_linear" in resolve_parts else "hook_pre"
+        elif f"{part}.hook_post" in locations:
+            up = "hook_pre_linear" if f"{part}.hook_pre_linear" in locations else "hook_pre"
             linears = {"in": f"{part}.{up}", "out": f"{part}.hook_post"}
             if up == "hook_pre_linear":
                 linears["gate"] = f"{part}.hook_pre"
             for name, site in linears.items():
                 found[f"W_{name}"] = lambda s=site: self._linear(s)[0].T
                 found[f"b_{name}"] = lambda s=site: self._linear(s)[1]
-        elif isinstance(location := resolve_parts.get(f"{part}.hook_scale"), Norm):
+        elif isinstance(location := locations.get(f"{part}.hook_scale"), Norm):
             found["w"] = lambda: norm_weight(self.block.get_submodule(location.path), location.offset)
             found["b"] = lambda: norm_bias(self.block.get_submodule(location.path))
         return found
 
     def _attention(self, part: str, letter: str) -> tuple[Tensor, Tensor]:
-        resolve_parts = self.resolve_parts
-        n_heads = self._heads(resolve_parts[f"{part}.hook_q"])
+        locations = self.locations
+        n_heads = self._heads(locations[f"{part}.hook_q"])
         if letter == "O":
             weight, bias = self._linear(f"{part}.hook_z", branch=f"hook_{part}_out")
             return rearrange(weight, "m (h d) -> h d m", h=n_heads), bias
         site = f"{part}.{_QKV[letter]}"
         weight, bias = self._linear(site)
-        own = self._heads(resolve_parts[site])
+        own = self._heads(locations[site])
         weight = rearrange(weight, "(h d) m -> h m d", h=own)
         bias = rearrange(bias, "(h d) -> h d", h=own)
         if own != n_heads:  # Grouped queries: TransformerLens shows each head its group's weights.
@@ -73,7 +62,7 @@ class BlockWeights:
         return weight, bias
 
     def _linear(self, site: str, branch: str | None = None) -> tuple[Tensor, Tensor]:
-        location = self.resolve_parts[site]
+        location = self.locations[site]
         weight, bias = _affine(self.block, location)
         if bias is None:
             bias = weight.new_zeros(weight.shape[0])
@@ -82,7 +71,7 @@ class BlockWeights:
 
     def _gain(self, branch: str | None) -> Tensor | None:
         """The per-channel gain some models put on a branch before it joins the stream."""
-        location = self.resolve_parts.get(branch or "")
+        location = self.locations.get(branch or "")
         if not isinstance(location, Output):
             return None
         if location.gain is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from transformer_lens.config import TransformerLensConfig
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.records.resolve import head_count
 from mm_adapters.records.spec import Attention, Input, Norm, Output
-from mm_adapters.sites.site_map import TowerView, resolve
-from mm_adapters.sites.weights import BlockWeights, norm_bias, norm_weight, tensor_at
+from mm_adapters.sites.site_map import resolve
+from mm_adapters.sites.tower_view import TowerView
+from mm_adapters.sites.weights import tensor_at
 from mm_adapters.tl_engine.cache import TowerCache
 from mm_adapters.tl_engine.tower_tokens import TowerTokens
 from mm_adapters.tl_engine.tower_weights import TowerWeights
@@ -141,7 +141,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         kwargs.pop("padding_side", None)
         if isinstance(input, str) or (isinstance(input, list) and input and isinstance(input[0], str)):
             input = self.to_tokens(input)
-        name = mounted.mount.takes or mounted.record.takes
+        name = mounted.input_name
         run = mounted.mount.run
         target = mounted.module if run is None else resolve(self._root.wrapped, run)
         output = target(**{name: input}, **kwargs) if mounted.record.gives else target(input, **kwargs)
@@ -149,8 +149,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
             return None
         if return_type == "module":
             return output
-        gives = mounted.record.gives if mounted.mount.gives is None else mounted.mount.gives
-        summary = attrgetter(gives)(output) if gives and not isinstance(output, Tensor) else output
+        summary = mounted.pooled_output(output)
         if return_type in ("loss", "both"):
             loss = next_token_loss(summary, input)
             return loss if return_type == "loss" else (summary, loss)
@@ -205,7 +204,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         for stack in mounted.stacks:
             repeated: Any = self.get_submodule(stack)
             for layer, block in enumerate(repeated):
-                source = BlockWeights(mounted, stack, layer)
+                source = mounted.weights(layer, stack)
                 for name, part in block.named_children():
                     if not isinstance(part, Part):
                         continue
@@ -213,12 +212,11 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
                     location = mounted.parts[stack][layer].get(f"{name}.hook_scale")
                     if isinstance(location, Norm):
                         part.stands_for = [source.block.get_submodule(location.path)]
-        location = mounted.after.get("ln_final.hook_scale")
-        if isinstance(location, Norm):
-            norm = mounted.module.get_submodule(location.path)
+        norm = mounted.final_norm
+        if norm is not None:
             final: Any = self.ln_final
-            final.weights = {"w": lambda: norm_weight(norm, location.offset), "b": lambda: norm_bias(norm)}
-            final.stands_for = [norm]
+            final.weights = {"w": lambda: norm.gain, "b": lambda: norm.bias}
+            final.stands_for = [norm.module]
 
     def _config(self) -> TowerConfig:
         mounted, record = self._mounted, self._mounted.record
@@ -240,9 +238,6 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         n_heads, n_kv = head_count(first, location.heads), head_count(first, kv_location.heads)
         block: Any = self.blocks[0]
         _, d_model, d_head = block.attn.W_Q.shape if "W_Q" in weights else block.attn.W_O.mT.shape
-        positions = tensor_at(mounted.module, record.position) if record.position else None
-        own = getattr(mounted.module, "config", None)
-        longest = getattr(own, "max_position_embeddings", 0)
         vocabulary = tensor_at(mounted.module, record.embed) if record.embed else None
         d_vocab = -1 if vocabulary is None else vocabulary.shape[0]
         gated = "mlp.hook_pre_linear" in parts
@@ -253,7 +248,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
             n_heads=n_heads,
             n_key_value_heads=n_kv if n_kv != n_heads else None,
             n_layers=len(self.blocks),
-            n_ctx=int(positions.numel() // d_model) if positions is not None else int(longest or 0),
+            n_ctx=mounted.context_length or 0,
             d_mlp=block.mlp.W_out.shape[0] if has_mlp else None,
             d_vocab=d_vocab,
             d_vocab_out=d_vocab if record.role == "language" else -1,

@@ -11,9 +11,21 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 from mm_adapters._errors import InputError, MissingSiteError
-from mm_adapters.records.spec import Norm
-from mm_adapters.sites.site_map import TowerView
-from mm_adapters.sites.weights import norm_bias, norm_weight, tensor_at
+from mm_adapters.sites.tower_view import TowerView
+from mm_adapters.sites.weights import tensor_at
+
+
+class Stacked:
+    """A weight of one part of every block, stacked over layers."""
+
+    def __init__(self, part: str) -> None:
+        self._part = part
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, tower: TowerWeights, owner: type | None = None) -> Tensor:
+        return torch.stack([getattr(getattr(block, self._part), self._name) for block in tower.blocks])
 
 
 class TowerWeights:
@@ -34,19 +46,19 @@ class TowerWeights:
     _class_directions: Tensor | None
     to_single_token: Any
 
-    W_Q: Tensor
-    W_K: Tensor
-    W_V: Tensor
-    W_O: Tensor
-    W_in: Tensor
-    W_gate: Tensor
-    W_out: Tensor
-    b_Q: Tensor
-    b_K: Tensor
-    b_V: Tensor
-    b_O: Tensor
-    b_in: Tensor
-    b_out: Tensor
+    W_Q = Stacked("attn")
+    W_K = Stacked("attn")
+    W_V = Stacked("attn")
+    W_O = Stacked("attn")
+    W_in = Stacked("mlp")
+    W_gate = Stacked("mlp")
+    W_out = Stacked("mlp")
+    b_Q = Stacked("attn")
+    b_K = Stacked("attn")
+    b_V = Stacked("attn")
+    b_O = Stacked("attn")
+    b_in = Stacked("mlp")
+    b_out = Stacked("mlp")
 
     @property
     def QK(self) -> FactoredMatrix:
@@ -97,19 +109,14 @@ class TowerWeights:
 
         Raises: MissingSiteError if the summary is not a linear map of one position.
         """
-        record, mount = self._mounted.record, self._mounted.mount
-        if record.pool in ("attention", "none"):
-            raise MissingSiteError(
-                f"{self.name}: its summary is pooled by {record.pool}, so no single matrix reads it "
-                "off the residual stream."
-            )
-        found = tensor_at(self._root.wrapped, mount.project) if mount.project else None
-        return torch.eye(self.cfg.d_model, device=self.cfg.device) if found is None else found
+        matrix = self._mounted.projection
+        return torch.eye(self.cfg.d_model, device=self.cfg.device) if matrix is None else matrix
 
     @property
     def logit_bias(self) -> Float[Tensor, " logit"]:
         """What the final norm's bias and the unembedding's add to every logit."""
-        return norm_bias(self._final_norm()) @ self.W_U + self.b_U
+        norm = self._mounted.final_norm
+        return self.b_U if norm is None else norm.bias @ self.W_U + self.b_U
 
     def set_classes(self, names: list[str] | None, directions: Tensor | None = None) -> None:
         """Makes the tower's unembedding the zero-shot classifier of these texts (None: none).
@@ -136,8 +143,8 @@ class TowerWeights:
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         ids = torch.as_tensor(tokens, device=self.W_U.device)
-        location = self._final_place()
-        gain = norm_weight(self._final_norm(), location.offset if location else 0.0)
+        norm = self._mounted.final_norm
+        gain = torch.ones(1) if norm is None else norm.gain
         directions = rearrange(self.W_U[:, ids], "d ... -> ... d") * gain
         return directions.reshape(-1) if ids.numel() == 1 and ids.ndim <= 1 else directions
 
@@ -184,25 +191,3 @@ class TowerWeights:
         if found is None:
             raise MissingSiteError(f"The {self.name} tower has no {name}: it has no such table.")
         return found
-
-    def _final_norm(self) -> nn.Module:
-        location = self._final_place()
-        return self._mounted.module.get_submodule(location.path) if location is not None else nn.Identity()
-
-    def _final_place(self) -> Norm | None:
-        location = self._mounted.after.get("ln_final.hook_scale")
-        return location if isinstance(location, Norm) else None
-
-
-def _stacked(name: str) -> property:
-    part = "mlp" if name[2:] in ("in", "out", "gate") else "attn"
-
-    def get(self: TowerWeights) -> Tensor:
-        return torch.stack([getattr(getattr(b, part), name) for b in self.blocks])
-
-    return property(get, doc=f"{name} of every layer, stacked.")
-
-
-for _name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O",
-              "W_in", "W_gate", "W_out", "b_in", "b_out"):  # fmt: skip
-    setattr(TowerWeights, _name, _stacked(_name))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from mm_adapters._errors import InputError
+from mm_adapters.layouts.of_stages import stage_layouts
 from mm_adapters.records.image_tokens import (
     Anyres,
     ImageTokens,
@@ -19,44 +19,18 @@ from mm_adapters.records.image_tokens import (
     Views,
 )
 from mm_adapters.records.spec import Stages
-from mm_adapters.sites.site_map import SiteMap, TowerView
-from mm_adapters.tokens.image_positions import Grid, ImagePosition, image_places, merged_grids
+from mm_adapters.sites.site_map import SiteMap
+from mm_adapters.sites.tower_view import TowerView
+from mm_adapters.tokens.by_part import Layouts
+from mm_adapters.tokens.image_positions import ImagePosition, image_places, merged_grids
 from mm_adapters.tokens.layout import (
     TokenLayout,
-    cut_layout,
     language_layout,
     text_layout,
-    vision_layout,
 )
-from mm_adapters.tokens.layouts import Layouts
-from mm_adapters.tokens.of_stages import stage_layouts
 from mm_adapters.tokens.patch_order import all_tiles, by_cell, by_tile, end_to_end
 
 _NO_TOKEN = -1  # Stands for image tokens that a mask marks.
-
-
-def patch_layout(
-    tower: TowerView, pixels: Float[Tensor, "image ..."], grids: Int[Tensor, "image 2"] | None = None
-) -> TokenLayout:
-    """The layout of a vision tower's sequence for these pixels.
-
-    `grids` are each image's rows and columns of patches, where images come cut into patches and
-    padded to the same number.
-
-    Raises: InputError if the tower does not cut images into patches, wants grids, or has another layout
-    at each stage.
-    """
-    record = tower.record
-    if isinstance(record.order, Stages):
-        raise InputError(
-            f"The {tower.name} tower has another grid of patches at each stage, so no one layout. "
-            "model.layout(images=...).at(site) gives that of a site."
-        )
-    if record.grids is not None:
-        if grids is None:
-            raise InputError(f"The {tower.name} tower takes images cut into patches. Pass {record.grids}=.")
-        return cut_layout([(int(r), int(c)) for r, c in grids], pixels.shape[1])
-    return vision_layout(len(pixels), _cut(tower, pixels), _count(record.n_class), _count(record.n_register))
 
 
 def _count(number: object) -> int:
@@ -73,10 +47,10 @@ def layouts(
     """
     found: dict[str, TokenLayout] = {}
     vision = next((t for t in sites.towers.values() if t.record.role == "vision"), None)
-    pixels = None if vision is None else prepared.get(vision.mount.takes or vision.record.takes)
+    pixels = None if vision is None else prepared.get(vision.input_name)
     images: list[list[ImagePosition]] | None = None
     for name, tower in sites.towers.items():
-        given = prepared.get(tower.mount.takes or tower.record.takes)
+        given = prepared.get(tower.input_name)
         if given is None or tower.record.role not in ("text", "language"):
             continue
         tokenizer = tokenizer_of(name)
@@ -101,7 +75,7 @@ def layouts(
         return Layouts(found)
     order = vision.record.order
     if isinstance(order, Stages):
-        return Layouts(stage_layouts(vision, order, pixels, _cut(vision, pixels, padded=True)) | found)
+        return Layouts(stage_layouts(vision, order, pixels, vision.patch_grid(pixels)) | found)
     seen = _vision(model, sites, vision, prepared, images)
     return Layouts(found if seen is None else {vision.name: seen} | found)
 
@@ -131,11 +105,11 @@ def _vision(
     images: list[list[ImagePosition]] | None,
 ) -> TokenLayout | None:
     """The layout of the vision tower, whatever order it keeps its patches in; None if it has none."""
-    pixels: Tensor = prepared[vision.mount.takes or vision.record.takes]
+    pixels: Tensor = prepared[vision.input_name]
     placing, order = _placing(sites, vision), vision.record.order
     n_class = _count(vision.record.n_class)
     if vision.record.grids is not None:
-        return patch_layout(vision, pixels, prepared.get(vision.record.grids))
+        return vision.patch_layout(pixels, prepared.get(vision.record.grids))
     config: Any = getattr(model, "config", None)
     if order in ("cells", "windows"):
         merge, window = _cells(config, windows=order == "windows")
@@ -145,8 +119,8 @@ def _vision(
     if vision.record.patch is None:
         return None
     if _count(vision.record.n_register):
-        return patch_layout(vision, pixels)
-    grid = _cut(vision, pixels)
+        return vision.patch_layout(pixels)
+    grid = vision.patch_grid(pixels)
     if order == "tiles":
         shapes: Any = [(1, 1), *config.vision_config.supported_aspect_ratios]  # 0 is no image.
         cuts = [(r, c) for r, c in (shapes[i] for i in prepared["aspect_ratio_ids"].flatten().tolist())]
@@ -173,17 +147,6 @@ def _cells(config: Any, *, windows: bool) -> tuple[int, int | None]:
     vision = config.vision_config
     merge = vision.spatial_merge_size
     return merge, vision.window_size // merge // vision.patch_size if windows else None
-
-
-def _cut(tower: TowerView, pixels: Tensor, *, padded: bool = False) -> Grid:
-    """The grid of patches that pixels are cut into; `padded` at its ends to whole patches."""
-    if tower.record.patch is None:
-        raise InputError(f"The {tower.name} tower has no patches.")
-    cut: Any = tower.module.get_submodule(tower.record.patch)
-    down, across = cut.stride
-    if padded:
-        return -(-pixels.shape[-2] // down), -(-pixels.shape[-1] // across)
-    return pixels.shape[-2] // down, pixels.shape[-1] // across
 
 
 def _shape(prepared: Mapping[str, Any]) -> Any:

@@ -1,0 +1,1 @@
+"""What each position of each tower is, for one model and its inputs."""

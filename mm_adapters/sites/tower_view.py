@@ -1,0 +1,204 @@
+"""One tower where it is mounted: its record as its module was built, its blocks, its weights, its summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mm_adapters._errors import InputError, MissingSiteError
+from mm_adapters.records.spec import Location, Norm, Stages, Tower, TowerMount
+from mm_adapters.sites.weights import BlockWeights, norm_bias, norm_weight, tensor_at
+from mm_adapters.tokens.image_positions import Grid
+from mm_adapters.tokens.layout import TokenLayout, cut_layout, vision_layout
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """The norm before a tower's summary. `offset` is what its module adds to its weight."""
+
+    module: nn.Module
+    kind: Literal["LN", "RMS"]
+    offset: float = 0.0
+
+    @property
+    def gain(self) -> Float[Tensor, " _"]:
+        """What it multiplies with, [d_model]; one if it has no weight."""
+        return norm_weight(self.module, self.offset)
+
+    @property
+    def bias(self) -> Float[Tensor, " _"]:
+        """What it adds, [d_model]; zero if it has no bias."""
+        return norm_bias(self.module)
+
+
+@dataclass(frozen=True)
+class TowerView:
+    """A tower of one model: what methods ask of it.
+
+    `stacks` are the paths of its repeated modules by stack, `parts` what each of them has; `before` and
+    `after` are the tower's own. `model` is the module or pipeline that the tower is a part of.
+    """
+
+    name: str
+    record: Tower
+    mount: TowerMount
+    module: nn.Module = field(repr=False)
+    path: str
+    stacks: dict[str, list[str]]
+    parts: dict[str, list[dict[str, Location]]]
+    before: dict[str, Location]
+    after: dict[str, Location]
+    model: Any = field(repr=False)
+
+    @property
+    def role(self) -> str:
+        """What it reads or makes: "vision", "text", "language", "denoiser", "projector", ..."""
+        return self.record.role
+
+    @property
+    def input_name(self) -> str:
+        """The argument it is run with."""
+        return self.mount.takes or self.record.takes
+
+    @property
+    def pool(self) -> str:
+        """Which position its summary is read from: "first", "last", "end", "mean", "attention" or "none"."""
+        return str(self.record.pool)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.module.parameters()).device
+
+    def n_layers(self, stack: str = "blocks") -> int:
+        """How many repeated modules a stack has; 0 if there is no such stack."""
+        return len(self.stacks.get(stack, ()))
+
+    @property
+    def context_length(self) -> int | None:
+        """How many positions it holds, by its position table or its config; None if neither says it."""
+        table = tensor_at(self.module, self.record.position) if self.record.position else None
+        if table is not None:
+            return table.numel() // table.shape[-1]
+        return getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
+
+    def block(self, layer: int, stack: str = "blocks") -> nn.Module:
+        """One repeated module. Raises: MissingSiteError if there is no such layer."""
+        self._check_layer(layer, stack)
+        return self.module.get_submodule(self.stacks[stack][layer])
+
+    def weights(self, layer: int, stack: str = "blocks") -> BlockWeights:
+        """One layer's weights by TransformerLens' names: `weights(3).names("attn")["W_O"]()`.
+
+        Raises: MissingSiteError if there is no such layer.
+        """
+        return BlockWeights(self.block(layer, stack), self.parts[stack][layer])
+
+    @property
+    def final_norm(self) -> FinalNorm | None:
+        """The norm before the summary or the unembedding; None if there is none."""
+        location = self.after.get("ln_final.hook_scale")
+        if not isinstance(location, Norm):
+            return None
+        module = self.module.get_submodule(location.path)
+        kind: Literal["LN", "RMS"] = "LN" if location.kind == "LN" else "RMS"
+        return FinalNorm(module, kind, location.offset)
+
+    @property
+    def projection(self) -> Float[Tensor, "d_model d_out"] | None:
+        """What maps the normalised, pooled residual to the summary (of a language tower: to its logits).
+
+        None if nothing does: the residual is the summary then.
+
+        Raises: MissingSiteError if the summary is not a linear map of one position.
+        """
+        if self.pool in ("attention", "none"):
+            raise MissingSiteError(
+                f"{self.name}: its summary is pooled by {self.pool}, so no single matrix reads it "
+                "off the residual stream."
+            )
+        return tensor_at(self.model, self.mount.project) if self.mount.project else None
+
+    @property
+    def projection_bias(self) -> Float[Tensor, " d_out"] | None:
+        """What the projection adds; None if it adds nothing."""
+        if not self.mount.project:
+            return None
+        owners = [one.removesuffix(".T").removesuffix(".weight") for one in self.mount.project.split("|")]
+        return tensor_at(self.model, "|".join(f"{one}.bias" for one in owners))
+
+    def pooled_output(self, output: Any) -> Any:
+        """The tensor that sums the tower up, out of what its run gave."""
+        gives = self.record.gives if self.mount.gives is None else self.mount.gives
+        for name in gives.split(".") if gives and not isinstance(output, Tensor) else ():
+            output = getattr(output, name)
+        return output
+
+    def summary(self, output: Any) -> Float[Tensor, "row width"]:
+        """The tower's embedding of each row, out of what its run gave."""
+        pooled = self.pooled_output(output)
+        return pooled[:, 0] if pooled.ndim == 3 and self.pool == "first" else pooled
+
+    def vocabulary_logits(self, output: Any) -> Float[Tensor, "row pos token"]:
+        """A language tower's logits, out of what the whole model's run gave.
+
+        Raises: MissingSiteError if the tower writes no words.
+        """
+        if self.role != "language":
+            raise MissingSiteError(f"The {self.name} tower has no vocabulary: it is a {self.role} tower.")
+        for name in (self.mount.gives or "logits").split("."):
+            output = getattr(output, name)
+        return output
+
+    def patch_grid(self, pixels: Float[Tensor, "*_ height width"]) -> Grid:
+        """How many patches these pixels are cut into, down and across.
+
+        Raises: InputError if the tower cuts no patches.
+        """
+        if self.record.patch is None:
+            raise InputError(f"The {self.name} tower has no patches.")
+        cut: Any = self.module.get_submodule(self.record.patch)
+        down, across = cut.stride
+        if isinstance(self.record.order, Stages):  # It pads its pixels to whole patches.
+            return -(-pixels.shape[-2] // down), -(-pixels.shape[-1] // across)
+        return pixels.shape[-2] // down, pixels.shape[-1] // across
+
+    def patch_layout(
+        self, pixels: Float[Tensor, "image ..."], grids: Int[Tensor, "image 2"] | None = None
+    ) -> TokenLayout:
+        """What each position of a vision tower's sequence is for these pixels.
+
+        `grids` are each image's rows and columns of patches, where images come cut into patches and
+        padded to the same number.
+
+        Raises: InputError if the tower does not cut images into patches, wants grids, or has another
+        layout at each stage.
+        """
+        if isinstance(self.record.order, Stages):
+            raise InputError(
+                f"The {self.name} tower has another grid of patches at each stage, so no one layout. "
+                "model.layout(images=...).at(site) gives that of a site."
+            )
+        if self.record.grids is not None:
+            if grids is None:
+                raise InputError(
+                    f"The {self.name} tower takes images cut into patches. Pass {self.record.grids}=."
+                )
+            return cut_layout([(int(r), int(c)) for r, c in grids], pixels.shape[1])
+        n_class, n_register = self.record.n_class, self.record.n_register
+        assert isinstance(n_class, int)
+        assert isinstance(n_register, int)
+        return vision_layout(len(pixels), self.patch_grid(pixels), n_class, n_register)
+
+    def _check_layer(self, layer: int, stack: str) -> None:
+        if stack not in self.stacks:
+            known = ", ".join(self.stacks) or "none"
+            raise MissingSiteError(f"The {self.name} tower has no stack {stack!r}; its stacks: {known}.")
+        if not -self.n_layers(stack) <= layer < self.n_layers(stack):
+            raise MissingSiteError(
+                f"The {self.name} tower has no layer {layer} in {stack}: it has {self.n_layers(stack)}."
+            )
