@@ -1,4 +1,4 @@
-"""What mm_adapters/families/README.md says is done: its family is drafted, pasted, built, keeps the contract."""
+"""What mm_adapters/families/README.md says is done: its family is drafted, built, and keeps the contract."""
 
 from __future__ import annotations
 
