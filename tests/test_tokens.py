@@ -12,7 +12,6 @@ import tiny_tokenizers as made_here
 import torch
 
 from mm_adapters._errors import InputError, WordNotFoundError
-from mm_adapters._guidance import GuidanceRows
 from mm_adapters.tokens import words as _words
 from mm_adapters.tokens.layout import TokenLayout, language_layout, text_layout, vision_layout
 from mm_adapters.tokens.tokenizers import speller_of
@@ -296,30 +295,6 @@ def test_a_vision_layout_counts_patches_line_by_line() -> None:
     latents = vision_layout(1, (2, 2), n_class=0, role="latent")
     assert set(latents.roles[0]) == {"latent"}
     assert latents.patch_rc(3) == (1, 1)
-
-
-@pytest.mark.parametrize("order", [("uncond", "cond"), ("cond", "uncond")])
-def test_guided_rows_are_those_of_a_pipelines_own_concatenation(order: tuple[Any, ...]) -> None:
-    prompts = torch.arange(3).repeat_interleave(2) + 1  # As encode_prompt repeats each prompt.
-    blocks = {"cond": prompts, "uncond": -prompts}
-    batch = torch.cat([blocks[name] for name in order])
-    rows_of = GuidanceRows(3, 2, guided=True, order=order)
-    for which in ("cond", "uncond"):
-        assert torch.equal(batch[rows_of.rows(which)], blocks[which])  # type: ignore[arg-type]
-    assert torch.equal(batch[rows_of.rows()], batch)
-    for prompt in range(3):
-        for image in range(2):
-            assert batch[rows_of.row_of(prompt, image)] == prompt + 1
-            assert batch[rows_of.row_of(prompt, image, "uncond")] == -(prompt + 1)
-    with pytest.raises(IndexError, match="3 prompts with 2 images"):
-        rows_of.row_of(3)
-
-
-def test_without_guidance_every_row_is_conditional() -> None:
-    rows_of = GuidanceRows(2, 1, guided=False)
-    assert rows_of.rows("cond") == rows_of.rows("all") == slice(0, 2)
-    with pytest.raises(ValueError, match="no 'uncond' rows; it has cond"):
-        rows_of.rows("uncond")
 
 
 def test_words_of_any_script_are_cut_where_a_reader_would() -> None:

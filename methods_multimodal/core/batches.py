@@ -12,9 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from methods_multimodal.core.model import Model, input_name
-from mm_adapters import InputError
-from mm_adapters.sites.tower_view import TowerView
+from mm_adapters import InputError, Model, TowerView
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -27,7 +25,7 @@ def batches(model: Model, tower: TowerView, given: Any, batch_size: int) -> Iter
     """
     if batch_size < 1:
         raise InputError(f"A batch holds at least one row, not {batch_size}.")
-    name = input_name(tower)
+    name = tower.input_name
     if isinstance(given, Mapping):
         rows = len(given[name])
         for start in range(0, rows, batch_size):
@@ -43,10 +41,10 @@ def batches(model: Model, tower: TowerView, given: Any, batch_size: int) -> Iter
 
 def prepared(model: Model, tower: TowerView, items: list[Any]) -> dict[str, Any]:
     """The tower's arguments for these raw items."""
-    if tower.record.role != "vision":
+    if tower.role != "vision":
         return model.prepare(text=items)
     if isinstance(items[0], Tensor):
-        return {input_name(tower): torch.stack(items)}
+        return {tower.input_name: torch.stack(items)}
     return model.prepare(images=items)
 
 

@@ -10,17 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.batches import batches
-from methods_multimodal.core.model import Model, model_summary
+from methods_multimodal.core.model import model_summary
+from mm_adapters import Model
 
 
 def embed(model: Model, given: Any, tower: str, batch_size: int = 64) -> Float[Tensor, "row width"]:
     """The model's un-normalised embeddings of raw or prepared images ("vision") or texts ("text")."""
-    if tower not in model.sitemap.towers:
-        raise model.sitemap.missing(tower)
-    mounted = model.sitemap.towers[tower]
+    view = model.check_tower(tower)
     rows = [
-        model_summary(mounted, model.run(inputs).output)
-        for inputs in batches(model, mounted, given, batch_size)
+        model_summary(view, model.run(inputs).output) for inputs in batches(model, view, given, batch_size)
     ]
     return torch.cat(rows)
 

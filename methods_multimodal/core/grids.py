@@ -5,23 +5,23 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mm_adapters import HookedModel, InputError
-from mm_adapters.layouts.of_model import layouts, patch_layout
-from mm_adapters.tokens.layout import Grid, TokenLayout
+from mm_adapters import InputError, Model, TokenLayout
+
+Grid = tuple[int, int]
 
 
 def image_layout(
-    model: HookedModel, pixels: Float[Tensor, "image channel height width"], tower: str = "vision"
+    model: Model, pixels: Float[Tensor, "image channel height width"], tower: str = "vision"
 ) -> TokenLayout:
     """The layout of a vision tower's sequence for these pixels.
 
     Raises: InputError if the tower does not cut images into patches.
     """
-    return patch_layout(model.sitemap.towers[tower], pixels)
+    return model.check_tower(tower).patch_layout(pixels)
 
 
 def answer_layout(
-    model: HookedModel,
+    model: Model,
     input_ids: Int[Tensor, "row pos"],
     attention_mask: Tensor | None,
     pixels: Tensor,
@@ -31,7 +31,7 @@ def answer_layout(
     Raises: InputError if the image takes another number of places than it has patches.
     """
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixels}
-    return layouts(model.wrapped, model.sitemap, model.tokenizer_of, given, None)["language"]
+    return model.layout(**given)["language"]
 
 
 def latent_grid(n_positions: int, latent: Grid) -> Grid:

@@ -1,50 +1,18 @@
-"""What methods ask of a model, whichever engine runs it."""
+"""What methods ask of a model and its towers, whichever engine runs them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from mm_adapters import InputError, Run
-from mm_adapters.sites.single_tower import pooled_output
-from mm_adapters.sites.site_map import SiteMap
-from mm_adapters.sites.tower_view import TowerView
-
-
-@runtime_checkable
-class Model(Protocol):
-    """A Lens that knows its own sites and prepares raw inputs: HookedModel and TracedModel."""
-
-    sitemap: SiteMap
-
-    @property
-    def wrapped(self) -> Any: ...
-
-    def prepare(self, *, text: Any = None, images: Any = None) -> dict[str, Any]: ...
-
-    def run(
-        self,
-        inputs: Mapping[str, Any],
-        *,
-        read: Iterable[Any] = (),
-        edit: Iterable[Any] = (),
-        grad_of: Any = None,
-    ) -> Run: ...
+from mm_adapters import InputError, TowerView
 
 
 def model_summary(tower: TowerView, output: Any) -> Float[Tensor, "row width"]:
-    """The model's own embedding, from what the tower's run gave."""
-    found = pooled_output(tower, output)
-    found = found[:, 0] if found.ndim == 3 and tower.record.pool == "first" else found
-    return found.detach().float()
-
-
-def input_name(tower: TowerView) -> str:
-    """The argument the tower is run with."""
-    return tower.mount.takes or tower.record.takes
+    """The model's own embedding, from what the tower's run gave; in float32, without its graph."""
+    return tower.summary(output).detach().float()
 
 
 def check_one(images: Any, texts: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mm_adapters import HookedModel, InputError
+from mm_adapters import InputError, Model
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,17 @@ def contrast_of(output: Any) -> Contrast:
     return Contrast(said.logits_per_image, said.text_embeds)
 
 
-def logit_scale(model: HookedModel) -> Float[Tensor, ""]:
+def logit_scale(model: Model) -> Float[Tensor, ""]:
     """What the model multiplies a cosine with."""
-    path = model.sitemap.model_record.logit_scale
+    path = model.record.logit_scale
     if path is None:
-        raise InputError(f"{model.sitemap.family} has no logit scale: it is not a contrastive model.")
+        raise InputError(f"{model.name} has no logit scale: it is not a contrastive model.")
     return attrgetter(path)(model.wrapped).detach().float().exp().reshape(())
 
 
-def vocabulary_logits(
-    model: HookedModel, output: Any, tower: str = "language"
-) -> Float[Tensor, "row pos token"]:
+def vocabulary_logits(model: Model, output: Any, tower: str = "language") -> Float[Tensor, "row pos token"]:
     """The logits of a model with a language tower."""
-    logits = attrgetter(model.sitemap.model_record.towers[tower].gives or "logits")(output)
-    assert isinstance(logits, Tensor)
-    return logits
+    return model.check_tower(tower).vocabulary_logits(output)
 
 
 def probabilities(logits: Float[Tensor, "image text"]) -> Float[Tensor, "image text"]:

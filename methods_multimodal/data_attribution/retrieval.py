@@ -13,9 +13,8 @@ from torch.nn.functional import cosine_similarity, interpolate, normalize
 from tqdm.auto import tqdm
 
 from methods_multimodal.core.embed import embed
-from methods_multimodal.core.model import Model
 from methods_multimodal.core.record import Record
-from mm_adapters import InputError
+from mm_adapters import InputError, Model
 
 
 def pixel_features(images: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image pixel"]:

@@ -12,12 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.batches import batches
-from methods_multimodal.core.model import Model, check_one, input_name
+from methods_multimodal.core.model import check_one
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.pooled_run import PooledRun, folded
 from methods_multimodal.text_explanations.tower_parts import TowerParts, tower_parts
-from mm_adapters import InputError
-from mm_adapters.layouts.of_model import patch_layout
+from mm_adapters import InputError, Model
 
 Shares = Literal["exact", "uniform"]
 
@@ -213,4 +212,4 @@ def _grid(parts: TowerParts, inputs: Mapping[str, Any]) -> tuple[int, int] | Non
     record = parts.tower.record
     if record.role != "vision" or record.patch is None:
         return None
-    return patch_layout(parts.tower, inputs[input_name(parts.tower)]).grid
+    return parts.tower.patch_layout(inputs[parts.tower.input_name]).grid

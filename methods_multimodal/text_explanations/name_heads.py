@@ -13,7 +13,6 @@ from torch import Tensor
 
 from methods_multimodal.core.batches import prepared
 from methods_multimodal.core.embed import embed_texts, unit
-from methods_multimodal.core.model import Model
 from methods_multimodal.core.progress import all_images, fingerprint, name_of, run_pass
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.moments import Moments
@@ -21,7 +20,7 @@ from methods_multimodal.text_explanations.pooled_run import PooledRun, folded
 from methods_multimodal.text_explanations.text_span import NothingVariesError, TextSpan, text_span
 from methods_multimodal.text_explanations.tower_parts import TowerParts, tower_parts
 from methods_multimodal.text_explanations.vocabulary import Vocabulary
-from mm_adapters import InputError
+from mm_adapters import InputError, Model
 
 
 @dataclass(frozen=True)

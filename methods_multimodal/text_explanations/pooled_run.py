@@ -15,9 +15,9 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal.core.model import Model, model_summary
+from methods_multimodal.core.model import model_summary
 from methods_multimodal.text_explanations.tower_parts import TowerParts
-from mm_adapters import Read, Run
+from mm_adapters import Model, Read, Run
 
 Fold = Callable[[Tensor], Tensor]
 

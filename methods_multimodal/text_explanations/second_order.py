@@ -11,12 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.batches import batches
-from methods_multimodal.core.model import Model
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.sparse_coding import solve
 from methods_multimodal.text_explanations.tower_parts import TowerParts, tower_parts
-from mm_adapters import InputError, MissingSiteError, Read
-from mm_adapters.sites.weights import BlockWeights
+from mm_adapters import InputError, MissingSiteError, Model, Read
 
 
 @dataclass(frozen=True)
@@ -111,10 +109,10 @@ def second_order(
 def _weights(parts: TowerParts, layer: int, later: range) -> tuple[Tensor, Tensor]:
     """What each neuron writes, and what each later head makes of a residual: the norm's gain and centring,
     values, output, and the final reader."""
-    own = BlockWeights(parts.tower, "blocks", layer).names("mlp")["W_out"]().detach().float()
+    own = parts.tower.weights(layer).names("mlp")["W_out"]().detach().float()
     paths = []
     for i in later:
-        block = BlockWeights(parts.tower, "blocks", i)
+        block = parts.tower.weights(i)
         gain, value = (
             block.names("ln1")["w"]().detach().float(),
             block.names("attn")["W_V"]().detach().float(),

@@ -12,10 +12,9 @@ from jaxtyping import Bool, Float, Int
 from sklearn.metrics import average_precision_score, jaccard_score
 from torch import Tensor
 
-from methods_multimodal.core.model import Model
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.decomposition import decompositions
-from mm_adapters import InputError
+from mm_adapters import InputError, Model
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from methods_multimodal.core.model import Model
-from mm_adapters import MissingSiteError
-from mm_adapters.records.spec import Norm
-from mm_adapters.sites.tower_view import TowerView
-from mm_adapters.sites.weights import BlockWeights, norm_bias, norm_weight, tensor_at
+from mm_adapters import MissingSiteError, Model, TowerView
 
 NEEDED = ("hook_resid_pre", "attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_mlp_out")
 
@@ -43,7 +39,7 @@ class TowerParts:
     @property
     def pool(self) -> str:
         """Which position the summary is read from; "attention" if it is read from all."""
-        return str(self.tower.record.pool)
+        return str(self.tower.pool)
 
     @property
     def n_layers(self) -> int:
@@ -72,68 +68,54 @@ def tower_parts(model: Model, tower: str = "vision") -> TowerParts:
     Raises: MissingSiteError if the tower has no blocks of attention and MLP that add to one stream,
     or gives no summary that is linear in that stream.
     """
-    sites = model.sitemap
-    if tower not in sites.towers:
-        raise sites.missing(tower)
-    mounted = sites.towers[tower]
-    pool = mounted.record.pool
-    if pool not in ("first", "last", "end", "attention"):
-        raise MissingSiteError(f"{tower}: its summary is pooled by {pool}, which is not split here.")
-    n_layers = len(mounted.stacks.get("blocks", ()))
-    lacking = [part for part in NEEDED if f"{tower}.blocks.0.{part}" not in sites.sites]
+    view = model.check_tower(tower)
+    if view.pool not in ("first", "last", "end", "attention"):
+        raise MissingSiteError(f"{tower}: its summary is pooled by {view.pool}, which is not split here.")
+    present = {site.part for site in model.sites(f"{tower}.blocks.0.*") if site.reason is None}
+    lacking = [part for part in NEEDED if part not in present]
     if lacking:
         raise MissingSiteError(
             f"{tower}: a decomposition needs blocks that add attention and an MLP to one stream; "
-            f"{sites.family} has no {tower}.blocks.0.{lacking[0]}."
+            f"{model.name} has no {tower}.blocks.0.{lacking[0]}."
         )
-    blocks = [BlockWeights(mounted, "blocks", i).names("attn") for i in range(n_layers)]
+    norm = view.final_norm
+    if norm is None:
+        raise MissingSiteError(f"{tower}: it has no final norm to divide by, so no decomposition here.")
+    blocks = [view.weights(i).names("attn") for i in range(view.n_layers())]
     out = torch.stack([b["W_O"]().detach().float() for b in blocks])
     out_bias = torch.stack([b["b_O"]().detach().float() for b in blocks])
-    norm, centred = _final_norm(mounted)
-    beta = norm_bias(norm).detach().float().expand(out.shape[-1])
-    gamma = norm_weight(norm).detach().float().expand(out.shape[-1])
-    matrices, pool_bias = _summary_weights(model, mounted)
+    beta = norm.bias.detach().float().expand(out.shape[-1])
+    gamma = norm.gain.detach().float().expand(out.shape[-1])
+    matrices, pool_bias = _summary_weights(model, view, out.shape[-1])
     uncentred = gamma[None, :, None] * matrices
     # Taking the mean off the reader takes it off whatever is read.
-    readers = uncentred - uncentred.mean(1, keepdim=True) if centred else uncentred
+    readers = uncentred - uncentred.mean(1, keepdim=True) if norm.kind == "LN" else uncentred
     offset = einsum(beta, matrices, "m, g m w -> w") + pool_bias
-    return TowerParts(mounted, out, out_bias, readers, offset, uncentred)
-
-
-def _final_norm(tower: TowerView) -> tuple[nn.Module, bool]:
-    location = tower.record.after.get("ln_final.hook_scale")
-    if not isinstance(location, Norm):
-        raise MissingSiteError(f"{tower.name}: it has no final norm to divide by, so no decomposition here.")
-    return tower.module.get_submodule(location.path), location.kind == "LN"
+    return TowerParts(view, out, out_bias, readers, offset, uncentred)
 
 
 def _summary_weights(
-    model: Model, tower: TowerView
+    model: Model, tower: TowerView, width: int
 ) -> tuple[Float[Tensor, "pool d_model width"], Float[Tensor, " width"]]:
     """What takes the normalised stream to the summary, and the summary's own bias."""
-    record = tower.record
-    if record.pool == "attention":
+    if tower.pool == "attention":
         return _pooling_weights(model, tower)
-    path = tower.mount.project
-    found = tensor_at(model.wrapped, path) if path else None
-    if found is None:
-        width = norm_weight(_final_norm(tower)[0]).shape[0]
-        return torch.eye(width, device=_device(tower))[None], torch.zeros(width, device=_device(tower))
-    owners = [one.removesuffix(".T").removesuffix(".weight") for one in (path or "").split("|")]
-    bias = tensor_at(model.wrapped, "|".join(f"{one}.bias" for one in owners))
-    matrix = found.detach().float()
+    matrix, bias = tower.projection, tower.projection_bias
+    if matrix is None:
+        return torch.eye(width, device=tower.device)[None], torch.zeros(width, device=tower.device)
+    matrix = matrix.detach().float()
     return matrix[None], matrix.new_zeros(matrix.shape[1]) if bias is None else bias.detach().float()
 
 
 def _pooling_weights(
     model: Model, tower: TowerView
 ) -> tuple[Float[Tensor, "pool d_model width"], Float[Tensor, " width"]]:
-    site = model.sitemap.sites.get(f"{tower.name}.pool.attn.hook_pattern")
-    if site is None:
+    sites = model.sites(f"{tower.name}.pool.attn.hook_pattern")
+    if not sites or sites[0].reason is not None:
         raise MissingSiteError(
             f"{tower.name}: its summary is pooled by attention, and no site shows that attention."
         )
-    module: Any = model.wrapped.get_submodule(site.module)
+    module: Any = model.wrapped.get_submodule(sites[0].module)
     weight, bias = module.in_proj_weight.detach().float(), module.in_proj_bias.detach().float()
     n_heads = module.num_heads
     value = rearrange(weight.chunk(3)[2], "(g d) m -> g m d", g=n_heads)
@@ -142,7 +124,3 @@ def _pooling_weights(
     # Attention weights sum to one, so the values' bias arrives whole.
     own = einsum(value_bias, out, "g d, g d w -> w") + module.out_proj.bias.detach().float()
     return value @ out, own
-
-
-def _device(tower: TowerView) -> torch.device:
-    return next(tower.module.parameters()).device

@@ -20,8 +20,8 @@ def stage_layouts(tower: TowerView, order: Stages, pixels: Tensor, grid: Grid) -
     `grid` is that of the patches it cuts. A module that merges has the layout of what it gives.
     """
     n = len(pixels)
-    made: dict[tuple[int, ...], TokenLayout] = {}
-    layouts = {f"{tower.name}.{_part(name)}": _once(made, partial(by_tile, grid, 0, n), *grid)
+    shared: dict[tuple[int, ...], TokenLayout] = {}
+    layouts = {f"{tower.name}.{_part(name)}": _once(shared, partial(by_tile, grid, 0, n), *grid)
                for name in tower.before}  # fmt: skip
     at = {path: (stack, i) for stack, paths in tower.stacks.items() for i, path in enumerate(paths)}
     for path, module in tower.module.named_modules():
@@ -34,9 +34,9 @@ def stage_layouts(tower: TowerView, order: Stages, pixels: Tensor, grid: Grid) -
         else:
             side, shift = _window(order, module, grid)
             cut = partial(by_window, grid, n, side, shift)
-            layouts[f"{name}.{order.windowed}"] = _once(made, cut, *grid, side, shift)
-        layouts[name] = _once(made, partial(by_tile, grid, 0, n), *grid)
-    last = _once(made, partial(by_tile, grid, 0, n), *grid)
+            layouts[f"{name}.{order.windowed}"] = _once(shared, cut, *grid, side, shift)
+        layouts[name] = _once(shared, partial(by_tile, grid, 0, n), *grid)
+    last = _once(shared, partial(by_tile, grid, 0, n), *grid)
     return layouts | {f"{tower.name}.{_part(name)}": last for name in tower.after}
 
 
@@ -47,11 +47,11 @@ def _window(order: Stages, block: nn.Module, grid: Grid) -> tuple[int, int]:
     return side, 0 if order.rolls_larger_only and min(grid) <= side else shift
 
 
-def _once(made: dict[tuple[int, ...], TokenLayout], make: Any, *key: int) -> TokenLayout:
+def _once(shared: dict[tuple[int, ...], TokenLayout], make: Any, *key: int) -> TokenLayout:
     """Blocks of one stage share their layouts."""
-    if key not in made:
-        made[key] = make()
-    return made[key]
+    if key not in shared:
+        shared[key] = make()
+    return shared[key]
 
 
 def _part(name: str) -> str:

@@ -296,5 +296,5 @@ class Site:
     reason: str | None = None
 
     def __str__(self) -> str:
-        what = f"absent: {self.reason}" if self.reason else f"[{', '.join(self.axes)}]"
-        return f"{self.name:<44} {what}"
+        shown = f"absent: {self.reason}" if self.reason else f"[{', '.join(self.axes)}]"
+        return f"{self.name:<44} {shown}"

@@ -80,7 +80,7 @@ class Session:
         self.clocks = {
             name: CallCounter(guidance_text_argument(sites.loops.get(name))) for name in sites.towers
         }
-        self.seen: dict[int, list[Tensor]] = {i: [] for i in range(len(read))}
+        self.values_seen: dict[int, list[Tensor]] = {i: [] for i in range(len(read))}
         self.parts: dict[int, list[int]] = {i: [] for i in range(len(read))}
 
     @contextmanager
@@ -127,7 +127,11 @@ class Session:
                 "the steps, rows and positions it names. Check them, or that the inputs use the tower."
             )
         grads = self._gradients(output, grad_of) if grad_of is not None else {}
-        values = {r.site: self._join(i, r, self.seen[i]) for i, r in enumerate(self.read) if self.seen[i]}
+        values = {
+            r.site: self._join(i, r, self.values_seen[i])
+            for i, r in enumerate(self.read)
+            if self.values_seen[i]
+        }
         if self.keep_graph:
             values = {k: v.detach() for k, v in values.items()}
         return Run(output, values, grads, receipts, self._rows_seen())
@@ -136,13 +140,14 @@ class Session:
         scalar = grad_of(output)
         if scalar.numel() != 1:
             raise ValueError(f"grad_of gave a tensor of shape {tuple(scalar.shape)}; it gives a scalar.")
-        flat = [x for i in self.seen for x in self.seen[i]]
+        flat = [x for i in self.values_seen for x in self.values_seen[i]]
         got = iter(torch.autograd.grad(scalar, flat, allow_unused=True)) if flat else iter(())
         grads: dict[str, Tensor] = {}
         for i, item in enumerate(self.read):
-            own = [next(got) for _ in self.seen[i]]
-            filled = [torch.zeros_like(x) if g is None else g
-                      for x, g in zip(self.seen[i], own, strict=True)]  # fmt: skip
+            own = [next(got) for _ in self.values_seen[i]]
+            filled = [
+                torch.zeros_like(x) if g is None else g for x, g in zip(self.values_seen[i], own, strict=True)
+            ]
             if filled:
                 grads[item.site] = self._join(i, item, filled)
         return grads
@@ -198,7 +203,7 @@ class Session:
             value = value.detach().requires_grad_() if fresh else value
             part = value if rows == slice(None) else value[rows]
             part = part if item.reduce is None else item.reduce(part)
-            self.seen[index].append(part if self.keep_graph else part.detach())
+            self.values_seen[index].append(part if self.keep_graph else part.detach())
             self.parts[index].append(clock.part)
             return value if fresh else None
 
@@ -247,7 +252,7 @@ class Session:
             return {"cond": slice(None)}
         for i, item in enumerate(self.read):
             if self.sites[item.site].tower == loop and item.rows == "all" and item.reduce is None:
-                n, parts = self.seen[i][0].shape[0], guidance.denoiser_rows
+                n, parts = self.values_seen[i][0].shape[0], guidance.denoiser_rows
                 if guidance.denoiser_calls:
                     parts = guidance.denoiser_calls[: 1 + max(self.parts[i])]
                     n *= len(parts)

@@ -32,7 +32,7 @@ def draft(model: Any) -> str:
     """Python that registers a record of `model` and of each of its towers that no family covers.
 
     What cannot be read off a model, and is guessed, is marked "check". "" if no stack of blocks that
-    attend is found in it, and no tower that is known.
+    attend is by_root in it, and no tower that is known.
     """
     lines = _module(model) if isinstance(model, nn.Module) else _pipeline(model)
     return as_file(lines) if lines else ""
@@ -50,16 +50,16 @@ def outline(model: Any, kind: type) -> str:
 
 
 def _module(model: nn.Module) -> list[str]:
-    found = dict(towers(model))
-    if not found:
+    by_root = dict(towers(model))
+    if not by_root:
         return []
-    if list(found) != [""]:
-        return _joined(model, found) if len(found) != 1 else _headed(model, *found.popitem())
+    if list(by_root) != [""]:
+        return _joined(model, by_root) if len(by_root) != 1 else _headed(model, *by_root.popitem())
     prefix = getattr(model, "base_model_prefix", "")
     body = getattr(model, prefix, None) if prefix else None
     if isinstance(body, nn.Module):  # It has a class of its own, and may be loaded without this head.
         return _headed(model, prefix, stacks_of(body))
-    return tower_lines(model, found[""], name_of(type(model))) + _classifiers(type(model), prefix)
+    return tower_lines(model, by_root[""], name_of(type(model))) + _classifiers(type(model), prefix)
 
 
 def _headed(model: nn.Module, root: str, stacks: list[str]) -> list[str]:
@@ -86,11 +86,11 @@ def _classifiers(cls: type, prefix: str) -> list[str]:
     return [line for other in heads for line in _model_record(other, "tower", mounts)]
 
 
-def _joined(model: nn.Module, found: Mapping[str, list[str]]) -> list[str]:
+def _joined(model: nn.Module, by_root: Mapping[str, list[str]]) -> list[str]:
     """Several towers, and where they hang."""
     lines: list[str] = []
     mounts: dict[str, str] = {}
-    for root, stacks in found.items():
+    for root, stacks in by_root.items():
         module = model.get_submodule(root)
         role = role_of(root, module)
         same = sum(name.partition("_")[0] == role for name in mounts)

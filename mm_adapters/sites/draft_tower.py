@@ -55,12 +55,12 @@ def stacks_of(model: nn.Module) -> list[str]:
 
     A list of stages, each with a list of blocks in it, is one with a star in its path.
     """
-    found: list[str] = []
+    outermost: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{o}.") for o in found) or not _is_stack(module):
+        if any(name.startswith(f"{o}.") for o in outermost) or not _is_stack(module):
             continue
-        found.append(name)
-    return [_innermost(model, name) for name in found]
+        outermost.append(name)
+    return [_innermost(model, name) for name in outermost]
 
 
 def _is_stack(module: nn.Module) -> bool:

@@ -25,7 +25,7 @@ class Layouts(dict[str, TokenLayout]):
         raise InputError(f"There is no layout of the positions of {site}. There is {self._known()}.")
 
     def __missing__(self, name: str) -> TokenLayout:
-        if any(own.startswith(f"{name}.") for own in self):
+        if any(part.startswith(f"{name}.") for part in self):
             raise InputError(
                 f"The positions of {name} change on the way, so it has no one layout. Ask for a site's: "
                 f'layout.at("{name}...hook_resid_post"). There is {self._known()}.'

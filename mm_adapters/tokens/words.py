@@ -104,14 +104,14 @@ def _words(
         for char in chars if role == "word" else ():
             owners.setdefault(char, []).append(pos)
     words, marks = [], []
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for part, start, end in split_words(text):
         at = tuple(sorted({pos for char in range(start, end) for pos in owners.get(char, ())}))
         if not at:  # Some tokenizers drop punctuation.
             continue
         key = part.casefold()
-        word = Word(part, at, seen.get(key, 0), (start, end))
-        seen[key] = word.occurrence + 1
+        word = Word(part, at, counts.get(key, 0), (start, end))
+        counts[key] = word.occurrence + 1
         (words if any(c.isalnum() for c in part) else marks).append(word)
     return tuple(words), tuple(marks)
 
