@@ -32,7 +32,7 @@ def draft(model: Any) -> str:
     """Python that registers a record of `model` and of each of its towers that no family covers.
 
     What cannot be read off a model, and is guessed, is marked "check". "" if no stack of blocks that
-    attend is by_root in it, and no tower that is known.
+    attend is found in it, and no tower that is known.
     """
     lines = _module(model) if isinstance(model, nn.Module) else _pipeline(model)
     return as_file(lines) if lines else ""

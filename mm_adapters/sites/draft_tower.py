@@ -39,12 +39,13 @@ def towers(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
     if not known and len(stacks) <= 1:
         yield from [("", stacks)] if stacks else []
         return
-    for root in sorted([*known, *stacks], key=[n for n, _ in model.named_modules()].index):
+    names = [n for n, _ in model.named_modules()]
+    for root in sorted([*known, *stacks], key=lambda path: names.index(path.replace("*", "0"))):
         if root in known:
             yield root, []
             continue
         others = [o for o in (*known, *stacks) if o != root]
-        top = root
+        top = root.partition(".*.")[0]
         while "." in top and not any(o.startswith(top.rpartition(".")[0] + ".") for o in others):
             top = top.rpartition(".")[0]
         yield top, [root.removeprefix(f"{top}.")]
@@ -111,8 +112,8 @@ def _between(module: nn.Module, stack: str) -> list[str]:
     if not outer:
         return []
     stages = list(module.get_submodule(outer))  # type: ignore[arg-type]
-    own = {n: None for stage in stages for n, _ in stage.named_children() if n != inner.partition(".")[0]}
-    beside = [f"{outer}.*.{name}" for name in own]
+    names = dict.fromkeys(name for stage in stages for name, _ in stage.named_children())
+    beside = [f"{outer}.*.{name}" for name in names if name != inner.partition(".")[0]]
     advice = f"check: {', '.join(beside)} between stages: a stack of its own. See Stages."
     return [advice] if beside else []
 

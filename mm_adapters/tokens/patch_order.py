@@ -71,7 +71,7 @@ def by_window(grid: Grid, n_images: int, side: int, shift: int) -> TokenLayout:
     down, across = (-(-n // side) * side for n in grid)
     rows = []
     for image in range(n_images):
-        seats = {
+        positions = {
             (r, c): Position("patch", (r, c), grid, 0, image) if r < grid[0] and c < grid[1] else _PADDED
             for r in range(down)
             for c in range(across)
@@ -79,8 +79,8 @@ def by_window(grid: Grid, n_images: int, side: int, shift: int) -> TokenLayout:
         for top in range(shift, down + shift, side):
             for left in range(shift, across + shift, side):
                 cells = [(top + i, left + j) for i in range(side) for j in range(side)]
-                rows.append([seats[r % down, c % across] for r, c in cells])
-    return seated(rows)
+                rows.append([positions[r % down, c % across] for r, c in cells])
+    return layout_of_positions(rows)
 
 
 def all_tiles(side: Grid, n_class: int, cuts: Sequence[Grid], n_tiles: int, multiple: int = 8) -> TokenLayout:
