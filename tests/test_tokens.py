@@ -14,8 +14,8 @@ import torch
 from mm_adapters._errors import InputError, WordNotFoundError
 from mm_adapters.tokens import words as _words
 from mm_adapters.tokens.layout import TokenLayout, language_layout, text_layout, vision_layout
-from mm_adapters.tokens.tokenizers import speller_of
-from mm_adapters.tokens.words import spell, split_words
+from mm_adapters.tokens.tokenizers import tokenizer_view_of
+from mm_adapters.tokens.words import align_words, split_words
 
 TEXTS = [
     "a red circle",
@@ -55,8 +55,8 @@ def rows(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor |
 
 def letters(tokenizer: Any, ids: list[int]) -> str:
     """What some tokens say, without marks, spaces and case."""
-    speller = speller_of(tokenizer)
-    said = speller.decode(ids) if ids else ""
+    tokenizer_view = tokenizer_view_of(tokenizer)
+    said = tokenizer_view.decode(ids) if ids else ""
     return "".join(said.split()).casefold()
 
 
@@ -83,8 +83,8 @@ def test_of_random_text_every_letter_and_every_token_has_a_place(
     alphabet = "aaBbe  \n'-,.!?_09éßñøΩжщ中圆の☃→" + "red"
     for _ in range(60):
         text = "".join(source.choices(alphabet, k=source.randint(0, 24)))
-        ids = speller_of(tokenizer).encode(text)[0]
-        read = spell(text, tokenizer, ids)
+        ids = tokenizer_view_of(tokenizer).encode(text)[0]
+        read = align_words(text, tokenizer, ids)
         entries = read.words + read.marks
         placed = {i for e in entries for i in range(*e.span)}
         assert placed == {i for i, c in enumerate(text) if not c.isspace()}
@@ -101,7 +101,7 @@ def test_letters_laid_along_the_text_agree_with_the_tokenizers_own_offsets(
     tokenizers: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tokenizers[name]
-    speller = speller_of(tokenizer)
+    tokenizer_view = tokenizer_view_of(tokenizer)
     vocabulary = sorted({w for t in (*TEXTS, *made_here.CORPUS) for w in t.split() if w.isascii()})
     source = random.Random(0)
     texts = [t for t in TEXTS if t.isascii()] + [
@@ -109,14 +109,14 @@ def test_letters_laid_along_the_text_agree_with_the_tokenizers_own_offsets(
         for _ in range(40)
     ]
     for text in texts:
-        ids = speller.encode(text)[0]
-        if speller.special & set(ids[1:-1]):
+        ids = tokenizer_view.encode(text)[0]
+        if tokenizer_view.special & set(ids[1:-1]):
             continue
-        exact = spell(text, tokenizer, ids)
-        blind = replace(speller, encode=lambda t: (speller.encode(t)[0], None))
+        exact = align_words(text, tokenizer, ids)
+        blind = replace(tokenizer_view, encode=lambda t: (tokenizer_view.encode(t)[0], None))
         with monkeypatch.context() as patch:
-            patch.setattr(_words, "speller_of", lambda _, blind=blind: blind)
-            assert spell(text, tokenizer, ids) == exact
+            patch.setattr(_words, "tokenizer_view_of", lambda _, blind=blind: blind)
+            assert align_words(text, tokenizer, ids) == exact
 
 
 def test_a_word_of_several_tokens_has_all_of_them(tokenizers: dict[str, Any]) -> None:

@@ -30,8 +30,12 @@ register(
         ("transformers:AltCLIPModel",),
         {
             "vision": clip.CLIP.towers["vision"],
-            # Two maps, one with a bias, stand between the final norm and the joint space.
-            "text": TowerMount("text_model", run="get_text_features"),
+            # The summary goes through a map of the tower's own before the joint space's.
+            "text": TowerMount(
+                "text_model",
+                run="get_text_features",
+                project="text_model.transformation.weight.T @ text_projection.weight.T",
+            ),
         },
         logit_scale="logit_scale",
     )

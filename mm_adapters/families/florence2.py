@@ -18,7 +18,11 @@ register(
             "channel": Stack(("blocks.*.*.channel_block",), davit_block("channel_attn", "groups")),
         },
         before={"hook_embed": Output("convs.0", is_map=True)},
-        absent={"spatial.*.hook_resid_mid": SKIP, "channel.*.hook_resid_mid": SKIP},
+        absent={
+            "spatial.*.hook_resid_mid": SKIP,
+            "channel.*.hook_resid_mid": SKIP,
+            "blocks.*": "its blocks are of two kinds: spatial.* and channel.*",
+        },
         takes="hidden_states",
         gives="",
         pool="none",

@@ -23,6 +23,7 @@ register(
         {"blocks": BLOCKS},
         before={"hook_embed": Output("embeddings")},
         after={"hook_out": Output("layernorm")},
+        absent={"ln_final.*": "the projector normalises: projector.ln"},
         gives="last_hidden_state",
         pool="none",
         position="embeddings.position_embeddings",

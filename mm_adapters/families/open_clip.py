@@ -37,6 +37,7 @@ register(
         {"blocks": BLOCKS},
         before={"hook_embed": Output("ln_pre")},
         after=norm("ln_post", "ln_final"),
+        absent={"pool.*": "the attention that pools is not read by parts"},
         takes="x",
         gives="",
         pool=Built(

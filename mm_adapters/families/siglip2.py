@@ -12,6 +12,7 @@ register(
         classes=("transformers:Siglip2VisionModel",),
         before={"hook_patches": Output("embeddings.patch_embedding"), "hook_embed": Output("embeddings")},
         after=norm("post_layernorm", "ln_final"),
+        absent={"pool.*": "the attention that pools is not read by parts"},
         patch=None,
         grids="spatial_shapes",
     )

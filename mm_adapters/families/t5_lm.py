@@ -42,6 +42,7 @@ register(
         {"encoder": ENCODER, "decoder": DECODER},
         after=norm("encoder.final_layer_norm", "encoder_ln_final", "RMS")
         | norm("decoder.final_layer_norm", "ln_final", "RMS"),
+        absent={"blocks.*": "it has an encoder and a decoder: encoder.* and decoder.*"},
         norm="RMS",
         takes="input_ids",
         gives="logits",

@@ -18,7 +18,7 @@ from mm_adapters.records.image_tokens import (
     Tiles,
     Views,
 )
-from mm_adapters.records.spec import Stages
+from mm_adapters.records.stages import Stages
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tokens.by_part import Layouts

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_adapters.records.spec import Stages
+from mm_adapters.records.stages import Stages
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tokens.image_positions import Grid
 from mm_adapters.tokens.layout import TokenLayout

@@ -37,11 +37,11 @@ from mm_adapters.records.spec import (
     Residual,
     Site,
     Stack,
-    Stages,
     Stream,
     Tower,
     TowerMount,
 )
+from mm_adapters.records.stages import Stages
 
 __all__ = [
     "Anyres",

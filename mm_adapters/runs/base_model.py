@@ -107,11 +107,13 @@ class BaseModel:
         the "image_prompt" is made of.
         """
         texts = None
+        if isinstance(text, Tensor):  # open_clip's argument of tokens has this name.
+            prepared, text = prepared | {"text": text}, None
         if text is not None or images is not None:
             if self._inputs is not None and text is not None:
                 texts = self._inputs.prompts(text, images)
             if self.sitemap.model_record.loop is None:
-                prepared = self.prepare(text=text, images=images)
+                prepared = prepared | self.prepare(text=text, images=images)
         if self.sitemap.model_record.loop is not None:
             prompts = texts if text is None or texts else as_texts(text)
             by_tower = prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, prompts or [], prepared)

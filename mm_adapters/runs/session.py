@@ -123,7 +123,7 @@ class Session:
         idle = [r.site for r in receipts if not r.fired]
         if idle:
             raise EditNeverFiredError(
-                f"The edit of {', '.join(idle)} never fired: this run did not come by there with "
+                f"The edit of {', '.join(idle)} never fired: this run did not reach it with "
                 "the steps, rows and positions it names. Check them, or that the inputs use the tower."
             )
         grads = self._gradients(output, grad_of) if grad_of is not None else {}
@@ -158,7 +158,7 @@ class Session:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _on(self, stack: ExitStack, site: str, hook: Callable[..., Tensor | None]) -> None:
-        # Torch's own hook, not TransformerLens': its handle is ours, nobody else's is touched.
+        # Torch's own hook, not TransformerLens': only this handle is removed afterwards.
         point = self.points.by_name[site]
         handle = point.register_forward_hook(hook)
         stack.callback(point.refresh)

@@ -38,7 +38,7 @@ class TowerConfig(TransformerLensConfig):
 
 
 class Part(nn.Module):
-    """A place in the tree of HookPoints. `weights` are the tensors of the module it stands for."""
+    """A node in the tree of HookPoints. `weights` are the tensors of the module that it represents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Part(nn.Module):
         return weights[name]() if name in weights else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module it stands for returns."""
+        """What the module that it represents returns."""
         return self.stands_for[0](*args, **kwargs)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm_adapters._errors import InputError, WordNotFoundError
 from mm_adapters.tokens.image_positions import ImagePosition, raster
-from mm_adapters.tokens.words import Word, spell, split_words
+from mm_adapters.tokens.words import Word, align_words, split_words
 
 Role = Literal[
     "class", "register", "patch", "image", "newline", "start", "end", "word", "pad", "query", "latent"
@@ -226,7 +226,7 @@ def language_layout(
     if texts is not None and len(texts) != len(input_ids):
         raise InputError(f"There are {len(texts)} texts for {len(input_ids)} rows of tokens.")
     rows = [
-        spell(
+        align_words(
             None if texts is None else texts[i],
             tokenizer,
             ids.tolist(),
