@@ -1,18 +1,20 @@
 """Stable Diffusion 1, 2 and XL: text encoders, a UNet with cross-attention, an autoencoder
 (arXiv 2112.10752, 2307.01952)."""
 
-from mm_adapters.families._parts import attention, inside, norm
 from mm_adapters.families._unet import MAP_ATTENTION, RESNET, RESNETS
 from mm_adapters.records import (
-    Guidance,
-    Input,
-    ModelRecord,
-    Output,
-    Residual,
-    Stack,
-    Tower,
-    TowerMount,
-    register,
+                      Guidance,
+                      Input,
+                      ModelRecord,
+                      Output,
+                      Residual,
+                      Stack,
+                      Tower,
+                      TowerMount,
+                      attention,
+                      inside,
+                      norm,
+                      register,
 )
 
 # An IP-Adapter: a picture's tokens, which each block attends to beside the words (arXiv 2308.06721).
