@@ -223,7 +223,7 @@ class TowerView:
         """
         if isinstance(self.record.order, Stages):
             raise MissingSiteError(
-                f"The {self.name} tower's layout has no 'patch' role for all of it: its grid of patches is halved "
+                f"The {self.name} tower's layout has no 'patch' role for all of it: its grid is halved "
                 "from stage to stage. model.layout(images=...).at(site) is that of a site."
             )
         if self.record.grids is not None:
