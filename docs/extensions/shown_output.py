@@ -1,4 +1,4 @@
-"""Shows below each Python block of a page what it prints and draws, from running it when the docs are built."""
+"""Shows below each Python block of a page what it prints and draws; it is run when the docs are built."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def run_pages(app: Any) -> None:
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
     }
-    done = subprocess.run([*command, *(str(page) for page, _ in stale)], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *(str(page) for page, _ in stale)], env=env, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise ExtensionError(f"A code block of the docs failed:\n{done.stderr[-4000:]}")
     for page, key in stale:
