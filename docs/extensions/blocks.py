@@ -134,7 +134,7 @@ def show(page: Path, pictures: Path) -> list[dict[str, Any]]:
                 made = sorted(p for p in Path(scratch).glob("*.png") if p not in before)
                 for picture in made:
                     (pictures / picture.name).write_bytes(picture.read_bytes())
-                shown.append({"line": block.line, "printed": printed, "pictures": [p.name for p in made]})
+                shown.append({"printed": printed, "pictures": [p.name for p in made]})
     return shown
 
 

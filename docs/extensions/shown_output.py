@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from blocks import ROOT, blocks, groups, pages
+from blocks import ROOT, groups, pages
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 
@@ -74,12 +74,11 @@ def add_output(app: Any, docname: str, source: list[str]) -> None:
     file, page = FOLDER / f"{name_of(docname)}.json", Path(app.srcdir) / f"{docname}.md"
     if not file.exists() or not page.exists():
         return
-    shown = {entry["line"]: entry for entry in json.loads(file.read_text())}
+    shown = json.loads(file.read_text())
+    run = [block for group in groups(page) for block in group]
     text, up = source[0], "../" * docname.count("/")
-    for block in reversed(blocks(page, "python")):
-        entry = shown.get(block.line)
-        if entry is None:
-            continue
+    # From the last to the first, so that the places of those before stay what they are.
+    for block, entry in reversed(list(zip(run, shown, strict=True))):
         parts = []
         if entry["printed"].strip():
             parts.append(f"```text\n{entry['printed'].rstrip()}\n```")
