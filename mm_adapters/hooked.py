@@ -12,6 +12,7 @@ from transformer_lens import HookedRootModule
 
 from mm_adapters._errors import InputError
 from mm_adapters.hooks.wiring import Points
+from mm_adapters.inputs.generators import seeded
 from mm_adapters.runs.base_model import BaseModel
 from mm_adapters.runs.lens import Edit, Read, Run, as_read
 from mm_adapters.runs.session import Session
@@ -135,10 +136,10 @@ class HookedModel(BaseModel, HookedRootModule):
         """
         remove = kwargs.get("remove_batch_dim", False)
         if self.sitemap.model_record.loop is not None:
-            output, found = self._cache_loop(*args, **kwargs)
+            output, values = self._cache_loop(*args, **kwargs)
         else:
-            output, found = super().run_with_cache(*args, **kwargs)
-        cache = ModelCache(found, self, has_batch_dim=not remove) if return_cache_object else found
+            output, values = super().run_with_cache(*args, **kwargs)
+        cache = ModelCache(values, self, has_batch_dim=not remove) if return_cache_object else values
         return output, cache
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
@@ -228,11 +229,7 @@ class HookedModel(BaseModel, HookedRootModule):
         if self.inputs is not None and kwargs.get("prompt") is not None:
             self.inputs.prepare(text=kwargs["prompt"])  # For its checks: a pipeline cuts long prompts.
         seed = kwargs.pop("seed", None)
-        if seed is None:
-            return kwargs
-        seeds = seed if isinstance(seed, list | tuple) else [seed]
-        made = [torch.Generator(self.device).manual_seed(int(s)) for s in seeds]
-        return {**kwargs, "generator": made if isinstance(seed, list | tuple) else made[0]}
+        return kwargs if seed is None else {**kwargs, "generator": seeded(seed, self.device)}
 
     def _call(self, arguments: dict[str, Any], differentiable: bool) -> Any:
         if differentiable and self.sitemap.model_record.loop is not None:
@@ -257,15 +254,15 @@ class HookedModel(BaseModel, HookedRootModule):
         session = self._session([Read(n, move) for n in self.sitemap.sites if keep(n)], (), False)
         with session.attached(kwargs):
             output = self.forward(*args, **kwargs)
-        found = dict(session.result(output).values)
+        values = dict(session.result(output).values)
         if remove_batch_dim:
-            looped = {k for k in found if self.sitemap[k].tower in self.sitemap.loops}
-            found = {k: v[:, 0] if k in looped else v[0] for k, v in found.items()}
-        return output, found
+            looped = {k for k in values if self.sitemap[k].tower in self.sitemap.loops}
+            values = {k: v[:, 0] if k in looped else v[0] for k, v in values.items()}
+        return output, values
 
 
 def _among(names: str | Sequence[str] | None) -> Callable[[str], bool]:
     if names is None:
         return lambda name: True
-    wanted = {names} if isinstance(names, str) else set(names)
-    return lambda name: name in wanted
+    names_wanted = {names} if isinstance(names, str) else set(names)
+    return lambda name: name in names_wanted

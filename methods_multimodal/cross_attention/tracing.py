@@ -220,9 +220,7 @@ def _measured(
 
         return draw_parts
 
-    return measure_parts(
-        cases, layouts, parts, metric, drawing_of, what=what, batch=batch, seed=control_seed
-    )
+    return measure_parts(cases, layouts, parts, metric, drawing_of, what=what, batch=batch, seed=control_seed)
 
 
 def drawn(
