@@ -50,9 +50,7 @@ def load(
                 f"There is no format {format!r}: there is saelens, {', '.join(CONVERTERS)}."
             )
         if cls is not None and issubclass(cls, TrainingSAE):
-            raise CheckpointError(
-                f"{folder} is a finished SAE ({format}): it cannot be trained further."
-            )
+            raise CheckpointError(f"{folder} is a finished SAE ({format}): it cannot be trained further.")
         sae = SAE.load_from_disk(folder, device=device, converter=CONVERTERS[format])
     if site is not None:
         sae.cfg.metadata.hook_name = site

@@ -11,6 +11,7 @@ from mm_adapters.records.image_tokens import (
     Views,
 )
 from mm_adapters.records.registry import records, register
+from mm_adapters.records.resolve import is_guided
 from mm_adapters.records.spec import (
     Attention,
     Built,
@@ -59,6 +60,7 @@ __all__ = [
     "Tower",
     "TowerMount",
     "Views",
+    "is_guided",
     "records",
     "register",
 ]
