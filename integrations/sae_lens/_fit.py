@@ -104,7 +104,7 @@ class Fit:
                 row |= {_tagged(k, name, self.trainers): v for k, v in metric.items()}
                 bar.set_postfix(
                     loss=f"{metric['losses/overall_loss']:.4g}",
-                    explained=f"{metric['metrics/explained_variance']:.3f}",
+                    explained=f"{metric['metrics/explained_variance']:z.3f}",
                     l0=f"{metric['metrics/l0']:.1f}",
                 )
         for one in self.trainers.values():

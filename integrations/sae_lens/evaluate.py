@@ -112,8 +112,9 @@ class SAEReport:
         if self.recovered is not None:
             r = self.recovered
             lines.append(
-                f"score {r.plain:.3f}; with the SAE {r.sae:.3f}, zeros {r.zero:.3f}, the mean {r.mean:.3f}: "
-                f"{r.of_zero:.1%} recovered of zeros, {r.of_mean:.1%} of the mean"
+                f"score {r.plain:z.3f}; with the SAE {r.sae:z.3f}, zeros {r.zero:z.3f}, "
+                f"the mean {r.mean:z.3f}: "
+                f"{r.of_zero:z.1%} recovered of zeros, {r.of_mean:z.1%} of the mean"
             )
         return "\n".join(lines)
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from methods_multimodal.core.generators import generator
+from methods_multimodal.cross_attention._measuring import DrawParts, measure_parts
 from methods_multimodal.cross_attention._rows import Change, copied, copied_whole, draw
 from methods_multimodal.cross_attention._sites import text_attention
-from methods_multimodal.cross_attention.cases import Case, layouts_of, other_words, reached
+from methods_multimodal.cross_attention.cases import Case, Part, layouts_of, reached
 from methods_multimodal.cross_attention.effects import Effects
-from methods_multimodal.cross_attention.metrics import Metric, scores
+from methods_multimodal.cross_attention.metrics import Metric
 from mm_adapters import InputError, Lens, TokenLayout
 
 
@@ -41,8 +42,8 @@ def restore_layers(
     for site in sites.values():
         model.sitemap[site]
     pieces = [[Change(site, 0, copied_whole(0))] for site in sites.values()]
-    labels = tuple((layer,) for layer in sites)
-    return _restored(model, cases, metric, pieces, labels, noise, batch, options, noise_seed, lens)
+    parts = [Part((layer,)) for layer in sites]
+    return _restored(model, cases, metric, pieces, parts, noise, batch, options, noise_seed, lens)
 
 
 def restore_text(
@@ -75,8 +76,8 @@ def restore_text(
     if not sites:
         raise InputError(f"The text encoder has no {part!r}. model.sites('text.blocks.0.*') lists its parts.")
     pieces = [[Change(s.name, 0, _AtWord(layouts, at))] for s in sites]
-    labels = tuple((int(s.layer or 0),) for s in sites)
-    return _restored(model, cases, metric, pieces, labels, noise, batch, options, noise_seed, lens)
+    parts = [Part((int(s.layer or 0),)) for s in sites]
+    return _restored(model, cases, metric, pieces, parts, noise, batch, options, noise_seed, lens)
 
 
 class _AtWord:
@@ -100,7 +101,7 @@ def _restored(
     cases: Sequence[Case],
     metric: Metric,
     pieces: Sequence[Sequence[Change]],
-    labels: tuple[tuple[int, ...], ...],
+    parts: Sequence[Part],
     noise: float,
     batch: int,
     options: Mapping[str, Any] | None,
@@ -110,42 +111,24 @@ def _restored(
     layouts = [x for x, _ in layouts_of(model, cases, options)]
     for i, case in enumerate(cases):
         reached(layouts[i], case.word, "word")
-    if batch < 4:
-        raise InputError(
-            f"batch={batch}: a run holds a clean, a corrupted, a control and a restored picture."
-        )
-    generator = torch.Generator().manual_seed(noise_seed)
-    table, ends = torch.zeros(len(pieces), len(cases)), torch.zeros(3, len(cases))
-    size = batch - 3
-    chunks = [range(i, min(i + size, len(pieces))) for i in range(0, len(pieces), size)]
-    with tqdm(total=len(cases) * len(chunks), desc="restoring", unit="run", disable=None, leave=False) as bar:
-        for i, case in enumerate(cases):
-            spare = other_words(layouts[i], [case.word])
-            at = int(torch.randint(max(len(spare), 1), (), generator=generator))
-            seed = int(torch.randint(2**31, (), generator=generator))
-            for k, chunk in enumerate(chunks):
-                n = 3 + len(chunk)
-                changes = _corrupted(model, layouts[i], case.word, [1, *range(3, n)], noise, seed)
-                if spare:
-                    changes += _corrupted(model, layouts[i], spare[at], [2], noise, seed)
-                for j, p in enumerate(chunk):
-                    changes += _bound(pieces[p], i, case.word, 3 + j)
-                images = draw(model, [case.prompt] * n, [case.seed] * n, changes, options=options, lens=lens)
-                found = scores(metric, images).cpu()
-                table[list(chunk), i] = found[3:]
-                if k == 0:
-                    ends[:, i] = torch.stack([found[1], found[0], found[2]])
-                bar.update()
-    return Effects(
-        changed=table,
-        base=ends[0],
-        goal=ends[1],
-        control=ends[2],
-        layers=labels,
-        heads=((),) * len(labels),
-        steps=((),) * len(labels),
-        what="restoring",
-        metric=getattr(metric, "__name__", "metric"),
+
+    def drawing_of(i: int, other: str | None, rng: torch.Generator) -> DrawParts:
+        case, seed = cases[i], int(torch.randint(2**31, (), generator=rng))
+        control = [] if other is None else _corrupted(model, layouts[i], other, [2], noise, seed)
+
+        def draw_parts(chunk: Sequence[int]) -> Tensor:
+            n = 3 + len(chunk)
+            changes = _corrupted(model, layouts[i], case.word, [1, *range(3, n)], noise, seed) + control
+            for j, p in enumerate(chunk):
+                changes += _bound(pieces[p], i, case.word, 3 + j)
+            images = draw(model, [case.prompt] * n, [case.seed] * n, changes, options=options, lens=lens)
+            # The clean picture comes first, because the others copy from it; it is the goal.
+            return images[[1, 0, *range(2, n)]]
+
+        return draw_parts
+
+    return measure_parts(
+        cases, layouts, parts, metric, drawing_of, what="restoring", batch=batch, seed=noise_seed
     )
 
 
@@ -163,8 +146,7 @@ def _corrupted(
     positions = reached(layout, word, "word")
 
     def spoil(own: Tensor, every: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(len(positions), own.shape[-1], generator=generator).to(own)
+        drawn = torch.randn(len(positions), own.shape[-1], generator=generator(seed)).to(own)
         own[positions] = own[positions] + noise * every.float().std().to(own) * drawn
         return own
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from methods_multimodal.cross_attention import _knockout
+from methods_multimodal.cross_attention._measuring import DrawParts, measure_parts
 from methods_multimodal.cross_attention._rows import Change, copied, draw
 from methods_multimodal.cross_attention._sites import text_attention, text_positions
 from methods_multimodal.cross_attention.cases import (
@@ -19,11 +19,10 @@ from methods_multimodal.cross_attention.cases import (
     aligned,
     chosen,
     layouts_of,
-    other_words,
     reached,
 )
 from methods_multimodal.cross_attention.effects import Effects
-from methods_multimodal.cross_attention.metrics import Metric, scores
+from methods_multimodal.cross_attention.metrics import Metric
 from mm_adapters import InputError, Lens, Read, TokenLayout
 
 EVERYTHING = (Part(),)
@@ -203,48 +202,25 @@ def _measured(
     lens: Lens | None,
 ) -> Effects:
     """Draws for each case: its picture, its goal, a control, and one picture for each part."""
-    if not cases or not parts:
-        raise InputError("There is nothing to trace: give at least one case and one part.")
     n_steps = (options or {}).get("num_inference_steps")
     for part in parts:
         if n_steps is not None and part.steps and not 0 <= min(part.steps) <= max(part.steps) < n_steps:
             raise InputError(f"{part}: the run has the steps 0 to {n_steps - 1}.")
-    if batch < 4:
-        raise InputError(f"batch={batch}: a run holds a picture, its goal, its control and a part at least.")
-    generator = torch.Generator().manual_seed(control_seed)
-    table = torch.zeros(len(parts), len(cases))
-    ends = torch.zeros(3, len(cases))
-    size = batch - 3
-    chunks = [list(range(i, min(i + size, len(parts)))) for i in range(0, len(parts), size)]
-    with tqdm(total=len(cases) * len(chunks), desc=what, unit="run", disable=None, leave=False) as bar:
-        for i, case in enumerate(cases):
-            spare = other_words(layouts[i], [case.word]) if case.word else []
-            at = int(torch.randint(max(len(spare), 1), (), generator=generator))
-            for k, chunk in enumerate(chunks):
-                prompts = [case.prompt, goals[i] if goals else case.prompt, case.prompt]
-                prompts += [case.prompt] * len(chunk)
-                changes: list[Change] = [] if goals else change(i, Part(), 1, 1, None)
-                if spare:
-                    changes += change(i, Part(), 2, 1, spare[at])
-                for j, p in enumerate(chunk):
-                    changes += change(i, parts[p], 3 + j, 1, None)
-                images = drawn(model, prompts, case.seed, changes, options, lens)
-                found = scores(metric, images).cpu()
-                table[chunk, i] = found[3:]
-                if k == 0:
-                    ends[:, i] = found[:3]
-                bar.update()
-    return Effects(
-        changed=table,
-        base=ends[0],
-        goal=ends[1],
-        control=ends[2],
-        layers=tuple(p.layers or () for p in parts),
-        heads=tuple(p.heads or () for p in parts),
-        steps=tuple(p.steps or () for p in parts),
-        what=what,
-        metric=getattr(metric, "__name__", "metric"),
-    )
+
+    def drawing_of(i: int, other: str | None, rng: torch.Generator) -> DrawParts:
+        case = cases[i]
+        ends: list[Change] = [] if goals else change(i, Part(), 1, 1, None)
+        if other is not None:
+            ends += change(i, Part(), 2, 1, other)
+
+        def draw_parts(chunk: Sequence[int]) -> Tensor:
+            prompts = [case.prompt, goals[i] if goals else case.prompt, *[case.prompt] * (1 + len(chunk))]
+            own = [c for j, p in enumerate(chunk) for c in change(i, parts[p], 3 + j, 1, None)]
+            return drawn(model, prompts, case.seed, [*ends, *own], options, lens)
+
+        return draw_parts
+
+    return measure_parts(cases, layouts, parts, metric, drawing_of, what=what, batch=batch, seed=control_seed)
 
 
 def drawn(

@@ -13,6 +13,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
+from methods_multimodal.core.generators import mixed
+
 # Rows of a piece, for which each column has 32 bytes; and so many pieces' numbers are drawn at a time.
 ROWS = 256
 _BYTES = ROWS // 8
@@ -21,14 +23,6 @@ _DRAWN = 2**22
 _AT_ONCE = 32
 # Narrower, a table costs more than it saves.
 NARROW = 512
-
-
-def generator(*numbers: int) -> torch.Generator:
-    """One for these numbers."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % (2**63 - 25)
-    return torch.Generator().manual_seed(seed)
 
 
 def drawn(count: int, lots: torch.Generator) -> UInt8[Tensor, " count"]:
@@ -51,7 +45,7 @@ def pieces(n: int, dim: int, seed: int) -> Iterator[UInt8[Tensor, "dim byte"]]:
     at_once, left = max(1, _DRAWN // (ROWS * dim)), -(-n // ROWS)
     number = 0
     while left > 0:
-        found = drawn(at_once * dim * _BYTES, generator(seed, number)).view(at_once, dim, _BYTES)
+        found = drawn(at_once * dim * _BYTES, mixed(seed, number)).view(at_once, dim, _BYTES)
         yield from found[:left]
         left, number = left - at_once, number + 1
 

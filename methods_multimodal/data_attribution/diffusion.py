@@ -12,6 +12,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from methods_multimodal.core.generators import mixed
 from methods_multimodal.data_attribution._parameters import select
 from methods_multimodal.data_attribution.task import Batch, Call, Task
 from mm_adapters import InputError
@@ -197,9 +198,11 @@ class Draws:
         found: list[Tensor] = []
         for number, own in zip(index.tolist(), steps.tolist(), strict=True):
             for step, draw in zip(own, which, strict=True):
-                key = (self.seed, -1 if self.shared else int(number), int(step), draw % self.n_noises)
+                # One more, so that -1, all examples' number, is none of theirs.
+                key = tuple(n + 1 for n in (self.seed, -1 if self.shared else int(number), int(step),
+                                            draw % self.n_noises))  # fmt: skip
                 if key not in made:
-                    made[key] = torch.randn(*shape, generator=_generator(key))
+                    made[key] = torch.randn(*shape, generator=mixed(*key))
                 found.append(made[key])
         return torch.stack(found).unflatten(0, tuple(steps.shape))
 
@@ -250,13 +253,6 @@ def _kwargs(rows: Batch) -> dict[str, Any]:
         else:
             out[name] = value
     return out
-
-
-def _generator(numbers: Sequence[int]) -> torch.Generator:
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 2) % (2**63 - 25)
-    return torch.Generator().manual_seed(seed)
 
 
 def takes(module: nn.Module, name: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.core.generators import mixed
 from methods_multimodal.data_attribution import _signs
 from mm_adapters import InputError
 
@@ -82,9 +83,7 @@ class Projection:
         if width <= dim:
             return None
         name = sum(ord(c) * 31**i for i, c in enumerate(layer)) % 2**31
-        made = torch.randn(
-            width, dim, generator=_signs.generator(self.seed, name, which), dtype=torch.float64
-        )
+        made = torch.randn(width, dim, generator=mixed(self.seed, name, which), dtype=torch.float64)
         return (torch.linalg.qr(made).Q * math.sqrt(width / dim)).float().to(device)
 
 
@@ -110,13 +109,13 @@ class _Dense:
         rows = max(1, _BLOCK // self.dim)
         for number, start in enumerate(range(0, self.n, rows)):
             count = min(rows, self.n - start)
-            lots = _signs.generator(self.seed, number)
+            lots = mixed(self.seed, number)
             yield torch.randn(count, self.dim, generator=lots).to(self.device)
 
 
 class _Sparse:
     def __init__(self, n: int, dim: int, seed: int, device: torch.device) -> None:
-        lots = _signs.generator(seed)
+        lots = mixed(seed)
         self.dim = dim
         self.to = torch.randint(dim, (n,), generator=lots).to(device)
         self.signs = _signs.signs(n, lots).to(device)

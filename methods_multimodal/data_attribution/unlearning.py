@@ -13,9 +13,11 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from methods_multimodal.core.files import write_text
 from methods_multimodal.core.progress import fingerprint
 from methods_multimodal.data_attribution.task import Batch, Examples, Task, batch_of, n_examples
 from mm_adapters import InputError
+from mm_adapters.store import atomic_write
 
 Weights = Mapping[str, Tensor]
 
@@ -83,9 +85,8 @@ def unlearning_scores(
             moved = {name: value + step * scale[name] * up[name] for name, value in weights.items()}
             rows.append(measured(moved) - before)
             if file is not None:
-                part = file.with_suffix(".part")
-                save_file({"scores": rows[-1].cpu()}, part)
-                part.replace(file)
+                with atomic_write(file, keep_suffix=True) as part:
+                    save_file({"scores": rows[-1].cpu()}, part)
         else:
             rows.append(load_file(file)["scores"].to(before))
     return torch.stack(rows)
@@ -151,6 +152,4 @@ def _claim(
             f"{folder} holds another run's scores (other model, queries or settings). Pass another folder, "
             "or delete this one."
         )
-    part = note.with_suffix(".part")
-    part.write_text(mark)
-    part.replace(note)
+    write_text(note, mark)

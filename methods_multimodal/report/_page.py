@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
+from methods_multimodal.core.files import write_json
 from mm_adapters import HookedModel
+from mm_adapters.store import atomic_write
 from mm_adapters.tokens.layout import TokenLayout
 
 LETTERS = ("A", "B")  # The image, and what it is compared with.
@@ -34,10 +34,9 @@ class Report:
     def write(self, out: Path) -> tuple[Path, Path]:
         """Writes the picture to `out` and the numbers beside it; returns both paths."""
         numbers = out.with_suffix(".json")
-        part = out.with_name(f".part-{out.name}")
-        self.figure.savefig(part, dpi=110)
-        os.replace(part, out)
-        numbers.write_text(json.dumps(self.numbers, indent=1), "utf-8")
+        with atomic_write(out, keep_suffix=True) as part:
+            self.figure.savefig(part, dpi=110)
+        write_json(numbers, self.numbers)
         return out, numbers
 
 
@@ -88,7 +87,7 @@ def spread(n_layers: int, most: int = 6) -> list[int]:
 
 
 def rounded(values: Tensor, digits: int = 6) -> Any:
-    """A tensor as nested lists of short numbers."""
+    """A tensor as nested lists of short numbers, none of them -0.0."""
     return _rounded(values.detach().float().cpu().tolist(), digits)
 
 
@@ -101,4 +100,4 @@ def strongest(table: Float[Tensor, "layer head"], n: int = 3) -> Sequence[tuple[
 
 
 def _rounded(value: Any, digits: int) -> Any:
-    return [_rounded(v, digits) for v in value] if isinstance(value, list) else round(value, digits)
+    return [_rounded(v, digits) for v in value] if isinstance(value, list) else round(value, digits) + 0.0

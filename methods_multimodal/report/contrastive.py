@@ -125,7 +125,7 @@ def _draw(
     likely = probabilities(found.logits)
     for i, name in enumerate(names):
         said = [
-            f"{float(found.logits[i, t]):+.2f}  p={float(likely[i, t]):.3f}  {text}"
+            f"{float(found.logits[i, t]):+z.2f}  p={float(likely[i, t]):.3f}  {text}"
             for t, text in enumerate(texts[:6])
         ]
         picture(
@@ -134,7 +134,7 @@ def _draw(
             title=f"{LETTERS[i]}: {name}, as the model sees it",
             caption="\n".join(said),
         )
-    heatmap(found.logits, page.add_subplot(grid[0, 2]), unit="logit", signed=True, write="+.2f",
+    heatmap(found.logits, page.add_subplot(grid[0, 2]), unit="logit", signed=True, write="+z.2f",
             rows=list(LETTERS), columns=[_short(t) for t in texts], title="the model's logits")  # fmt: skip
     mosaic(
         found.maps, page.add_subplot(grid[1, 0]), title=f"A: attention of the {found.maps.query} over patches"
@@ -164,19 +164,19 @@ def _lines(
 ) -> list[str]:
     likely = probabilities(found.logits)
     lines = [
-        f"{names[i]}: {text!r} logit {float(found.logits[i, t]):+.4f}, probability {float(likely[i, t]):.4f}"
+        f"{names[i]}: {text!r} logit {float(found.logits[i, t]):+z.4f}, probability {float(likely[i, t]):.4f}"
         for i in range(len(names))
         for t, text in enumerate(texts)
     ]
     if shares is None:
         return [*lines, found.no_attribution]
-    top = ", ".join(f"layer {a} head {b} {v:+.3f}" for a, b, v in strongest(shares.heads[0, 0]))
+    top = ", ".join(f"layer {a} head {b} {v:+z.3f}" for a, b, v in strongest(shares.heads[0, 0]))
     return [
         *lines,
-        f"attribution to {shares.texts[0]}: sum {float(shares.total[0, 0]):+.5f}, the model's own "
-        f"{float(shares.logit[0, 0]):+.5f}, residual {shares.residual:.1e}; strongest heads: {top}",
+        f"attribution to {shares.texts[0]}: sum {float(shares.total[0, 0]):+z.5f}, the model's own "
+        f"{float(shares.logit[0, 0]):+z.5f}, residual {shares.residual:.1e}; strongest heads: {top}",
         "strongest heads by patching: "
-        + ", ".join(f"layer {a} head {b} {v:+.3f}" for a, b, v in strongest(found.heads.effect[0])),
+        + ", ".join(f"layer {a} head {b} {v:+z.3f}" for a, b, v in strongest(found.heads.effect[0])),
     ]
 
 

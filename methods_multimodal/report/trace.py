@@ -66,7 +66,7 @@ def trace_report(
     left, right = bottom.subplots(1, 2, width_ratios=[2.2, 1])
     effect_grid(exact, left, title=f"patching the keys and values of “{word}” (reach: {reach})")
     effect_pairs(fast.mean(1), change, right, unit=unit,
-                 title=f"one gradient beside every patch: r {pearson:.2f}, rank {spearman:.2f}")  # fmt: skip
+                 title=f"one gradient beside each patch: r {pearson:z.2f}, rank {spearman:z.2f}")  # fmt: skip
     share, control = exact.share(), exact.control_share()
     best = share.mean.argsort(descending=True)[:3].tolist()
     numbers = {
@@ -82,9 +82,9 @@ def trace_report(
     lines = [f"{exact.parts[i]}: {_with(share, i)} of the whole effect" for i in best]
     lines += [
         f"a random other word: {_with(control, 0)}",
-        f"blocking {word!r} moves the metric by {numbers['blocked']:+.3f}, a random word by "
-        f"{numbers['blocked, a random word']:+.3f}",
-        f"one gradient foretells the patches with r = {pearson:.2f} (rank {spearman:.2f})",
+        f"blocking {word!r} moves the metric by {numbers['blocked']:+z.3f}, a random word by "
+        f"{numbers['blocked, a random word']:+z.3f}",
+        f"one gradient foretells the patches with r = {pearson:z.2f} (rank {spearman:z.2f})",
     ]
     return Report(page, numbers, tuple(lines))
 
@@ -104,4 +104,4 @@ def _pictures(
 
 
 def _with(share: Any, i: int) -> str:
-    return f"{float(share.mean[i]):+.2f} ({float(share.low[i]):+.2f} to {float(share.high[i]):+.2f})"
+    return f"{float(share.mean[i]):+z.2f} ({float(share.low[i]):+z.2f} to {float(share.high[i]):+z.2f})"

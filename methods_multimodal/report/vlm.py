@@ -161,12 +161,12 @@ def _lines(found: Found, names: Sequence[str]) -> list[str]:
     best = int(effect.abs().argmax())
     return [
         *(f"{name}: answer {answer!r}" for name, answer in zip(names, found.answers, strict=True)),
-        f"attribution to {found.target}: sum {float(found.shares.total[0, 0]):+.5f}, the model's own "
-        f"{float(found.shares.logit[0, 0]):+.5f}, residual {found.shares.residual:.1e}",
+        f"attribution to {found.target}: sum {float(found.shares.total[0, 0]):+z.5f}, the model's own "
+        f"{float(found.shares.logit[0, 0]):+z.5f}, residual {found.shares.residual:.1e}",
         f"strongest image patch: row {best // found.grid[1]}, column {best % found.grid[1]} of "
-        f"{found.grid[0]} x {found.grid[1]}, effect {float(effect.flatten()[best]):+.3f}",
+        f"{found.grid[0]} x {found.grid[1]}, effect {float(effect.flatten()[best]):+z.3f}",
         "strongest heads by patching: "
-        + ", ".join(f"layer {a} head {b} {v:+.3f}" for a, b, v in strongest(found.heads.effect[0])),
+        + ", ".join(f"layer {a} head {b} {v:+z.3f}" for a, b, v in strongest(found.heads.effect[0])),
     ]
 
 

@@ -1,6 +1,5 @@
 """The prior of unCLIP and Kandinsky: a transformer that denoises an image's embedding (arXiv 2204.06125)."""
 
-from mm_adapters.families._parts import attention, mlp, norm
 from mm_adapters.records import (
     Guidance,
     Input,
@@ -10,6 +9,9 @@ from mm_adapters.records import (
     Stack,
     Tower,
     TowerMount,
+    attention,
+    mlp,
+    norm,
     register,
 )
 

@@ -20,7 +20,6 @@ from mm_adapters._errors import InputError
 ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | np.ndarray | Tensor"
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
 _ACCEPTED = (
     "Accepted: a PIL image, the path of an image file, a numpy array [height, width] or "
     "[height, width, channel], or a torch tensor [channel, height, width]"
@@ -61,10 +60,15 @@ def to_rgb_list(images: Any) -> list[Image.Image]:
     return [_numbered(i, image) if len(many) > 1 else to_rgb(image) for i, image in enumerate(many)]
 
 
-def image_files(folder: str | os.PathLike[str], *, recursive: bool = True) -> list[Path]:
-    """The image files in a folder, and below it if `recursive`, in order of name: those of `SUFFIXES`.
+def image_files(
+    folder: str | os.PathLike[str], *, recursive: bool = True, verify: bool = False, min_images: int = 1
+) -> list[Path]:
+    """The image files in a folder, in order of name: those that end as `SUFFIXES` say.
 
-    Raises: InputError if there is no such folder, or it has no image.
+    `recursive`: also those in its folders, and so on. `verify`: each is opened, so that a broken file is
+    named before anything is computed.
+
+    Raises: InputError if there is no such folder, it has fewer images than `min_images`, or a broken one.
     """
     where = Path(folder)
     if not where.is_dir():
@@ -73,6 +77,14 @@ def image_files(folder: str | os.PathLike[str], *, recursive: bool = True) -> li
     files = sorted(path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise InputError(f"{where} holds no image: nothing there ends in {', '.join(SUFFIXES)}.")
+    if len(files) < min_images:
+        raise InputError(f"{where} holds {len(files)} images, and at least {min_images} are needed.")
+    for path in files if verify else ():
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except (UnidentifiedImageError, OSError, SyntaxError):
+            raise InputError(f"{path} is no picture that can be read. Remove or replace it.") from None
     return files
 
 

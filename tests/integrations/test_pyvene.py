@@ -376,7 +376,7 @@ def test_options_that_would_be_ignored_are_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pyvene's forward: .*'subspace'"):
         made(case, site, pv.VanillaIntervention)(base, [source], {"sources->base": 1}, subspace=0)
     config = pv.IntervenableConfig([at(pv.VanillaIntervention)])
-    with pytest.raises(InputError, match="no option 'fast'. Did you mean 'use_fast'"):
+    with pytest.raises(InputError, match=r"no option 'fast'\. Did you mean 'use_fast'"):
         mm_pv.MMIntervenableModel(config, case.model, fast=True)
     with pytest.raises(InputError, match="no option 'save_to_hf_hub'"):
         mm_pv.MMIntervenableModel(config, case.model).save(tmp_path, save_to_hf_hub=True)

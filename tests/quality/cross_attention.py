@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import sem
 from torch import Tensor
 
 import mm_adapters as mm
@@ -92,7 +93,7 @@ def measure_maps(model: Any, n: int, batch: int = 20) -> dict[str, Any]:
     out |= {
         "IoU, shuffled": float(wrong.iou[k].mean()),
         "IoU, chance": float(chance.iou[k].mean()),
-        "shuffled - chance, standard error": float(gap.std() / len(gap) ** 0.5),
+        "shuffled - chance, standard error": float(sem(gap.double().numpy())),
     }
     return out
 

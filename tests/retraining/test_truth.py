@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import sem
 
+from methods_multimodal.core.statistics import spearman
 from methods_multimodal.data_attribution.counterfactual import LeftOut, top
-from methods_multimodal.data_attribution.evaluation import source_recall, spearman
+from methods_multimodal.data_attribution.evaluation import source_recall
 from methods_multimodal.data_attribution.scorers import scores
 from methods_multimodal.data_attribution.trak import Trak
 from tests.retraining import subsets
@@ -205,7 +207,7 @@ def test_of_a_tenth_only_what_dtrak_and_clip_both_name_matters(
         rises([a - b for a, b in zip(own, clip, strict=True)]),
         rises([b - a for a, b in zip(own, clip, strict=True)]),
     ):
-        error = float(alone.std() / len(asked) ** 0.5)
+        error = float(sem(alone.double().numpy()))
         assert abs(float(alone.mean())) < 2 * error
         assert float(shared.mean()) > float(alone.mean()) + 3 * error
     firsts = [rises([set(row[q].topk(2).indices.tolist()) for q in asked]) for row in both]

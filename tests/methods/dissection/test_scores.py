@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from methods_multimodal.core.statistics import auroc, correlation
 from methods_multimodal.dissection import (
     agreement,
     chance,
@@ -16,7 +17,7 @@ from methods_multimodal.dissection import (
     selectivity,
 )
 from methods_multimodal.dissection.neurons import contribution
-from methods_multimodal.dissection.scores import auroc, cell_iou, correlation
+from methods_multimodal.dissection.scores import cell_iou
 from methods_multimodal.dissection.similarity import cosine
 from mm_adapters import InputError
 
