@@ -21,6 +21,7 @@ from mm_adapters.records.parts import (
     qkv_attention,
 )
 from mm_adapters.records.registry import records, register
+from mm_adapters.records.resolve import is_guided
 from mm_adapters.records.spec import (
     Attention,
     Built,
@@ -75,6 +76,7 @@ __all__ = [
     "fused_attention",
     "gated_mlp",
     "inside",
+    "is_guided",
     "mlp",
     "norm",
     "pre_norm",

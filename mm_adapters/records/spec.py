@@ -327,6 +327,12 @@ class Site:
     axes: tuple[str, ...]
     reason: str | None = None
 
+    @property
+    def n_heads(self) -> int | None:
+        """How many heads its value has apart; None if it has none."""
+        sizes = (axis.removeprefix("head=") for axis in self.axes if axis.startswith("head="))
+        return next(map(int, sizes), None)
+
     def __str__(self) -> str:
         shown = f"absent: {self.reason}" if self.reason else f"[{', '.join(self.axes)}]"
         return f"{self.name:<44} {shown}"

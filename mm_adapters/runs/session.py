@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mm_adapters._errors import EditNeverFiredError, InputError
 from mm_adapters.hooks.wiring import Points
+from mm_adapters.records.resolve import is_guided
 from mm_adapters.records.spec import Guidance
 from mm_adapters.runs.lens import Edit, Read, Rows, Run
 from mm_adapters.runs.meter import Meter
@@ -263,14 +263,6 @@ class Session:
 def guidance_text_argument(guidance: Guidance | None) -> str | None:
     """The argument that tells the calls of one step apart, where guidance makes several."""
     return guidance.text if guidance is not None and guidance.denoiser_calls else None
-
-
-def is_guided(model: Any, guidance: Guidance, arguments: Mapping[str, Any]) -> bool:
-    """Whether a run with these arguments has unconditional parts."""
-    if guidance.flag is not None:
-        return bool(getattr(model, guidance.flag))
-    taken = inspect.signature(type(model).__call__).parameters
-    return any(arguments.get(scale, taken[scale].default) > 1 for scale in guidance.scale.split("|"))
 
 
 def _by_step(values: list[Tensor], parts: list[int]) -> list[Tensor]:
