@@ -18,7 +18,7 @@ class EditNeverFiredError(RuntimeError):
 
 
 class AttentionUnreachableError(RuntimeError):
-    """The scores or pattern of an attention were asked for, and its code passes us by."""
+    """The scores or pattern of an attention were asked for, and its kernel cannot be intercepted."""
 
 
 class InputError(ValueError):

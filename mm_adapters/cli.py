@@ -52,12 +52,12 @@ def sites(
     from mm_adapters.sites.listing import listing
 
     loaded = load(model, device="meta" if meta else "cpu")
-    found = loaded.sites(pattern)
-    if not found:
+    table = loaded.sites(pattern)
+    if not table:
         raise loaded.sitemap.missing(pattern)
     # In a file or a pipe each line is whole.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
-    typer.echo(listing(found, width, every=every))
+    typer.echo(listing(table, width, every=every))
 
 
 def build(points: Iterable[EntryPoint] | None = None) -> typer.Typer:

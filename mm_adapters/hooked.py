@@ -135,10 +135,10 @@ class HookedModel(BaseModel, HookedRootModule):
         """
         remove = kwargs.get("remove_batch_dim", False)
         if self.sitemap.model_record.loop is not None:
-            output, found = self._cache_loop(*args, **kwargs)
+            output, values = self._cache_loop(*args, **kwargs)
         else:
-            output, found = super().run_with_cache(*args, **kwargs)
-        cache = ModelCache(found, self, has_batch_dim=not remove) if return_cache_object else found
+            output, values = super().run_with_cache(*args, **kwargs)
+        cache = ModelCache(values, self, has_batch_dim=not remove) if return_cache_object else values
         return output, cache
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
@@ -257,15 +257,15 @@ class HookedModel(BaseModel, HookedRootModule):
         session = self._session([Read(n, move) for n in self.sitemap.sites if keep(n)], (), False)
         with session.attached(kwargs):
             output = self.forward(*args, **kwargs)
-        found = dict(session.result(output).values)
+        values = dict(session.result(output).values)
         if remove_batch_dim:
-            looped = {k for k in found if self.sitemap[k].tower in self.sitemap.loops}
-            found = {k: v[:, 0] if k in looped else v[0] for k, v in found.items()}
-        return output, found
+            looped = {k for k in values if self.sitemap[k].tower in self.sitemap.loops}
+            values = {k: v[:, 0] if k in looped else v[0] for k, v in values.items()}
+        return output, values
 
 
 def _among(names: str | Sequence[str] | None) -> Callable[[str], bool]:
     if names is None:
         return lambda name: True
-    wanted = {names} if isinstance(names, str) else set(names)
-    return lambda name: name in wanted
+    names_wanted = {names} if isinstance(names, str) else set(names)
+    return lambda name: name in names_wanted

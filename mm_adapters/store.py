@@ -59,9 +59,11 @@ class Store:
         self._shards: list[dict[str, Mapped]] = []
         for i, shard in enumerate(manifest["shards"]):
             self._shards.append(
-                {name: self._map(self.folder / file_name(i, k), name, column, shard["rows"])
-                 for k, (name, column) in enumerate(self.columns.items())}
-            )  # fmt: skip
+                {
+                    name: self._map(self.folder / file_name(i, k), name, column, shard["rows"])
+                    for k, (name, column) in enumerate(self.columns.items())
+                }
+            )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -82,7 +84,7 @@ class Store:
             for name in names:
                 parts[name].append(self._shards[shard][name].tensor[at - first : end - first])
             at, shard = end, shard + 1
-        return {name: _joined(found, self.columns[name]) for name, found in parts.items()}
+        return {name: _joined(pieces, self.columns[name]) for name, pieces in parts.items()}
 
     def views(self, size: int, columns: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
         """Every row in order, at most `size` at a time and never of two shards: nothing is copied."""
@@ -184,8 +186,8 @@ class Store:
         except CheckpointError as error:
             raise StoreError(f"{error} Or delete {self.folder} and make it again.") from None
         shape = [n_rows, *column.shape]
-        said = header.get(name, {})
-        if said.get("shape") != shape or said.get("dtype") != CODES[column.dtype]:
+        entry = header.get(name, {})
+        if entry.get("shape") != shape or entry.get("dtype") != CODES[column.dtype]:
             raise StoreError(
                 f"{path} holds {header} and the manifest says {name!r}, {column.dtype}, {shape}. It is of "
                 f"another store; delete {self.folder} and make it again."

@@ -459,14 +459,18 @@ def test_open_clip_names_that_do_not_exist_say_which_do(name: str, says: str) ->
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"engine": "torch"}, ValueError, "no engine 'torch'; there is hooked, nnsight"),
-        ({"dtype": "float12"}, ValueError, "dtype='float12' is none a model runs in"),
-        ({"dtype": "int8"}, ValueError, "float32, float16 or bfloat16"),
-        ({"dtype": torch.int64}, ValueError, "none a model runs in"),
-        ({"device": "gpu"}, ValueError, "no device 'gpu'"),
-        ({"trust_remote_code": True}, ValueError, "Code that comes with a checkpoint is never run"),
-        ({"use_safetensors": False}, ValueError, "safetensors only"),
-        ({"torch_dtype": torch.float16}, ValueError, "It is called dtype"),
+        ({"engine": "torch"}, InputError, "no engine 'torch'; there is hooked, nnsight"),
+        ({"dtype": "float12"}, InputError, "dtype='float12' is none a model runs in"),
+        ({"dtype": "int8"}, InputError, "float32, float16 or bfloat16"),
+        ({"dtype": torch.int64}, InputError, "none a model runs in"),
+        ({"device": "gpu"}, InputError, "no device 'gpu'"),
+        ({"device": "hip"}, InputError, "no device 'hip' here"),
+        ({"device": torch.device("cuda", 99)}, InputError, "no device 'cuda:99' here"),
+        ({"device": 1.5}, InputError, "no device '1.5' here"),
+        ({"dtype": 16}, InputError, "dtype=16 is none a model runs in"),
+        ({"trust_remote_code": True}, InputError, "Code that comes with a checkpoint is never run"),
+        ({"use_safetensors": False}, InputError, "safetensors only"),
+        ({"torch_dtype": torch.float16}, InputError, "It is called dtype"),
     ],
 )
 def test_wrong_options_are_refused_first(options: Any, error: Any, says: str) -> None:

@@ -12,11 +12,10 @@ import tiny_tokenizers as made_here
 import torch
 
 from mm_adapters._errors import InputError, WordNotFoundError
-from mm_adapters._guidance import GuidanceRows
 from mm_adapters.tokens import words as _words
 from mm_adapters.tokens.layout import TokenLayout, language_layout, text_layout, vision_layout
-from mm_adapters.tokens.tokenizers import speller_of
-from mm_adapters.tokens.words import spell, split_words
+from mm_adapters.tokens.tokenizers import tokenizer_view_of
+from mm_adapters.tokens.words import align_words, split_words
 
 TEXTS = [
     "a red circle",
@@ -56,8 +55,8 @@ def rows(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor |
 
 def letters(tokenizer: Any, ids: list[int]) -> str:
     """What some tokens say, without marks, spaces and case."""
-    speller = speller_of(tokenizer)
-    said = speller.decode(ids) if ids else ""
+    tokenizer_view = tokenizer_view_of(tokenizer)
+    said = tokenizer_view.decode(ids) if ids else ""
     return "".join(said.split()).casefold()
 
 
@@ -84,8 +83,8 @@ def test_of_random_text_every_letter_and_every_token_has_a_place(
     alphabet = "aaBbe  \n'-,.!?_09éßñøΩжщ中圆の☃→" + "red"
     for _ in range(60):
         text = "".join(source.choices(alphabet, k=source.randint(0, 24)))
-        ids = speller_of(tokenizer).encode(text)[0]
-        read = spell(text, tokenizer, ids)
+        ids = tokenizer_view_of(tokenizer).encode(text)[0]
+        read = align_words(text, tokenizer, ids)
         entries = read.words + read.marks
         placed = {i for e in entries for i in range(*e.span)}
         assert placed == {i for i, c in enumerate(text) if not c.isspace()}
@@ -102,7 +101,7 @@ def test_letters_laid_along_the_text_agree_with_the_tokenizers_own_offsets(
     tokenizers: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tokenizers[name]
-    speller = speller_of(tokenizer)
+    tokenizer_view = tokenizer_view_of(tokenizer)
     vocabulary = sorted({w for t in (*TEXTS, *made_here.CORPUS) for w in t.split() if w.isascii()})
     source = random.Random(0)
     texts = [t for t in TEXTS if t.isascii()] + [
@@ -110,14 +109,14 @@ def test_letters_laid_along_the_text_agree_with_the_tokenizers_own_offsets(
         for _ in range(40)
     ]
     for text in texts:
-        ids = speller.encode(text)[0]
-        if speller.special & set(ids[1:-1]):
+        ids = tokenizer_view.encode(text)[0]
+        if tokenizer_view.special & set(ids[1:-1]):
             continue
-        exact = spell(text, tokenizer, ids)
-        blind = replace(speller, encode=lambda t: (speller.encode(t)[0], None))
+        exact = align_words(text, tokenizer, ids)
+        blind = replace(tokenizer_view, encode=lambda t: (tokenizer_view.encode(t)[0], None))
         with monkeypatch.context() as patch:
-            patch.setattr(_words, "speller_of", lambda _, blind=blind: blind)
-            assert spell(text, tokenizer, ids) == exact
+            patch.setattr(_words, "tokenizer_view_of", lambda _, blind=blind: blind)
+            assert align_words(text, tokenizer, ids) == exact
 
 
 def test_a_word_of_several_tokens_has_all_of_them(tokenizers: dict[str, Any]) -> None:
@@ -296,30 +295,6 @@ def test_a_vision_layout_counts_patches_line_by_line() -> None:
     latents = vision_layout(1, (2, 2), n_class=0, role="latent")
     assert set(latents.roles[0]) == {"latent"}
     assert latents.patch_rc(3) == (1, 1)
-
-
-@pytest.mark.parametrize("order", [("uncond", "cond"), ("cond", "uncond")])
-def test_guided_rows_are_those_of_a_pipelines_own_concatenation(order: tuple[Any, ...]) -> None:
-    prompts = torch.arange(3).repeat_interleave(2) + 1  # As encode_prompt repeats each prompt.
-    blocks = {"cond": prompts, "uncond": -prompts}
-    batch = torch.cat([blocks[name] for name in order])
-    rows_of = GuidanceRows(3, 2, guided=True, order=order)
-    for which in ("cond", "uncond"):
-        assert torch.equal(batch[rows_of.rows(which)], blocks[which])  # type: ignore[arg-type]
-    assert torch.equal(batch[rows_of.rows()], batch)
-    for prompt in range(3):
-        for image in range(2):
-            assert batch[rows_of.row_of(prompt, image)] == prompt + 1
-            assert batch[rows_of.row_of(prompt, image, "uncond")] == -(prompt + 1)
-    with pytest.raises(IndexError, match="3 prompts with 2 images"):
-        rows_of.row_of(3)
-
-
-def test_without_guidance_every_row_is_conditional() -> None:
-    rows_of = GuidanceRows(2, 1, guided=False)
-    assert rows_of.rows("cond") == rows_of.rows("all") == slice(0, 2)
-    with pytest.raises(ValueError, match="no 'uncond' rows; it has cond"):
-        rows_of.rows("uncond")
 
 
 def test_words_of_any_script_are_cut_where_a_reader_would() -> None:

@@ -22,14 +22,14 @@ _MAX_HEADER = 100_000_000  # Bytes; the limit of the safetensors format.
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises: CheckpointError if it is missing or does not hold one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}. Is it the right folder?") from None
     except ValueError as error:  # Also what is no UTF-8.
         raise CheckpointError(f"{path} is not valid JSON: {error}. Get the file again.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, not an object. Get it again.")
-    return found
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object. Get it again.")
+    return content
 
 
 def check_pipeline(folder: Path, index: dict[str, Any], *, given: Collection[str] = ()) -> None:
@@ -97,9 +97,9 @@ def check_safetensors(file: Path) -> dict[str, Any]:
     ends = [t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"]
     want = 8 + length + max(ends, default=0)
     if size != want:
-        what = "cut short" if size < want else "too long"
+        fault = "cut short" if size < want else "too long"
         raise CheckpointError(
-            f"{file} is {what}: its header says {want} bytes and it has {size}. Get it again."
+            f"{file} is {fault}: its header says {want} bytes and it has {size}. Get it again."
         )
     return header
 

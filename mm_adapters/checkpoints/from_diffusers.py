@@ -91,20 +91,28 @@ def _without_weights(source: Source, index: dict[str, Any], cls: Any) -> dict[st
                 parts[name] = entry
             continue
         library = {"transformers": transformers, "diffusers": diffusers}.get(entry[0])
-        made: Any = getattr(library, str(entry[1]), None)
+        part_class: Any = getattr(library, str(entry[1]), None)
         parts[name] = None
         where = {"subfolder": name, **source.where}
-        if isinstance(made, type) and hasattr(made, "from_config") and not issubclass(made, torch.nn.Module):
-            parts[name] = made.from_config(made.load_config(source.name, **where))
-        elif isinstance(made, type) and issubclass(made, torch.nn.Module):
-            kind: Any = made
+        if (
+            isinstance(part_class, type)
+            and hasattr(part_class, "from_config")
+            and not issubclass(part_class, torch.nn.Module)
+        ):
+            parts[name] = part_class.from_config(part_class.load_config(source.name, **where))
+        elif isinstance(part_class, type) and issubclass(part_class, torch.nn.Module):
+            kind: Any = part_class
             with torch.device("meta"):
                 if library is diffusers:
                     parts[name] = kind.from_config(kind.load_config(source.name, **where))
                 else:
                     parts[name] = kind(kind.config_class.from_pretrained(source.name, **where))
-        elif isinstance(made, type) and library is transformers and hasattr(made, "from_pretrained"):
+        elif (
+            isinstance(part_class, type)
+            and library is transformers
+            and hasattr(part_class, "from_pretrained")
+        ):
             with suppress(OSError, ValueError):
-                parts[name] = made.from_pretrained(source.name, trust_remote_code=False, **where)
+                parts[name] = part_class.from_pretrained(source.name, trust_remote_code=False, **where)
     takes = inspect.signature(cls.__init__).parameters
     return {name: part for name, part in parts.items() if name in takes}

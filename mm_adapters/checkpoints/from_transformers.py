@@ -87,9 +87,9 @@ def _transformers_class(config: dict[str, Any], source: Source) -> Any:
 
     named = (config.get("architectures") or [None])[0]
     if named is not None:
-        found = getattr(transformers, named, None)
-        if inspect.isclass(found) and issubclass(found, nn.Module):
-            return found
+        model_class = getattr(transformers, named, None)
+        if inspect.isclass(model_class) and issubclass(model_class, nn.Module):
+            return model_class
         why = ", and code that comes with a checkpoint is never run" if "auto_map" in config else ""
         raise CheckpointError(
             f"{source.name} is a {named}, which transformers {transformers.__version__} does not have{why}. "

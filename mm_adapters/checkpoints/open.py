@@ -72,12 +72,10 @@ def open_checkpoint(
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(device, str | torch.device):
-        raise InputError(f"device={device!r} is no device. Pass a name, such as 'cpu' or 'cuda:0'.")
     try:
         checked = torch.device(device)
         torch.empty(0, device=checked)  # A device of a kind that torch knows may not be on this machine.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise InputError(f"There is no device {str(device)!r} here: {reason}. Pass device='cpu'.") from None
     return checked

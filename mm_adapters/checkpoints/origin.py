@@ -24,9 +24,9 @@ class CheckpointRef:
     def of(cls, name: str, options: Mapping[str, Any]) -> CheckpointRef | None:
         """None if an option is an object, which another process cannot be told."""
         name = os.path.abspath(name) if os.path.isdir(name) else name
-        told = {k: _told(v) for k, v in options.items() if k not in _HERE}
-        plain = all(v is None or isinstance(v, str | int | float | bool) for v in told.values())
-        return cls(name, told) if plain else None
+        named = {k: _told(v) for k, v in options.items() if k not in _HERE}
+        plain = all(v is None or isinstance(v, str | int | float | bool) for v in named.values())
+        return cls(name, named) if plain else None
 
     def key(self) -> str:
         """As JSON, under the names that NDIF's own tools read (`repo_id`, `revision`)."""

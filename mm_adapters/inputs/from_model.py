@@ -66,8 +66,8 @@ def own_tokenizer(pipeline: Any, tower: TowerView | None) -> Any:
 
 
 def _pipeline_inputs(pipeline: Any, tokenizer: Any) -> Inputs:
-    own = [getattr(pipeline, name, None) for name in _PROMPT_TOKENIZERS]
-    tokenizers = tuple(t for t in own if t is not None) or ((tokenizer,) if tokenizer else ())
+    of_pipeline = [getattr(pipeline, name, None) for name in _PROMPT_TOKENIZERS]
+    tokenizers = tuple(t for t in of_pipeline if t is not None) or ((tokenizer,) if tokenizer else ())
     takes = frozenset(inspect.signature(pipeline.__call__).parameters)
     return Inputs(
         "diffusion",
@@ -92,27 +92,27 @@ def _first(takes: frozenset[str], *names: str) -> str:
 def _context(model: Any, tokenizer: Any) -> int | None:
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
-    found = getattr(config, "max_position_embeddings", None)
+    length = getattr(config, "max_position_embeddings", None)
     # open_clip's models and tokenizers say it themselves.
-    found = found or getattr(model, "context_length", None)
-    return found or getattr(tokenizer, "context_length", None)
+    length = length or getattr(model, "context_length", None)
+    return length or getattr(tokenizer, "context_length", None)
 
 
 def _image_size(model: Any, sites: SiteMap) -> tuple[int, int] | None:
     vision = sites.towers.get("vision")
     if vision is not None and vision.record.any_size:
         return None
-    found = getattr(_vision_config(model), "image_size", None)
-    if found is None:
-        found = getattr(getattr(model, "visual", model), "image_size", None)
-    if found is None:
+    size = getattr(_vision_config(model), "image_size", None)
+    if size is None:
+        size = getattr(getattr(model, "visual", model), "image_size", None)
+    if size is None:
         return None
-    return (found, found) if isinstance(found, int) else (int(found[0]), int(found[1]))
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _n_channels(model: Any) -> int | None:
-    found = getattr(_vision_config(model), "num_channels", None)
-    return 3 if found is None and hasattr(model, "visual") else found
+    n_channels = getattr(_vision_config(model), "num_channels", None)
+    return 3 if n_channels is None and hasattr(model, "visual") else n_channels
 
 
 def _vision_config(model: Any) -> Any:

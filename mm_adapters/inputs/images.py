@@ -114,8 +114,8 @@ def _from_file(path: str) -> Image.Image:
     if "://" in path:
         raise InputError(f"{path} is an address. Download the image and pass the file's path.")
     if not Path(path).is_file():
-        what = "a folder" if Path(path).is_dir() else "no file"
-        raise InputError(f"There is {what} at {path}. Pass the path of an image file.")
+        kind = "a folder" if Path(path).is_dir() else "no file"
+        raise InputError(f"There is {kind} at {path}. Pass the path of an image file.")
     try:
         with Image.open(path) as image:
             return _from_pil(image)

@@ -140,10 +140,10 @@ class Inputs:
         side = side or self.padding_side
         if side:
             options["padding_side"] = side
-        made = iter(to_rgb_list(pictures) if pictures else ())
+        in_rgb = iter(to_rgb_list(pictures) if pictures else ())
         # By rows: some processors count the images of each.
-        given = {"images": [[next(made) for _ in row] for row in rows]} if pictures else {}
-        batch = dict(self.processor(text=prompts, **given, **options))
+        images = {"images": [[next(in_rgb) for _ in row] for row in rows]} if pictures else {}
+        batch = dict(self.processor(text=prompts, **images, **options))
         length = int(batch["input_ids"].shape[1])
         if self.context is not None and length > self.context:
             raise InputError(
@@ -171,13 +171,13 @@ class Inputs:
     def _need(self, part: str, key: str, what: str) -> Any:
         if not key:
             raise InputError(f"This model does not take {what}. Leave {what} out.")
-        found = getattr(self, part)
-        if found is None:
+        value = getattr(self, part)
+        if value is None:
             raise InputError(
                 f"This model has no {part}, so {what} cannot be prepared. "
                 f"Pass one: {_HOW[part]}, or pass tensors: {key}=..."
             )
-        return found
+        return value
 
     def _need_pad_token(self, tokenizer: Any) -> None:
         if getattr(tokenizer, "pad_token", None) is None:
@@ -189,19 +189,19 @@ class Inputs:
     def _accepted(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in batch.items() if self.accepts is None or k in self.accepts}
 
-    def check_prepared(self, given: Mapping[str, Any]) -> None:
+    def check_prepared(self, arguments: Mapping[str, Any]) -> None:
         """Passes if tensors a user prepared can be what this model reads.
 
         Raises: InputError for a batch of none, NaN or infinite pixels, the wrong number of pixels
         or channels, or more tokens than the model reads.
         """
-        for key, value in given.items():
+        for key, value in arguments.items():
             if not isinstance(value, Tensor):
                 continue
             if value.ndim and value.shape[0] == 0:
                 raise InputError(f"{key} is empty: its shape is {list(value.shape)}.")
             if key in _IMAGE_KEYS:
-                self._check_pixels(key, value, resized=bool(given.get("interpolate_pos_encoding")))
+                self._check_pixels(key, value, resized=bool(arguments.get("interpolate_pos_encoding")))
             if key == self.text_key and self.context and value.shape[-1] > self.context:
                 raise InputError(
                     f"{key} has {value.shape[-1]} tokens a row and this model reads at most "

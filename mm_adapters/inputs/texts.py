@@ -71,9 +71,9 @@ def image_rows(images: Any, n_rows: int) -> list[list[Any]]:
     if any(nested) and not all(nested):
         raise InputError("images mixes images and lists of images. Pass one list for each row of text.")
     if len(rows) != n_rows:
-        what = "lists of images" if any(nested) else "images"
+        kind = "lists of images" if any(nested) else "images"
         raise InputError(
-            f"There are {len(rows)} {what} for {n_rows} rows of text. Pass one image for each row, or a "
+            f"There are {len(rows)} {kind} for {n_rows} rows of text. Pass one image for each row, or a "
             "list for each: images=[[first, second]]."
         )
     return [list(row) if many else [row] for row, many in zip(rows, nested, strict=True)]

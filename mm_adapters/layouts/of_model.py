@@ -19,7 +19,7 @@ from mm_adapters.records.image_tokens import (
 )
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.tower_view import TowerView
-from mm_adapters.tokens.image_positions import ImagePosition, image_places, merged_grids
+from mm_adapters.tokens.image_positions import ImagePosition, merged_grids, positions_of_images
 from mm_adapters.tokens.layout import (
     TokenLayout,
     language_layout,
@@ -42,13 +42,13 @@ def layouts(
 
     `texts` are what the tokens were made of, where that is known; they are decoded otherwise.
     """
-    found: dict[str, TokenLayout] = {}
+    by_tower: dict[str, TokenLayout] = {}
     vision = next((t for t in sites.towers.values() if t.record.role == "vision"), None)
     pixels = None if vision is None else prepared.get(vision.input_name)
     images: list[list[ImagePosition]] | None = None
     for name, tower in sites.towers.items():
-        given = prepared.get(tower.input_name)
-        if given is None or tower.record.role not in ("text", "language"):
+        tokens = prepared.get(tower.input_name)
+        if tokens is None or tower.record.role not in ("text", "language"):
             continue
         tokenizer = tokenizer_of(name)
         if tokenizer is None:
@@ -56,41 +56,41 @@ def layouts(
                 f"The {name} tower has no tokenizer, so its tokens have no words. "
                 "Pass one: mm_adapters.wrap(model, tokenizer=...)."
             )
-        placing = _placing(sites, vision)
-        mask = prepared.get("attention_mask") if given.shape == _shape(prepared) else None
-        if vision is None or pixels is None or placing is None or images is not None:
-            found[name] = text_layout(texts, tokenizer, given, mask)
+        image_tokens = _image_tokens_of(sites, vision)
+        mask = prepared.get("attention_mask") if tokens.shape == _shape(prepared) else None
+        if vision is None or pixels is None or image_tokens is None or images is not None:
+            by_tower[name] = text_layout(texts, tokenizer, tokens, mask)
             continue
-        ids, image_id = _image_tokens(model, sites, placing, given, prepared)
-        images = image_places(placing, model.config, prepared, tokenizer, ids.tolist(), image_id)
-        ends = placing.newlines if isinstance(placing, Merged | Views) else ()
+        ids, image_id = _image_tokens(model, sites, image_tokens, tokens, prepared)
+        images = positions_of_images(image_tokens, model.config, prepared, tokenizer, ids.tolist(), image_id)
+        ends = image_tokens.newlines if isinstance(image_tokens, Merged | Views) else ()
         newline_ids = [tokenizer.convert_tokens_to_ids(token) for token in ends]
-        found[name] = language_layout(
+        by_tower[name] = language_layout(
             texts, tokenizer, ids, mask, image_id, places=images, newline_ids=newline_ids
         )
     if (
         vision is not None
         and pixels is not None
-        and (seen := _vision(model, sites, vision, prepared, images))
+        and (of_vision := _vision(model, sites, vision, prepared, images))
     ):
-        found = {vision.name: seen} | found
-    return found
+        by_tower = {vision.name: of_vision} | by_tower
+    return by_tower
 
 
-def _placing(sites: SiteMap, vision: TowerView | None) -> ImageTokens | None:
+def _image_tokens_of(sites: SiteMap, vision: TowerView | None) -> ImageTokens | None:
     model_record = sites.model_record
-    own = model_record.images or (vision.record.images if vision else None)
-    if own is None and model_record.image_token is not None:
+    image_tokens = model_record.images or (vision.record.images if vision else None)
+    if image_tokens is None and model_record.image_token is not None:
         return Square()
-    return own
+    return image_tokens
 
 
 def _image_tokens(
-    model: Any, sites: SiteMap, placing: ImageTokens, ids: Tensor, prepared: Mapping[str, Any]
+    model: Any, sites: SiteMap, image_tokens: ImageTokens, ids: Tensor, prepared: Mapping[str, Any]
 ) -> tuple[Tensor, int]:
     """The tokens, and the one that stands for images."""
-    if isinstance(placing, Queries) and placing.mask is not None:
-        return ids.masked_fill(prepared[placing.mask].bool(), _NO_TOKEN), _NO_TOKEN
+    if isinstance(image_tokens, Queries) and image_tokens.mask is not None:
+        return ids.masked_fill(prepared[image_tokens.mask].bool(), _NO_TOKEN), _NO_TOKEN
     return ids, int(getattr(model.config, str(sites.model_record.image_token)))
 
 
@@ -103,7 +103,7 @@ def _vision(
 ) -> TokenLayout | None:
     """The layout of the vision tower, whatever order it keeps its patches in; None if it has none."""
     pixels: Tensor = prepared[vision.input_name]
-    placing, order = _placing(sites, vision), vision.record.order
+    image_tokens, order = _image_tokens_of(sites, vision), vision.record.order
     n_class = _count(vision.record.n_class)
     if vision.record.grids is not None:
         return vision.patch_layout(pixels, prepared.get(vision.record.grids))
@@ -122,8 +122,8 @@ def _vision(
         shapes: Any = [(1, 1), *config.vision_config.supported_aspect_ratios]  # 0 is no image.
         cuts = [(r, c) for r, c in (shapes[i] for i in prepared["aspect_ratio_ids"].flatten().tolist())]
         return all_tiles(grid, n_class, cuts, pixels.shape[-4])
-    if isinstance(placing, Anyres | Tiles) and images is not None:
-        numbers = [_tile_numbers(spots, placing) for spots in images]
+    if isinstance(image_tokens, Anyres | Tiles) and images is not None:
+        numbers = [_tile_numbers(image_positions, image_tokens) for image_positions in images]
         tiles = [tile for of_one in numbers for tile in of_one]
         index = [i for i, of_one in enumerate(numbers) for _ in of_one]
         return by_tile(grid, n_class, len(tiles), tiles, index)
@@ -133,10 +133,10 @@ def _vision(
     return by_tile(grid, n_class, rows)
 
 
-def _tile_numbers(spots: Sequence[ImagePosition], placing: ImageTokens) -> list[int]:
+def _tile_numbers(positions: Sequence[ImagePosition], image_tokens: ImageTokens) -> list[int]:
     """The tiles of one image, in the order that the vision tower is given them."""
-    seen = dict.fromkeys(spot.tile for spot in spots if spot.at is not None)
-    return [*range(max(seen) + 1)] if isinstance(placing, Anyres) else list(seen)
+    tiles = dict.fromkeys(position.tile for position in positions if position.at is not None)
+    return [*range(max(tiles) + 1)] if isinstance(image_tokens, Anyres) else list(tiles)
 
 
 def _cells(config: Any, *, windows: bool) -> tuple[int, int | None]:

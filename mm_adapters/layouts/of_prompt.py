@@ -37,25 +37,25 @@ def template_layout(
     The words are those of the prompts.
     """
     around, start = (getattr(pipeline, name) for name in template)
-    given = [around.format(text) for text in texts]
+    whole_texts = [around.format(text) for text in texts]
     limit = pipeline.tokenizer_max_length + start
     options = {"padding": True, "max_length": limit, "truncation": True, "return_tensors": "pt"}
-    made = tokenizer(given, **options)
-    whole = text_layout(given, tokenizer, made.input_ids, made.attention_mask)
+    encoded = tokenizer(whole_texts, **options)
+    whole = text_layout(whole_texts, tokenizer, encoded.input_ids, encoded.attention_mask)
     at = around.index("{}")
 
-    def own(found: Sequence[Word], text: str) -> tuple[Word, ...]:
-        seen: Counter[str] = Counter()
+    def of_prompt(words_of_whole: Sequence[Word], text: str) -> tuple[Word, ...]:
+        counts: Counter[str] = Counter()
         words = []
-        for word in found:
+        for word in words_of_whole:
             first, last = (place - at for place in word.span)
             if first >= 0 and last <= len(text):
                 key = word.text.casefold()
-                words.append(replace(word, span=(first, last), occurrence=seen[key]))
-                seen[key] += 1
+                words.append(replace(word, span=(first, last), occurrence=counts[key]))
+                counts[key] += 1
         return tuple(words)
 
-    words, marks = (tuple(map(own, each, texts)) for each in (whole.words, whole.marks))
+    words, marks = (tuple(map(of_prompt, each, texts)) for each in (whole.words, whole.marks))
     return replace(whole, texts=tuple(texts), words=words, marks=marks)
 
 
@@ -96,29 +96,29 @@ def prompt_layouts(
     """
     template = sites.model_record.template
     defaults = {n: p.default for n, p in inspect.signature(type(pipeline).__call__).parameters.items()}
-    given = {k: options.get(k, defaults.get(k)) for k in ("height", "width", "max_sequence_length")}
-    found: dict[str, TokenLayout] = {}
+    sizes = {k: options.get(k, defaults.get(k)) for k in ("height", "width", "max_sequence_length")}
+    by_tower: dict[str, TokenLayout] = {}
     for name, tower in sites.towers.items():
         if template is not None and name in sites.model_record.joint_text:
-            found[name] = template_layout(pipeline, template, tokenizer_of(name), texts)
+            by_tower[name] = template_layout(pipeline, template, tokenizer_of(name), texts)
         elif tower.record.role == "text" and tokenizer_of(name) is not None:
             context = _context(tower.module)
             # Towers without a limit of their own are given the pipeline's.
-            length = None if context else given["max_sequence_length"]
-            found[name] = prompt_layout(context, tokenizer_of(name), texts, length)
+            length = None if context else sizes["max_sequence_length"]
+            by_tower[name] = prompt_layout(context, tokenizer_of(name), texts, length)
     denoiser = sites.towers.get(sites.model_record.loop or "")
     joint = None if denoiser is None else denoiser.record.joint
-    if denoiser is not None and joint is not None and found.keys() >= {*sites.model_record.joint_text}:
-        parts = [found[name] for name in sites.model_record.joint_text]
+    if denoiser is not None and joint is not None and by_tower.keys() >= {*sites.model_record.joint_text}:
+        parts = [by_tower[name] for name in sites.model_record.joint_text]
         if template is not None:
-            start, n = getattr(pipeline, template[1]), given["max_sequence_length"]
+            start, n = getattr(pipeline, template[1]), sizes["max_sequence_length"]
             parts = [seen_of(part, start, n) for part in parts]
-        grid = _grid(pipeline, denoiser.module, given)
-        found[denoiser.name] = joint_layout(parts, grid, joint.first == "text")
+        grid = _grid(pipeline, denoiser.module, sizes)
+        by_tower[denoiser.name] = joint_layout(parts, grid, joint.first == "text")
     pictures = _pictures(options)
     if pictures:
-        found["image_prompt"] = image_prompt_layout(pipeline, sites, max(len(texts), 1), pictures)
-    return found
+        by_tower["image_prompt"] = image_prompt_layout(pipeline, sites, max(len(texts), 1), pictures)
+    return by_tower
 
 
 def image_prompt_layout(pipeline: Any, sites: SiteMap, n_rows: int, n_pictures: int) -> TokenLayout:
@@ -139,10 +139,10 @@ def image_prompt_layout(pipeline: Any, sites: SiteMap, n_rows: int, n_pictures: 
 
 def _pictures(options: Mapping[str, Any]) -> int:
     """How many pictures the first adapter is given for a prompt."""
-    given, embeds = options.get("ip_adapter_image"), options.get("ip_adapter_image_embeds")
+    pictures_given, embeds = options.get("ip_adapter_image"), options.get("ip_adapter_image_embeds")
     if embeds is not None:
         return embeds[0].shape[1]
-    first = given[0] if isinstance(given, list) else given
+    first = pictures_given[0] if isinstance(pictures_given, list) else pictures_given
     return len(first) if isinstance(first, list) else int(first is not None)
 
 
@@ -162,13 +162,16 @@ def joint_layout(texts: Sequence[TokenLayout], grid: tuple[int, int], text_first
         # The same text again has its characters after those of the text before.
         return tuple(
             tuple(
-                replace(w, positions=tuple(p + starts[id(part)] for p in w.positions),
-                        span=(w.span[0] + i * _APART, w.span[1] + i * _APART))
+                replace(
+                    w,
+                    positions=tuple(p + starts[id(part)] for p in w.positions),
+                    span=(w.span[0] + i * _APART, w.span[1] + i * _APART),
+                )
                 for i, part in enumerate(texts)
                 for w in getattr(part, field)[row]
             )
             for row in rows
-        )  # fmt: skip
+        )
 
     return TokenLayout(
         roles=joined("roles"),
@@ -185,7 +188,7 @@ def _context(module: Any) -> int | None:
     return getattr(getattr(module, "config", None), "max_position_embeddings", None)
 
 
-def _grid(pipeline: Any, denoiser: Any, given: Mapping[str, Any]) -> tuple[int, int]:
+def _grid(pipeline: Any, denoiser: Any, sizes: Mapping[str, Any]) -> tuple[int, int]:
     """The rows and columns of patches: of the latent's, those that one patch packs."""
     scale = pipeline.vae_scale_factor
     packed = denoiser.config.patch_size
@@ -193,5 +196,5 @@ def _grid(pipeline: Any, denoiser: Any, given: Mapping[str, Any]) -> tuple[int, 
     channels = getattr(denoiser.config, "out_channels", None) or denoiser.config.in_channels
     if channels == 4 * getattr(pipeline.vae.config, "latent_channels", 0):
         packed *= 2  # Four latents make one of the denoiser's channels.
-    height, width = ((given[k] or pipeline.default_sample_size * scale) for k in ("height", "width"))
+    height, width = ((sizes[k] or pipeline.default_sample_size * scale) for k in ("height", "width"))
     return height // scale // packed, width // scale // packed

@@ -1,4 +1,4 @@
-"""How an image's features lie among the words: what a family can say of it."""
+"""How an image's features lie among the words of a prompt."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Square:
-    """An image takes one place for each cell of a grid that has its proportions (LLaVA, Gemma 3)."""
+    """One token for each cell of a grid that has the image's proportions (LLaVA, Gemma 3)."""
 
 
 @dataclass(frozen=True)
 class Queries:
-    """An image takes as many places as there are queries, which belong to no patch (BLIP-2).
+    """One token for each query; a query belongs to no patch (BLIP-2).
 
-    `count` is an attribute of the config; without it an image has one place. `mask` names the
-    argument that marks the places, where no token does.
+    `count` is an attribute of the config; without it an image has one token. `mask` names the argument
+    that marks these positions, where no token does.
     """
 
     count: str | None = None
@@ -44,10 +44,10 @@ class Merged:
 
 @dataclass(frozen=True)
 class Tiles:
-    """An image's tiles, then the whole, each a square of places (Idefics3, InternVL).
+    """An image's tiles, then the whole image, each a square of tokens (Idefics3, InternVL).
 
-    `marker` matches the token before a tile and has its row and column, from 1. Without it tiles lie
-    end to end, `count` (of the config) places each, and nobody says how they were cut.
+    `marker` matches the token before a tile and holds its row and column, from 1. Without it the tiles lie
+    end to end, with `count` (of the config) tokens each, and how they were cut is unknown.
     """
 
     marker: str | None = None

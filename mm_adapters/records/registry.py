@@ -35,9 +35,9 @@ def records() -> list[Tower | ModelRecord]:
 def find(kind: type[Record], model: Any) -> Record | None:
     """The record of `model`'s class or its nearest base class, or None."""
     for cls in type(model).__mro__:
-        found = _RECORDS.get((kind, key_of(cls)))
-        if found is not None:
-            return found  # type: ignore[return-value]
+        record = _RECORDS.get((kind, key_of(cls)))
+        if record is not None:
+            return record  # type: ignore[return-value]
     return None
 
 

@@ -36,13 +36,13 @@ def resolve_record(record: Tower, module: nn.Module) -> Tower:
 
 def resolve_parts(parts: Parts, owner: nn.Module) -> dict[str, Location]:
     """The parts that `owner` has, each at the first of its paths that is there."""
-    found = {
+    present = {
         name: placed for name, location in parts.items() if (placed := _located(location, owner)) is not None
     }
-    for name, location in list(found.items()):
-        if isinstance(location, Residual) and not {location.base, location.branch} <= found.keys():
-            del found[name]
-    return found
+    for name, location in list(present.items()):
+        if isinstance(location, Residual) and not {location.base, location.branch} <= present.keys():
+            del present[name]
+    return present
 
 
 def has(owner: nn.Module, path: str) -> bool:
@@ -73,18 +73,18 @@ def head_count(owner: nn.Module, where: str) -> int:
 
 
 def _located(location: Location | tuple[Location, ...] | Built, owner: nn.Module) -> Location | None:
-    given: Any = _value(location, owner)
-    if isinstance(given, tuple):
-        return next((found for one in given if (found := _located(one, owner)) is not None), None)
-    if isinstance(given, Residual):
-        return given
-    path = first_path(owner, given.path)
-    needs = given.needs if isinstance(given, Output | Input | Attention) else None
+    chosen: Any = _value(location, owner)
+    if isinstance(chosen, tuple):
+        return next((present for one in chosen if (present := _located(one, owner)) is not None), None)
+    if isinstance(chosen, Residual):
+        return chosen
+    path = first_path(owner, chosen.path)
+    needs = chosen.needs if isinstance(chosen, Output | Input | Attention) else None
     if path is None or (needs and first_path(owner, needs) is None):
         return None
-    if isinstance(given, Norm) and isinstance(owner.get_submodule(path), nn.Identity):
+    if isinstance(chosen, Norm) and isinstance(owner.get_submodule(path), nn.Identity):
         return None  # A norm that was left out.
-    return given if path == given.path else replace(given, path=path)
+    return chosen if path == chosen.path else replace(chosen, path=path)
 
 
 def _first(paths: str | None, there: Any) -> str | None:
@@ -101,15 +101,15 @@ def _tensor(module: nn.Module, path: str) -> bool:
 def _value(value: Any, module: nn.Module) -> Any:
     if not isinstance(value, Built):
         return value
-    for attribute, wanted, then in value.cases:
+    for attribute, expected, then in value.cases:
         try:
-            found = attrgetter(attribute)(module)
+            actual = attrgetter(attribute)(module)
         except AttributeError:
             continue
         if (
-            (found is not None and found is not False) == wanted
-            if isinstance(wanted, bool)
-            else found == wanted
+            (actual is not None and actual is not False) == expected
+            if isinstance(expected, bool)
+            else actual == expected
         ):
             return then
     return value.otherwise

@@ -1,9 +1,9 @@
-"""A family says where things are; nothing here knows any family, and nothing here does anything.
+"""The vocabulary of a family's record. A record only says where things are; it runs no code.
 
-A path is dotted, from the module a record says. It may be several, with "|" between them: the first
-that is there is meant, for a library moves its parts between versions and builds some only if its
-configuration says so. A place may be several, in a tuple, in the same way. "module:attribute" is an
-attribute of the module at a path.
+A path is dotted and starts at the module that the record is about. Several paths may be given with "|"
+between them: the first that exists is used, because a library moves its parts between versions and
+builds some parts only if the configuration says so. Several locations may be given in a tuple, with the
+same meaning. "module:attribute" is an attribute of the module at a path.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ Kind = Literal["contrastive", "vlm", "diffusion", "tower"]
 
 @dataclass(frozen=True)
 class Output:
-    """What a module returns: its first tensor, or the `item`-th thing if it returns several.
+    """What a module returns.
 
-    `heads` is "module:attribute", the number of heads the last axis is made of.
-    `chunk` is (how many, which): the activation is one of several equal slices of the last axis.
-    `like` names a site that fires earlier and has a row for every input, where this has one for all.
-    `is_map` marks [batch, channel, height, width]; `axes` names others than the site's usual ones.
-    `needs` is a path that must be there too. `in_place` says that the model goes on to change it in
-    place: what is shown is a copy. `gain` is a parameter of the block (".tanh" at its end: its tanh) that
-    multiplies what is returned before it joins the stream; the site shows the product. A block without
-    it multiplies by nothing.
+    Args:
+        path: The module, from the block (in a stack) or from the tower.
+        heads: "module:attribute": the number of heads that the last axis is made of.
+        chunk: (how many, which): the activation is one of several equal slices of the last axis.
+        reference_site: A site that runs earlier and has a row for every input, where this one is computed
+            once for all rows.
+        is_map: The axes are [batch, channel, height, width].
+        item: Which item, if the module returns several; None is its first tensor.
+        needs: A path that must exist too.
+        in_place: The model changes the tensor in place afterwards, so the site shows a copy.
+        axes: The axes' names, if they are not the site's usual ones.
+        gain: A parameter of the block (with ".tanh" at its end: its tanh) that multiplies what is returned
+            before it joins the stream; the site shows the product. A block without it multiplies by nothing.
     """
 
     path: str
@@ -45,7 +50,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Input:
-    """What a module is given: its first tensor, or the `argument` of this name."""
+    """What a module is given: its first tensor, or the `argument` of this name. The rest as in `Output`."""
 
     path: str
     heads: str | None = None
@@ -58,9 +63,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Norm:
-    """Inside a normalisation: `value` is its denominator ("scale") or the result before the affine map.
+    """Inside a normalisation: its denominator ("scale"), or its result before the affine map ("normalized").
 
-    `offset` is added to its weight before that multiplies: Gemma stores its gains less one.
+    `offset` is added to the weight before it multiplies: Gemma stores its gains less one.
     """
 
     path: str
@@ -74,14 +79,19 @@ Inside = Literal["attn_scores", "pattern", "pattern_text", "rot_q", "rot_k", "q"
 
 @dataclass(frozen=True)
 class Attention:
-    """Inside an attention module: what its softmax sees and gives, whichever kernel computes it.
+    """Inside an attention module: what its softmax is given and gives, whichever kernel computes it.
 
-    `rot_q`, `rot_k` are what the scores are made of (after rotary embedding and norms). `q`, `k`,
-    `v`, `z` are for modules that keep their projections inside one fused call, or join two streams
-    before they attend: they are what that call is given, and gives. `pattern_text` is the part of a
-    joint pattern where image positions look at text; the tower's `joint` says which those are.
-    A module may attend more than once, as to the words and then to a picture: `call` counts the times,
-    from 0. `needs` is a path that must be there too.
+    `rot_q` and `rot_k` are what the scores are computed from (after rotary embedding and norms). `q`, `k`,
+    `v` and `z` are for modules that keep their projections inside one fused call, or that join two streams
+    before they attend: they are what that call is given and returns. `pattern_text` is the part of a
+    joint pattern where image positions attend to text; the tower's `joint` says which positions those are.
+
+    Args:
+        path: The attention module.
+        value: Which of them.
+        heads: "module:attribute": its number of heads.
+        call: Which of the module's attention calls, from 0: some attend to words first, then to a picture.
+        needs: A path that must exist too.
     """
 
     path: str
@@ -93,7 +103,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Residual:
-    """The residual stream after a branch was added: no module returns it, its two terms are sites."""
+    """The residual stream after a branch was added: no module returns it; both terms are sites."""
 
     base: str
     branch: str
@@ -101,10 +111,10 @@ class Residual:
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream as a module is given it, when what it passes by is added on later.
+    """The residual stream as a module is given it, where a branch around that module is added later.
 
-    An edit reaches that module, and the stream where it comes out: the `item` that the module at
-    `until` returns. For blocks that scale a branch before adding it, with no module that does so.
+    An edit reaches that module, and also the stream behind it: the `item` that the module at `until`
+    returns. For blocks that scale a branch before they add it, without a module that does so.
     """
 
     path: str
@@ -114,10 +124,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class Built:
-    """What depends on how a module was built: the value beside the first attribute that is so.
+    """A value that depends on how a module was built: that of the first case that holds, else `otherwise`.
 
-    `cases` are (attribute of the tower's module, or of a part's block, what it equals, value); True and
-    False stand for anything that counts as such.
+    `cases` are (attribute of the tower's module or of a part's block, the value it equals, the value
+    meant); True and False match anything that counts as true or false.
     """
 
     cases: tuple[tuple[str, Any, Any], ...]
@@ -131,7 +141,7 @@ Pool = Literal["first", "end", "last", "each", "mean", "attention", "none"]
 
 @dataclass(frozen=True)
 class Joint:
-    """Text and image in one sequence: which comes first, and the argument of a block that is the text."""
+    """Text and image in one sequence: which comes first, and the block's argument that is the text."""
 
     first: Literal["text", "image"]
     argument: str = "encoder_hidden_states"
@@ -139,11 +149,14 @@ class Joint:
 
 @dataclass(frozen=True)
 class Stack:
-    """Modules that repeat. Globs are relative to the tower, in the order the modules run.
+    """Modules that repeat.
 
-    Those that a glob finds and that lack `needs` are no members. `folded` are paths in a block where
-    batch and position are one axis; its sites show them as two. `classes`: names of the only classes
-    that the parts describe, where a tower may hold others.
+    Args:
+        paths: Globs from the tower, in the order the modules run.
+        parts: What each of them has, by part of the site name.
+        needs: A path; modules that a glob matches and that lack it are not members.
+        folded: Paths in a block where batch and position are one axis; the sites show two.
+        classes: Names of the only classes that `parts` describes, where a tower may hold others.
     """
 
     paths: tuple[str, ...]
@@ -157,16 +170,33 @@ class Stack:
 class Tower:
     """One tower: its stacks, its own sites in running order, and what it lacks, with the reason.
 
-    `takes` names the argument it is run with; `gives` the attribute of its output that summarises
-    it ("" is the output itself). `final_norm` is applied to what `pool` picks, before `project`.
-    `n_class` and `n_register` may be paths to the number. `calls` is the module whose calls are the
-    tower's, if it is not the tower itself. `grids` is the argument that says how many rows and
-    columns of patches each image has, where images come cut into patches.
-    A `packed` tower lays the patches of all images end to end, without a batch axis: its sites show
-    them as one row, and its patterns are blocks on a diagonal. One of `any_size` reads images of other
-    sizes than its config names. `order` is that of its patches: line by line, end to end (all images
-    in one row), by cells that are merged later, by windows of such cells, or by tiles (all tiles of an
-    image in one row). `images`: how they lie among words.
+    Args:
+        name: The record's name.
+        role: "vision", "text", "language", "projector", "denoiser", "vae", ...
+        classes: The classes it covers, as "package:Class".
+        stacks: Its repeated modules, by name; "blocks" are TransformerLens'.
+        before: Its own sites before the stacks.
+        after: Its own sites behind them.
+        absent: Globs of sites that it does not have, each with the reason.
+        norm: The kind of its norms.
+        takes: The argument it is run with.
+        gives: The attribute of its output that sums it up; "" is the output itself.
+        pool: The position that its summary is read from.
+        embed: Its table of tokens.
+        position: Its table of positions.
+        patch: The module that cuts an image into patches; its stride is the patch size.
+        n_class: How many class tokens come first: a number, or a path to it.
+        n_register: How many registers follow: a number, or a path to it.
+        causal: Whether a position attends only to itself and earlier ones.
+        calls: The module whose calls count as the tower's, if it is not the tower itself.
+        joint: How text and image share one sequence.
+        grids: The argument with each image's rows and columns of patches, where images come cut into patches.
+        packed: The patches of all images lie end to end, without a batch axis. The sites show one row, and
+            the patterns are blocks on a diagonal.
+        any_size: It reads images of other sizes than its configuration names.
+        order: The order of its patches: line by line, end to end (all images in one row), by cells that are
+            merged later, by windows of such cells, or by tiles (all tiles of an image in one row).
+        images: How an image's features lie among the words.
     """
 
     name: str
@@ -197,11 +227,16 @@ class Tower:
 
 @dataclass(frozen=True)
 class TowerMount:
-    """Where a tower hangs in a composite model, and how the composite runs it.
+    """Where a composite model keeps a tower, and how it runs it.
 
-    `run` is the callable that runs this tower alone (a path from the model; "" is the model
-    itself, None the mounted module), `gives` its summary, `project` the tensor that maps the
-    pooled residual to that summary: a path, with ".T" if it must be transposed.
+    Args:
+        path: The tower's module, from the model.
+        tower: The tower's record by name, where the class of the module does not tell.
+        run: A path to the callable that runs this tower alone; "" is the model itself, None the module.
+        gives: The attribute of that callable's output that sums the tower up.
+        takes: The argument of that callable.
+        project: The tensor that maps the pooled residual to the summary, with ".T" at the end of its path if
+            it must be transposed.
     """
 
     path: str
@@ -214,12 +249,16 @@ class TowerMount:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a pipeline runs classifier-free guidance: what says so, which rows are which.
+    """How a pipeline runs classifier-free guidance: what switches it on, and which rows are which.
 
-    `flag` is the pipeline's attribute, or None where only the argument `scale` says it, above one (of
-    several with "|" between them: any).
-    `denoiser_calls` is for pipelines that call the denoiser once for each part, in this order, and
-    not with the parts as rows of one batch; such calls differ by their `text` argument.
+    Args:
+        flag: The pipeline's attribute that says whether it guides; None where only `scale` says it.
+        denoiser_rows: The parts of a denoiser's batch, in order.
+        text_calls: The parts that the text encoder's calls are for, in order.
+        scale: The argument that switches guidance on above one; of several with "|" between them, any.
+        denoiser_calls: The parts that the denoiser's calls within one step are for, in order, where a
+            pipeline calls it once for each part and does not make them rows of one batch.
+        text: The denoiser's argument by which such calls differ.
     """
 
     flag: str | None = "do_classifier_free_guidance"
@@ -232,17 +271,25 @@ class Guidance:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """A composite model: what kind it is and where its towers hang, in the order they run.
+    """A composite model: what kind it is, and where its towers are, in the order they run.
 
-    `loop` is the tower that the sampling loop calls, guided by `guidance`. `more_loops` are towers that
-    loops of their own call before or after it (a prior, a stage that makes the picture larger), and
-    what is called once with a loop's rows; each with its guidance.
-    `joint_text` are the text towers whose sequences, one after the other, are the text of a joint attention.
-    `template` names the pipeline's attributes with the text around each prompt ("{}" is its place), and with
-    how many tokens of it the denoiser does not see; such prompts are as long as the longest of them.
-    `image_token` is the config's attribute with the token that stands for image features; `images`
-    says how they lie there (its vision tower's `images` otherwise). `prompt` is what a text has in an
-    image's place, with the processor's own attributes; None if the processor makes places itself.
+    Args:
+        name: The record's name.
+        kind: "contrastive", "vlm", "diffusion" or "tower".
+        classes: The classes it covers, as "package:Class".
+        towers: Its towers by name.
+        loop: The tower that the sampling loop calls.
+        guidance: How that loop is guided.
+        more_loops: Towers that loops of their own call before or after it (a prior, a stage that enlarges
+            the picture), and what is called once with a loop's rows; each with its guidance.
+        image_token: The config's attribute with the token in whose place image features go.
+        images: How they lie among the words; the vision tower's `images` if None.
+        prompt: What a text has in an image's place, written with the processor's own attributes; None if the
+            processor makes that place itself.
+        logit_scale: The parameter whose exponential multiplies cosines.
+        joint_text: The text towers whose sequences, one after the other, are the text of a joint attention.
+        template: The pipeline's attributes with the text around each prompt ("{}" is its place), and with how
+            many tokens of it the denoiser does not see. Such prompts are as long as the longest of them.
     """
 
     name: str
@@ -264,8 +311,8 @@ class ModelRecord:
 class Site:
     """One activation of one model: its name, the module it is read at, and how.
 
-    `axes` are names, with the size where the model fixes it ("head=12"). `reason` is set if the
-    model does not have it.
+    `axes` are names, with the size where the model fixes it ("head=12"). `reason` says why the model does
+    not have it; None if it has.
     """
 
     name: str
@@ -279,5 +326,5 @@ class Site:
     reason: str | None = None
 
     def __str__(self) -> str:
-        what = f"absent: {self.reason}" if self.reason else f"[{', '.join(self.axes)}]"
-        return f"{self.name:<44} {what}"
+        shown = f"absent: {self.reason}" if self.reason else f"[{', '.join(self.axes)}]"
+        return f"{self.name:<44} {shown}"

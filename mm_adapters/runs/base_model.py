@@ -112,8 +112,8 @@ class BaseModel:
             if self.sitemap.model_record.loop is None:
                 prepared = self.prepare(text=text, images=images)
         if self.sitemap.model_record.loop is not None:
-            given = texts if text is None or texts else as_texts(text)
-            return prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, given or [], prepared)
+            prompts = texts if text is None or texts else as_texts(text)
+            return prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, prompts or [], prepared)
         return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
@@ -124,8 +124,8 @@ class BaseModel:
 
     def tokenizer_of(self, tower: str) -> Any:
         """The tokenizer of a text tower, or None."""
-        own = own_tokenizer(self.wrapped, self.sitemap.towers.get(tower))
-        return own if own is not None else getattr(self._inputs, "tokenizer", None)
+        of_pipeline = own_tokenizer(self.wrapped, self.sitemap.towers.get(tower))
+        return of_pipeline if of_pipeline is not None else getattr(self._inputs, "tokenizer", None)
 
     def check_ready(self) -> None:
         """Raises: MetaDeviceError if the weights have no values."""

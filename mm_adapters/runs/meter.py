@@ -21,9 +21,9 @@ class Meter:
         """`edit.fn(value)`, counted. Raises: ValueError if the shape changes."""
         new = self.edit.fn(value)
         if not isinstance(new, Tensor) or new.shape != value.shape:
-            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            returned = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise ValueError(
-                f"The edit at {self.edit.site} was given {tuple(value.shape)} and returned {got}. "
+                f"The edit at {self.edit.site} was given {tuple(value.shape)} and returned {returned}. "
                 "An edit returns a tensor of the same shape."
             )
         new = new.to(device=value.device, dtype=value.dtype)

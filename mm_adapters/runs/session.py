@@ -80,7 +80,7 @@ class Session:
         self.clocks = {
             name: CallCounter(guidance_text_argument(sites.loops.get(name))) for name in sites.towers
         }
-        self.seen: dict[int, list[Tensor]] = {i: [] for i in range(len(read))}
+        self.values_seen: dict[int, list[Tensor]] = {i: [] for i in range(len(read))}
         self.parts: dict[int, list[int]] = {i: [] for i in range(len(read))}
 
     @contextmanager
@@ -123,11 +123,15 @@ class Session:
         idle = [r.site for r in receipts if not r.fired]
         if idle:
             raise EditNeverFiredError(
-                f"The edit of {', '.join(idle)} never fired: this run did not come by there with "
+                f"The edit of {', '.join(idle)} never fired: this run did not reach it with "
                 "the steps, rows and positions it names. Check them, or that the inputs use the tower."
             )
         grads = self._gradients(output, grad_of) if grad_of is not None else {}
-        values = {r.site: self._join(i, r, self.seen[i]) for i, r in enumerate(self.read) if self.seen[i]}
+        values = {
+            r.site: self._join(i, r, self.values_seen[i])
+            for i, r in enumerate(self.read)
+            if self.values_seen[i]
+        }
         if self.keep_graph:
             values = {k: v.detach() for k, v in values.items()}
         return Run(output, values, grads, receipts, self._rows_seen())
@@ -136,13 +140,14 @@ class Session:
         scalar = grad_of(output)
         if scalar.numel() != 1:
             raise ValueError(f"grad_of gave a tensor of shape {tuple(scalar.shape)}; it gives a scalar.")
-        flat = [x for i in self.seen for x in self.seen[i]]
+        flat = [x for i in self.values_seen for x in self.values_seen[i]]
         got = iter(torch.autograd.grad(scalar, flat, allow_unused=True)) if flat else iter(())
         grads: dict[str, Tensor] = {}
         for i, item in enumerate(self.read):
-            own = [next(got) for _ in self.seen[i]]
-            filled = [torch.zeros_like(x) if g is None else g
-                      for x, g in zip(self.seen[i], own, strict=True)]  # fmt: skip
+            own = [next(got) for _ in self.values_seen[i]]
+            filled = [
+                torch.zeros_like(x) if g is None else g for x, g in zip(self.values_seen[i], own, strict=True)
+            ]
             if filled:
                 grads[item.site] = self._join(i, item, filled)
         return grads
@@ -153,7 +158,7 @@ class Session:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _on(self, stack: ExitStack, site: str, hook: Callable[..., Tensor | None]) -> None:
-        # Torch's own hook, not TransformerLens': its handle is ours, nobody else's is touched.
+        # Torch's own hook, not TransformerLens': only this handle is removed afterwards.
         point = self.points.by_name[site]
         handle = point.register_forward_hook(hook)
         stack.callback(point.refresh)
@@ -198,7 +203,7 @@ class Session:
             value = value.detach().requires_grad_() if fresh else value
             part = value if rows == slice(None) else value[rows]
             part = part if item.reduce is None else item.reduce(part)
-            self.seen[index].append(part if self.keep_graph else part.detach())
+            self.values_seen[index].append(part if self.keep_graph else part.detach())
             self.parts[index].append(clock.part)
             return value if fresh else None
 
@@ -247,7 +252,7 @@ class Session:
             return {"cond": slice(None)}
         for i, item in enumerate(self.read):
             if self.sites[item.site].tower == loop and item.rows == "all" and item.reduce is None:
-                n, parts = self.seen[i][0].shape[0], guidance.denoiser_rows
+                n, parts = self.values_seen[i][0].shape[0], guidance.denoiser_rows
                 if guidance.denoiser_calls:
                     parts = guidance.denoiser_calls[: 1 + max(self.parts[i])]
                     n *= len(parts)

@@ -128,16 +128,16 @@ def _towers(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
 
 def _stacks(model: nn.Module) -> list[str]:
     """Lists of modules of one class that attend, but those inside a block of another."""
-    found: list[str] = []
+    outermost: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{o}.") for o in found) or not isinstance(
+        if any(name.startswith(f"{o}.") for o in outermost) or not isinstance(
             module, nn.ModuleList | nn.Sequential
         ):
             continue
         blocks = list(module)
         if blocks and len({type(b) for b in blocks}) == 1 and has_attention(blocks[0]):
-            found.append(name)
-    return found
+            outermost.append(name)
+    return outermost
 
 
 def _role(root: str, module: nn.Module) -> str:

@@ -38,25 +38,25 @@ def has_attention(block: nn.Module) -> bool:
 def block_lines(block: nn.Module) -> list[str]:
     """The parts of a block, as lines of a record."""
     lines = ['{"hook_resid_pre": Input("")}']
-    fused, found = _fused(block), _attention(block)
-    path = fused if fused is not None else found.path if found is not None else None
+    fused, projections = _fused(block), _attention(block)
+    path = fused if fused is not None else projections.path if projections is not None else None
     first, second = _norms(block, path)
     lines += [f"| {_norm(block, first, 'ln1')}"] if first else []
     if fused is not None:
         lines += [f'| fused_attention("{fused}")']
-    elif found is not None:
-        word = "qkv_attention" if "qkv" in found.parts else "attention"
-        named = "".join(f', {n}="{p}"' for n, p in found.parts.items())
-        heads = f'heads="{found.heads}"' if found.heads else 'heads="???"'
-        lines += [f'| {word}("{found.path}"{named}, {heads})']
+    elif projections is not None:
+        word = "qkv_attention" if "qkv" in projections.parts else "attention"
+        named = "".join(f', {n}="{p}"' for n, p in projections.parts.items())
+        heads = f'heads="{projections.heads}"' if projections.heads else 'heads="???"'
+        lines += [f'| {word}("{projections.path}"{named}, {heads})']
     if path:
         lines += [f'| {{"hook_attn_out": Output("{path}")}}',
                   '| {"hook_resid_mid": Residual("hook_resid_pre", "hook_attn_out")}']  # fmt: skip
     lines += [f"| {_norm(block, second, 'ln2')}"] if second else []
     lines += _mlp(block, path)
-    own = [n for n, p in block.named_parameters(recurse=False) if p.ndim == 1]
-    if own:
-        lines += [f"# check: the block has {', '.join(own)} of its own. See gain= of Output, and Stream."]
+    vectors = [n for n, p in block.named_parameters(recurse=False) if p.ndim == 1]
+    if vectors:
+        lines += [f"# check: the block has {', '.join(vectors)} of its own. See gain= of Output, and Stream."]
     return [*lines, '| {"hook_resid_post": Output("")},']
 
 
@@ -80,10 +80,10 @@ def _attention(block: nn.Module) -> _Attention | None:
     if not set(inner) <= named.keys() or "." not in named[inner[0]]:
         return None
     width = linears[named[inner[0]]].out_features // (3 if inner == ["qkv"] else 1)
-    own = [p for p, m in linears.items() if p not in named.values() and m.in_features == width]
+    candidates = [p for p, m in linears.items() if p not in named.values() and m.in_features == width]
     start = named[inner[0]].split(".")
     # The one that shares most of its path with the others.
-    out = max(own, key=lambda p: _in_common(p.split("."), start), default=None)
+    out = max(candidates, key=lambda p: _in_common(p.split("."), start), default=None)
     parts = {part: named[part] for part in inner}
     if out is not None and _in_common(out.split("."), start):
         parts["o"] = out
@@ -140,8 +140,10 @@ def _norms(block: nn.Module, attention: str | None) -> tuple[str | None, str | N
     names = [n for n, m in block.named_modules() if is_norm(m)]
     outside = [n for n in names if attention is None or not n.startswith(f"{attention}.")]
     # In a block that normalises what a branch gives, the norm lies in the branch.
-    found = outside if len(outside) > 1 else [n for n in names if not re.search(r"(q|k|query|key)_?norm$", n)]
-    return (found[0] if found else None), (found[1] if len(found) > 1 else None)
+    names_left = (
+        outside if len(outside) > 1 else [n for n in names if not re.search(r"(q|k|query|key)_?norm$", n)]
+    )
+    return (names_left[0] if names_left else None), (names_left[1] if len(names_left) > 1 else None)
 
 
 def _norm(block: nn.Module, path: str, name: str) -> str:

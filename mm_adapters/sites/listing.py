@@ -15,8 +15,8 @@ def listing(sites: Iterable[Site], width: int, *, every: bool = False) -> str:
     A part that several layers have with the same axes is one line, whose name is a pattern that finds
     them all; with `every`, each site has its own.
     """
-    found = list(sites)
-    present = [site for site in found if site.reason is None]
+    all_sites = list(sites)
+    present = [site for site in all_sites if site.reason is None]
     rows = [_row(site) for site in present] if every else _folded(present)
     names = max((len(name) for name, _, _ in rows), default=0)
     layers = max((len(where) for _, where, _ in rows), default=0)
@@ -24,7 +24,7 @@ def listing(sites: Iterable[Site], width: int, *, every: bool = False) -> str:
     for name, where, axes in rows:
         line = f"{name:<{names}}  {where:<{layers}}  {axes}" if layers else f"{name:<{names}}  {axes}"
         lines += [line] if len(line) <= width else [name, f"    {where}  {axes}" if where else f"    {axes}"]
-    for site in found:
+    for site in all_sites:
         if site.reason is not None:
             lines += textwrap.wrap(
                 f"absent: {site.name}: {site.reason}", max(40, width), subsequent_indent="    "

@@ -24,20 +24,20 @@ def nearest(model: Any) -> str:
         for stack in record.stacks.values() if isinstance(record, Tower) else ():
             fit = len(resolve_parts(stack.parts, block)), len(stack.parts)
             fits[record.name] = max(fits.get(record.name, (0, 1)), fit, key=_rank)
-    found, total = max(fits.values(), key=_rank)
-    if found / total < 0.4:
+    n_present, total = max(fits.values(), key=_rank)
+    if n_present / total < 0.4:
         return ""
-    best = {name for name, fit in fits.items() if fit == (found, total)}
+    best = {name for name, fit in fits.items() if fit == (n_present, total)}
     called = {r.name: _alike(type(model).__name__, r) for r in records() if r.name in best}
     alike = sorted(best, key=lambda name: (-called[name], name))[:4]
-    share = "all" if found == total else f"{found}"
-    what = f"{share} of the {total} places named in a block are in this model's"
-    return f"The nearest {'is' if len(alike) == 1 else 'are'} {', '.join(map(repr, alike))}: {what}."
+    share = "all" if n_present == total else f"{n_present}"
+    reason = f"{share} of the {total} places named in a block are in this model's"
+    return f"The nearest {'is' if len(alike) == 1 else 'are'} {', '.join(map(repr, alike))}: {reason}."
 
 
 def _rank(fit: tuple[int, int]) -> tuple[float, int]:
-    found, total = fit
-    return found / total, found
+    n_present, total = fit
+    return n_present / total, n_present
 
 
 def _alike(called: str, record: Any) -> float:

@@ -80,8 +80,10 @@ class SiteMap:
             if record is None:
                 raise unknown(module, Tower)
             stacks = {s: _stack_paths(stack, module) for s, stack in record.stacks.items()}
-            parts = {s: [resolve_parts(record.stacks[s].parts, module.get_submodule(p)) for p in paths]
-                     for s, paths in stacks.items()}  # fmt: skip
+            parts = {
+                s: [resolve_parts(record.stacks[s].parts, module.get_submodule(p)) for p in paths]
+                for s, paths in stacks.items()
+            }
             ends = resolve_parts(record.before, module), resolve_parts(record.after, module)
             settled = resolve_record(record, module)
             tower = TowerView(name, settled, mount, module, path, stacks, parts, *ends, model)
@@ -197,13 +199,13 @@ def _axes(owner: nn.Module, part: str, location: Location) -> tuple[str, ...]:
 
 def _stack_paths(stack: Stack, module: nn.Module) -> list[str]:
     names = [name for name, _ in module.named_modules()]
-    found: list[str] = []
+    paths: list[str] = []
     for glob in stack.paths:
         match = re.compile(translate(glob)).match
-        found += [n for n in names if n.count(".") == glob.count(".") and match(n)]
-    for block in map(module.get_submodule, found if stack.classes else ()):
+        paths += [n for n in names if n.count(".") == glob.count(".") and match(n)]
+    for block in map(module.get_submodule, paths if stack.classes else ()):
         if type(block).__name__ not in stack.classes:
             raise unknown(block, Tower)
     if stack.needs is None:
-        return found
-    return [n for n in found if first_path(module.get_submodule(n), stack.needs) is not None]
+        return paths
+    return [n for n in paths if first_path(module.get_submodule(n), stack.needs) is not None]

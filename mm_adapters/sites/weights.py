@@ -26,24 +26,24 @@ class BlockWeights:
     def names(self, part: str) -> dict[str, Callable[[], Tensor]]:
         """What `part` ("attn", "cross_attn", "mlp", "ln1", ...) has, each as a function."""
         locations = self.locations
-        found: dict[str, Callable[[], Tensor]] = {}
+        getters: dict[str, Callable[[], Tensor]] = {}
         if f"{part}.hook_z" in locations:
             sites = {letter: f"{part}.{_QKV.get(letter, 'hook_z')}" for letter in "QKVO"}
             for letter in (w for w, site in sites.items() if self._has_weight(locations.get(site))):
-                found[f"W_{letter}"] = lambda w=letter: self._attention(part, w)[0]
-                found[f"b_{letter}"] = lambda w=letter: self._attention(part, w)[1]
+                getters[f"W_{letter}"] = lambda w=letter: self._attention(part, w)[0]
+                getters[f"b_{letter}"] = lambda w=letter: self._attention(part, w)[1]
         elif f"{part}.hook_post" in locations:
             up = "hook_pre_linear" if f"{part}.hook_pre_linear" in locations else "hook_pre"
             linears = {"in": f"{part}.{up}", "out": f"{part}.hook_post"}
             if up == "hook_pre_linear":
                 linears["gate"] = f"{part}.hook_pre"
             for name, site in linears.items():
-                found[f"W_{name}"] = lambda s=site: self._linear(s)[0].T
-                found[f"b_{name}"] = lambda s=site: self._linear(s)[1]
+                getters[f"W_{name}"] = lambda s=site: self._linear(s)[0].T
+                getters[f"b_{name}"] = lambda s=site: self._linear(s)[1]
         elif isinstance(location := locations.get(f"{part}.hook_scale"), Norm):
-            found["w"] = lambda: norm_weight(self.block.get_submodule(location.path), location.offset)
-            found["b"] = lambda: norm_bias(self.block.get_submodule(location.path))
-        return found
+            getters["w"] = lambda: norm_weight(self.block.get_submodule(location.path), location.offset)
+            getters["b"] = lambda: norm_bias(self.block.get_submodule(location.path))
+        return getters
 
     def _attention(self, part: str, letter: str) -> tuple[Tensor, Tensor]:
         locations = self.locations
@@ -53,12 +53,12 @@ class BlockWeights:
             return rearrange(weight, "m (h d) -> h d m", h=n_heads), bias
         site = f"{part}.{_QKV[letter]}"
         weight, bias = self._linear(site)
-        own = self._heads(locations[site])
-        weight = rearrange(weight, "(h d) m -> h m d", h=own)
-        bias = rearrange(bias, "(h d) -> h d", h=own)
-        if own != n_heads:  # Grouped queries: TransformerLens shows each head its group's weights.
-            weight = repeat(weight, "h m d -> (h g) m d", g=n_heads // own)
-            bias = repeat(bias, "h d -> (h g) d", g=n_heads // own)
+        n_kv_heads = self._heads(locations[site])
+        weight = rearrange(weight, "(h d) m -> h m d", h=n_kv_heads)
+        bias = rearrange(bias, "(h d) -> h d", h=n_kv_heads)
+        if n_kv_heads != n_heads:  # Grouped queries: TransformerLens shows each head its group's weights.
+            weight = repeat(weight, "h m d -> (h g) m d", g=n_heads // n_kv_heads)
+            bias = repeat(bias, "h d -> (h g) d", g=n_heads // n_kv_heads)
         return weight, bias
 
     def _linear(self, site: str, branch: str | None = None) -> tuple[Tensor, Tensor]:
@@ -114,8 +114,8 @@ def tensor_at(root: object, path: str) -> Tensor | None:
     Of several paths with "|" between them it is that of the first where there is one.
     """
     if "|" in path:
-        found = (tensor_at(root, one) for one in path.split("|"))
-        return next((tensor for tensor in found if tensor is not None), None)
+        tensors = (tensor_at(root, one) for one in path.split("|"))
+        return next((tensor for tensor in tensors if tensor is not None), None)
     value: Any = root
     for name in path.removesuffix(".T").split("."):
         value = getattr(value, name, None)

@@ -62,24 +62,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise StoreError(f"{folder} is no store: it has no {MANIFEST}.")
     try:
-        found = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST)
     except CheckpointError as error:
         raise StoreError(str(error)) from None
-    if found.get("format") != FORMAT:
-        raise StoreError(f"{folder} has the format {found.get('format')!r}; this reads {FORMAT!r}.")
-    return found
+    if manifest.get("format") != FORMAT:
+        raise StoreError(f"{folder} has the format {manifest.get('format')!r}; this reads {FORMAT!r}.")
+    return manifest
 
 
-def check_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+def check_same(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises: StoreError naming what differs between the store that is there and the one asked for."""
-    differ = [key for key in ("columns", "shard_bytes") if found[key] != asked[key]]
-    keys = {*found["about"], *asked["about"]}
-    differ += [f"about[{k!r}]" for k in sorted(keys) if found["about"].get(k) != asked["about"].get(k)]
+    differ = [key for key in ("columns", "shard_bytes") if stored[key] != asked[key]]
+    keys = {*stored["about"], *asked["about"]}
+    differ += [f"about[{k!r}]" for k in sorted(keys) if stored["about"].get(k) != asked["about"].get(k)]
     if not differ:
         return
     key = differ[0]
     name = key.removeprefix("about['").removesuffix("']")
-    was, now = (m["about"].get(name) if key.startswith("about") else m[key] for m in (found, asked))
+    was, now = (m["about"].get(name) if key.startswith("about") else m[key] for m in (stored, asked))
     raise StoreError(
         f"{folder} is a store of something else: {', '.join(differ)} differ ({key}: there {was!r}, asked "
         f"for {now!r}). Choose a new folder, or delete this one."

@@ -135,9 +135,9 @@ class Writer:
     def _resume(self) -> None:
         path = self.folder / MANIFEST
         if path.exists():
-            found = read_manifest(self.folder)
-            check_same(self.folder, found, self._manifest)
-            self._manifest = found
+            stored = read_manifest(self.folder)
+            check_same(self.folder, stored, self._manifest)
+            self._manifest = stored
         else:
             strangers = [p.name for p in self.folder.iterdir() if p.suffix not in (".tmp", ".safetensors")]
             if strangers:
@@ -155,10 +155,10 @@ class Writer:
 
     def _new_shard(self) -> list[GrowingFile]:
         shard = len(self._manifest["shards"])
-        made: list[GrowingFile] = []
+        files: list[GrowingFile] = []
         for path, (name, column) in zip(self._paths(shard), self.columns.items(), strict=True):
-            made.append(GrowingFile(path, name, column.shape, column.dtype))
-        return made
+            files.append(GrowingFile(path, name, column.shape, column.dtype))
+        return files
 
     def _close_shard(self) -> None:
         for file in self._files:

@@ -33,8 +33,8 @@ class ModelCache(ActivationCache):
     def tower(self, name: str) -> TowerCache:
         """The cache of one tower, a view: it holds the same tensors."""
         prefix = f"{name}."
-        own = {k.removeprefix(prefix): v for k, v in self.cache_dict.items() if k.startswith(prefix)}
-        return TowerCache(own, self.model.tower(name), has_batch_dim=self.has_batch_dim)
+        of_tower = {k.removeprefix(prefix): v for k, v in self.cache_dict.items() if k.startswith(prefix)}
+        return TowerCache(of_tower, self.model.tower(name), has_batch_dim=self.has_batch_dim)
 
     def __getattr__(self, name: str) -> TowerCache:
         if name != "model" and name in self.model.tower_names:

@@ -1,4 +1,4 @@
-"""A site as TransformerLens' HookPoint, which puts its taps on the model while somebody listens."""
+"""A site as TransformerLens' HookPoint: torch hooks are on the model only while it has an active hook."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mm_adapters.records.spec import Site
 
 
 class SitePoint(HookPoint):
-    """The HookPoint of one site. Adding or removing a hook puts its taps on the model or off it."""
+    """The HookPoint of one site. Its first hook puts torch hooks on the model, its last takes them off."""
 
     site: Site
     live: bool
@@ -45,7 +45,7 @@ class SitePoint(HookPoint):
         return handle
 
     def refresh(self) -> None:
-        """Tells its taps if it has become live, or ceased to be."""
+        """Tells its module hooks whether it has an active hook, if that has changed."""
         live = bool(self._forward_hooks or self._backward_hooks)
         if live != self.live:
             self.__dict__["live"] = live

@@ -38,7 +38,7 @@ class TowerConfig(TransformerLensConfig):
 
 
 class Part(nn.Module):
-    """A place in the tree of HookPoints. `weights` are the tensors of the module it stands for."""
+    """A node in the tree of HookPoints. `weights` are the tensors of the module that it represents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Part(nn.Module):
         return weights[name]() if name in weights else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module it stands for returns."""
+        """What the module that it represents returns."""
         return self.stands_for[0](*args, **kwargs)
 
 
@@ -171,9 +171,11 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
     def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
         """As HookedTransformer's: the output and an ActivationCache under local names."""
         remove = kwargs.get("remove_batch_dim", False)
-        output, found = super().run_with_cache(*args, **kwargs)
-        own = {key.removeprefix(f"{self.name}."): value for key, value in found.items()}
-        return output, TowerCache(own, self, has_batch_dim=not remove) if return_cache_object else own
+        output, values = super().run_with_cache(*args, **kwargs)
+        local_values = {key.removeprefix(f"{self.name}."): value for key, value in values.items()}
+        return output, TowerCache(
+            local_values, self, has_batch_dim=not remove
+        ) if return_cache_object else local_values
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
         """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
@@ -222,9 +224,13 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         mounted, record = self._mounted, self._mounted.record
         parts = mounted.parts["blocks"][0] if mounted.parts.get("blocks") else {}
         device, dtype = self._root.device, self._root.dtype
-        common: dict[str, Any] = {"tower": mounted.name, "device": str(device), "dtype": dtype,
-                                  "model_name": self._root.sitemap.family,
-                                  "normalization_type": record.norm}  # fmt: skip
+        common: dict[str, Any] = {
+            "tower": mounted.name,
+            "device": str(device),
+            "dtype": dtype,
+            "model_name": self._root.sitemap.family,
+            "normalization_type": record.norm,
+        }
         first_block: Any = self.blocks[0] if "attn.hook_q" in parts else None
         weights: Any = first_block.attn.weights if first_block is not None else {}
         if not weights.keys() & {"W_Q", "W_O"}:

@@ -103,8 +103,8 @@ class TowerTokens:
     ) -> int:
         """Where a token stands in a text; `mode` is "first" or "last"."""
         tokens = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else torch.as_tensor(input)
-        wanted = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
-        at = (tokens.squeeze() == wanted).nonzero().reshape(-1).tolist()
+        token = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
+        at = (tokens.squeeze() == token).nonzero().reshape(-1).tolist()
         if not at:
             raise InputError(f"Token {single_token!r} is not in {self.to_str_tokens(tokens)}.")
         return at[0] if mode == "first" else at[-1]

@@ -187,7 +187,7 @@ class TowerWeights:
 
     def _table(self, field: str, name: str) -> Tensor:
         path = getattr(self._mounted.record, field)
-        found = tensor_at(self._mounted.module, path) if path else None
-        if found is None:
+        table = tensor_at(self._mounted.module, path) if path else None
+        if table is None:
             raise MissingSiteError(f"The {self.name} tower has no {name}: it has no such table.")
-        return found
+        return table

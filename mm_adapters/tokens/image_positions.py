@@ -43,8 +43,8 @@ def raster(grid: Grid, tile: int = 0) -> list[ImagePosition]:
     return [ImagePosition("image", (r, c), grid, tile) for r in range(grid[0]) for c in range(grid[1])]
 
 
-def image_places(
-    placing: ImageTokens,
+def positions_of_images(
+    image_tokens: ImageTokens,
     config: Any,
     prepared: Mapping[str, Any],
     tokenizer: Any,
@@ -58,33 +58,33 @@ def image_places(
     Raises: InputError if the tokens cannot be what the images take.
     """
     count = sum(list(row).count(image_id) for row in rows)
-    match placing:
+    match image_tokens:
         case Square():
             return _squares(prepared, count)
         case Queries():
-            return _queries(placing, config, rows, image_id)
+            return _queries(image_tokens, config, rows, image_id)
         case Anyres():
             return [_anyres(config, prepared, i) for i in range(len(prepared["image_sizes"]))]
         case Merged():
-            return [raster(grid) for grid in merged_grids(placing, config, prepared)]
+            return [raster(grid) for grid in merged_grids(image_tokens, config, prepared)]
         case Views():
-            sizes = prepared[placing.grids].tolist()
+            sizes = prepared[image_tokens.grids].tolist()
             return [raster((r, c)) + raster((down, across), tile=1) for r, c, down, across in sizes]
         case Lines():
             lengths = [stop - start for row in rows for start, stop in runs(row, image_id)]
             sizes = prepared["image_sizes"].tolist()
             return [_lines(h, w, n) for (h, w), n in zip(sizes, lengths, strict=True)]
         case Tiles(marker=None):
-            return _runs_of_tiles(placing, config, rows, image_id)
+            return _runs_of_tiles(image_tokens, config, rows, image_id)
         case Tiles():
-            return _marked_tiles(placing, tokenizer, rows, image_id)
+            return _marked_tiles(image_tokens, tokenizer, rows, image_id)
 
 
-def merged_grids(placing: Merged, config: Any, prepared: Mapping[str, Any]) -> list[Grid]:
+def merged_grids(image_tokens: Merged, config: Any, prepared: Mapping[str, Any]) -> list[Grid]:
     """The grid of each image's tokens: its patches, joined `merge` by `merge`."""
-    merge = int(_at(config, placing.merge)) if placing.merge else 1
-    if placing.grids != "image_sizes":
-        sizes = [(t * h, w) for t, h, w in prepared[placing.grids].tolist()]
+    merge = int(_at(config, image_tokens.merge)) if image_tokens.merge else 1
+    if image_tokens.grids != "image_sizes":
+        sizes = [(t * h, w) for t, h, w in prepared[image_tokens.grids].tolist()]
     else:
         patch = _at(config, "vision_config.patch_size")
         sizes = [(h // patch, w // patch) for h, w in prepared["image_sizes"].tolist()]
@@ -121,11 +121,11 @@ def _squares(prepared: Mapping[str, Any], count: int) -> list[list[ImagePosition
 
 
 def _queries(
-    placing: Queries, config: Any, rows: Iterable[Sequence[int]], image_id: int
+    image_tokens: Queries, config: Any, rows: Iterable[Sequence[int]], image_id: int
 ) -> list[list[ImagePosition]]:
-    count = int(_at(config, placing.count)) if placing.count else 1
+    count = int(_at(config, image_tokens.count)) if image_tokens.count else 1
     total = sum(list(row).count(image_id) for row in rows)
-    return [[ImagePosition(placing.role)] * count] * (total // count)
+    return [[ImagePosition(image_tokens.role)] * count] * (total // count)
 
 
 def _anyres(config: Any, prepared: Mapping[str, Any], index: int) -> list[ImagePosition]:
@@ -151,15 +151,15 @@ def _anyres(config: Any, prepared: Mapping[str, Any], index: int) -> list[ImageP
     limit = re.search(r"anyres_max_(\d+)", str(getattr(config, "vision_aspect_ratio", "")))
     ratio = math.sqrt(grid[0] * grid[1] / (int(limit[1]) * side**2)) if limit else 0.0
     shown = (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > 1.1 else grid
-    spots = raster((side, side))
+    positions = raster((side, side))
     for r in range(shown[0]):
         for c in range(shown[1]):
             # The tile that the middle of this place lies in.
             tile_r = (pad_r + int((r + 0.5) * grid[0] / shown[0])) // side
             tile_c = (pad_c + int((c + 0.5) * grid[1] / shown[1])) // side
-            spots.append(ImagePosition("image", (r, c), shown, 1 + tile_r * tiles[1] + tile_c))
-        spots.append(ImagePosition("newline"))
-    return spots
+            positions.append(ImagePosition("image", (r, c), shown, 1 + tile_r * tiles[1] + tile_c))
+        positions.append(ImagePosition("newline"))
+    return positions
 
 
 def _lines(height: int, width: int, count: int) -> list[ImagePosition]:
@@ -169,41 +169,41 @@ def _lines(height: int, width: int, count: int) -> list[ImagePosition]:
     if factor is None:
         raise InputError(f"{count} image tokens are no lines of an image of {height} x {width} pixels.")
     grid = (height // factor, width // factor)
-    spots = raster(grid)
+    positions = raster(grid)
     for line in range(grid[0], 0, -1):
-        spots.insert(line * grid[1], ImagePosition("newline"))
-    return spots
+        positions.insert(line * grid[1], ImagePosition("newline"))
+    return positions
 
 
 def _runs_of_tiles(
-    placing: Tiles, config: Any, rows: Iterable[Sequence[int]], image_id: int
+    image_tokens: Tiles, config: Any, rows: Iterable[Sequence[int]], image_id: int
 ) -> list[list[ImagePosition]]:
     """Each run of tokens is an image: its tiles, then the whole; alone, it is the whole."""
-    each = int(_at(config, str(placing.count)))
+    each = int(_at(config, str(image_tokens.count)))
     side = math.isqrt(each)
     found = []
     for row in rows:
         for start, stop in runs(row, image_id):
             n_tiles = (stop - start) // each
             numbers = [0] if n_tiles == 1 else [*range(1, n_tiles), 0]
-            places = [(tile, spot.at) for tile in numbers for spot in raster((side, side))]
+            tile_cells = [(tile, position.at) for tile in numbers for position in raster((side, side))]
             found.append(
-                [ImagePosition("image", at, None if tile else (side, side), tile) for tile, at in places]
+                [ImagePosition("image", at, None if tile else (side, side), tile) for tile, at in tile_cells]
             )
     return found
 
 
 def _marked_tiles(
-    placing: Tiles, tokenizer: Any, rows: Iterable[Sequence[int]], image_id: int
+    image_tokens: Tiles, tokenizer: Any, rows: Iterable[Sequence[int]], image_id: int
 ) -> list[list[ImagePosition]]:
     """Before each run of tokens a marker says which tile of its image it is; the whole ends an image."""
-    assert placing.marker is not None
+    assert image_tokens.marker is not None
     found: list[list[ImagePosition]] = []
     for row in rows:
         waiting: list[tuple[int, int, int]] = []
         for start, stop in runs(row, image_id):
             before = tokenizer.convert_ids_to_tokens(int(row[start - 1])) if start else ""
-            mark = re.fullmatch(placing.marker, str(before))
+            mark = re.fullmatch(image_tokens.marker, str(before))
             side = math.isqrt(stop - start)
             if mark:
                 waiting.append((int(mark[1]) - 1, int(mark[2]) - 1, side))
@@ -219,14 +219,14 @@ def _joined(tiles: Sequence[tuple[int, int, int]]) -> list[ImagePosition]:
     if not tiles:
         return []
     down, across = 1 + max(r for r, _, _ in tiles), 1 + max(c for _, c, _ in tiles)
-    spots = []
+    positions = []
     for tile_r, tile_c, side in tiles:
         grid = (down * side, across * side)
         for r in range(side):
             for c in range(side):
                 at = (tile_r * side + r, tile_c * side + c)
-                spots.append(ImagePosition("image", at, grid, 1 + tile_r * across + tile_c))
-    return spots
+                positions.append(ImagePosition("image", at, grid, 1 + tile_r * across + tile_c))
+    return positions
 
 
 def _at(config: Any, path: str) -> Any:

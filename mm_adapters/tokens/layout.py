@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm_adapters._errors import InputError, WordNotFoundError
 from mm_adapters.tokens.image_positions import ImagePosition, raster
-from mm_adapters.tokens.words import Word, spell, split_words
+from mm_adapters.tokens.words import Word, align_words, split_words
 
 Role = Literal[
     "class", "register", "patch", "image", "newline", "start", "end", "word", "pad", "query", "latent"
@@ -112,16 +112,16 @@ class TokenLayout:
         Raises: WordNotFoundError if the row does not have it, listing the words it has.
         """
         entries = sorted(self.words[row] + self.marks[row], key=lambda w: w.span) if self.words else []
-        wanted = [part.casefold() for part, _, _ in split_words(word)]
+        parts = [part.casefold() for part, _, _ in split_words(word)]
         heard = [entry.text.casefold() for entry in entries]
-        starts = [i for i in range(len(heard)) if wanted and heard[i : i + len(wanted)] == wanted]
+        starts = [i for i in range(len(heard)) if parts and heard[i : i + len(parts)] == parts]
         if not starts or (occurrence is not None and not 0 <= occurrence < len(starts)):
             times = "" if not starts else f" occurrence {occurrence}; it has {len(starts)}, from 0:"
             known = ", ".join(w.text for w in self.words[row]) if self.words else "no text"
             raise WordNotFoundError(f"Row {row} has no {word!r}{times}. Its words: {known}.")
-        chosen = starts if occurrence is None else [starts[occurrence]]
-        found = {p for i in chosen for e in entries[i : i + len(wanted)] for p in e.positions}
-        return sorted(found)
+        starts_chosen = starts if occurrence is None else [starts[occurrence]]
+        positions = {p for i in starts_chosen for e in entries[i : i + len(parts)] for p in e.positions}
+        return sorted(positions)
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ class Position:
     image: int | None = 0
 
 
-def seated(rows: Sequence[Sequence[Position]], **text: Any) -> TokenLayout:
+def layout_of_positions(rows: Sequence[Sequence[Position]], **text: Any) -> TokenLayout:
     """The layout of these positions; `text` are its fields about words."""
-    grids = {seat.grid for row in rows for seat in row if seat.grid is not None}
+    grids = {position.grid for row in rows for position in row if position.grid is not None}
     return TokenLayout(
         roles=tuple(tuple(s.role for s in row) for row in rows),
         grid=grids.pop() if len(grids) == 1 else None,
@@ -166,16 +166,16 @@ def vision_layout(
     row = [Position(cast(Role, name)) for name in roles[:front]] + [
         Position(role, at, grid, 0) for at in places
     ]
-    return seated([row] * n_rows)
+    return layout_of_positions([row] * n_rows)
 
 
 def cut_layout(grids: Sequence[Grid], n_pos: int) -> TokenLayout:
     """The layout of images that come cut into patches, line by line, and are padded to `n_pos`."""
     rows = []
     for grid in grids:
-        seats = [Position("patch", (r, c), grid, 0) for r in range(grid[0]) for c in range(grid[1])]
-        rows.append([*seats, *[Position("pad", image=None)] * (n_pos - len(seats))])
-    return seated(rows)
+        positions = [Position("patch", (r, c), grid, 0) for r in range(grid[0]) for c in range(grid[1])]
+        rows.append([*positions, *[Position("pad", image=None)] * (n_pos - len(positions))])
+    return layout_of_positions(rows)
 
 
 def text_layout(
@@ -214,7 +214,7 @@ def language_layout(
     if texts is not None and len(texts) != len(input_ids):
         raise InputError(f"There are {len(texts)} texts for {len(input_ids)} rows of tokens.")
     rows = [
-        spell(
+        align_words(
             None if texts is None else texts[i],
             tokenizer,
             ids.tolist(),
@@ -232,17 +232,17 @@ def language_layout(
         images = _by_row(counts, iter(places), len(places))
     else:
         images = [[(0, ImagePosition())] * n for n in counts]
-    seats = []
-    for row, ids, spots in zip(rows, input_ids.tolist(), images, strict=True):
-        queue = iter(spots)
-        seats.append(
+    positions = []
+    for row, ids, images_positions in zip(rows, input_ids.tolist(), images, strict=True):
+        queue = iter(images_positions)
+        positions.append(
             [
-                _seat(next(queue)) if role == "image" else _word(role, i in newline_ids)
+                _position(next(queue)) if role == "image" else _word(role, i in newline_ids)
                 for role, i in zip(row.roles, ids, strict=True)
             ]
         )
-    return seated(
-        seats,
+    return layout_of_positions(
+        positions,
         texts=tuple(row.text for row in rows),
         words=tuple(row.words for row in rows),
         marks=tuple(row.marks for row in rows),
@@ -253,9 +253,15 @@ def _word(role: Role, ends_line: bool) -> Position:
     return Position("newline" if ends_line else role, image=None)
 
 
-def _seat(found: tuple[int, ImagePosition]) -> Position:
-    image, spot = found
-    return Position(spot.role, spot.at, spot.grid, spot.tile if spot.at else None, image)
+def _position(numbered: tuple[int, ImagePosition]) -> Position:
+    image, image_position = numbered
+    return Position(
+        image_position.role,
+        image_position.at,
+        image_position.grid,
+        image_position.tile if image_position.at else None,
+        image,
+    )
 
 
 def _is_grid(grids: Grid | Sequence[Grid]) -> bool:
@@ -272,10 +278,10 @@ def _by_row(
         places: list[tuple[int, ImagePosition]] = []
         image = 0
         while len(places) < n:
-            spots = next(images, None)
-            if spots is None:
+            images_positions = next(images, None)
+            if images_positions is None:
                 break
-            places += [(image, spot) for spot in spots]
+            places += [(image, image_position) for image_position in images_positions]
             image += 1
         used += image
         if len(places) != n:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mm_adapters.tokens.image_positions import Grid, ImagePosition, raster
-from mm_adapters.tokens.layout import Position, TokenLayout, seated
+from mm_adapters.tokens.layout import Position, TokenLayout, layout_of_positions
 
 CLASS, PAD = Position("class"), Position("pad")
 
 
-def _patch(spot: ImagePosition, image: int) -> Position:
-    return Position("patch", spot.at, spot.grid, spot.tile, image)
+def _patch(position: ImagePosition, image: int) -> Position:
+    return Position("patch", position.at, position.grid, position.tile, image)
 
 
 def by_tile(
@@ -30,14 +30,16 @@ def by_tile(
     for row in range(n_rows):
         image, tile = images[row] if images else 0, tiles[row] if tiles else 0
         front = [Position("class", tile=tile, image=image)] * n_class
-        own = None if tile else grid  # Where a tile lies is said by the language tower's layout.
-        rows.append(front + [Position("patch", s.at, own, tile, image) for s in raster(grid)])
-    return seated(rows)
+        grid_of_image = None if tile else grid  # Where a tile lies is said by the language tower's layout.
+        rows.append(front + [Position("patch", s.at, grid_of_image, tile, image) for s in raster(grid)])
+    return layout_of_positions(rows)
 
 
 def end_to_end(grids: Sequence[Grid]) -> TokenLayout:
     """One row: the patches of all images, each line by line."""
-    return seated([[_patch(spot, i) for i, grid in enumerate(grids) for spot in raster(grid)]])
+    return layout_of_positions(
+        [[_patch(position, i) for i, grid in enumerate(grids) for position in raster(grid)]]
+    )
 
 
 def by_cell(grids: Sequence[Grid], merge: int, window: int | None = None) -> TokenLayout:
@@ -45,7 +47,7 @@ def by_cell(grids: Sequence[Grid], merge: int, window: int | None = None) -> Tok
 
     With `window`, cells come by windows of so many cells a side, those at the edge smaller.
     """
-    seats = []
+    positions = []
     for image, grid in enumerate(grids):
         down, across = grid[0] // merge, grid[1] // merge
         cells = [(r, c) for r in range(down) for c in range(across)]
@@ -54,8 +56,8 @@ def by_cell(grids: Sequence[Grid], merge: int, window: int | None = None) -> Tok
         for r, c in cells:
             for i in range(merge):
                 for j in range(merge):
-                    seats.append(Position("patch", (r * merge + i, c * merge + j), grid, 0, image))
-    return seated([seats])
+                    positions.append(Position("patch", (r * merge + i, c * merge + j), grid, 0, image))
+    return layout_of_positions([positions])
 
 
 def all_tiles(side: Grid, n_class: int, cuts: Sequence[Grid], n_tiles: int, multiple: int = 8) -> TokenLayout:
@@ -82,4 +84,4 @@ def all_tiles(side: Grid, n_class: int, cuts: Sequence[Grid], n_tiles: int, mult
                     row.append(Position("patch", place, whole, number))
             row += padding
         rows.append(row)
-    return seated(rows)
+    return layout_of_positions(rows)

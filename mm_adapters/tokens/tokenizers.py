@@ -31,7 +31,7 @@ class TokenizerView:
     pad: int | None
 
 
-def speller_of(tokenizer: Any) -> TokenizerView:
+def tokenizer_view_of(tokenizer: Any) -> TokenizerView:
     """The same questions, put to a transformers tokenizer or one of open_clip's.
 
     Raises: InputError if it is neither.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
-from mm_adapters.tokens.tokenizers import Span, TokenizerView, piece_bytes, speller_of
+from mm_adapters.tokens.tokenizers import Span, TokenizerView, piece_bytes, tokenizer_view_of
 
 TextRole = Literal["start", "end", "word", "pad", "image"]
 _UNSPACED = ((0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
@@ -34,7 +34,7 @@ class AlignedText:
     marks: tuple[Word, ...]
 
 
-def spell(
+def align_words(
     text: str | None,
     tokenizer: Any,
     ids: list[int],
@@ -46,19 +46,19 @@ def spell(
     The tokenizer's own character offsets are used where it gives them and its tokens are these;
     otherwise the tokens' pieces are laid along the text, letter by letter.
     """
-    speller = speller_of(tokenizer)
+    tokenizer_view = tokenizer_view_of(tokenizer)
     if text is None:
-        text = speller.decode([i for i in ids if i not in speller.special and i != image_id])
-    encoded, offsets = speller.encode(text)
-    match = _match(ids, encoded, mask, speller, image_id)
-    live = [m is not None for m in match] if match else _not_padding(ids, mask, speller)
-    roles = _roles(ids, live, speller, image_id)
+        text = tokenizer_view.decode([i for i in ids if i not in tokenizer_view.special and i != image_id])
+    encoded, offsets = tokenizer_view.encode(text)
+    match = _match(ids, encoded, mask, tokenizer_view, image_id)
+    live = [m is not None for m in match] if match else _not_padding(ids, mask, tokenizer_view)
+    roles = _roles(ids, live, tokenizer_view, image_id)
     shown = text
     if image_id is not None and image_id >= 0:  # The image token's own letters are no word of the text.
-        token = speller.pieces([image_id])[0]
+        token = tokenizer_view.pieces([image_id])[0]
         shown = text.replace(token, " " * len(token))
     if match and offsets:
-        blank = [not piece_bytes(p, True).strip() for p in speller.pieces(ids)]
+        blank = [not piece_bytes(p, True).strip() for p in tokenizer_view.pieces(ids)]
         # Llama's tokenizer says that the space it puts in front is the text's first letter.
         covers = [
             set() if m is None or empty else set(range(*offsets[m]))
@@ -66,10 +66,10 @@ def spell(
         ]
     else:
         lettered = [
-            i if role == "word" and i not in speller.special else None
+            i if role == "word" and i not in tokenizer_view.special else None
             for i, role in zip(ids, roles, strict=True)
         ]
-        covers = _lay_pieces(shown, speller, lettered)
+        covers = _lay_pieces(shown, tokenizer_view, lettered)
     words, marks = _words(shown, covers, roles)
     return AlignedText(text, roles, words, marks)
 
@@ -104,14 +104,14 @@ def _words(
         for char in chars if role == "word" else ():
             owners.setdefault(char, []).append(pos)
     words, marks = [], []
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for part, start, end in split_words(text):
         at = tuple(sorted({pos for char in range(start, end) for pos in owners.get(char, ())}))
         if not at:  # Some tokenizers drop punctuation.
             continue
         key = part.casefold()
-        word = Word(part, at, seen.get(key, 0), (start, end))
-        seen[key] = word.occurrence + 1
+        word = Word(part, at, counts.get(key, 0), (start, end))
+        counts[key] = word.occurrence + 1
         (words if any(c.isalnum() for c in part) else marks).append(word)
     return tuple(words), tuple(marks)
 
@@ -120,7 +120,7 @@ def _match(
     ids: list[int],
     encoded: list[int],
     mask: Sequence[int] | None,
-    speller: TokenizerView,
+    tokenizer_view: TokenizerView,
     image_id: int | None,
 ) -> list[int | None] | None:
     """For each position its index in `encoded`, None at padding; None if the tokens differ.
@@ -130,7 +130,7 @@ def _match(
     encoded_at = [
         i for i, t in enumerate(encoded) if not (i and t == image_id and encoded[i - 1] == image_id)
     ]
-    leading = next((i for i, t in enumerate(ids) if t != speller.pad), 0)
+    leading = next((i for i, t in enumerate(ids) if t != tokenizer_view.pad), 0)
     starts = [list(mask).index(1)] if mask is not None and 1 in mask else sorted({0, leading})
     for start in starts:
         out: list[int | None] = [None] * start
@@ -145,28 +145,28 @@ def _match(
             pos = stop
         else:
             rest = range(pos, len(ids))
-            if all(ids[p] == speller.pad or (mask is not None and not mask[p]) for p in rest):
+            if all(ids[p] == tokenizer_view.pad or (mask is not None and not mask[p]) for p in rest):
                 return out + [None] * len(rest)
     return None
 
 
-def _not_padding(ids: list[int], mask: Sequence[int] | None, speller: TokenizerView) -> list[bool]:
+def _not_padding(ids: list[int], mask: Sequence[int] | None, tokenizer_view: TokenizerView) -> list[bool]:
     live = [True] * len(ids) if mask is None else [bool(m) for m in mask]
-    if speller.pad is None or (mask is not None and not all(mask)):
+    if tokenizer_view.pad is None or (mask is not None and not all(mask)):
         return live
-    first = next((i for i, t in enumerate(ids) if t != speller.pad), 0)
+    first = next((i for i, t in enumerate(ids) if t != tokenizer_view.pad), 0)
     stop = len(ids)
-    while stop > first + 1 and ids[stop - 1] == speller.pad:
+    while stop > first + 1 and ids[stop - 1] == tokenizer_view.pad:
         stop -= 1
-    if speller.pad == speller.end and stop < len(ids):
+    if tokenizer_view.pad == tokenizer_view.end and stop < len(ids):
         stop += 1  # The first of them is the end.
-    if speller.pad == speller.start and first:
+    if tokenizer_view.pad == tokenizer_view.start and first:
         first -= 1
     return [first <= i < stop and alive for i, alive in enumerate(live)]
 
 
 def _roles(
-    ids: list[int], live: list[bool], speller: TokenizerView, image_id: int | None
+    ids: list[int], live: list[bool], tokenizer_view: TokenizerView, image_id: int | None
 ) -> tuple[TextRole, ...]:
     roles: list[TextRole] = ["word" if alive else "pad" for alive in live]
     places = [i for i, alive in enumerate(live) if alive]
@@ -174,22 +174,22 @@ def _roles(
         if image_id is not None and ids[i] == image_id:
             roles[i] = "image"
     for nth, i in enumerate(places):
-        alone = ids[i] == speller.end and not (nth == 0 and speller.start == speller.end)
-        if roles[i] == "image" or ids[i] not in speller.special or alone:
+        alone = ids[i] == tokenizer_view.end and not (nth == 0 and tokenizer_view.start == tokenizer_view.end)
+        if roles[i] == "image" or ids[i] not in tokenizer_view.special or alone:
             break
         roles[i] = "start"
     for i in reversed(places):
-        if roles[i] != "word" or ids[i] not in speller.special:
+        if roles[i] != "word" or ids[i] not in tokenizer_view.special:
             break
         roles[i] = "end"
     return tuple(roles)
 
 
-def _lay_pieces(text: str, speller: TokenizerView, ids: list[int | None]) -> list[set[int]]:
+def _lay_pieces(text: str, tokenizer_view: TokenizerView, ids: list[int | None]) -> list[set[int]]:
     """The characters of `text` that each token covers, by laying their letters side by side."""
     letters = [(plain, i) for i, char in enumerate(text) for plain in _plain(char)]
     at = [p for p, token in enumerate(ids) if token is not None]
-    pieces = speller.pieces([t for t in ids if t is not None])
+    pieces = tokenizer_view.pieces([t for t in ids if t is not None])
     best: list[tuple[str, frozenset[int]]] = []
     score = -1.0
     for byte_level in (True, False):
