@@ -29,7 +29,7 @@ margin:.25rem .25rem 0 0;border:1px solid #ccc;image-rendering:auto}
 """
 
 
-def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], called: str) -> str:
+def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], model_name: str) -> str:
     """The page as HTML, with its pictures in it: nothing else is loaded."""
     files = dict(found.top_files)
     thumbs: dict[int, str] = {}
@@ -47,7 +47,7 @@ def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], calle
         body.append(f'<h2 id="layer{layer}">Layer {layer}</h2><table>{rows}</table>')
     skipped = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in found.unreadable)
     skipped = f"<h2>Images that could not be read</h2><ul>{skipped}</ul>" if skipped else ""
-    title = f"What the heads of {html.escape(called)} say"
+    title = f"What the heads of {html.escape(model_name)} say"
     head = f'<meta charset="utf-8"><title>{title}</title><meta name="viewport" content="width=device-width">'
     note = (
         f"From {found.n_images} images and {len(found.texts)} texts. Each head adds a vector to an image's "
@@ -61,7 +61,7 @@ def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], calle
     )
 
 
-def heads_numbers(found: HeadNames, called: str) -> dict[str, Any]:
+def heads_numbers(found: HeadNames, model_name: str) -> dict[str, Any]:
     """The same as plain data."""
     files = dict(found.top_files)
     heads = []
@@ -81,16 +81,16 @@ def heads_numbers(found: HeadNames, called: str) -> dict[str, Any]:
             share = rounded(found.variance[layer, head])
             heads.append({"layer": layer, "head": head, "variance": share, "texts": texts})
     unreadable = [{"image": name, "reason": why} for name, why in found.unreadable]
-    return {"model": called, "images": found.n_images, "unreadable": unreadable, "heads": heads}
+    return {"model": model_name, "images": found.n_images, "unreadable": unreadable, "heads": heads}
 
 
 def write_heads(
-    found: HeadNames, picture_of: Callable[[int], Image.Image], called: str, folder: Path
+    found: HeadNames, picture_of: Callable[[int], Image.Image], model_name: str, folder: Path
 ) -> tuple[Path, Path]:
     """Writes heads.html and heads.json into `folder`; returns both."""
     page, numbers = folder / "heads.html", folder / "heads.json"
-    write_text(page, heads_page(found, picture_of, called))
-    write_json(numbers, heads_numbers(found, called))
+    write_text(page, heads_page(found, picture_of, model_name))
+    write_json(numbers, heads_numbers(found, model_name))
     return page, numbers
 
 
