@@ -94,7 +94,9 @@ def _contrastive(model: Any, model_name: str, *, images: list[Path], texts: list
     from methods_multimodal.report import contrastive_report
 
     chosen = _two_images(images, _DEFAULT_IMAGES)
-    return contrastive_report(model, chosen, texts or list(_DEFAULT_TEXTS), _names(chosen), model_name=model_name)
+    return contrastive_report(
+        model, chosen, texts or list(_DEFAULT_TEXTS), _names(chosen), model_name=model_name
+    )
 
 
 def _vlm(model: Any, model_name: str, *, images: list[Path], question: str | None, **_: Any) -> Any:

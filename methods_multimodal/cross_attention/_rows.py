@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.diffusion.pictures import pictures_of
 from mm_adapters import AttentionUnreachableError, Edit, InputError, Model, Read
 
 # Takes a row's value and the values of all rows, gives the row's new value.
@@ -127,7 +128,7 @@ def generate(
         raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds: give a seed for each.")
     run = model.run(inputs, read=read, edit=edits(row_edits))
     check_each_step({r.site: r.fired for r in run.receipts})
-    images = run.output.images
+    images = pictures_of(model, run.output)
     if not bool(torch.isfinite(images).all()):
         raise InputError("A picture holds NaN: a step broke down. Run it in float32 or bfloat16.")
     return images.float()

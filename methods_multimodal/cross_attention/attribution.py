@@ -16,6 +16,7 @@ from methods_multimodal.core.record import Record
 from methods_multimodal.cross_attention._sites import TextAttention, text_attention, text_positions
 from methods_multimodal.cross_attention.cases import Case, Part, align_positions, layouts_of
 from methods_multimodal.cross_attention.metrics import Metric
+from methods_multimodal.diffusion.pictures import pictures_of
 from mm_adapters import InputError, Model
 
 
@@ -103,7 +104,7 @@ def _one(
     measured: list[Tensor] = []
 
     def scalar(output: Any) -> Tensor:
-        value = metric(output.images)
+        value = metric(pictures_of(model, output))
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise InputError(
                 f"The metric {getattr(metric, '__name__', metric)!r} gave a value without a gradient, so it "

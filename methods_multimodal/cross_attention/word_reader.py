@@ -128,7 +128,7 @@ class WordReader:
 
         Raises: InputError if there was a NaN, saying at which layer and step it came up first.
         """
-        height, width = self.grid or (int(n) for n in run[self.size].flatten())
+        height, width = self.grid or _latent_size(run[self.size])
         by_grid: dict[tuple[int, int], list[Tensor]] = {}
         layers: dict[tuple[int, int], list[TextAttention]] = {}
         for layer in self.layers:
@@ -244,6 +244,12 @@ def find(layout: TokenLayout, word: str) -> list[int]:
     if word in ENDS:
         return [p for role in ENDS[word] for p in layout.positions(role)]
     return layout.where(word)
+
+
+def _latent_size(value: Tensor) -> tuple[int, int]:
+    """The latents' height and width: as this reader keeps them, or of latents that another one keeps."""
+    height, width = value.shape[-2:] if value.is_floating_point() else value.flatten().tolist()
+    return int(height), int(width)
 
 
 def _tokens(layout: TokenLayout) -> list[int]:

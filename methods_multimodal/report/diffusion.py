@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from methods_multimodal.cross_attention import WordMaps, word_reader
-from methods_multimodal.diffusion.denoising import DenoisingSteps, StepReader, frames_of, to_array
+from methods_multimodal.diffusion import DenoisingSteps, frames_of, pictures_of, step_reader, to_array
 from methods_multimodal.plots import overlay, picture, word_lines
 from methods_multimodal.report._page import Report, new_page, rounded
 from mm_adapters import InputError, Model
@@ -32,11 +32,13 @@ def diffusion_report(
         )
     if model.preparer is not None:
         model.preparer.prepare(text=[prompt])  # A prompt that is too long would be cut silently.
-    words = word_reader(model, prompt)
-    frames = StepReader(steps)
-    given = frames.inputs({**options, "prompt": prompt, "seed": seed, "output_type": "pt"})
-    run = model.run(given, read=[*words.reads(), *frames.reads()])
-    final = run.output.images[0].float().cpu()
+    words = word_reader(model, prompt, options=options)
+    frames = step_reader(model, steps)
+    inputs = frames.inputs({**options, "prompt": prompt, "seed": seed, "output_type": "pt"})
+    # Both read the latents; the frames keep them whole.
+    reads = {read.site: read for read in (*words.reads(), *frames.reads())}
+    run = model.run(inputs, read=list(reads.values()))
+    final = pictures_of(model, run.output)[0].float().cpu()
     model_name = model_name or model.name
     shown, maps = frames.pictures(model, run), words.maps(run)
     numbers = _numbers(model_name, prompt, seed, shown, maps)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from methods_multimodal.cross_attention import word_maps
-from methods_multimodal.diffusion.denoising import to_array
+from methods_multimodal.diffusion import pictures_of, to_array
 from methods_multimodal.plots import film_strip, picture, word_lines, word_map
 from methods_multimodal.report._page import Report, new_page, rounded
 from mm_adapters import InputError, Model
@@ -34,7 +34,7 @@ def words_report(
     inputs = {**options, "prompt": prompt, "seed": seed, "num_inference_steps": steps, "output_type": "pt"}
     maps, output = word_maps(model, inputs, words=words, keep=("step",), spread=True)
     recipe = "spread" if maps.affinity.numel() else "mean"
-    pixels = to_array(output.images[0].float())
+    pixels = to_array(pictures_of(model, output)[0].float())
     shown = maps.words_of()[:MOST_WORDS]
     model_name = model_name or model.name
     across = min(ACROSS, len(shown) + 1)

@@ -4,6 +4,7 @@
 
 from mm_adapters.families._conv import maps
 from mm_adapters.families._parts import attention
+from mm_adapters.families.kandinsky import MOVQ
 from mm_adapters.records import Guidance, Input, ModelRecord, Output, Stack, Tower, TowerMount, register
 
 _NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "heads": "heads"}
@@ -54,6 +55,7 @@ register(
         ("diffusers:Kandinsky3Pipeline", "diffusers:Kandinsky3Img2ImgPipeline"),
         {"text": TowerMount("text_encoder"), "denoiser": TowerMount("unet"), "vae": TowerMount("movq")},
         loop="denoiser",
-        guidance=Guidance(),
+        guidance=Guidance(from_zero=True),
+        sampling={"denoiser": MOVQ},
     )
 )

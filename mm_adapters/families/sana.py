@@ -9,6 +9,7 @@ from mm_adapters.records import (
     ModelRecord,
     Output,
     Residual,
+    Sampling,
     Stack,
     Stream,
     Tower,
@@ -59,5 +60,6 @@ register(
         {"denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         guidance=Guidance(),
+        sampling={"denoiser": Sampling(variance="wide")},
     )
 )

@@ -49,6 +49,7 @@ class Recorder:
             )
         guided = None if model.is_here else (lambda guidance: model.is_guided(arguments, guidance))
         self.session = Session(model.wrapped, model.sitemap, model.points, read, edit, keep, guided)
+        self.session.arguments = arguments
 
     @property
     def followed(self) -> list[str]:

@@ -115,15 +115,15 @@ def test_blocked_attention_is_gone_and_a_block_that_does_nothing_is_an_error() -
     changes = knockout_edits(lens, case, 1)
     watched = knockout.watch(changes)
     reads = [mm.Read(site, reduce=left, rows="cond") for site, left in watched.items()]
-    from methods_multimodal.cross_attention._rows import draw
+    from methods_multimodal.cross_attention._rows import generate
 
-    draw(lens, [case.prompt] * 2, [0, 0], changes, read=reads, options=OPTIONS)
+    generate(lens, [case.prompt] * 2, [0, 0], changes, read=reads, options=OPTIONS)
     assert {left.most for left in watched.values()} == {0.0}
     assert any(site.startswith("text.") for site in watched)
     # The same looks at a run in which nobody blocked anything.
     watched = knockout.watch(changes)
     reads = [mm.Read(site, reduce=left, rows="cond") for site, left in watched.items()]
-    draw(lens, [case.prompt] * 2, [0, 0], read=reads, options=OPTIONS)
+    generate(lens, [case.prompt] * 2, [0, 0], read=reads, options=OPTIONS)
     with pytest.raises(RuntimeError, match="not blocked"):
         knockout.verify(watched)
 
