@@ -13,11 +13,14 @@ _KINDS = {
     "contrastive": "it is two towers and a bridge is one: bridge model.vision_model or model.text_model",
     "diffusion": "a pipeline is no module that a bridge can call",
 }
+_STAGES = "its blocks are in stages of different widths, and a bridge has one stack of one width"
 _CLASSES = {
     "BartEncoder": "TransformerLens has the whole model",
     "BlipForImageTextRetrieval": "it has no language tower, and a bridge calls it with tokens",
     "BlipForQuestionAnswering": "it answers with a loss and the image's states, in which no word is",
     "ResNetForImageClassification": "it has no stack of blocks with heads",
+    "SwinForImageClassification": _STAGES,
+    "Swinv2ForImageClassification": _STAGES,
     "TimmWrapperModel": "timm calls its blocks as one nn.Sequential, of which a bridge makes a list",
 }
 _ROLES = {

@@ -64,12 +64,13 @@ def attribute(
     from PIL import Image
     from torchvision.transforms.functional import to_pil_image
 
-    from methods_multimodal.core.files import whole, write_json
+    from methods_multimodal.core.files import write_json
     from methods_multimodal.core.generators import generator
     from methods_multimodal.data_attribution.encoding import diffusion_examples
     from methods_multimodal.data_attribution.journey import trajectory
     from methods_multimodal.plots.data_attribution import sources
     from mm_adapters.loading import load
+    from mm_adapters.store import atomic_write
 
     loaded = load(model, device=device)
     if loaded.kind != "diffusion":
@@ -98,7 +99,7 @@ def attribute(
     figure = sources(
         drawn, scores, known.__getitem__, title=f"{query}\n({method})", captions=pictures.captions, n=shown
     )
-    with whole(out) as part:
+    with atomic_write(out, keep_suffix=True) as part:
         figure.savefig(part, dpi=120)
     ranked = scores.argsort(descending=True).tolist()
     numbers = out.with_suffix(".json")

@@ -41,7 +41,7 @@ def dissect(
     from methods_multimodal.dissection.masks import read_masks
     from mm_adapters.inputs.images import image_files
 
-    files = image_files(images, verify=True)
+    files = image_files(images, recursive=False, verify=True)
     if masks is None and concepts is None:
         raise InputError("Give --masks (names and where they are), --concepts (names), or both.")
     labelled, known = (None, None) if masks is None else read_masks(masks, files)

@@ -36,7 +36,7 @@ def heads(
 
     if not images.is_dir():
         raise FileNotFoundError(f"--images {images}: there is no such folder.")
-    files = image_files(images, below=True)
+    files = image_files(images)
     words = words_of(vocabulary)
     if texts > len(words):
         raise InputError(f"--texts {texts}: the vocabulary has {len(words)}.")

@@ -55,7 +55,7 @@ def read_pictures(source: str | Path) -> Pictures:
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Give a folder of pictures, or zoo:256.")
-    files = image_files(folder, verify=True, least=2)
+    files = image_files(folder, recursive=False, verify=True, min_images=2)
     captions = _captions(folder, files)
     return Pictures(tuple(p.name for p in files), captions, tuple(files))
 

@@ -83,9 +83,7 @@ class Projection:
         if width <= dim:
             return None
         name = sum(ord(c) * 31**i for i, c in enumerate(layer)) % 2**31
-        made = torch.randn(
-            width, dim, generator=mixed(self.seed, name, which), dtype=torch.float64
-        )
+        made = torch.randn(width, dim, generator=mixed(self.seed, name, which), dtype=torch.float64)
         return (torch.linalg.qr(made).Q * math.sqrt(width / dim)).float().to(device)
 
 

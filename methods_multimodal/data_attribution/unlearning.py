@@ -13,10 +13,11 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from methods_multimodal.core.files import whole, write_text
+from methods_multimodal.core.files import write_text
 from methods_multimodal.core.progress import fingerprint
 from methods_multimodal.data_attribution.task import Batch, Examples, Task, batch_of, n_examples
 from mm_adapters import InputError
+from mm_adapters.store import atomic_write
 
 Weights = Mapping[str, Tensor]
 
@@ -84,7 +85,7 @@ def unlearning_scores(
             moved = {name: value + step * scale[name] * up[name] for name, value in weights.items()}
             rows.append(measured(moved) - before)
             if file is not None:
-                with whole(file) as part:
+                with atomic_write(file, keep_suffix=True) as part:
                     save_file({"scores": rows[-1].cpu()}, part)
         else:
             rows.append(load_file(file)["scores"].to(before))

@@ -82,7 +82,7 @@ class Faithfulness(Record):
     """How well each unit's name predicts it on held-out images.
 
     `auroc[unit]` of the unit's own name; `constant[unit]` of the one name that does best for all units
-    together, `constant_name`: a method that cannot beat it has said nothing about the units.
+    together, `constant_name`: a method that does no better tells nothing of the units.
     """
 
     auroc: Float[Tensor, " unit"]
@@ -101,9 +101,9 @@ def faithfulness(
     `present` says what each held-out image shows, in the order of `names`.
     """
     table = auroc(activations, present).nan_to_num(0.5)
-    own = torch.stack([table[unit, list(names).index(name)] for unit, name in enumerate(named)])
+    of_name = torch.stack([table[unit, list(names).index(name)] for unit, name in enumerate(named)])
     best = int(table.mean(0).argmax())
-    return Faithfulness(own, table[:, best], names[best])
+    return Faithfulness(of_name, table[:, best], names[best])
 
 
 def agreement(named: Mapping[str, Sequence[str]]) -> Float[Tensor, "method method"]:

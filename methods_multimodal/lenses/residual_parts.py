@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mm_adapters import Read
+from mm_adapters import Read, TowerView
 
 
 @dataclass(frozen=True)
 class ResidualWrites:
-    """The residual stream at one position, by who wrote it. It is the sum of all."""
+    """What was written to the residual stream at one position, by each part; the stream is their sum."""
 
     embed: Float[Tensor, "row d_model"]
     z: Float[Tensor, "row layer head d_head"]
@@ -28,8 +27,8 @@ class ResidualWrites:
 
 
 @dataclass(frozen=True)
-class Direct:
-    """What each part adds to each target, before any division."""
+class Projections:
+    """What each part adds to each target."""
 
     embed: Float[Tensor, "row target"]
     heads: Float[Tensor, "row target layer head"]
@@ -37,41 +36,45 @@ class Direct:
     mlps: Float[Tensor, "row target layer"]
 
 
-def reads(tower: str, n_layers: int, position: int) -> list[Read]:
-    """The reads that `written` needs; of each site only this position is kept."""
+def needed_sites(tower: TowerView) -> list[str]:
+    """The sites that `writes` needs."""
+    layers = range(max(1, tower.n_layers()))  # A tower without blocks lacks those of the first.
+    names = [f"{tower.name}.blocks.0.hook_resid_pre"]
+    names += [f"{tower.name}.blocks.{i}.{part}" for i in layers for part in ("attn.hook_z", "hook_mlp_out")]
+    return [*names, f"{tower.name}.ln_final.hook_scale", f"{tower.name}.ln_final.hook_normalized"]
+
+
+def reads(tower: TowerView, position: int) -> list[Read]:
+    """The reads that `writes` needs; of each site only this position is kept."""
 
     def at(x: Tensor) -> Tensor:
         return x[:, position]
 
-    names = [f"{tower}.blocks.0.hook_resid_pre"]
-    names += [
-        f"{tower}.blocks.{i}.{part}" for i in range(n_layers) for part in ("attn.hook_z", "hook_mlp_out")
-    ]
-    names += [f"{tower}.ln_final.hook_scale", f"{tower}.ln_final.hook_normalized"]
-    return [Read(name, reduce=at) for name in names]
+    return [Read(name, reduce=at) for name in needed_sites(tower)]
 
 
-def written(values: Mapping[str, Tensor], weights: Any) -> ResidualWrites:
+def writes(values: Mapping[str, Tensor], tower: TowerView) -> ResidualWrites:
     """What was written, from the values of `reads` and the tower's weights."""
-    name, n = weights.name, weights.cfg.n_layers
+    name, layers = tower.name, range(tower.n_layers())
+    attention = [tower.weights(i).names("attn") for i in layers]
     return ResidualWrites(
         embed=values[f"{name}.blocks.0.hook_resid_pre"].float(),
-        z=torch.stack([values[f"{name}.blocks.{i}.attn.hook_z"].float() for i in range(n)], 1),
-        attn_bias=weights.b_O.detach().float(),
-        mlps=torch.stack([values[f"{name}.blocks.{i}.hook_mlp_out"].float() for i in range(n)], 1),
-        w_o=weights.W_O.detach().float(),
+        z=torch.stack([values[f"{name}.blocks.{i}.attn.hook_z"].float() for i in layers], 1),
+        attn_bias=torch.stack([one["b_O"]() for one in attention]).detach().float(),
+        mlps=torch.stack([values[f"{name}.blocks.{i}.hook_mlp_out"].float() for i in layers], 1),
+        w_o=torch.stack([one["W_O"]() for one in attention]).detach().float(),
         scale=values[f"{name}.ln_final.hook_scale"].float(),
         normalized=values[f"{name}.ln_final.hook_normalized"].float(),
     )
 
 
-def along(
+def project(
     parts: ResidualWrites,
     directions: Float[Tensor, "d_model target"],
     factor: Float[Tensor, "row 1"],
     *,
     centred: bool,
-) -> Direct:
+) -> Projections:
     """What each part adds along each direction, times `factor`, after the final norm's division.
 
     `centred`: the norm is a LayerNorm. It takes the mean off every part; taking it off the
@@ -83,7 +86,7 @@ def along(
     wide = rearrange(factor, "row 1 -> row 1 1")
     readers = einsum(parts.w_o, directions, "layer head d m, m target -> layer head d target")
     bias = einsum(parts.attn_bias, directions, "layer m, m target -> target layer")
-    return Direct(
+    return Projections(
         embed=parts.embed @ directions * factor,
         heads=einsum(parts.z, readers, "row layer head d, layer head d target -> row target layer head")
         * rearrange(factor, "row 1 -> row 1 1 1"),

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
-from methods_multimodal.core.files import whole, write_json
+from methods_multimodal.core.files import write_json
 from mm_adapters import Model, TokenLayout
+from mm_adapters.store import atomic_write
 
 LETTERS = ("A", "B")  # The image, and what it is compared with.
 
@@ -32,7 +33,7 @@ class Report:
     def write(self, out: Path) -> tuple[Path, Path]:
         """Writes the picture to `out` and the numbers beside it; returns both paths."""
         numbers = out.with_suffix(".json")
-        with whole(out) as part:
+        with atomic_write(out, keep_suffix=True) as part:
             self.figure.savefig(part, dpi=110)
         write_json(numbers, self.numbers)
         return out, numbers

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from mm_adapters.families import _bert, clip
-from mm_adapters.families._parts import norm
-from mm_adapters.records import ModelRecord, Output, Stack, Tower, TowerMount, register
+from mm_adapters.records import ModelRecord, Output, Stack, Tower, TowerMount, norm, register
 
 register(replace(clip.VISION, name="altclip_vision", classes=("transformers:AltCLIPVisionModel",)))
 register(
@@ -31,8 +30,12 @@ register(
         ("transformers:AltCLIPModel",),
         {
             "vision": clip.CLIP.towers["vision"],
-            # Two maps, one with a bias, stand between the final norm and the joint space.
-            "text": TowerMount("text_model", run="get_text_features"),
+            # The summary goes through a map of the tower's own before the joint space's.
+            "text": TowerMount(
+                "text_model",
+                run="get_text_features",
+                project="text_model.transformation.weight.T @ text_projection.weight.T",
+            ),
         },
         logit_scale="logit_scale",
     )

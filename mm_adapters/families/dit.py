@@ -1,6 +1,5 @@
 """DiT: a diffusion transformer conditioned on a class (arXiv 2212.09748)."""
 
-from mm_adapters.families._parts import attention, mlp, norm
 from mm_adapters.records import (
     Guidance,
     Input,
@@ -11,6 +10,9 @@ from mm_adapters.records import (
     Stream,
     Tower,
     TowerMount,
+    attention,
+    mlp,
+    norm,
     register,
 )
 

@@ -1,7 +1,6 @@
 """Flux: blocks that keep text and image apart, then blocks that do not; text first."""
 
 from mm_adapters.families._dit import DOUBLE_END, DOUBLE_START, JOINT_ATTENTION
-from mm_adapters.families._parts import norm
 from mm_adapters.records import (
     Guidance,
     Input,
@@ -12,6 +11,7 @@ from mm_adapters.records import (
     Stack,
     Tower,
     TowerMount,
+    norm,
     register,
 )
 

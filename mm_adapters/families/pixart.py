@@ -3,7 +3,6 @@
 
 # pyright: reportArgumentType=false
 
-from mm_adapters.families._parts import attention, mlp, norm
 from mm_adapters.records import (
     Guidance,
     Input,
@@ -15,6 +14,9 @@ from mm_adapters.records import (
     Stream,
     Tower,
     TowerMount,
+    attention,
+    mlp,
+    norm,
     register,
 )
 

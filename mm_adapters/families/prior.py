@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from mm_adapters.families._parts import attention, mlp, norm
 from mm_adapters.records import (
     Guidance,
     Input,
@@ -13,6 +12,9 @@ from mm_adapters.records import (
     Stack,
     Tower,
     TowerMount,
+    attention,
+    mlp,
+    norm,
     register,
 )
 

@@ -2,7 +2,6 @@
 
 # pyright: reportArgumentType=false
 
-from mm_adapters.families._parts import attention, norm
 from mm_adapters.records import (
     Guidance,
     Input,
@@ -14,6 +13,8 @@ from mm_adapters.records import (
     Stream,
     Tower,
     TowerMount,
+    attention,
+    norm,
     register,
 )
 

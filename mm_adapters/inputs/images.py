@@ -1,4 +1,7 @@
-"""Any picture a user may hold, as the 8-bit RGB image that image processors are made for."""
+"""Any picture a user may hold, as the 8-bit RGB image that image processors are made for.
+
+Public: `to_rgb`, `to_rgb_list`, `image_files`, `SUFFIXES`.
+"""
 
 from __future__ import annotations
 
@@ -57,34 +60,25 @@ def to_rgb_list(images: Any) -> list[Image.Image]:
     return [_numbered(i, image) if len(many) > 1 else to_rgb(image) for i, image in enumerate(many)]
 
 
-def opened(images: Any) -> Any:
-    """The same, nested as it is, with a picture in place of each path: another machine has no such file."""
-    if isinstance(images, str | os.PathLike):
-        return _from_file(os.fspath(images))
-    if isinstance(images, list | tuple):
-        return [opened(image) for image in images]
-    return images.cpu() if isinstance(images, Tensor) else images
-
-
 def image_files(
-    folder: Path, *, below: bool = False, verify: bool = False, least: int = 1
+    folder: str | os.PathLike[str], *, recursive: bool = True, verify: bool = False, min_images: int = 1
 ) -> list[Path]:
-    """The image files in a folder, in order of name.
+    """The image files in a folder, in order of name: those that end as `SUFFIXES` say.
 
-    below: also those in its folders, and so on. verify: looks into each, so that a broken file is named
-    before anything is computed.
+    `recursive`: also those in its folders, and so on. `verify`: each is opened, so that a broken file is
+    named before anything is computed.
 
-    Raises: FileNotFoundError without such a folder; InputError if it has fewer images than `least`, or a
-    broken one.
+    Raises: InputError if there is no such folder, it has fewer images than `min_images`, or a broken one.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}. Give a folder of images.")
-    inside = folder.rglob("*") if below else folder.iterdir()
+    where = Path(folder)
+    if not where.is_dir():
+        raise InputError(f"There is no folder {where}. Pass a folder of images.")
+    inside = where.rglob("*") if recursive else where.iterdir()
     files = sorted(path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
-        raise InputError(f"{folder} holds no image: nothing there ends in {', '.join(SUFFIXES)}.")
-    if len(files) < least:
-        raise InputError(f"{folder} holds {len(files)} images, and {least} are the least.")
+        raise InputError(f"{where} holds no image: nothing there ends in {', '.join(SUFFIXES)}.")
+    if len(files) < min_images:
+        raise InputError(f"{where} holds {len(files)} images, and at least {min_images} are needed.")
     for path in files if verify else ():
         try:
             with Image.open(path) as image:
@@ -92,6 +86,15 @@ def image_files(
         except (UnidentifiedImageError, OSError, SyntaxError):
             raise InputError(f"{path} is no picture that can be read. Remove or replace it.") from None
     return files
+
+
+def opened(images: Any) -> Any:
+    """The same, nested as it is, with a picture in place of each path: another machine has no such file."""
+    if isinstance(images, str | os.PathLike):
+        return _from_file(os.fspath(images))
+    if isinstance(images, list | tuple):
+        return [opened(image) for image in images]
+    return images.cpu() if isinstance(images, Tensor) else images
 
 
 def as_list(images: Any) -> list[Any]:

@@ -10,6 +10,16 @@ from mm_adapters.records.image_tokens import (
     Tiles,
     Views,
 )
+from mm_adapters.records.parts import (
+    attention,
+    fused_attention,
+    gated_mlp,
+    inside,
+    mlp,
+    norm,
+    pre_norm,
+    qkv_attention,
+)
 from mm_adapters.records.registry import records, register
 from mm_adapters.records.spec import (
     Attention,
@@ -32,6 +42,7 @@ from mm_adapters.records.spec import (
     Tower,
     TowerMount,
 )
+from mm_adapters.records.stages import Stages
 
 __all__ = [
     "Anyres",
@@ -56,11 +67,20 @@ __all__ = [
     "Site",
     "Square",
     "Stack",
+    "Stages",
     "Stream",
     "Tiles",
     "Tower",
     "TowerMount",
     "Views",
+    "attention",
+    "fused_attention",
+    "gated_mlp",
+    "inside",
+    "mlp",
+    "norm",
+    "pre_norm",
+    "qkv_attention",
     "records",
     "register",
 ]

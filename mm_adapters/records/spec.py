@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mm_adapters.records.image_tokens import ImageTokens
+from mm_adapters.records.stages import Stages
 
 Kind = Literal["contrastive", "vlm", "diffusion", "tower"]
 
@@ -195,7 +196,8 @@ class Tower:
             the patterns are blocks on a diagonal.
         any_size: It reads images of other sizes than its configuration names.
         order: The order of its patches: line by line, end to end (all images in one row), by cells that are
-            merged later, by windows of such cells, or by tiles (all tiles of an image in one row).
+            merged later, by windows of such cells, by tiles (all tiles of an image in one row), or another
+             one at each stage.
         images: How an image's features lie among the words.
     """
 
@@ -221,7 +223,7 @@ class Tower:
     grids: str | None = None
     packed: bool = False
     any_size: bool = False
-    order: Literal["lines", "end to end", "cells", "windows", "tiles"] = "lines"
+    order: Literal["lines", "end to end", "cells", "windows", "tiles"] | Stages = "lines"
     images: ImageTokens | None = None
 
 
@@ -236,7 +238,7 @@ class TowerMount:
         gives: The attribute of that callable's output that sums the tower up.
         takes: The argument of that callable.
         project: The tensor that maps the pooled residual to the summary, with ".T" at the end of its path if
-            it must be transposed.
+            it must be transposed; several, with " @ " between them, where one map follows another.
     """
 
     path: str
