@@ -239,6 +239,7 @@ class TowerMount:
         takes: The argument of that callable.
         project: The tensor that maps the pooled residual to the summary, with ".T" at the end of its path if
             it must be transposed; several, with " @ " between them, where one map follows another.
+        unit: Whether that callable divides the summary by its length.
     """
 
     path: str
@@ -247,6 +248,7 @@ class TowerMount:
     gives: str | None = None
     takes: str | None = None
     project: str | None = None
+    unit: bool = False
 
 
 @dataclass(frozen=True)
