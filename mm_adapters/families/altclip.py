@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from mm_adapters.families import _bert, clip
-from mm_adapters.families._parts import norm
-from mm_adapters.records import ModelRecord, Output, Stack, Tower, TowerMount, register
+from mm_adapters.records import ModelRecord, Output, Stack, Tower, TowerMount, norm, register
 
 register(replace(clip.VISION, name="altclip_vision", classes=("transformers:AltCLIPVisionModel",)))
 register(
