@@ -197,6 +197,15 @@ class TowerView:
             output = getattr(output, name)
         return output
 
+    def check_one_stream(self) -> None:
+        """Raises: MissingSiteError if its stages differ in the width and the positions of the stream."""
+        if isinstance(self.record.order, Stages):
+            raise MissingSiteError(
+                f"The {self.name} tower has no one residual stream: its positions are merged and made wider "
+                "from stage to stage, so what its blocks add is not one sum and their weights no one stack. "
+                "Read the sites of one stage, or the weights of one block."
+            )
+
     def patch_grid(self, pixels: Float[Tensor, "*_ height width"]) -> Grid:
         """How many patches these pixels are cut into, down and across.
 
@@ -223,8 +232,8 @@ class TowerView:
         """
         if isinstance(self.record.order, Stages):
             raise MissingSiteError(
-                f"The {self.name} tower's layout has no 'patch' role for all of it: its grid of patches is halved "
-                "from stage to stage. model.layout(images=...).at(site) is that of a site."
+                f"The {self.name} tower's layout has no 'patch' role for all of it: its grid of patches is "
+                "halved from stage to stage. model.layout(images=...).at(site) is that of a site."
             )
         if self.record.grids is not None:
             if grids is None:
