@@ -73,6 +73,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             when the model first runs.
         inputs: What prepares raw text and images.
         origin: The name that a service loads the checkpoint by.
+        sites: The site map, if it is built.
         task: transformers' name of the task, for `pipe`.
         rename: Other names for modules, as nnsight's.
         **named: Options of a name: those of `mm_adapters.load`, and nnsight's `dispatch=True`, which reads
@@ -93,9 +94,8 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         **named: Any,
     ) -> None:
         if isinstance(wrapped, str | os.PathLike):
-            checkpoint = open_named(wrapped, **named)
-            wrapped, inputs, origin = checkpoint.model, checkpoint.inputs, checkpoint.origin
-            self._unread = checkpoint.unread
+            checkpoint, self._unread = open_named(wrapped, **named)
+            wrapped, inputs, origin, sites = checkpoint
         elif named:
             raise TypeError(f"{', '.join(named)}: of use with a name only, and the model is here already.")
         module = wrapped if isinstance(wrapped, nn.Module) else PipelineModule(wrapped)
@@ -316,10 +316,9 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             )
         ref = CheckpointRef.parse(model_key)
         device = f"cuda:{device}" if isinstance(device, int) else device
-        wrapped, inputs, origin = open_checkpoint(
-            ref.name, device if dispatch else "meta", dtype, dict(ref.options)
-        )
-        return TracedModel(wrapped, inputs=inputs, origin=origin)
+        device = device if dispatch else "meta"
+        wrapped, inputs, origin, sites = open_checkpoint(ref.name, device, dtype, ref.options)
+        return TracedModel(wrapped, inputs=inputs, origin=origin, sites=sites)
 
     @classmethod
     def _remoteable_describe_checkpoint(cls, model_key: str, dtype: str) -> CheckpointInfo:

@@ -3,19 +3,19 @@
 from mm_adapters.families._parts import decoder, vlm
 from mm_adapters.families.llava import LANGUAGE
 from mm_adapters.records import (
-                  Input,
-                  Output,
-                  Queries,
-                  Stack,
-                  Stream,
-                  Tower,
-                  TowerMount,
-                  attention,
-                  gated_mlp,
-                  mlp,
-                  norm,
-                  pre_norm,
-                  register,
+    Input,
+    Output,
+    Queries,
+    Stack,
+    Stream,
+    Tower,
+    TowerMount,
+    attention,
+    gated_mlp,
+    mlp,
+    norm,
+    pre_norm,
+    register,
 )
 
 VISION = pre_norm(ln1="input_layernorm", attn="self_attn", heads=attention("self_attn", o="o_proj"),

@@ -3,18 +3,19 @@
 # pyright: reportArgumentType=false
 
 from mm_adapters.records import (
-           Guidance,
-           Input,
-           ModelRecord,
-           Output,
-           Residual,
-           Stack,
-           Stream,
-           Tower,
-           TowerMount,
-           attention,
-           norm,
-           register,
+    Guidance,
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Sampling,
+    Stack,
+    Stream,
+    Tower,
+    TowerMount,
+    attention,
+    norm,
+    register,
 )
 
 _NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "heads": "heads"}
@@ -60,5 +61,6 @@ register(
         {"denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         guidance=Guidance(),
+        sampling={"denoiser": Sampling(variance="wide")},
     )
 )

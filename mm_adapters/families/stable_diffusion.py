@@ -3,18 +3,18 @@
 
 from mm_adapters.families._unet import MAP_ATTENTION, RESNET, RESNETS
 from mm_adapters.records import (
-                      Guidance,
-                      Input,
-                      ModelRecord,
-                      Output,
-                      Residual,
-                      Stack,
-                      Tower,
-                      TowerMount,
-                      attention,
-                      inside,
-                      norm,
-                      register,
+    Guidance,
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Tower,
+    TowerMount,
+    attention,
+    inside,
+    norm,
+    register,
 )
 
 # An IP-Adapter: a picture's tokens, which each block attends to beside the words (arXiv 2308.06721).
@@ -97,7 +97,7 @@ register(
         ),
         TOWERS,
         loop="denoiser",
-        guidance=Guidance(),
+        guidance=Guidance(rescale="guidance_rescale"),
     )
 )
 register(
@@ -114,6 +114,6 @@ register(
         ),
         {"text": TowerMount("text_encoder"), "text_2": TowerMount("text_encoder_2")} | TOWERS,
         loop="denoiser",
-        guidance=Guidance(),
+        guidance=Guidance(rescale="guidance_rescale"),
     )
 )

@@ -45,9 +45,7 @@ SWIN = register(
                 | {"hook_mlp_out": Output("mlp|output")}
                 | _POST,
             ),
-            "merges": Stack(
-                ("encoder.layers.*.downsample",), norm("norm", "ln") | {"hook_out": Output("")}
-            ),
+            "merges": Stack(("encoder.layers.*.downsample",), norm("norm", "ln") | {"hook_out": Output("")}),
         },
         before={"hook_embed": Output("embeddings")},
         after=norm("layernorm", "ln_final"),

@@ -105,7 +105,16 @@ def fused(
 def by_rows(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float, size: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """As `fused`, where no kernel returns the logsumexp: `size` rows of the pattern at a time."""
+    """As `fused`, where no kernel returns the logsumexp: `size` rows of the pattern at a time.
+
+    Args:
+        query: [batch, head, query, d_head].
+        key: [batch, head, key, d_head].
+        value: [batch, head, key, d_value].
+        attn_mask: Additive, broadcast to the scores.
+        scale: What scores are multiplied by.
+        size: How many queries at a time.
+    """
     outs, totals = [], []
     for start in range(0, query.shape[-2], size):
         rows = slice(start, start + size)

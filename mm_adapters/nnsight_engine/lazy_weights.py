@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, no_type_check
+from typing import Any, no_type_check
 
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.transformers import Generator
@@ -14,15 +14,11 @@ from torch import nn
 
 from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.fill_weights import load_weights_into
-from mm_adapters.checkpoints.open import open_checkpoint
+from mm_adapters.checkpoints.open import OpenedCheckpoint, open_checkpoint
 from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
 from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
 from mm_adapters.nnsight_engine.tasks import TASKS
 from mm_adapters.runs.base_model import BaseModel
-
-if TYPE_CHECKING:
-    from mm_adapters.checkpoints.origin import CheckpointRef
-    from mm_adapters.inputs.prepare import Inputs
 
 PARTS = ("processor", "tokenizer", "image_processor")
 
@@ -31,18 +27,8 @@ PARTS = ("processor", "tokenizer", "image_processor")
 class Unread:
     """A checkpoint whose weights are not read yet; a model and its edited copies share one."""
 
-    read: Callable[[], tuple[Any, Inputs]]
+    read: Callable[[], OpenedCheckpoint]
     is_done: bool = False
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint: a model (on the meta device if `unread`), what prepares its inputs, and its name."""
-
-    model: Any
-    inputs: Inputs
-    origin: CheckpointRef | None
-    unread: Unread | None
 
 
 def open_named(
@@ -52,19 +38,20 @@ def open_named(
     device: Any = None,
     dtype: Any = None,
     **options: Any,
-) -> Opened:
-    """A checkpoint as `load` finds it; without `dispatch` its weights stay where they are.
+) -> tuple[OpenedCheckpoint, Unread | None]:
+    """A checkpoint as `load` finds it, and what is left to read of it.
 
-    `options` may hold a processor, tokenizer or image processor to take instead of the checkpoint's.
+    Without `dispatch` its model is on the meta device. `options` may hold a processor, tokenizer or image
+    processor to take instead of the checkpoint's.
     """
     parts = {k: options.pop(k) for k in PARTS if options.get(k) is not None}
-    first_device = device if dispatch else "meta"
-    model, inputs, origin, _ = open_checkpoint(os.fspath(name), first_device, dtype, options, **parts)
 
-    def read() -> tuple[Any, Inputs]:
-        return open_checkpoint(os.fspath(name), device, dtype, options, **parts)[:2]
+    def read(on: Any = device) -> OpenedCheckpoint:
+        return open_checkpoint(os.fspath(name), on, dtype, options, **parts)
 
-    return Opened(model, inputs, origin, None if dispatch or str(device) == "meta" else Unread(read))
+    if dispatch or str(device) == "meta":
+        return read(), None
+    return read("meta"), Unread(read)
 
 
 class NamedModel(BaseModel):
@@ -99,7 +86,7 @@ class NamedModel(BaseModel):
         """
         if self._unread is None or self._unread.is_done:
             return
-        model, self._inputs = self._unread.read()
+        model, self._inputs, *_ = self._unread.read()
         if isinstance(self._module, PipelineModule):
             self._module.take(model)
         else:

@@ -141,9 +141,7 @@ def _pipeline(pipeline: Any) -> list[str]:
             "# Check how the pipeline guides. See Guidance."]  # fmt: skip
 
 
-def _model_record(
-    cls: type, kind: str, mounts: Mapping[str, str], more: Sequence[str] = ()
-) -> list[str]:
+def _model_record(cls: type, kind: str, mounts: Mapping[str, str], more: Sequence[str] = ()) -> list[str]:
     towers_at = []
     for role, mount in mounts.items():
         code, comma, comment = mount.partition(",  # ")

@@ -16,9 +16,7 @@ def as_file(lines: Sequence[str]) -> str:
     words = [name for name in sorted(records.__all__) if re.search(rf"\b{name}\(", body)]
     line = f"from mm_adapters.records import {', '.join(words)}"
     if len(line) > _LONGEST:
-        line = "\n".join(
-            ["from mm_adapters.records import (", *(f"    {w}," for w in words), ")"]
-        )
+        line = "\n".join(["from mm_adapters.records import (", *(f"    {w}," for w in words), ")"])
     return f"{line}\n\n{body}"
 
 

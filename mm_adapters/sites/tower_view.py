@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import reduce
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -187,6 +188,12 @@ class TowerView:
         pooled = self.pooled_output(output)
         return pooled[:, 0] if pooled.ndim == 3 and self.pool == "first" else pooled
 
+    def embed(self, **arguments: Any) -> Float[Tensor, "row width"]:
+        """Its embeddings of prepared inputs, by a call without hooks: gradients reach the arguments."""
+        path = self.mount.run
+        alone = self.module if path is None else attrgetter(path)(self.model) if path else self.model
+        return self.summary(alone(**arguments))
+
     def vocabulary_logits(self, output: Any) -> Float[Tensor, "row pos token"]:
         """A language tower's logits, out of what the whole model's run gave.
 
@@ -232,8 +239,8 @@ class TowerView:
         """
         if isinstance(self.record.order, Stages):
             raise MissingSiteError(
-                f"The {self.name} tower's layout has no 'patch' role for all of it: its grid of patches is "
-                "halved from stage to stage. model.layout(images=...).at(site) is that of a site."
+                f"The {self.name} tower's layout has no 'patch' role for all of it: its grid is halved "
+                "from stage to stage. model.layout(images=...).at(site) is that of a site."
             )
         if self.record.grids is not None:
             if grids is None:
