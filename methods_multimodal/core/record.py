@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from methods_multimodal.core.files import whole
+from mm_adapters.store import atomic_write
 
 R = TypeVar("R", bound="Record")
 
@@ -33,7 +33,7 @@ class Record:
             else:
                 plain[name] = value
         header = {"record": type(self).__name__, "values": json.dumps(plain)}
-        with whole(path) as part:
+        with atomic_write(path, keep_suffix=True) as part:
             save_file(tensors, part, metadata=header)
         return path
 

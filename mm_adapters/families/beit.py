@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from mm_adapters.families import vit
-from mm_adapters.families._parts import norm
-from mm_adapters.records import ModelRecord, Output, Stream, Tower, TowerMount, register
+from mm_adapters.records import ModelRecord, Output, Stream, Tower, TowerMount, norm, register
 
 # A ViT's block whose branches are scaled before they are added.
 _SCALED = {

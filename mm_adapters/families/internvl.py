@@ -1,8 +1,8 @@
 """InternVL: an InternViT on the image and its tiles, patches shuffled into fewer (arXiv 2404.16821)."""
 
-from mm_adapters.families._parts import attention, mlp, norm, projector, vlm
+from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.llava import TOWERS
-from mm_adapters.records import Input, Output, Stack, Stream, Tiles, Tower, register
+from mm_adapters.records import Input, Output, Stack, Stream, Tiles, Tower, attention, mlp, norm, register
 
 BLOCKS = Stack(
     ("encoder.layer.*",),

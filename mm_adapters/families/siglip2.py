@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from mm_adapters.families import siglip
-from mm_adapters.families._parts import norm
-from mm_adapters.records import Output, register
+from mm_adapters.records import Output, norm, register
 
 register(
     replace(

@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from mm_adapters.families._parts import attention, norm, t5_mlp
-from mm_adapters.records import Input, Output, Residual, Stack, Tower, register
+from mm_adapters.families._parts import t5_mlp
+from mm_adapters.records import Input, Output, Residual, Stack, Tower, attention, norm, register
 
 T5_ATTENTION = partial(attention, q="q", k="k", v="v", o="o", heads="n_heads")
 

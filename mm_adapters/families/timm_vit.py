@@ -1,7 +1,6 @@
 """timm's VisionTransformer: ViT, DeiT, AugReg, SigLIP's image tower and many more."""
 
-from mm_adapters.families._parts import inside, mlp, norm
-from mm_adapters.records import Built, Input, Output, Residual, Stack, Tower, register
+from mm_adapters.records import Built, Input, Output, Residual, Stack, Tower, inside, mlp, norm, register
 
 _N = "attn:num_heads"
 POOL = Built((("global_pool", "avg", "mean"), ("global_pool", "map", "attention"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import reduce
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from mm_adapters._errors import InputError, MissingSiteError
 from mm_adapters.records.spec import Location, Norm, Tower, TowerMount
+from mm_adapters.records.stages import Stages
 from mm_adapters.sites.weights import BlockWeights, norm_bias, norm_weight, tensor_at
 from mm_adapters.tokens.image_positions import Grid
 from mm_adapters.tokens.layout import TokenLayout, cut_layout, vision_layout
@@ -186,6 +188,12 @@ class TowerView:
         pooled = self.pooled_output(output)
         return pooled[:, 0] if pooled.ndim == 3 and self.pool == "first" else pooled
 
+    def embed(self, **arguments: Any) -> Float[Tensor, "row width"]:
+        """Its embeddings of prepared inputs, by a call without hooks: gradients reach the arguments."""
+        path = self.mount.run
+        alone = self.module if path is None else attrgetter(path)(self.model) if path else self.model
+        return self.summary(alone(**arguments))
+
     def vocabulary_logits(self, output: Any) -> Float[Tensor, "row pos token"]:
         """A language tower's logits, out of what the whole model's run gave.
 
@@ -205,6 +213,8 @@ class TowerView:
             raise MissingSiteError(f"The {self.name} tower's layout has no 'patch' role: it cuts no patches.")
         cut: Any = self.module.get_submodule(self.record.patch)
         down, across = cut.stride
+        if isinstance(self.record.order, Stages):  # It pads its pixels to whole patches.
+            return -(-pixels.shape[-2] // down), -(-pixels.shape[-1] // across)
         return pixels.shape[-2] // down, pixels.shape[-1] // across
 
     def patch_layout(
@@ -215,8 +225,14 @@ class TowerView:
         `grids` are each image's rows and columns of patches, where images come cut into patches and
         padded to the same number.
 
-        Raises: MissingSiteError if the tower does not cut images into patches; InputError if it wants grids.
+        Raises: MissingSiteError if the tower does not cut images into patches, or has another layout at
+        each stage; InputError if it wants grids.
         """
+        if isinstance(self.record.order, Stages):
+            raise MissingSiteError(
+                f"The {self.name} tower's layout has no 'patch' role for all of it: its grid is halved "
+                "from stage to stage. model.layout(images=...).at(site) is that of a site."
+            )
         if self.record.grids is not None:
             if grids is None:
                 raise InputError(

@@ -98,14 +98,16 @@ class Mapped:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], *, keep_suffix: bool = False) -> Iterator[Path]:
     """A name beside `path` to write a file or a folder at, which then takes its place as a whole.
+
+    The name ends in ".tmp", or as `path` does if `keep_suffix`, for writers that read the format off it.
 
     A reader sees the old file or the new one; if the block raises, the old one stays. (An old folder is
     gone for the moment between its removal and the new one's renaming.)
     """
     target = Path(path)
-    draft = target.with_name(f"{target.name}.tmp")
+    draft = target.with_name(f".part-{target.name}" if keep_suffix else f"{target.name}.tmp")
     _remove(draft)
     try:
         yield draft

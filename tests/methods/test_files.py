@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from methods_multimodal.core.files import whole, write_json, write_text
+from methods_multimodal.core.files import write_json, write_text
+from mm_adapters.store import atomic_write
 
 
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
@@ -16,7 +17,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Pat
     assert path.read_bytes() == b"one\r\ntwo\n"
 
     def killed() -> None:
-        with whole(path) as part:
+        with atomic_write(path, keep_suffix=True) as part:
             part.write_text("half")
             assert (part.suffix, part.parent) == (path.suffix, tmp_path)
             raise KeyboardInterrupt
