@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import reduce
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -187,6 +188,12 @@ class TowerView:
         pooled = self.pooled_output(output)
         return pooled[:, 0] if pooled.ndim == 3 and self.pool == "first" else pooled
 
+    def embed(self, **arguments: Any) -> Float[Tensor, "row width"]:
+        """Its embeddings of prepared inputs, by a call without hooks: gradients reach the arguments."""
+        path = self.mount.run
+        alone = self.module if path is None else attrgetter(path)(self.model) if path else self.model
+        return self.summary(alone(**arguments))
+
     def vocabulary_logits(self, output: Any) -> Float[Tensor, "row pos token"]:
         """A language tower's logits, out of what the whole model's run gave.
 
@@ -196,6 +203,15 @@ class TowerView:
         for name in (self.mount.gives or "logits").split("."):
             output = getattr(output, name)
         return output
+
+    def check_one_stream(self) -> None:
+        """Raises: MissingSiteError if its stages differ in the width and the positions of the stream."""
+        if isinstance(self.record.order, Stages):
+            raise MissingSiteError(
+                f"The {self.name} tower has no one residual stream: its positions are merged and made wider "
+                "from stage to stage, so what its blocks add is not one sum and their weights no one stack. "
+                "Read the sites of one stage, or the weights of one block."
+            )
 
     def patch_grid(self, pixels: Float[Tensor, "*_ height width"]) -> Grid:
         """How many patches these pixels are cut into, down and across.

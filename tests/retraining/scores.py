@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import mm_adapters as mm
 from methods_multimodal.data_attribution.counterfactual import top
-from methods_multimodal.data_attribution.diffusion import diffusion_task
+from methods_multimodal.data_attribution.diffusion import denoiser_task
 from methods_multimodal.data_attribution.evaluation import Chosen, choose_damping
 from methods_multimodal.data_attribution.features import Features, featurise, query_features
 from methods_multimodal.data_attribution.kronecker import kronecker_scores
@@ -85,10 +85,14 @@ class Subject:
         self, timesteps: int, measures: Sequence[str] = ("loss",), parameters: str | Sequence[str] = "all"
     ) -> Task:
         """The denoiser's measures, all pictures under the same noise."""
-        return diffusion_task(
-            self.model, measure=measures, timesteps=timesteps, noise="one",
-            scheduler=scheduler(), parameters=parameters,
-        )  # fmt: skip
+        return denoiser_task(
+            self.model,
+            scheduler(),
+            measure=measures,
+            timesteps=timesteps,
+            noise="one",
+            parameters=parameters,
+        )
 
     def methods(self) -> dict[str, Method]:
         """All of them, by the name the table has."""

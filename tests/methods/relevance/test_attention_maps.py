@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import tiny
 import torch
 
@@ -53,11 +54,9 @@ def test_the_last_tokens_map_covers_the_image_tokens() -> None:
 def test_the_image_tokens_of_an_answer_are_where_the_image_is() -> None:
     import tiny_tokenizers
 
-    from mm_adapters.inputs.from_model import inputs_for
-
     built = tiny.llava()
     ids = built.inputs["input_ids"]
-    model = mm.HookedModel(built.model, inputs=inputs_for(built.model, tokenizer=tiny_tokenizers.llama()))
+    model = mm.wrap(built.model, tokenizer=tiny_tokenizers.llama())
     layout = answer_layout(model, ids, built.inputs["attention_mask"], built.inputs["pixel_values"])
     assert layout.grid == (2, 2)
     assert layout.positions("image") == [1, 2, 3, 4]
@@ -71,3 +70,12 @@ def test_a_mosaic_has_layers_downwards_and_heads_across() -> None:
     found = head_maps(model, built.inputs, layout, tower="vision", layers=range(3))
     mosaic = found.mosaic(1)
     assert torch.equal(mosaic[2:4, 6:8], found.maps[1, 1, 3])
+
+
+def test_a_sequence_without_patches_is_refused_before_the_model_runs() -> None:
+    built = tiny.llava()
+    for module in built.model.modules():
+        module.register_forward_pre_hook(lambda *_: pytest.fail("The model ran."))
+    layout = mm.TokenLayout((("start", "word"), ("start", "word")))
+    with pytest.raises(mm.MissingSiteError, match="no 'patch' role"):
+        head_maps(mm.HookedModel(built.model), built.inputs, layout, tower="language", layers=[0])
