@@ -76,7 +76,7 @@ def attribute(
     if loaded.kind != "diffusion":
         raise InputError(f"{model} does not draw; attribute is about diffusion models.")
     pipe: Any = loaded.wrapped
-    side = _side(pipe)
+    side = _side(loaded)
     known = pictures.images(side)
     traced = None
     if journey:
@@ -89,8 +89,8 @@ def attribute(
     if method in ("clip", "pixels"):
         found = _alike([drawn], known, load(judge, device=device) if method == "clip" else None)
     else:
-        examples = diffusion_examples(pipe, known, list(pictures.captions))
-        asked = diffusion_examples(pipe, [drawn], [query])
+        examples = diffusion_examples(loaded, known, list(pictures.captions))
+        asked = diffusion_examples(loaded, [drawn], [query])
         found = _by_gradients(
             method, loaded, traced, examples, asked, work,
             parameters=parameters, timesteps=timesteps, width=width, damping=damping,
@@ -144,9 +144,8 @@ def _by_gradients(
     from methods_multimodal.data_attribution.trak import Trak
     from methods_multimodal.data_attribution.unlearning import unlearning_scores
 
-    pipe = model.wrapped
     measure = "output_norm" if method == "d-trak" else "loss"
-    task = diffusion_task(pipe, measure=measure, timesteps=timesteps, noise="one", parameters=parameters)
+    task = diffusion_task(model, measure=measure, timesteps=timesteps, noise="one", parameters=parameters)
     asked["index"] = torch.zeros(1, dtype=torch.long)
     if method == "ekfac":
         return kronecker_scores(task, examples, asked, work / f"ekfac-{_digest(examples, asked)}")
@@ -182,14 +181,13 @@ def _alike(queries: list[Any], known: Any, judge: Any) -> Any:
     return similarity(*features)
 
 
-def _side(pipe: Any) -> int:
+def _side(model: Any) -> int:
     """The side in pixels of the pictures a pipeline draws."""
     from methods_multimodal.data_attribution.diffusion import denoiser_of
 
-    module, _ = denoiser_of(pipe)
-    config: Any = module.config
+    config: Any = denoiser_of(model).config
     size = config.sample_size
-    return (size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 1)
+    return (size if isinstance(size, int) else size[0]) * getattr(model.wrapped, "vae_scale_factor", 1)
 
 
 def _digest(*parts: dict[str, Any]) -> str:

@@ -44,11 +44,16 @@ def check_pool(tower: TowerView, *pools: str) -> None:
 
 
 def check_summary(model: Model, tower: TowerView) -> None:
-    """Raises: MissingSiteError if what the model gives holds no summary of this tower."""
+    """Raises: MissingSiteError if the model's output holds no summary of the tower that parts add up to."""
     if model.kind == "diffusion":
         raise MissingSiteError(
             f"{model.name}: its output holds no summary of the {tower.name} tower, because it is a pipeline. "
             "Load that tower by itself."
+        )
+    if tower.mount.unit:
+        raise MissingSiteError(
+            f"{model.name}: what runs the {tower.name} tower divides its summary by its length, so it is no "
+            "sum of what parts of the tower add."
         )
 
 

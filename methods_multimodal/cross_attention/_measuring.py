@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods_multimodal.core.generators import generator
-from methods_multimodal.cross_attention.cases import Case, Part, other_words
+from methods_multimodal.cross_attention.cases import Case, Part, unused_words
 from methods_multimodal.cross_attention.effects import Effects
 from methods_multimodal.cross_attention.metrics import Metric, scores
 from mm_adapters import InputError, TokenLayout
@@ -55,9 +55,9 @@ def measure_parts(
     chunks = [list(range(i, min(i + size, len(parts)))) for i in range(0, len(parts), size)]
     with tqdm(total=len(cases) * len(chunks), desc=what, unit="run", disable=None, leave=False) as bar:
         for i, case in enumerate(cases):
-            others = other_words(layouts[i], [case.word]) if case.word else []
-            which = int(torch.randint(max(len(others), 1), (), generator=rng))
-            draw = drawing_of(i, others[which] if others else None, rng)
+            words = unused_words(layouts[i], [case.word]) if case.word else []
+            which = int(torch.randint(max(len(words), 1), (), generator=rng))
+            draw = drawing_of(i, words[which] if words else None, rng)
             for k, chunk in enumerate(chunks):
                 values = scores(metric, draw(chunk)).cpu()
                 table[chunk, i] = values[_ENDS:]

@@ -1,4 +1,4 @@
-"""Causal tracing by corruption: spoil a word, give one component back its clean value, and look."""
+"""Causal tracing by corruption: corrupt a word, restore one component, and measure."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from methods_multimodal.core.generators import generator
 from methods_multimodal.cross_attention._measuring import DrawParts, measure_parts
-from methods_multimodal.cross_attention._rows import Change, copied, copied_whole, draw
+from methods_multimodal.cross_attention._rows import RowEdit, copy_positions, copy_row, generate
 from methods_multimodal.cross_attention._sites import text_attention
-from methods_multimodal.cross_attention.cases import Case, Part, layouts_of, reached
+from methods_multimodal.cross_attention.cases import Case, Part, layouts_of, positions_of_word
 from methods_multimodal.cross_attention.effects import Effects
 from methods_multimodal.cross_attention.metrics import Metric
-from mm_adapters import InputError, Lens, TokenLayout
+from mm_adapters import InputError, Model, TokenLayout
 
 
 def restore_layers(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     metric: Metric,
     *,
@@ -28,7 +28,6 @@ def restore_layers(
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
     noise_seed: int = 0,
-    lens: Lens | None = None,
 ) -> Effects:
     """Corrupts a word's embeddings, and gives one layer of the denoiser its clean output, at all steps.
 
@@ -40,14 +39,14 @@ def restore_layers(
     attention = text_attention(model)
     sites = {a.layer: f"{a.name.rpartition('.')[0]}.{part}" for a in attention}
     for site in sites.values():
-        model.sitemap[site]
-    pieces = [[Change(site, 0, copied_whole(0))] for site in sites.values()]
+        model.check_site(site)
+    pieces = [[RowEdit(site, 0, copy_row(0))] for site in sites.values()]
     parts = [Part((layer,)) for layer in sites]
-    return _restored(model, cases, metric, pieces, parts, noise, batch, options, noise_seed, lens)
+    return _restored(model, cases, metric, pieces, parts, noise, batch, options, noise_seed)
 
 
 def restore_text(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     metric: Metric,
     *,
@@ -57,7 +56,6 @@ def restore_text(
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
     noise_seed: int = 0,
-    lens: Lens | None = None,
 ) -> Effects:
     """Corrupts a word's embeddings, and gives one layer of the text encoder its clean output.
 
@@ -75,9 +73,9 @@ def restore_text(
     sites = [s for s in model.sites(f"text.blocks.*.{part}") if s.reason is None]
     if not sites:
         raise InputError(f"The text encoder has no {part!r}. model.sites('text.blocks.0.*') lists its parts.")
-    pieces = [[Change(s.name, 0, _AtWord(layouts, at))] for s in sites]
+    pieces = [[RowEdit(s.name, 0, _AtWord(layouts, at))] for s in sites]
     parts = [Part((int(s.layer or 0),)) for s in sites]
-    return _restored(model, cases, metric, pieces, parts, noise, batch, options, noise_seed, lens)
+    return _restored(model, cases, metric, pieces, parts, noise, batch, options, noise_seed)
 
 
 class _AtWord:
@@ -88,29 +86,28 @@ class _AtWord:
         self.at = at
 
     def of(self, index: int, word: str) -> Any:
-        positions = reached(self.layouts[index], word, "after" if self.at == "after" else "word")
+        positions = positions_of_word(self.layouts[index], word, "after" if self.at == "after" else "word")
         positions = positions[-1:] if self.at == "last" else positions
-        return copied(0, positions, positions)
+        return copy_positions(0, positions, positions)
 
     def __call__(self, own: Tensor, rows: Tensor) -> Tensor:
         raise AssertionError("A copy at a word is bound to a case first.")
 
 
 def _restored(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     metric: Metric,
-    pieces: Sequence[Sequence[Change]],
+    pieces: Sequence[Sequence[RowEdit]],
     parts: Sequence[Part],
     noise: float,
     batch: int,
     options: Mapping[str, Any] | None,
     noise_seed: int,
-    lens: Lens | None,
 ) -> Effects:
     layouts = [x for x, _ in layouts_of(model, cases, options)]
     for i, case in enumerate(cases):
-        reached(layouts[i], case.word, "word")
+        positions_of_word(layouts[i], case.word, "word")
 
     def drawing_of(i: int, other: str | None, rng: torch.Generator) -> DrawParts:
         case, seed = cases[i], int(torch.randint(2**31, (), generator=rng))
@@ -118,10 +115,10 @@ def _restored(
 
         def draw_parts(chunk: Sequence[int]) -> Tensor:
             n = 3 + len(chunk)
-            changes = _corrupted(model, layouts[i], case.word, [1, *range(3, n)], noise, seed) + control
+            row_edits = _corrupted(model, layouts[i], case.word, [1, *range(3, n)], noise, seed) + control
             for j, p in enumerate(chunk):
-                changes += _bound(pieces[p], i, case.word, 3 + j)
-            images = draw(model, [case.prompt] * n, [case.seed] * n, changes, options=options, lens=lens)
+                row_edits += _bound(pieces[p], i, case.word, 3 + j)
+            images = generate(model, [case.prompt] * n, [case.seed] * n, row_edits, options=options)
             # The clean picture comes first, because the others copy from it; it is the goal.
             return images[[1, 0, *range(2, n)]]
 
@@ -132,23 +129,23 @@ def _restored(
     )
 
 
-def _bound(piece: Sequence[Change], index: int, word: str, row: int) -> list[Change]:
+def _bound(piece: Sequence[RowEdit], index: int, word: str, row: int) -> list[RowEdit]:
     return [
-        Change(c.site, row, c.fn.of(index, word) if isinstance(c.fn, _AtWord) else c.fn, c.steps)
+        RowEdit(c.site, row, c.fn.of(index, word) if isinstance(c.fn, _AtWord) else c.fn, c.steps)
         for c in piece
     ]
 
 
 def _corrupted(
-    model: Any, layout: TokenLayout, word: str, rows: Sequence[int], noise: float, seed: int
-) -> list[Change]:
+    model: Model, layout: TokenLayout, word: str, rows: Sequence[int], noise: float, seed: int
+) -> list[RowEdit]:
     """The same noise on a word's embeddings, in each of these rows, in every text encoder."""
-    positions = reached(layout, word, "word")
+    positions = positions_of_word(layout, word, "word")
 
-    def spoil(own: Tensor, every: Tensor) -> Tensor:
-        drawn = torch.randn(len(positions), own.shape[-1], generator=generator(seed)).to(own)
-        own[positions] = own[positions] + noise * every.float().std().to(own) * drawn
+    def corrupt(own: Tensor, every: Tensor) -> Tensor:
+        offsets = torch.randn(len(positions), own.shape[-1], generator=generator(seed)).to(own)
+        own[positions] = own[positions] + noise * every.float().std().to(own) * offsets
         return own
 
-    towers = [t for t in model.tower_names if model.sitemap.towers[t].record.role == "text"]
-    return [Change(f"{tower}.hook_embed", row, spoil) for tower in towers for row in rows]
+    towers = [t for t in model.towers if model.towers[t].role == "text"]
+    return [RowEdit(f"{tower}.hook_embed", row, corrupt) for tower in towers for row in rows]

@@ -57,13 +57,13 @@ def linear_datamodeling_score(
     Raises: InputError if the shapes do not belong together, or a query's losses never vary.
     """
     _check(scores, subsets, losses)
-    predicted, wanted = subsets.double() @ scores.double().T, -losses.double()
-    per_query = _rank_correlation(predicted, wanted)
+    predicted, negative = subsets.double() @ scores.double().T, -losses.double()
+    per_query = _rank_correlation(predicted, negative)
     crossed = [np.arange(n) for n in losses.shape if n > 1]  # A single query is not drawn.
 
     def mean(rows: NDArray[np.int64], *columns: NDArray[np.int64]) -> float:
         at = np.ix_(rows, columns[0] if columns else np.zeros(1, np.int64))
-        return float(_rank_correlation(predicted[at], wanted[at]).mean())
+        return float(_rank_correlation(predicted[at], negative[at]).mean())
 
     low, high = bootstrap(
         crossed, mean, vectorized=False, n_resamples=_RESAMPLES, confidence_level=level,
@@ -94,20 +94,20 @@ def choose_damping(
         raise InputError(f"{n_queries} queries can be parted into 2 to {n_queries} folds, not {folds}.")
     if not dampings:
         raise InputError("There is no damping to choose from.")
-    made = torch.stack([make(damping) for damping in dampings])
-    for scores in made:
+    candidates = torch.stack([make(damping) for damping in dampings])
+    for scores in candidates:
         _check(scores, subsets, losses)
     each = torch.stack(
-        [_rank_correlation(subsets.double() @ scores.double().T, -losses.double()) for scores in made]
+        [_rank_correlation(subsets.double() @ scores.double().T, -losses.double()) for scores in candidates]
     )
     fold = torch.randperm(n_queries, generator=generator(seed)) % folds
     best = torch.empty(n_queries, dtype=torch.long)
     for number in range(folds):
         best[fold == number] = each[:, fold != number].mean(1).argmax()
-    scores = made[best, torch.arange(n_queries)]
-    found = linear_datamodeling_score(scores, subsets, losses, level=level, seed=seed)
+    scores = candidates[best, torch.arange(n_queries)]
+    score = linear_datamodeling_score(scores, subsets, losses, level=level, seed=seed)
     damping = torch.tensor(dampings, dtype=torch.float32)[best]
-    return Chosen(found.mean, found.low, found.high, found.values, damping, scores)
+    return Chosen(score.mean, score.low, score.high, score.values, damping, scores)
 
 
 def source_recall(
@@ -123,10 +123,10 @@ def source_recall(
             f"Every query needs a known source; scores are {list(scores.shape)}, sources "
             f"{list(sources.shape)}, and {int((counts == 0).sum())} queries have none."
         )
-    found = []
+    recalls = []
     for row, known, count in zip(scores, sources, counts.tolist(), strict=True):
-        found.append(known[row.topk(count).indices].float().mean())
-    return torch.stack(found)
+        recalls.append(known[row.topk(count).indices].float().mean())
+    return torch.stack(recalls)
 
 
 def detection(scores: Float[Tensor, " example"], planted: Bool[Tensor, " example"]) -> float:
@@ -151,26 +151,29 @@ def duplicates(
 
     A pair's likeness is the geometric mean of both scores over the scores for themselves.
     """
-    own = between.diagonal().clamp_min(torch.finfo(between.dtype).tiny)
-    alike = (between / (own[:, None] * own).sqrt() + (between / (own[:, None] * own).sqrt()).T) / 2
+    self_scores = between.diagonal().clamp_min(torch.finfo(between.dtype).tiny)
+    alike = (
+        between / (self_scores[:, None] * self_scores).sqrt()
+        + (between / (self_scores[:, None] * self_scores).sqrt()).T
+    ) / 2
     rows, columns = torch.triu_indices(len(between), len(between), offset=1)
     best = alike[rows, columns].topk(min(n, len(rows)))
     return torch.stack([rows[best.indices], columns[best.indices]], 1), best.values
 
 
 def _rank_correlation(
-    predicted: Float[Tensor, "subset query"], wanted: Float[Tensor, "subset query"]
+    predicted: Float[Tensor, "subset query"], losses: Float[Tensor, "subset query"]
 ) -> Float[Tensor, " query"]:
     """Of each query; 0 for one whose numbers never vary."""
-    return spearman(predicted, wanted).nan_to_num(0.0)
+    return spearman(predicted, losses).nan_to_num(0.0)
 
 
 def _check(scores: Tensor, subsets: Tensor, losses: Tensor) -> None:
-    wanted = (losses.shape[1], subsets.shape[1])
-    if tuple(scores.shape) != wanted or len(subsets) != len(losses):
+    shape = (losses.shape[1], subsets.shape[1])
+    if tuple(scores.shape) != shape or len(subsets) != len(losses):
         raise InputError(
             f"{len(subsets)} subsets of {subsets.shape[1]} examples and losses {list(losses.shape)} "
-            f"[subset, query] ask for scores {list(wanted)}, not {list(scores.shape)}."
+            f"[subset, query] ask for scores {list(shape)}, not {list(scores.shape)}."
         )
     if len(losses) < 3 or bool((losses == losses[:1]).all(0).any()):
         raise InputError("A query's losses must differ between subsets, of which there are at least three.")

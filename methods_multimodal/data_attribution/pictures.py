@@ -67,8 +67,8 @@ def _of_zoo(number: str) -> Pictures:
         raise InputError(
             f"zoo:{number}: tiny-sd has 2 to {N_TRAINING} training pictures to give, as zoo:256."
         )
-    found = tuple(training_caption(training_scene(i), i) for i in range(int(number)))
-    return Pictures(tuple(f"zoo {i}" for i in range(int(number))), found)
+    captions = tuple(training_caption(training_scene(i), i) for i in range(int(number)))
+    return Pictures(tuple(f"zoo {i}" for i in range(int(number))), captions)
 
 
 def _captions(folder: Path, files: Sequence[Path]) -> tuple[str, ...]:

@@ -65,11 +65,11 @@ def unlearning_scores(
     scale = {name: 1 / (n * (value + damping * mean)) for name, value in fisher.items()}
 
     def measured(state: Weights | None) -> Tensor:
-        own = None if state is None else {**constants, **state}
+        tensors = None if state is None else {**constants, **state}
         with torch.no_grad():
             return torch.cat(
                 [
-                    task.per_example(part, own, max_rows=max_rows)[measure]
+                    task.per_example(part, tensors, max_rows=max_rows)[measure]
                     for part in _batches(examples, batch_size)
                 ]
             )
@@ -117,8 +117,8 @@ def fisher_diagonal(
             part = {name: value[first : first + max_rows] for name, value in rows.items()}
             # Fused attention has no batching rule.
             with sdpa_kernel(SDPBackend.MATH):
-                found = each(weights, part)
-            for name, value in found.items():
+                gradients = each(weights, part)
+            for name, value in gradients.items():
                 total[name] += value.square().sum(0)
         count += size
     return {name: value / count for name, value in total.items()}

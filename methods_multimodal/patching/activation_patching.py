@@ -111,8 +111,8 @@ def patch_units(
         axis: What a unit is: "head" (of a site [batch, pos, head, d_head]) or "pos".
         layers: Which layers are patched, one at a time.
         units: Groups of heads or positions that are patched together (None: each by itself).
-        stacked: The arguments that have a row for each input (None: every tensor does; empty: nothing is
-            stacked and units run one by one).
+        stacked: The arguments that have a row for each input (None: every tensor does, if all have as many
+            rows; empty: nothing is stacked and units run one by one).
         batch: The most rows of one run.
 
     Source: Meng et al. 2022, arXiv 2202.05262; Heimersheim and Nanda 2024, arXiv 2404.15255.
@@ -127,7 +127,7 @@ def patch_units(
     if units is None:
         units = [(i,) for i in range(source[names[layers[0]]].shape[dim])]
     groups = tuple(tuple(int(i) for i in unit) for unit in units)
-    per_run = 1 if stacked is not None and not stacked else max(1, batch // n_rows)
+    per_run = max(1, batch // n_rows) if _stacks(model, site, corrupted, stacked, n_rows) else 1
     chunks = [groups[i : i + per_run] for i in range(0, len(groups), per_run)]
     rows: list[Tensor] = []
     with tqdm(total=len(names) * len(chunks), desc="patching", unit="run", disable=None, leave=False) as bar:
@@ -161,6 +161,19 @@ def _swap(clean: Tensor, chunk: Sequence[Sequence[int]], dim: int) -> Callable[[
         return rearrange(copies, "u r ... -> (u r) ...")
 
     return swap
+
+
+def _stacks(
+    model: Model, site: str, inputs: Mapping[str, Any], stacked: Collection[str] | None, n_rows: int
+) -> bool:
+    """Whether copies of the inputs can share a run."""
+    if model.check_tower(site.partition(".")[0]).record.packed:  # All images lie end to end in one row.
+        return False
+    if stacked is not None:
+        return bool(stacked)
+    # Composite models have arguments with a row for each image, or patch, of a row.
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
+    return model.kind in ("contrastive", "vlm") or all(len(value) == n_rows for value in tensors)
 
 
 def _stack(inputs: Mapping[str, Any], copies: int, stacked: Collection[str] | None) -> dict[str, Any]:

@@ -16,9 +16,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from methods_multimodal.core.files import write_json
-from mm_adapters import HookedModel
+from mm_adapters import Model, TokenLayout
 from mm_adapters.store import atomic_write
-from mm_adapters.tokens.layout import TokenLayout
 
 LETTERS = ("A", "B")  # The image, and what it is compared with.
 
@@ -54,9 +53,9 @@ def say(ax: Axes, message: str) -> None:
     ax.text(0.5, 0.5, message, ha="center", va="center", wrap=True, fontsize=9, transform=ax.transAxes)
 
 
-def as_seen(model: HookedModel, pixels: Float[Tensor, "3 height width"]) -> Any:
+def as_seen(model: Model, pixels: Float[Tensor, "3 height width"]) -> Any:
     """Prepared pixels as a picture again: what the model was shown, [height, width, 3] bytes."""
-    process = getattr(model.inputs, "image_processor", None)
+    process = getattr(model.preparer, "image_processor", None)
     mean, std = getattr(process, "image_mean", None), getattr(process, "image_std", None)
     pixels = pixels.detach().float().cpu()
     if mean is not None and std is not None:
@@ -72,11 +71,11 @@ def windows(layout: TokenLayout, most: int = 64) -> tuple[list[list[int]], tuple
     rows, columns = layout.grid
     side = max(1, math.ceil(math.sqrt(rows * columns / most)))
     down, across = math.ceil(rows / side), math.ceil(columns / side)
-    found: list[list[int]] = [[] for _ in range(down * across)]
+    members: list[list[int]] = [[] for _ in range(down * across)]
     for position, place in enumerate(layout.patches[0]):
         if place is not None:
-            found[place[0] // side * across + place[1] // side].append(position)
-    return found, (down, across)
+            members[place[0] // side * across + place[1] // side].append(position)
+    return members, (down, across)
 
 
 def spread(n_layers: int, most: int = 6) -> list[int]:

@@ -14,7 +14,7 @@ from methods_multimodal.report._page import rounded
 from methods_multimodal.text_explanations.name_heads import HeadNames
 
 
-def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], called: str) -> str:
+def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], model_name: str) -> str:
     """The page as HTML, with its pictures in it: nothing else is loaded."""
     files = dict(found.top_files)
     thumbs: dict[int, str] = {}
@@ -53,12 +53,12 @@ def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], calle
         for layer in reversed(range(n_layers))
     ]
     return render(
-        "heads.html", title=f"What the heads of {called} say", n_images=found.n_images,
+        "heads.html", title=f"What the heads of {model_name} say", n_images=found.n_images,
         n_texts=len(found.texts), layers=layers, unreadable=found.unreadable,
     )  # fmt: skip
 
 
-def heads_numbers(found: HeadNames, called: str) -> dict[str, Any]:
+def heads_numbers(found: HeadNames, model_name: str) -> dict[str, Any]:
     """The same as plain data."""
     files = dict(found.top_files)
     heads = []
@@ -78,16 +78,16 @@ def heads_numbers(found: HeadNames, called: str) -> dict[str, Any]:
             share = rounded(found.variance[layer, head])
             heads.append({"layer": layer, "head": head, "variance": share, "texts": texts})
     unreadable = [{"image": name, "reason": why} for name, why in found.unreadable]
-    return {"model": called, "images": found.n_images, "unreadable": unreadable, "heads": heads}
+    return {"model": model_name, "images": found.n_images, "unreadable": unreadable, "heads": heads}
 
 
 def write_heads(
-    found: HeadNames, picture_of: Callable[[int], Image.Image], called: str, folder: Path
+    found: HeadNames, picture_of: Callable[[int], Image.Image], model_name: str, folder: Path
 ) -> tuple[Path, Path]:
     """Writes heads.html and heads.json into `folder`; returns both."""
     page, numbers = folder / "heads.html", folder / "heads.json"
-    write_text(page, heads_page(found, picture_of, called))
-    write_json(numbers, heads_numbers(found, called))
+    write_text(page, heads_page(found, picture_of, model_name))
+    write_json(numbers, heads_numbers(found, model_name))
     return page, numbers
 
 

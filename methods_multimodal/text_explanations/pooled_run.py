@@ -17,7 +17,7 @@ from torch import Tensor
 
 from methods_multimodal.core.model import model_summary
 from methods_multimodal.text_explanations.tower_parts import TowerParts
-from mm_adapters import Model, Read, Run
+from mm_adapters import InputError, Model, Read, Run
 
 Pooling = Callable[[Tensor], Tensor]
 
@@ -44,6 +44,7 @@ class PooledRun:
 
 def run_pooled(model: Model, parts: TowerParts, inputs: Mapping[str, Any], *, tokens: bool) -> PooledRun:
     """Runs the tower once (twice, where the position is not known beforehand) and pools what it wrote."""
+    _check_pixels(parts, inputs)
     position = {"first": 0, "last": -1}.get(parts.pool)
     if position is None:
         weights = _position_weights(model, parts, inputs)
@@ -68,6 +69,15 @@ def run_pooled(model: Model, parts: TowerParts, inputs: Mapping[str, Any], *, to
     else:
         mass = inverse_scale = 1 / scale[:, position]
     return _pooled(parts, run, inverse_scale, mass, tokens)
+
+
+def _check_pixels(parts: TowerParts, inputs: Mapping[str, Any]) -> None:
+    pixels = inputs[parts.tower.input_name]
+    if parts.tower.record.patch is not None and pixels.ndim != 4:
+        raise InputError(
+            f"The {parts.name} tower by itself takes pixels [image, channel, height, width]; these are "
+            f"{tuple(pixels.shape)}. Give the tiles of all images one after the other."
+        )
 
 
 def _reads(parts: TowerParts, pool: Pooling, pool_rows: Pooling, tokens: bool) -> list[Read]:

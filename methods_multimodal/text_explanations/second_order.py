@@ -15,7 +15,7 @@ from methods_multimodal.core.model import check_pool, check_sites
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.sparse_coding import solve
 from methods_multimodal.text_explanations.tower_parts import TowerParts, tower_parts
-from mm_adapters import InputError, Model, Read
+from mm_adapters import InputError, MissingSiteError, Model, Read
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ def second_order(
     check_sites(model, [f"{tower}.blocks.0.{part}" for part in ("mlp.hook_post", "ln1.hook_scale")])
     check_pool(view, "first", "last")
     parts = tower_parts(model, tower)
+    if any("W_V" not in view.weights(i).names("attn") for i in range(parts.n_layers)):
+        raise MissingSiteError(
+            f"{tower}: its blocks' attn has no W_V: one fused projection makes the values."
+        )
     if not 0 <= layer < parts.n_layers - 1:
         raise InputError(f"Layer {layer} has no attention after it; layers 0 to {parts.n_layers - 2} have.")
     position = 0 if parts.pool == "first" else -1

@@ -49,8 +49,12 @@ register(
         "contrastive",
         ("open_clip:CoCa",),
         {
-            "vision": TowerMount("visual", run="encode_image", takes="image", project="visual.proj"),
-            "text": TowerMount("text", run="encode_text", takes="text", project="text.text_projection"),
+            "vision": TowerMount(
+                "visual", run="encode_image", takes="image", project="visual.proj", unit=True
+            ),
+            "text": TowerMount(
+                "text", run="encode_text", takes="text", project="text.text_projection", unit=True
+            ),
             "decoder": TowerMount("text_decoder", project="text_decoder.text_projection"),
         },
         logit_scale="logit_scale",

@@ -5,6 +5,7 @@ from mm_adapters.records import (
     Input,
     ModelRecord,
     Output,
+    Sampling,
     Stack,
     Stream,
     Tower,
@@ -49,5 +50,6 @@ register(
         loop="denoiser",
         # It lays the classes first, then the class of none.
         guidance=Guidance(flag=None, denoiser_rows=("cond", "uncond")),
+        sampling={"denoiser": Sampling(variance="wide")},
     )
 )

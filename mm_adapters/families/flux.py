@@ -7,6 +7,7 @@ from mm_adapters.records import (
     Joint,
     ModelRecord,
     Output,
+    Sampling,
     Stack,
     Tower,
     TowerMount,
@@ -53,7 +54,8 @@ register(
          "denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         # Two calls a step where there is a negative prompt and true_cfg_scale is above one.
-        guidance=Guidance(flag=None, denoiser_calls=("cond", "uncond")),
+        guidance=Guidance(flag=None, scale="true_cfg_scale", denoiser_calls=("cond", "uncond")),
+        sampling={"denoiser": Sampling(packed=True)},
         joint_text=("text_2",),
     )
 )  # fmt: skip

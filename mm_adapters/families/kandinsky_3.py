@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false
 
 from mm_adapters.families._conv import maps
+from mm_adapters.families.kandinsky import MOVQ
 from mm_adapters.records import (
     Guidance,
     Input,
@@ -63,6 +64,7 @@ register(
         ("diffusers:Kandinsky3Pipeline", "diffusers:Kandinsky3Img2ImgPipeline"),
         {"text": TowerMount("text_encoder"), "denoiser": TowerMount("unet"), "vae": TowerMount("movq")},
         loop="denoiser",
-        guidance=Guidance(),
+        guidance=Guidance(from_zero=True),
+        sampling={"denoiser": MOVQ},
     )
 )

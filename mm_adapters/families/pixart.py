@@ -9,6 +9,7 @@ from mm_adapters.records import (
     ModelRecord,
     Output,
     Residual,
+    Sampling,
     Stack,
     Stream,
     Tower,
@@ -57,5 +58,6 @@ register(
         {"text": TowerMount("text_encoder"), "denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         guidance=Guidance(flag=None),
+        sampling={"denoiser": Sampling(variance="wide")},
     )
 )

@@ -8,6 +8,7 @@ from mm_adapters.records import (
     ModelRecord,
     Output,
     Residual,
+    Sampling,
     Stack,
     Stream,
     Tower,
@@ -60,5 +61,6 @@ register(
         {"denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         guidance=Guidance(),
+        sampling={"denoiser": Sampling(variance="wide")},
     )
 )

@@ -97,7 +97,7 @@ register(
         ),
         TOWERS,
         loop="denoiser",
-        guidance=Guidance(),
+        guidance=Guidance(rescale="guidance_rescale"),
     )
 )
 register(
@@ -114,6 +114,6 @@ register(
         ),
         {"text": TowerMount("text_encoder"), "text_2": TowerMount("text_encoder_2")} | TOWERS,
         loop="denoiser",
-        guidance=Guidance(),
+        guidance=Guidance(rescale="guidance_rescale"),
     )
 )

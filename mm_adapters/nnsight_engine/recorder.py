@@ -47,6 +47,7 @@ class Recorder:
             )
         guided = None if model.in_process else (lambda guidance: model.is_guided(arguments, guidance))
         self.session = Session(model.wrapped, model.sitemap, model.points, read, edit, keep_graph, guided)
+        self.session.arguments = arguments
 
     @property
     def followed(self) -> list[str]:

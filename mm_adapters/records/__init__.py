@@ -21,6 +21,7 @@ from mm_adapters.records.parts import (
     qkv_attention,
 )
 from mm_adapters.records.registry import records, register
+from mm_adapters.records.resolve import is_guided
 from mm_adapters.records.spec import (
     Attention,
     Built,
@@ -35,6 +36,7 @@ from mm_adapters.records.spec import (
     Output,
     Parts,
     Residual,
+    Sampling,
     Site,
     Stack,
     Stream,
@@ -62,6 +64,7 @@ __all__ = [
     "Parts",
     "Queries",
     "Residual",
+    "Sampling",
     "Site",
     "Square",
     "Stack",
@@ -75,6 +78,7 @@ __all__ = [
     "fused_attention",
     "gated_mlp",
     "inside",
+    "is_guided",
     "mlp",
     "norm",
     "pre_norm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import reduce
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -186,6 +187,12 @@ class TowerView:
         """The tower's embedding of each row, out of what its run gave."""
         pooled = self.pooled_output(output)
         return pooled[:, 0] if pooled.ndim == 3 and self.pool == "first" else pooled
+
+    def embed(self, **arguments: Any) -> Float[Tensor, "row width"]:
+        """Its embeddings of prepared inputs, by a call without hooks: gradients reach the arguments."""
+        path = self.mount.run
+        alone = self.module if path is None else attrgetter(path)(self.model) if path else self.model
+        return self.summary(alone(**arguments))
 
     def vocabulary_logits(self, output: Any) -> Float[Tensor, "row pos token"]:
         """A language tower's logits, out of what the whole model's run gave.

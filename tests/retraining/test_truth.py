@@ -18,7 +18,7 @@ from methods_multimodal.data_attribution.scorers import scores
 from methods_multimodal.data_attribution.trak import Trak
 from tests.retraining import subsets
 from tests.retraining.model import losses, train, train_together
-from tests.retraining.scores import BEGIN, END, README, Subject, compare, named, table
+from tests.retraining.scores import BEGIN, END, PAGE, Subject, compare, named, table
 from tests.retraining.truth import FOLDER, Truth
 
 CROSS_ATTENTION = ("*.attn2.to_k.weight", "*.attn2.to_v.weight")
@@ -214,8 +214,8 @@ def test_of_a_tenth_only_what_dtrak_and_clip_both_name_matters(
     assert float(firsts[0].mean()) > float(firsts[1].mean())
 
 
-def test_the_table_in_the_readme_is_what_is_found(compared: dict) -> None:
-    shown = README.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
+def test_the_table_in_the_docs_is_what_is_found(compared: dict) -> None:
+    shown = PAGE.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
     assert len(shown) == len(compared) + 2
 
     def numbers(line: str) -> list[float]:
@@ -227,7 +227,7 @@ def test_the_table_in_the_readme_is_what_is_found(compared: dict) -> None:
         assert old.split("|")[1] == new.split("|")[1]
         # Two hundredths: sums are made in another order elsewhere.
         assert numbers(old) == pytest.approx(numbers(new), abs=0.021), (
-            "python -m tests.retraining.scores --readme"
+            "python -m tests.retraining.scores --write"
         )
 
 
