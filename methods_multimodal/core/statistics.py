@@ -193,5 +193,7 @@ class _Clusters:
         return values.sum(-1) / counts[..., 0]
 
 
-def _bounds(distribution: Float[np.ndarray, "*part resample"], level: float) -> Float[np.ndarray, "bound ..."]:
+def _bounds(
+    distribution: Float[np.ndarray, "*part resample"], level: float
+) -> Float[np.ndarray, "bound ..."]:
     return np.nanquantile(distribution, [(1 - level) / 2, (1 + level) / 2], axis=-1)
