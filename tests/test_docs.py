@@ -70,7 +70,9 @@ def test_every_number_that_was_measured_names_a_command_that_there_is() -> None:
 
 
 def test_every_error_has_a_paragraph_and_every_paragraph_an_error() -> None:
-    ours = {e.__name__ for e in vars(_errors).values() if isinstance(e, type) and e.__module__ == _errors.__name__}
+    ours = {
+        e.__name__ for e in vars(_errors).values() if isinstance(e, type) and e.__module__ == _errors.__name__
+    }
     assert set(re.findall(r"^## (\w+)$", (DOCS / "errors.md").read_text(), re.MULTILINE)) == ours
 
 

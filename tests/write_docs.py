@@ -74,16 +74,27 @@ def methods(page: Path) -> str:
         )
     }  # fmt: skip
     about = sorted(
-        ((front_matter(path), path) for path in method_pages()), key=lambda pair: order.get(pair[0]["room"], 99)
+        ((front_matter(path), path) for path in method_pages()),
+        key=lambda pair: order.get(pair[0]["room"], 99),
     )
     short = page.name == "README.md"
-    rows = ["| question | arXiv | call |", "|---|---|---|"] if short else ["| question | paper | call |", "|---|---|---|"]
+    rows = (
+        ["| question | arXiv | call |", "|---|---|---|"]
+        if short
+        else ["| question | paper | call |", "|---|---|---|"]
+    )
     for said, path in about:
         link = path.relative_to(page.parent).as_posix()
         if short:
-            rows.append(f"| {said['question']} | {said['arxiv'] or said['paper']} | [`{said['call'].partition('(')[0]}`]({link}) |")
+            rows.append(
+                f"| {said['question']} | {said['arxiv'] or said['paper']} | [`{said['call'].partition('(')[0]}`]({link}) |"
+            )
         else:
-            paper = f"[{said['paper']}](https://arxiv.org/abs/{said['arxiv']})" if said["arxiv"] else said["paper"]
+            paper = (
+                f"[{said['paper']}](https://arxiv.org/abs/{said['arxiv']})"
+                if said["arxiv"]
+                else said["paper"]
+            )
             rows.append(f"| [{said['question']}]({link}) | {paper} | `{said['room']}`: `{said['call']}` |")
     return "\n".join(rows)
 
@@ -126,8 +137,15 @@ def overrides(page: Path) -> str:
             if base.__module__.partition(".")[0] not in HOSTS:
                 continue
             for name in vars(cls):
-                if name.startswith("_") and not name.startswith("__") and name != "_abc_impl" and name in vars(base):
-                    rows.append(f"| `{base.__module__}.{base.__qualname__}.{name}` | `{shape(base, name)}` | `{cls.__module__}.{cls.__qualname__}` |")
+                if (
+                    name.startswith("_")
+                    and not name.startswith("__")
+                    and name != "_abc_impl"
+                    and name in vars(base)
+                ):
+                    rows.append(
+                        f"| `{base.__module__}.{base.__qualname__}.{name}` | `{shape(base, name)}` | `{cls.__module__}.{cls.__qualname__}` |"
+                    )
     return "\n".join(["| theirs | its signature | ours |", "|---|---|---|", *sorted(set(rows))])
 
 
@@ -156,7 +174,9 @@ def main() -> None:
         for page in pages:
             text = page.read_text(encoding="utf-8")
             made = WRITERS[name](page)
-            page.write_text(marked(name).sub(lambda m, made=made: f"{m[1]}{made}\n{m[3]}", text), encoding="utf-8")
+            page.write_text(
+                marked(name).sub(lambda m, made=made: f"{m[1]}{made}\n{m[3]}", text), encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":
