@@ -88,15 +88,15 @@ def attribute(
     else:
         drawn = Image.open(image).convert("RGB").resize((side, side))
     if method in ("clip", "pixels"):
-        found = _alike([drawn], known, open_model(judge, device) if method == "clip" else None)
+        scored = _alike([drawn], known, open_model(judge, device) if method == "clip" else None)
     else:
         examples = diffusion_examples(loaded, known, list(pictures.captions))
         asked = diffusion_examples(loaded, [drawn], [query])
-        found = _by_gradients(
+        scored = _by_gradients(
             method, loaded, traced, examples, asked, work,
             parameters=parameters, timesteps=timesteps, width=width, damping=damping,
         )  # fmt: skip
-    scores = found[0]
+    scores = scored[0]
     figure = sources(
         drawn, scores, known.__getitem__, title=f"{query}\n({method})", captions=pictures.captions, n=shown
     )
@@ -160,7 +160,7 @@ def _by_gradients(
         return journey_trak(
             model, store, traced, scorer=Trak(damping=damping), parameters=parameters
         ).scores()
-    found = query_features(task, asked, projection=projection)
+    features = query_features(task, asked, projection=projection)
     scorers = {
         "d-trak": Trak(measure=measure, damping=damping),
         "trak": Trak(measure=measure, damping=damping),
@@ -168,7 +168,7 @@ def _by_gradients(
         "cosine": Cosine(measure=measure),
         "datainf": DataInf(damping, measure=measure),
     }
-    return scores(scorers[method], store, found)
+    return scores(scorers[method], store, features)
 
 
 def _alike(queries: list[Any], known: Any, judge: Any) -> Any:

@@ -18,7 +18,7 @@ from methods_multimodal.commands.options import (
     open_model,
     write_report,
 )
-from mm_adapters import InputError
+from mm_adapters import InputError, Model
 
 _DEFAULT_TEXTS = ("a red circle", "a blue square")
 _DEFAULT_QUESTION = "what colour is the circle?"
@@ -75,21 +75,21 @@ def report(
     write_report(written, out)
 
 
-def _contrastive(model: Any, model_name: str, *, images: list[Path], texts: list[str], **_: Any) -> Any:
+def _contrastive(model: Model, model_name: str, *, images: list[Path], texts: list[str], **_: Any) -> Any:
     from methods_multimodal.report import contrastive_report
 
     pair = _two_images(images, _DEFAULT_IMAGES)
     return contrastive_report(model, pair, texts or list(_DEFAULT_TEXTS), _names(pair), model_name=model_name)
 
 
-def _vlm(model: Any, model_name: str, *, images: list[Path], question: str | None, **_: Any) -> Any:
+def _vlm(model: Model, model_name: str, *, images: list[Path], question: str | None, **_: Any) -> Any:
     from methods_multimodal.report import vlm_report
 
     pair = _two_images(images, _DEFAULT_PAIR)
     return vlm_report(model, pair, question or _DEFAULT_QUESTION, _names(pair), model_name=model_name)
 
 
-def _diffusion(model: Any, model_name: str, *, prompt: str | None, seed: int, steps: int, **_: Any) -> Any:
+def _diffusion(model: Model, model_name: str, *, prompt: str | None, seed: int, steps: int, **_: Any) -> Any:
     from methods_multimodal.report import diffusion_report
 
     return diffusion_report(model, prompt or PROMPT, seed=seed, steps=steps, model_name=model_name)
