@@ -91,7 +91,7 @@ def paired_interval(
     level: float = 0.95,
     n_resamples: int = 2000,
     rng: Seed = 0,
-) -> Float[np.ndarray, "bound *part"]:
+) -> Float[np.ndarray, "bound ..."]:
     """A statistic's lower and upper bound when cases (all samples' last axis) are drawn again, together.
 
     `statistic` takes the samples and `axis`. Resamples in which it is NaN (0 / 0) are left out, as
@@ -195,5 +195,5 @@ class _Clusters:
 
 def _bounds(
     distribution: Float[np.ndarray, "*part resample"], level: float
-) -> Float[np.ndarray, "bound *part"]:
+) -> Float[np.ndarray, "bound ..."]:
     return np.nanquantile(distribution, [(1 - level) / 2, (1 + level) / 2], axis=-1)
