@@ -51,7 +51,7 @@ def text_attention(
     """
     crossed = [s for s in model.sites(f"{denoiser}.*cross_attn.hook_pattern") if s.reason is None]
     if crossed:
-        return tuple(TextAttention(int(s.layer), _owner(s.name), _stage(s.module)) for s in crossed)
+        return tuple(TextAttention(int(s.layer or 0), _owner(s.name), _stage(s.module)) for s in crossed)
     joint = [s for s in model.sites(f"{denoiser}.*attn.hook_pattern_text") if s.reason is None]
     if joint:
         text, pixels = (), ()
@@ -87,7 +87,7 @@ def prompt_layouts(
     sizes = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
     joint = loop is not None and model.towers[loop].record.joint is not None
     if joint or "max_sequence_length" in sizes:
-        name = loop if joint else "text"
+        name = "text" if loop is None or not joint else loop
         layouts = tuple(model.layout(text=[prompt], **sizes)[name] for prompt in prompts)
         if len({layout.n_pos for layout in layouts}) > 1:
             lengths = ", ".join(str(len(text_positions(layout))) for layout in layouts)
