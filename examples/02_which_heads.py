@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     mlp_shares(shares, parts)
     figure.savefig(args.out, dpi=110)
     total, own = float(shares.total[0, 0]), float(shares.logit[0, 0])
-    print(f"{shares.texts[0]}: {total:+.4f} = the model's own {own:+.4f}")
+    print(f"{shares.texts[0]}: {total:+z.4f} = the model's own {own:+z.4f}")
     print(args.out)
     return args.out
 

@@ -47,7 +47,8 @@ def script(
     by_head = cache.apply_ln_to_stack(heads, layer=-1, pos_slice=-1)[:, 0] @ direction
     by_head = by_head.reshape(model.cfg.n_layers, model.cfg.n_heads)
     best = int(by_part.argmax())
-    print(f"  logit difference {float(clean_diff):+.4f}, of which {labels[best]} {float(by_part[best]):+.4f}")
+    share = float(by_part[best])
+    print(f"  logit difference {float(clean_diff):+z.4f}, of which {labels[best]} {share:+z.4f}")
 
     # Activation patching of every head.
     def metric(patched_logits: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def script(
     layer, head = divmod(int(by_head.abs().argmax()), model.cfg.n_heads)
     hooks = [(utils.get_act_name("z", layer), partial(ablate_head, head_index=head))]
     ablated = model.run_with_hooks(tokens, fwd_hooks=hooks)
-    print(f"  logit difference without it {float(logit_diff(ablated)):+.4f}")
+    print(f"  logit difference without it {float(logit_diff(ablated)):+z.4f}")
     pattern = cache["pattern", layer][0, head]
     return {"by_part": by_part, "by_head": by_head, "patched": patched, "pattern": pattern}
 
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "signed": True,
             "label_rows": "layer",
             "label_columns": "head",
-            "write": "+.2f",
+            "write": "+z.2f",
         }
         heatmap(found["by_head"], row[0], unit="logit difference", title=f"{name}: attribution", **heads)
         heatmap(

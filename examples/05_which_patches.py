@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, default=Path("patches.png"))
     args = parser.parse_args(argv)
 
-    report = vlm_report(mm.load(args.model), [args.image, args.other], args.question, called=args.model)
+    report = vlm_report(mm.load(args.model), [args.image, args.other], args.question, model_name=args.model)
     report.write(args.out)
     print(*report.lines, sep="\n")
     print(args.out)

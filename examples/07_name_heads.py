@@ -16,6 +16,7 @@ import mm_adapters as mm
 from methods_multimodal.plots import head_table
 from methods_multimodal.text_explanations.name_heads import name_heads
 from methods_multimodal.text_explanations.vocabulary import vocabulary
+from mm_adapters.inputs.images import image_files
 from mm_adapters.zoo import world
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parser.parse_args(argv)
 
     if args.images:
-        pictures = [Image.open(p) for p in sorted(args.images.iterdir()) if p.suffix in (".png", ".jpg")]
+        pictures = [Image.open(p) for p in image_files(args.images)]
     else:
         scenes = [world.scene(i, "test", kind="one") for i in range(200)]
         pictures = [Image.fromarray(pixels) for pixels in world.render_batch(scenes)]

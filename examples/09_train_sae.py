@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             model, SITE, cfg, data=images, tokens="patch", trainer=trainer, centre=True, folder=folder
         )
     scenes, images = scenes_of(320, "validation")
-    print(mm_sae.evaluate(sae, model, images[:64]))
+    print(mm_sae.evaluate(model, sae, images[:64]))
 
     # An image has a latent if any of its patches has; a latent is chosen on half of the images.
     acts = []
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     best = match.latent[match.f1.index(max(match.f1))]
     words = [f"a {colour} object" for colour in world.COLOURS]
-    (found,) = mm_sae.top_images(sae, model, images, [best], words=words)
+    (found,) = mm_sae.top_images(model, sae, images, [best], words=words)
     mm_sae.gallery(found, images).savefig(options.out, dpi=120)
     print(options.out)
     return options.out

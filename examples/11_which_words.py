@@ -26,7 +26,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parser.parse_args(argv)
 
     report = words_report(
-        mm.load(args.model), args.prompt, words=args.word, seed=args.seed, steps=args.steps, called=args.model
+        mm.load(args.model),
+        args.prompt,
+        words=args.word,
+        seed=args.seed,
+        steps=args.steps,
+        model_name=args.model,
     )
     report.figure.savefig(args.out, dpi=110)
     print("\n".join(report.lines))

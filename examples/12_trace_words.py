@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         share, control = effects.share(), effects.control_share()
         for i in share.mean.argsort(descending=True)[:3].tolist():
             print(
-                f"{name} ({word} to {other}): {parts[i]} brings {float(share.mean[i]):+.2f} of it "
-                f"({float(share.low[i]):+.2f} to {float(share.high[i]):+.2f}), "
-                f"a random word {float(control.mean[0]):+.2f}"
+                f"{name} ({word} to {other}): {parts[i]} brings {float(share.mean[i]):+z.2f} of it "
+                f"({float(share.low[i]):+z.2f} to {float(share.high[i]):+z.2f}), "
+                f"a random word {float(control.mean[0]):+z.2f}"
             )
         effect_grid(effects, ax, title=f"{name}: {word} to {other}")
     figure.savefig(args.out, dpi=110)

@@ -37,22 +37,26 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, default=Path("sources.png"))
     args = parser.parse_args(argv)
 
-    pipe = mm.load("tiny-sd").wrapped
-    drawn = pipe(args.prompt, num_inference_steps=20, generator=torch.Generator().manual_seed(0)).images[0]
+    model = mm.load("tiny-sd")
+    drawn = model.wrapped(
+        args.prompt, num_inference_steps=20, generator=torch.Generator().manual_seed(0)
+    ).images[0]
     known = read_pictures(f"zoo:{args.images}")
-    examples = diffusion_examples(pipe, known.images(), list(known.captions))
-    query = diffusion_examples(pipe, [drawn], [args.prompt])
+    examples = diffusion_examples(model, known.images(), list(known.captions))
+    query = diffusion_examples(model, [drawn], [args.prompt])
 
     # What D-TRAK differentiates is the size of the denoiser's output, not its loss.
-    task = diffusion_task(pipe, measure="output_norm", timesteps=4, noise="one")
+    task = diffusion_task(model, measure="output_norm", timesteps=4, noise="one")
     projection = Projection("sparse", 512)
     with tempfile.TemporaryDirectory() as folder:
         store = featurise(task, examples, folder, projection=projection)
-        found = scores(Trak(measure="output_norm"), store, query_features(task, query, projection=projection))
+        helped = scores(
+            Trak(measure="output_norm"), store, query_features(task, query, projection=projection)
+        )
 
-    figure = sources(drawn, found[0], known.image, title=args.prompt, captions=known.captions)
+    figure = sources(drawn, helped[0], known.image, title=args.prompt, captions=known.captions)
     figure.savefig(args.out, dpi=100)
-    best = found[0].argmax()
+    best = helped[0].argmax()
     print(f"helped most: number {int(best)}, {known.captions[best]!r}")
     print(args.out)
     return args.out

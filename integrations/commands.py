@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mm_adapters import InputError
+from mm_adapters import InputError, load
 
 _TRAINER = ("total_training_samples", "train_batch_size_samples")
 
@@ -39,27 +39,31 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the weights and the order of rows.")] = 0,
 ) -> None:
     """Collects activations and trains an SAE on them; run again after a stop, it goes on."""
-    given = read_config(config)
+    settings = read_config(config)
     if (images is None) == (prompts is None):
         raise InputError("Pass --images FOLDER or --prompts FILE, one of the two.")
-    chosen = _steps(steps)
+    step_numbers = _steps(steps)
     data: Any = images
     if prompts is not None:
         if not prompts.is_file():
             raise FileNotFoundError(f"There is no file {prompts}.")
         data = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     from integrations import sae_lens as mm_sae
-    from mm_adapters.loading import load
 
-    cfg, trainer = made(given)
-    found = mm_sae.train(
-        load(model, device=device), site, cfg, data=data, tokens=tokens, steps=chosen, trainer=trainer,
-        folder=out, seed=seed,
-    )  # fmt: skip
-    meta = found.cfg.metadata
-    typer.echo(
-        f"{meta.hook_name}: {found.cfg.d_sae} latents, L0 {meta.l0:.1f}, {meta.num_dead_features} dead"
+    cfg, trainer = parse_config(settings)
+    sae = mm_sae.train(
+        load(model, device=device),
+        site,
+        cfg,
+        data=data,
+        tokens=tokens,
+        steps=step_numbers,
+        trainer=trainer,
+        folder=out,
+        seed=seed,
     )
+    meta = sae.cfg.metadata
+    typer.echo(f"{meta.hook_name}: {sae.cfg.d_sae} latents, L0 {meta.l0:.1f}, {meta.num_dead_features} dead")
     typer.echo(f"wrote {out / 'sae'}")
 
 
@@ -70,15 +74,15 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no config {path}.")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {error}.") from None
-    if not isinstance(found, dict) or "architecture" not in found:
+    if not isinstance(settings, dict) or "architecture" not in settings:
         raise InputError(f"{path} needs a line 'architecture: batchtopk' (or another of SAELens').")
-    return found
+    return settings
 
 
-def made(given: dict[str, Any]) -> tuple[Any, Any]:
+def parse_config(settings: dict[str, Any]) -> tuple[Any, Any]:
     """SAELens' configs of a mapping: the SAE's fields, and the trainer's under `trainer`.
 
     Raises: InputError for an unknown architecture or field, listing those there are.
@@ -90,13 +94,13 @@ def made(given: dict[str, Any]) -> tuple[Any, Any]:
 
     from integrations import sae_lens as _  # noqa: F401  Registers the transcoder.
 
-    given = dict(given)
-    architecture, trainer = given.pop("architecture"), given.pop("trainer", None)
+    settings = dict(settings)
+    architecture, trainer = settings.pop("architecture"), settings.pop("trainer", None)
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
         raise InputError(f"There is no architecture {architecture!r} to train; there is {known}.")
     cls = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
-    for kind, values in ((cls, given), (SAETrainerConfig, trainer or {})):
+    for kind, values in ((cls, settings), (SAETrainerConfig, trainer or {})):
         known = [f.name for f in fields(kind)]
         unknown = [k for k in values if k not in known]
         if unknown:
@@ -105,7 +109,7 @@ def made(given: dict[str, Any]) -> tuple[Any, Any]:
         missing = [k for k in _TRAINER if k not in trainer]
         if missing:
             raise InputError(f"trainer: needs {', '.join(missing)}.")
-    return cls(**given), None if trainer is None else SAETrainerConfig(**trainer)
+    return cls(**settings), None if trainer is None else SAETrainerConfig(**trainer)
 
 
 def _steps(text: str | None) -> list[int] | None:

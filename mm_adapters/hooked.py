@@ -12,6 +12,7 @@ from transformer_lens import HookedRootModule
 
 from mm_adapters._errors import InputError
 from mm_adapters.hooks.wiring import Points
+from mm_adapters.inputs.generators import seeded
 from mm_adapters.runs.base_model import BaseModel
 from mm_adapters.runs.lens import Edit, Read, Run, as_read
 from mm_adapters.runs.session import Session
@@ -228,11 +229,7 @@ class HookedModel(BaseModel, HookedRootModule):
         if self.inputs is not None and kwargs.get("prompt") is not None:
             self.inputs.prepare(text=kwargs["prompt"])  # For its checks: a pipeline cuts long prompts.
         seed = kwargs.pop("seed", None)
-        if seed is None:
-            return kwargs
-        seeds = seed if isinstance(seed, list | tuple) else [seed]
-        made = [torch.Generator(self.device).manual_seed(int(s)) for s in seeds]
-        return {**kwargs, "generator": made if isinstance(seed, list | tuple) else made[0]}
+        return kwargs if seed is None else {**kwargs, "generator": seeded(seed, self.device)}
 
     def _call(self, arguments: dict[str, Any], differentiable: bool) -> Any:
         if differentiable and self.sitemap.model_record.loop is not None:

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from mm_adapters._errors import CheckpointError, StoreError
 from mm_adapters.checkpoints.checks import check_safetensors
-from mm_adapters.storage.files import CODES, DTYPES, Mapped
+from mm_adapters.storage.files import CODES, DTYPES, Mapped, atomic_write
 from mm_adapters.storage.manifest import Column, file_name, read_manifest
 from mm_adapters.storage.writer import Writer
 
-__all__ = ["Column", "Store", "Writer"]
+__all__ = ["Column", "Store", "Writer", "atomic_write"]
 
 
 class Store:

@@ -35,9 +35,16 @@ def test_a_family_file_has_no_code_paths(path: Path) -> None:
     assert imported <= {"mm_adapters", "dataclasses", "functools"}, f"{path.name} imports {imported}"
 
 
-def test_the_median_family_is_at_most_forty_lines() -> None:
-    lengths = [len(p.read_text().splitlines()) for p in FAMILIES if p.name != "__init__.py"]
-    assert statistics.median(lengths) <= 40, sorted(lengths)
+def n_lines(path: Path) -> int:
+    """A file's lines without its imports, which the formatter writes one name a line where there are many."""
+    text = path.read_text()
+    imports = [n for n in ast.parse(text).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    return len(text.splitlines()) - sum(int(n.end_lineno or 0) - n.lineno + 1 for n in imports)
+
+
+def test_the_median_family_is_at_most_thirty_six_lines() -> None:
+    lengths = [n_lines(p) for p in FAMILIES if p.name != "__init__.py"]
+    assert statistics.median(lengths) <= 36, sorted(lengths)
 
 
 # These compare with names that a record or a saved file holds.

@@ -1,89 +1,29 @@
-"""What mm_adapters/families/README.md says to write is run as it stands, on modules that have its paths."""
+"""What mm_adapters/families/README.md says is done: its family is drafted, built, and keeps the contract."""
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_families
+import test_traced
 import tiny
 import torch
-from tiny_case import Case, seeded
+import transformers as hf
+from tiny_case import seeded
 from torch import Tensor, nn
 
 import mm_adapters as mm
-from mm_adapters.records import registry as _registry
+from mm_adapters.records import registry
 
 PAGE = (Path(mm.__file__).parent / "families" / "README.md").read_text()
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)]
-
-
-class _Attention(nn.Module):
-    num_heads = 3
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        z = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(z.transpose(1, 2).flatten(2))
-
-
-class _Layer(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(width), _Attention(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("fc1", nn.Linear(width, 2 * width))
-        self.mlp.add_module("act", nn.GELU())
-        self.mlp.add_module("fc2", nn.Linear(2 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class _Embeddings(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.patch_embeddings = nn.Module()
-        self.patch_embeddings.projection = nn.Conv2d(3, width, 14, 14)
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, width))
-        self.position_embeddings = nn.Parameter(torch.randn(1, 5, width))
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embeddings.projection(pixel_values).flatten(2).mT
-        row = self.class_embedding.expand(len(patches), -1, -1)
-        return torch.cat([row, patches], 1) + self.position_embeddings
-
-
-class MyVisionModel(nn.Module):
-    __module__ = "transformers.models.mine"
-
-    def __init__(self, config: SimpleNamespace) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = _Embeddings(config.hidden_size)
-        self.encoder = nn.Module()
-        layers = [_Layer(config.hidden_size) for _ in range(config.num_hidden_layers)]
-        self.encoder.layers = nn.ModuleList(layers)
-        self.post_norm = nn.LayerNorm(config.hidden_size)
-
-    def forward(self, pixel_values: Tensor) -> Any:
-        x = self.embeddings(pixel_values)
-        for layer in self.encoder.layers:  # type: ignore[union-attr]
-            x = layer(x)
-        x = self.post_norm(x)
-        return SimpleNamespace(last_hidden_state=x, pooler_output=x[:, 0])
+ASK, RECORD, MOUNTS, BUILDER = BLOCKS
 
 
 class MyModel(nn.Module):
@@ -95,7 +35,7 @@ class MyModel(nn.Module):
         self.visual_projection, self.text_projection = nn.Linear(24, 16), nn.Linear(24, 16)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        return self.visual_projection(self.vision_model(pixel_values).pooler_output)
+        return self.visual_projection(self.vision_model(pixel_values).last_hidden_state[:, 0])
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.text_projection(self.text_model(input_ids, attention_mask=attention_mask).pooler_output)
@@ -106,28 +46,40 @@ class MyModel(nn.Module):
         return self.get_image_features(pixel_values) @ self.get_text_features(input_ids, attention_mask).T
 
 
+def run(block: str) -> dict[str, Any]:
+    """A block pasted into a file of its own."""
+    names: dict[str, Any] = {"__name__": "pasted"}
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
 @pytest.fixture(scope="module")
-def written() -> Any:
-    """The page's blocks, run one after the other with nothing but the classes they are about."""
+def written() -> Iterator[dict[str, Any]]:
+    """The page's blocks, each run by itself in their order; its builders are among the tiny models."""
     mm.families.records()
-    names: dict[str, Any] = {"MyVisionModel": MyVisionModel, "MyVisionConfig": SimpleNamespace, "Case": Case,
-                             "seeded": seeded, "pixels": tiny.pixels}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registry, "_RECORDS", dict(_registry._RECORDS))
-        for block in BLOCKS:
-            exec(compile(block, "README.md", "exec"), names)
-        yield names
+        patch.setattr(registry, "_RECORDS", dict(registry._RECORDS))
+        run(RECORD)
+        run(MOUNTS)
+        built = run(BUILDER)
+        for name in ("vit_msn", "vit_msn_classifier"):
+            patch.setitem(tiny.CASES, name, built[name])
+        yield built
+    test_families.case.cache_clear()
 
 
-def test_the_page_shows_a_tower_mounts_and_a_builder() -> None:
-    tower, model_record, builder = BLOCKS
-    assert "Tower(" in tower
-    assert "ModelRecord(" in model_record
-    assert "-> Case" in builder
+def test_asking_shows_the_record_that_the_page_pastes(capsys: pytest.CaptureFixture[str]) -> None:
+    run(ASK)
+    said = capsys.readouterr().out
+    assert "No family covers transformers:ViTMSNModel. The nearest are 'vit'" in said
+    drafted = said.split("\n\n", 1)[1]
+    assert ast.dump(ast.parse(drafted)) == ast.dump(ast.parse(RECORD))
+    guessed = [line for line in drafted.splitlines() if "check" in line]
+    assert len(guessed) == 4, guessed
 
 
 def test_its_tower_has_every_site_that_it_names_and_each_is_causal(written: Any) -> None:
-    case = written["my_vision"]()
+    case = written["vit_msn"]()
     model = mm.HookedModel(case.model)
     (tower,) = model.sitemap.towers.values()
     named = {*tower.record.stacks["blocks"].parts, *tower.record.before, *tower.record.after}
@@ -135,17 +87,46 @@ def test_its_tower_has_every_site_that_it_names_and_each_is_causal(written: Any)
     with torch.no_grad():
         plain = case.head(case.model(**case.inputs))
     for site in model.sitemap.sites:
-        run = model.run(case.inputs, edit=[mm.Edit(site, lambda x: 1.5 * x + 0.1 * x.roll(1, -1))])
-        assert (case.head(run.output) - plain).abs().max() > 1e-5, site
+        moved = model.run(case.inputs, edit=[mm.Edit(site, lambda x: 1.5 * x + 0.1 * x.roll(1, -1))])
+        assert (case.head(moved.output) - plain).abs().max() > 1e-5, site
     assert model.vision.W_pos.shape == (5, 24)
     assert tower.record.n_class == 1
 
 
+CONTRACT = [
+    test_families.test_unhooked_forward_equals_the_original_bit_for_bit,
+    test_families.test_every_site_fires_with_the_axes_it_declares,
+    test_families.test_every_site_is_causal_and_leaves_nothing_behind,
+    test_families.test_sites_are_listed_in_the_order_they_run,
+    test_families.test_nothing_in_the_model_is_replaced,
+    test_families.test_an_exception_inside_a_hook_leaves_the_model_clean,
+    test_traced.test_every_site_read_is_bit_equal_to_the_hooked_model,
+]
+
+
+@pytest.mark.parametrize("name", ["vit_msn", "vit_msn_classifier"])
+@pytest.mark.parametrize("rule", CONTRACT, ids=lambda rule: rule.__name__)
+def test_its_builders_keep_the_contract(written: Any, rule: Any, name: str) -> None:
+    rule(name)
+
+
+def test_its_classifier_gives_logits_that_a_projection_reads_off_the_summary(written: Any) -> None:
+    case = written["vit_msn_classifier"]()
+    model = mm.wrap(case.model)
+    assert model.kind == "tower"
+    pixels = case.inputs["pixel_values"]
+    normalised = model.vision.run_with_cache(pixels)[1]["ln_final.hook_normalized"][:, 0]
+    final, head = model.vision.ln_final, case.model.classifier
+    logits = (normalised * final.w + final.b) @ model.vision.projection + head.bias
+    torch.testing.assert_close(logits, case.model(pixels).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_its_mounts_join_that_tower_and_another(written: Any) -> None:
-    vision, text = written["my_vision"]().model, tiny.CASES["clip_text"]().model
+    vision, text = written["vit_msn"]().model, tiny.CASES["clip_text"]().model
+    assert isinstance(vision, hf.ViTMSNModel)
     model = mm.HookedModel(seeded(lambda: MyModel(vision, text)))
     assert model.tower_names == ["vision", "text"]
     inputs = {"pixel_values": tiny.pixels(), **tiny.clip_text_ids()}
-    run = model.run(inputs, read=["vision.blocks.1.hook_resid_post", "text.blocks.1.attn.hook_pattern"])
-    assert run.output.shape == (2, 2)
+    found = model.run(inputs, read=["vision.blocks.1.hook_resid_post", "text.blocks.1.attn.hook_pattern"])
+    assert found.output.shape == (2, 2)
     torch.testing.assert_close(model.vision(tiny.pixels()), model.wrapped.get_image_features(tiny.pixels()))

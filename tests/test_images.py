@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mm_adapters._errors import InputError
-from mm_adapters.inputs.images import to_rgb, to_rgb_list
+from mm_adapters.inputs.images import SUFFIXES, image_files, to_rgb, to_rgb_list
 
 RAMP = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
 GRAY = RAMP[:, :, 0]
@@ -199,3 +199,50 @@ def test_the_bad_one_of_many_is_named_and_none_is_an_error() -> None:
     for empty in ([], torch.zeros(0, 3, 4, 4)):
         with pytest.raises(InputError, match="images is empty"):
             to_rgb_list(empty)
+
+
+def test_the_images_of_a_folder_are_those_that_pillow_reads_in_order_of_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folder"):
+        image_files(tmp_path / "none")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match="holds no image"):
+        image_files(tmp_path)
+    image = Image.new("RGB", (4, 3), "red")
+    for i, suffix in enumerate(SUFFIXES):
+        image.save(tmp_path / f"{9 - i}{suffix.upper() if i % 2 else suffix}")
+    image.save(tmp_path / "folder.png" / "0.png")
+    here = image_files(tmp_path, recursive=False, verify=True)
+    assert [p.name[0] for p in here] == [str(9 - i) for i in reversed(range(len(SUFFIXES)))]
+    assert all(to_rgb(p).size == (4, 3) for p in here)
+    assert image_files(tmp_path) == sorted([*here, tmp_path / "folder.png" / "0.png"])
+    with pytest.raises(InputError, match=f"holds {len(SUFFIXES)} images, and at least 99 are needed"):
+        image_files(tmp_path, recursive=False, min_images=99)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    assert len(image_files(tmp_path, recursive=False)) == len(here) + 1
+    with pytest.raises(InputError, match=r"a\.png is no picture that can be read"):
+        image_files(tmp_path, recursive=False, verify=True)
+
+
+def test_only_one_place_knows_how_image_files_are_called() -> None:
+    root = Path(__file__).parents[1]
+    for package in ("mm_adapters", "methods_multimodal", "integrations", "examples"):
+        for path in (root / package).rglob("*.py"):
+            if path != root / "mm_adapters" / "inputs" / "images.py":
+                text = path.read_text("utf-8")
+                assert '".jpeg"' not in text, path
+                assert not ("iterdir()" in text and '".png"' in text), path
+
+
+def test_the_image_files_of_a_folder_are_listed_by_name(tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    below.mkdir()
+    for path in (tmp_path / "b.PNG", tmp_path / "a.jpeg", below / "c.tiff", tmp_path / "notes.txt"):
+        path.write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    assert image_files(tmp_path) == [tmp_path / "a.jpeg", tmp_path / "b.PNG", below / "c.tiff"]
+    assert image_files(str(tmp_path), recursive=False) == [tmp_path / "a.jpeg", tmp_path / "b.PNG"]
+    with pytest.raises(InputError, match=r"holds no image: nothing there ends in \.png"):
+        image_files(tmp_path / "folder.png")
+    with pytest.raises(InputError, match="There is no folder"):
+        image_files(tmp_path / "a.jpeg")

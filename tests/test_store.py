@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mm_adapters import StoreError
-from mm_adapters.store import Column, Store, Writer
+from mm_adapters.store import Column, Store, Writer, atomic_write
 
 COLUMNS = {"site": Column((6,), torch.float16), "label": Column((), torch.int64)}
 ABOUT = {"model": "tiny", "steps": [0, 1], "seed": 3}
@@ -266,3 +266,25 @@ def test_reading_keeps_a_buffer_and_no_more(tmp_path: Path) -> None:
         peaks.append(_own_memory_kib() - before)
     assert len(peaks) == 256
     assert max(peaks) < 16 * 1024  # The store has 64 MiB, a buffer two.
+
+
+def test_an_atomic_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    file, folder = tmp_path / "a.txt", tmp_path / "a"
+    for number in ("1", "2"):
+        with atomic_write(file) as draft:
+            draft.write_text(number)
+        with atomic_write(folder) as draft:
+            draft.mkdir()
+            (draft / number).write_text(number)
+
+    def write_half(path: Path) -> None:
+        with atomic_write(path) as draft:
+            draft.mkdir() if path.is_dir() else draft.write_text("3")
+            raise InterruptedError
+
+    for path in (file, folder):
+        with pytest.raises(InterruptedError):
+            write_half(path)
+    assert file.read_text() == "2"
+    assert [p.name for p in folder.iterdir()] == ["2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.txt"]

@@ -17,7 +17,9 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from test_families import count_hooks, plain
 
 import mm_adapters as mm
+from mm_adapters.hooks.kept import Kept
 from mm_adapters.nnsight_engine.fast_path import LocationState
+from mm_adapters.nnsight_engine.points import Always
 from mm_adapters.traced import TracedModel
 
 each_family = pytest.mark.parametrize("name", tiny.CASES)
@@ -25,7 +27,7 @@ each_family = pytest.mark.parametrize("name", tiny.CASES)
 
 def once(name: str, built: tiny.Case) -> dict[str, Any]:
     """The inputs for one step and one text, as far as the pipeline can: in a second step, or in the second
-    call that guidance makes, a block no longer waits, and fused attention rounds otherwise."""
+    call that guidance makes, a block's request is met, and fused attention rounds otherwise."""
     loop = both(name)[1].sitemap.model_record.loop
     taken = inspect.signature(type(built.model).__call__).parameters if loop else {}
     # The prior's scheduler divides by the steps less one, and so do unCLIP's.
@@ -72,7 +74,7 @@ def some(name: str) -> list[str]:
     ends = ("hook_q", "hook_attn_scores", "hook_pattern", "hook_rot_k", "hook_z", "hook_resid_mid",
             "hook_resid_mid_cross", "hook_scale", "hook_normalized", "mlp.hook_pre", "hook_pos_embed",
             "resid_post", "hook_out")  # fmt: skip
-    return [found[-1] for end in ends if (found := [s for s in sites if s.endswith(end)])]
+    return [matching[-1] for end in ends if (matching := [s for s in sites if s.endswith(end)])]
 
 
 # -- the Lens ------------------------------------------------------------------------------------
@@ -178,14 +180,14 @@ def interrupt(value: torch.Tensor) -> torch.Tensor:
     raise KeyboardInterrupt
 
 
-def test_fused_attention_runs_where_no_pattern_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_attention_runs_where_no_pattern_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     built, _, traced = both("clip")
-    from mm_adapters.hooks import attention as _attention
+    from mm_adapters.hooks import attention
 
     opened: list[int] = []
-    take = _attention._take_sdpa
+    take = attention._take_sdpa
     monkeypatch.setitem(
-        _attention.KERNELS,
+        attention.KERNELS,
         torch.nn.functional.scaled_dot_product_attention,
         lambda *a, **k: opened.append(1) or take(*a, **k),
     )
@@ -211,7 +213,7 @@ def test_every_site_by_name_in_one_trace_is_bit_equal_to_a_run(name: str) -> Non
     built, hooked, traced = both(name)
     order = in_order(name)
     inputs = once(name, built)
-    # The text's part of a pattern is not waited for beside the whole: see the next test.
+    # The text's part of a pattern is not requested beside the whole: see the next test.
     order = [site for site in order if not site.endswith("hook_pattern_text")]
     run = hooked.run(inputs, read=list(order))
     with torch.no_grad(), traced.trace(**inputs):
@@ -256,8 +258,8 @@ def test_writing_into_a_site_and_setting_it_equal_an_edit(name: str) -> None:
                 written = nnsight.save(tracer.result)
             with torch.set_grad_enabled(grad), traced.trace(**inputs, fn=traced._plain) as tracer:
                 traced.site(site, traced.site(site) * 1.5)
-                given = nnsight.save(tracer.result)
-            for output in (written, given):
+                assigned = nnsight.save(tracer.result)
+            for output in (written, assigned):
                 # With gradients a read site lies on the path, which rounds a residual otherwise.
                 atol = 2e-6 * max(1.0, float(expected.abs().max())) if grad else 0
                 torch.testing.assert_close(built.head(output), expected, rtol=0, atol=atol, msg=site)
@@ -296,7 +298,7 @@ def test_a_site_is_asked_for_when_its_module_has_begun() -> None:
 
 
 @pytest.mark.parametrize("name", ["clip", "llava", "stable_diffusion", "stable_diffusion_3"])
-def test_what_nobody_waits_for_is_counted_as_what_is_read_and_nothing_is_kept_of_it(name: str) -> None:
+def test_what_is_passed_through_is_counted_as_what_is_read_and_nothing_is_kept_of_it(name: str) -> None:
     built, _, traced = both(name)
     engine, sites = traced.interleaver, traced.points.by_name
 
@@ -309,37 +311,34 @@ def test_what_nobody_waits_for_is_counted_as_what_is_read_and_nothing_is_kept_of
     assert min(served.values()) > 0
     assert counted(list(sites)[::3]) == served
     keeps = [
-        r.inner
+        r.keep
         for module_hook in traced.points.module_hooks
         for r in module_hook.readers
-        if hasattr(r, "inner")
+        if isinstance(r, Always)
     ]
     assert keeps
-    assert all(getattr(keep.reader, keep.name) is None for keep in keeps)
+    assert all(keep.kept.value is None for keep in keeps)
 
 
-def test_a_module_that_passes_quietly_still_does_what_others_need() -> None:
-    """Only what a module's input keeps for its own output, and nobody else, may be left undone."""
+def test_a_module_that_is_passed_through_still_does_what_others_need() -> None:
+    """Only what a module's input keeps for its own output alone may be left undone."""
 
-    def place(
-        keeps: tuple[Any, ...] = (), forgets: tuple[Any, ...] = (), readers: tuple[Any, ...] = ()
-    ) -> Place:
-        made = LocationState()
-        keeping = [(SimpleNamespace(reader=reader), None) for reader in keeps]
-        letting_go = [(reader, "base") for reader in forgets]
-        made.station = SimpleNamespace(keeps=keeping, forgets=letting_go, readers=[*readers])  # type: ignore[assignment]
-        return made
+    def location_state(keeps: tuple[Kept[Any], ...] = (), drops: tuple[Kept[Any], ...] = ()) -> LocationState:
+        state = LocationState()
+        keepers = [(SimpleNamespace(kept=kept), None) for kept in keeps]
+        state.at_module = SimpleNamespace(keeps=keepers, drops=[*drops])  # type: ignore[assignment]
+        return state
 
-    own, other = object(), object()
-    own_output = place(forgets=(own,), readers=(own,))
-    assert place(keeps=(own,)).feeds_only(own_output)
-    assert not place(keeps=(own, other)).feeds_only(own_output)
-    assert not place(keeps=(own,)).feeds_only(place(keeps=(other,), forgets=(own,), readers=(own,)))
-    assert not place().feeds_only(place(forgets=(other,), readers=(other,)))
-    assert not place(keeps=(own,), forgets=(other,)).feeds_only(own_output)
-    assert not place(keeps=(own,)).feeds_only(None)
+    own, other = Kept[Any](), Kept[Any]()
+    own_output = location_state(drops=(own,))
+    assert location_state(keeps=(own,)).feeds_only(own_output)
+    assert not location_state(keeps=(own, other)).feeds_only(own_output)
+    assert not location_state(keeps=(own,)).feeds_only(location_state(keeps=(other,), drops=(own,)))
+    assert not location_state().feeds_only(location_state(drops=(other,)))
+    assert not location_state(keeps=(own,), drops=(other,)).feeds_only(own_output)
+    assert not location_state(keeps=(own,)).feeds_only(None)
     own_output.leaves = SimpleNamespace()  # type: ignore[assignment]
-    assert not place(keeps=(own,)).feeds_only(own_output)
+    assert not location_state(keeps=(own,)).feeds_only(own_output)
 
 
 def test_an_envoy_of_a_site_is_read_assigned_and_cached() -> None:

@@ -138,14 +138,14 @@ def test_several_raw_invokes_of_a_vlm_see_what_each_alone_sees(llava: Any) -> No
     ]
     sites = ["projector.hook_out", "language.blocks.1.hook_resid_post"]
     with torch.no_grad(), llava.trace() as tracer:
-        seen = nnsight.save([])
+        values = nnsight.save([])
         with tracer.invoke(**rows[0]):
-            seen.append([llava.site(sites[0]), llava.site(sites[1])])
+            values.append([llava.site(sites[0]), llava.site(sites[1])])
         with tracer.invoke(rows[1]["text"], images=rows[1]["images"]):
-            seen.append([llava.site(sites[0]), llava.site(sites[1])])
+            values.append([llava.site(sites[0]), llava.site(sites[1])])
         with tracer.invoke(rows[2]["text"]):
-            seen.append([llava.site(sites[1])])
-    for row, got in zip(rows, seen, strict=True):
+            values.append([llava.site(sites[1])])
+    for row, got in zip(rows, values, strict=True):
         used = sites if "images" in row else sites[1:]
         alone = llava.run(row, read=used)
         for site, value in zip(used, got, strict=True):
@@ -257,9 +257,9 @@ def test_a_whole_pipeline_is_scanned(name: str) -> None:
     shapes = {}
     for site in sites:
         with traced.scan(**built.inputs):
-            found = traced.site(site)
-            assert isinstance(found, torch._subclasses.FakeTensor)
-            shapes[site] = nnsight.save(tuple(found.shape))
+            value = traced.site(site)
+            assert isinstance(value, torch._subclasses.FakeTensor)
+            shapes[site] = nnsight.save(tuple(value.shape))
     assert built.model.scheduler is scheduler
     run = traced.run(built.inputs, read=sites)
     assert shapes == {s: tuple(run[s].shape[1:]) for s in sites}

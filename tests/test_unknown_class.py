@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,14 @@ from torch import nn
 import mm_adapters as mm
 from mm_adapters.records import registry as _registry
 
+ROOT = Path(__file__).parents[1]
 _VISION = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3,
     "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+_WINDOWS = {
+    "image_size": 28, "patch_size": 4, "embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3],
+    "window_size": 2, "mlp_ratio": 2.0,
 }  # fmt: skip
 _TEXT = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -38,8 +46,14 @@ def refused(model: Any) -> str:
 
 
 def pasted(said: str) -> None:
-    """Runs the record that an error shows, as a user's file would."""
-    exec(compile(said.split("\n\n", 1)[1], "record.py", "exec"), {})
+    """Runs the record that an error shows, as a user's file would; the project's linter passes it."""
+    record = said.split("\n\n", 1)[1].rstrip() + "\n"
+    ruff = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "-"]
+    done = subprocess.run(ruff, input=record, capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr
+    imported = [n.module for n in ast.walk(ast.parse(record)) if isinstance(n, ast.ImportFrom)]
+    assert imported == ["mm_adapters.records"]
+    exec(compile(record, "record.py", "exec"), {})
 
 
 def vip_llava() -> nn.Module:
@@ -53,8 +67,10 @@ def vip_llava() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "inputs", "nearest", "has"),
     [
-        (lambda: hf.IJepaModel(hf.IJepaConfig(**_VISION)), {"pixel_values": PIXELS}, "vit",
+        (lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**_VISION)), {"pixel_values": PIXELS}, "vit",
          ["vision.blocks.1.attn.hook_pattern", "vision.blocks.1.mlp.hook_post"]),
+        (lambda: hf.DonutSwinModel(hf.DonutSwinConfig(**_WINDOWS)), {"pixel_values": PIXELS}, "swin",
+         ["vision.blocks.0.attn.hook_pattern", "vision.blocks.2.mlp.hook_post"]),
         (lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**_VISION)), {"pixel_values": PIXELS}, None,
          ["vision.blocks.1.attn.hook_z", "vision.blocks.0.ln2.hook_scale"]),
         (lambda: hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**_VISION)), {"pixel_values": PIXELS}, None,
@@ -66,7 +82,7 @@ def vip_llava() -> nn.Module:
          ["vision.blocks.1.attn.hook_pattern", "text.blocks.1.attn.hook_pattern"]),
         (vip_llava, None, None, ["vision.blocks.1.attn.hook_pattern", "language.blocks.1.mlp.hook_post"]),
     ],
-    ids=["ijepa", "data2vec", "aimv2", "electra", "owlvit", "vipllava"],
+    ids=["vit_msn", "donut_swin", "data2vec", "aimv2", "electra", "owlvit", "vipllava"],
 )  # fmt: skip
 def test_the_record_it_shows_makes_the_model_loadable(
     make: Any, inputs: dict[str, Any] | None, nearest: str | None, has: list[str]
@@ -80,6 +96,7 @@ def test_the_record_it_shows_makes_the_model_loadable(
     pasted(said)
     found = mm.wrap(model)
     assert set(has) <= set(found.sitemap.sites)
+    assert "check" in said.lower()
     if inputs is None:
         return
     with torch.no_grad():
@@ -91,12 +108,41 @@ def test_the_record_it_shows_makes_the_model_loadable(
 
 
 def test_a_folder_shows_the_same_record_before_its_weights_are_read(tmp_path: Path) -> None:
-    model = hf.IJepaModel(hf.IJepaConfig(**_VISION))
+    model = hf.ViTMSNModel(hf.ViTMSNConfig(**_VISION))
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")  # It would be refused for that.
     with pytest.raises(mm.UnknownFamilyError) as raised:
         mm.load(tmp_path)
     assert str(raised.value) == refused(model)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_class_and_its_classifier_come_with_one_another(whole: bool) -> None:
+    config = hf.ViTMSNConfig(**_VISION, num_labels=3)
+    body, classifier = hf.ViTMSNModel(config).eval(), hf.ViTMSNForImageClassification(config).eval()
+    pasted(refused(classifier if whole else body))
+    found = mm.wrap(classifier)
+    assert found.kind == mm.wrap(body).kind == "tower"
+    assert found.vision.W_Q.shape == (2, 3, 24, 8)
+    with torch.no_grad():
+        logits = classifier(PIXELS).logits
+    torch.testing.assert_close(found.vision(PIXELS), logits)
+    assert found.vision.projection.shape == (24, 3)
+
+
+def test_a_record_says_where_to_rename_it_and_takes_no_name_that_is_taken() -> None:
+    model = hf.ViTForMaskedImageModeling(hf.ViTConfig(**_VISION))
+    said = refused(model)
+    assert '"my_vit",  # rename it' in said  # A ViT has a record of that name.
+    pasted(said)
+    assert "vision.blocks.1.hook_mlp_out" in mm.wrap(model).sitemap.sites
+
+
+def test_what_differs_between_stages_is_marked() -> None:
+    said = refused(hf.DonutSwinModel(hf.DonutSwinConfig(**_WINDOWS)))
+    assert '("encoder.layers.*.blocks.*",)' in said
+    assert "attends within windows: shift_size, window_size. See Stages." in said
+    assert "encoder.layers.*.downsample between stages" in said
 
 
 def test_a_pipeline_shows_where_its_towers_hang() -> None:

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from methods_multimodal.data_attribution import Task, diffusion_task
+from methods_multimodal.data_attribution import Task, denoiser_task
 
 
 def pixel_unet(seed: int = 0) -> Any:
@@ -21,7 +21,7 @@ def pixel_unet(seed: int = 0) -> Any:
 
 
 def denoiser(seed: int = 0, **more: object) -> Task:
-    return diffusion_task(pixel_unet(seed), scheduler=DDPMScheduler(), timesteps=[5, 300], **more)  # type: ignore[arg-type]
+    return denoiser_task(pixel_unet(seed), DDPMScheduler(), timesteps=[5, 300], **more)  # type: ignore[arg-type]
 
 
 def pictures(n: int) -> dict[str, Tensor]:

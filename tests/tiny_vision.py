@@ -85,6 +85,41 @@ def beit_classifier() -> Case:
     return _tower(lambda: hf.BeitForImageClassification(config), lambda o: o.logits)
 
 
+def ijepa() -> Case:
+    return _tower(lambda: hf.IJepaModel(hf.IJepaConfig(**_VIT)), _hidden)
+
+
+def ijepa_classifier() -> Case:
+    config = hf.IJepaConfig(**_VIT, num_labels=3)
+    return _tower(lambda: hf.IJepaForImageClassification(config), lambda o: o.logits)
+
+
+# Grids of 11 x 11, 6 x 6 and 3 x 3 patches in windows of 3 x 3: some padded, some rolled.
+_SWIN = {
+    "image_size": 44, "patch_size": 4, "embed_dim": 12, "depths": [2, 1, 2], "num_heads": [2, 3, 4],
+    "window_size": 3, "mlp_ratio": 2.0,
+}  # fmt: skip
+_SWIN_SMALL = _SWIN | {"image_size": 24, "depths": [2, 1], "num_heads": [2, 3], "num_labels": 3}
+
+
+def swin() -> Case:
+    return _tower(lambda: hf.SwinModel(hf.SwinConfig(**_SWIN)), _hidden, size=44)
+
+
+def swin_classifier() -> Case:
+    config = hf.SwinConfig(**_SWIN_SMALL, drop_path_rate=0.0, use_absolute_embeddings=True)
+    return _tower(lambda: hf.SwinForImageClassification(config), lambda o: o.logits, size=24)
+
+
+def swinv2() -> Case:
+    return _tower(lambda: hf.Swinv2Model(hf.Swinv2Config(**_SWIN)), _hidden, size=44)
+
+
+def swinv2_classifier() -> Case:
+    config = hf.Swinv2Config(**_SWIN_SMALL)
+    return _tower(lambda: hf.Swinv2ForImageClassification(config), lambda o: o.logits, size=24)
+
+
 _TIMM = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
 
@@ -154,7 +189,8 @@ CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
         vit, deit, vit_classifier, deit_classifier, dinov2, dinov2_registers, dinov3, dinov3_gated,
-        beit, beit_plain, beit_classifier, timm_vit, timm_vit_average, timm_eva, timm_eva_fused,
-        timm_wrapper, resnet, resnet_classifier, torch_resnet, timm_resnet,
+        beit, beit_plain, beit_classifier, ijepa, ijepa_classifier, swin, swin_classifier, swinv2,
+        swinv2_classifier, timm_vit, timm_vit_average, timm_eva, timm_eva_fused, timm_wrapper,
+        resnet, resnet_classifier, torch_resnet, timm_resnet,
     )
 }  # fmt: skip

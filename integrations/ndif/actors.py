@@ -1,4 +1,4 @@
-"""What NDIF runs in place of its own controller and model actor, here on a CPU or one GPU.
+"""The controller and the model actor that NDIF runs in place of its own, on a CPU or one GPU.
 
 Imported by the service's processes only. NDIF takes both by name (NDIF_CONTROLLER_IMPORT_PATH,
 NDIF_MODEL_IMPORT_PATH; its docs/developing/adding-a-model-actor.md). Ray ships a decorated class by
@@ -22,7 +22,7 @@ from ndif.services.ray.sandbox import host
 from ndif.services.ray.sandbox import model as sandbox
 from nnsight.modeling.mixins.remotable import Remotable
 
-from integrations.ndif.nursery import ForkServer
+from integrations.ndif.fork_server import ForkServer
 
 # NDIF 0.1.2 (deployments/modeling/base.py) synchronises CUDA after each job, whether it is there or not.
 if not torch.cuda.is_available():
@@ -34,12 +34,12 @@ _spawn = host.spawn
 def spawn(*args: Any, **kwargs: Any) -> host.Sandbox:
     """NDIF 0.1.2 (ray/sandbox/host.py, spawn) gives a runner 30 s to import torch, and a busy machine takes
     longer; its socket is in /tmp, where a runner that is killed leaves it."""
-    made = _spawn(*args, **kwargs, timeout=300.0)
-    path = os.path.join(tempfile.gettempdir(), os.path.basename(made.path))
+    sandbox_process = _spawn(*args, **kwargs, timeout=300.0)
+    path = os.path.join(tempfile.gettempdir(), os.path.basename(sandbox_process.path))
     with contextlib.suppress(OSError):  # On another file system it stays.
-        os.rename(made.path, path)
-        made.path = path
-    return made
+        os.rename(sandbox_process.path, path)
+        sandbox_process.path = path
+    return sandbox_process
 
 
 host.spawn = spawn
@@ -51,10 +51,10 @@ def accept_trust_remote_code(name: str) -> None:
     if "trust_remote_code" in inspect.signature(method).parameters:
         return
 
-    def taking(cls: Any, *args: Any, trust_remote_code: bool = False, **kwargs: Any) -> Any:
+    def without_it(cls: Any, *args: Any, trust_remote_code: bool = False, **kwargs: Any) -> Any:
         return method(cls, *args, **kwargs)
 
-    setattr(Remotable, name, classmethod(taking))
+    setattr(Remotable, name, classmethod(without_it))
 
 
 for _name in ("describe_checkpoint", "max_tp_size"):
@@ -66,23 +66,25 @@ class Controller(controller._ControllerActor):
 
 
 class ForkingPool(host.Pool):
-    """NDIF's pool of runners, which are forked and not started."""
+    """NDIF's pool of runners, which are forked from one process instead of started each by itself."""
 
     def __init__(self, *args: Any, model_key: str, trust_remote_code: bool, **kwargs: Any) -> None:
-        self.nursery = ForkServer(model_key, trust_remote_code, host.runner_env())
+        self.fork_server = ForkServer(model_key, trust_remote_code, host.runner_env())
         super().__init__(*args, model_key=model_key, trust_remote_code=trust_remote_code, **kwargs)
 
     def acquire(self, timeout: float = 30.0) -> host.Sandbox:
-        while (made := super().acquire(timeout)).process.poll() is not None or made.process.orphaned:
-            made.stop()  # It has ended while it waited for a job.
-        return made
+        while True:
+            sandbox_process = super().acquire(timeout)
+            if sandbox_process.process.poll() is None and not sandbox_process.process.orphaned:
+                return sandbox_process
+            sandbox_process.stop()  # It has ended while it waited for a job.
 
     def _spawn(self) -> host.Sandbox:
-        return host.Sandbox(*self.nursery.fork(self.peers))  # type: ignore[arg-type]
+        return host.Sandbox(*self.fork_server.fork(self.peers))  # type: ignore[arg-type]
 
     def close(self) -> None:
         super().close()
-        self.nursery.close()
+        self.fork_server.close()
 
 
 class Deployment(sandbox.SandboxModelDeployment):

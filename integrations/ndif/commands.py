@@ -40,7 +40,7 @@ def up(
 ) -> None:
     """Starts the service, in an environment of its own, and prints READY and its address."""
     if not sys.platform.startswith("linux"):
-        _fail("The service runs on Linux only: its processes are found again through /proc.")
+        _fail("The service runs on Linux only: its processes are service again through /proc.")
     while (running := state()) is not None and running["ending"]:
         time.sleep(0.2)
     if running is not None:
@@ -62,10 +62,10 @@ def up(
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     if foreground:
         os.execve(sys.executable, command, env)
-    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    started = subprocess.Popen(command, start_new_session=True, env=env, **quiet)
+    detached: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    started = subprocess.Popen(command, start_new_session=True, env=env, **detached)
     try:
-        while not ((found := state()) and found["ready"]):
+        while not ((service := state()) and service["ready"]):
             if started.poll() is not None:
                 reason = home() / "failed.txt"
                 _fail(
@@ -75,21 +75,21 @@ def up(
     except BaseException:
         started.terminate()
         raise
-    typer.echo(f"READY {found['address']}")
+    typer.echo(f"READY {service['address']}")
     typer.echo(
-        f'Trace with remote="{found["address"]}", or set NDIF_HOST. End it: mm-interp ndif down.', err=True
+        f'Trace with remote="{service["address"]}", or set NDIF_HOST. End it: mm-interp ndif down.', err=True
     )
 
 
 @ndif.command()
 def down() -> None:
     """Ends the service and every process it started."""
-    found = state()
-    if found is None:
+    service = state()
+    if service is None:
         typer.echo("Ended what a killed service left." if tidy() else "No service is running.")
         return
     with contextlib.suppress(ProcessLookupError, IndexError):
-        os.kill(_alive(found)[0], signal.SIGTERM)
+        os.kill(_alive(service)[0], signal.SIGTERM)
     while state() is not None:
         time.sleep(0.2)
     tidy()
@@ -101,15 +101,15 @@ def status() -> None:
     """Says whether the service answers, and which models it holds; exit code 1 if there is none."""
     import httpx
 
-    found = state()
-    if found is None:
+    service = state()
+    if service is None:
         typer.echo("No service is running.")
         raise typer.Exit(1)
-    if not found["ready"] or not answers(f"{found['address']}/connected"):
-        typer.echo(f"Not ready: {found['address']}; logs in {found['logs']}")
+    if not service["ready"] or not answers(f"{service['address']}/connected"):
+        typer.echo(f"Not ready: {service['address']}; logs in {service['logs']}")
         raise typer.Exit(1)
-    typer.echo(f"READY {found['address']}")
-    reply = httpx.get(f"{found['address']}/status", timeout=60).json()
+    typer.echo(f"READY {service['address']}")
+    reply = httpx.get(f"{service['address']}/status", timeout=60).json()
     for held in reply.get("deployments", {}).values():
         where = f"{held.get('deployment_level')}, {held.get('application_state')}"
         typer.echo(f"{held.get('repo_id')}  {where}")
@@ -117,36 +117,36 @@ def status() -> None:
 
 def state() -> dict[str, Any] | None:
     """What the running service says of itself, and whether it is ending; None if there is none."""
-    found = _told()
-    alive = _alive(found) if found else []
-    if not found or not alive:
+    service = _read_state()
+    alive = _alive(service) if service else []
+    if not service or not alive:
         return None
     ending = len(alive) < 2
-    return found | {"ending": ending, "ready": found["ready"] and not ending}
+    return service | {"ending": ending, "ready": service["ready"] and not ending}
 
 
 def tidy() -> bool:
     """Ends what is left of a service that was killed together with its guard; whether there was one."""
-    found = _told()
-    if found is None or _alive(found):
+    service = _read_state()
+    if service is None or _alive(service):
         return False
-    end(found["run"], patience_s=1.0)
-    shutil.rmtree(found["temp"], ignore_errors=True)
+    end(service["run"], timeout_s=1.0)
+    shutil.rmtree(service["temp"], ignore_errors=True)
     (home() / "service.json").unlink(missing_ok=True)
     return True
 
 
-def _told() -> dict[str, Any] | None:
+def _read_state() -> dict[str, Any] | None:
     try:
-        found = json.loads((home() / "service.json").read_text(encoding="utf-8"))
+        service = json.loads((home() / "service.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if {"pid", "service", "run", "temp"} <= found.keys() else None
+    return service if {"pid", "service", "run", "temp"} <= service.keys() else None
 
 
-def _alive(found: dict[str, Any]) -> list[int]:
+def _alive(service: dict[str, Any]) -> list[int]:
     """The service's two first processes, the guard before what it guards; of them those that are there."""
-    return [pid for pid in (found["pid"], found["service"]) if _is_service(pid)]
+    return [pid for pid in (service["pid"], service["service"]) if _is_service(pid)]
 
 
 def _is_service(pid: int) -> bool:

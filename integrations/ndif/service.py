@@ -41,7 +41,17 @@ NOT_INHERITED = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "CUDA_VISIBLE_DEVICES"
 
 
 class Service:
-    """The parts of one NDIF, each a process with a log of its own."""
+    """The parts of one NDIF, each a process with a log of its own.
+
+    Args:
+        home: The folder of the environment and the logs.
+        port: Where the service listens.
+        gpus: How many it serves from; 0 is the CPU.
+        sandbox: How many runners are kept warm for jobs that are not trusted.
+        dtype: What weights are held in.
+        run: The mark of its processes.
+        temp: The folder of its temporary files.
+    """
 
     def __init__(
         self, home: Path, port: int, gpus: int, sandbox: int, dtype: str, run: str, temp: Path
@@ -71,14 +81,14 @@ class Service:
             "NDIF_SANDBOX_POOL_SIZE": str(sandbox),
             "GRPC_ENABLE_FORK_SUPPORT": "0",  # NDIF's own start.sh says why.
             "RAY_USAGE_STATS_ENABLED": "0",
-            # What patience.py does for the waits that can be set; Ray's own are 30 to 60 s.
+            # The timeouts that can be set (ray_timeouts.py: one that cannot); Ray's own are 30 to 60 s.
             "RAY_agent_register_timeout_ms": "300000",
             "RAY_worker_register_timeout_seconds": "300",
             "RAY_gcs_server_port_wait_time_s": "300",
             "RAY_gcs_server_request_timeout_seconds": "300",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
             "RAY_NUM_REDIS_GET_RETRIES": "300",  # Once a second.
-            "RAY_worker_niceness": "0",  # Ray's own is 15: beside anything else a service would stand still.
+            "RAY_worker_niceness": "0",  # Ray's own is 15: beside anything else a service would hardly run.
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
 
@@ -103,7 +113,7 @@ class Service:
                 if attempt == RAY_TRIES - 1 or self.parts["ray"].poll() is None:
                     raise
                 stay = {self.parts[name].pid for name in ("redis", "s3")}
-                end(self.run, patience_s=0.0, below=os.getpid(), but=stay)
+                end(self.run, timeout_s=0.0, below=os.getpid(), but=stay)
                 self.ports |= free_ports(*RAY_PORTS)
                 for session in self.temp.glob("session_2*"):
                     shutil.rmtree(session, ignore_errors=True)
@@ -132,11 +142,11 @@ class Service:
         self._until(self._write_ports, "gcs")
         for name in ("redis", "s3", "gcs", "client"):
             self._until(lambda port=ports[name]: is_open(port), name)
-        said = self.logs / "ray.log"  # Its ports are open before all of it is there.
-        self._until(lambda: "Ray runtime started" in said.read_text(errors="replace"), "ray")
+        log = self.logs / "ray.log"  # Ray's ports are open before all of its parts run.
+        self._until(lambda: "Ray runtime started" in log.read_text(errors="replace"), "ray")
 
     def _write_ports(self) -> bool:
-        """Writes down the agents' ports, where the node's name is known by now."""
+        """Writes the agents' ports to their files; False while the node's name is not known."""
         nodes = list(self.temp.glob("session_2*/gcs_server_port_*"))
         for node in nodes:
             for option, name in AGENT_PORTS.items():
@@ -146,14 +156,14 @@ class Service:
         return bool(nodes)
 
     def watch(self) -> None:
-        """Returns never while every part is there. Raises: RuntimeError when one has ended."""
+        """Does not return. Raises: RuntimeError when a part has ended."""
         while True:
             self._check()
             time.sleep(0.5)
 
     def stop(self) -> None:
         """Ends every process of this service."""
-        end(self.run, patience_s=5.0, below=os.getpid())
+        end(self.run, timeout_s=5.0, below=os.getpid())
 
     def _tool(self, name: str) -> str:
         return str(self.bin / name)
@@ -191,18 +201,18 @@ class Service:
 
 
 def free_ports(*names: str) -> dict[str, int]:
-    """Ports that nobody listens on, by what they are for."""
+    """Free ports, by what they are for."""
     sockets = [socket.socket() for _ in names]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
-    found = {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
+    ports = {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
     for one in sockets:
         one.close()
-    return found
+    return ports
 
 
 def is_open(port: int) -> bool:
-    """Whether somebody listens on a port of this machine."""
+    """Whether a process listens on a port of this machine."""
     with socket.socket() as one:
         one.settimeout(1)
         return one.connect_ex(("127.0.0.1", port)) == 0
@@ -226,20 +236,20 @@ def main(argv: list[str] | None = None) -> int:
         "--sandbox", type=int, default=1, help="runners kept warm for jobs that are not trusted"
     )
     parser.add_argument("--dtype", default="float32")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
 
-    home, run = given.home, new_run()
+    home, run = options.home, new_run()
     temp = Path(tempfile.mkdtemp(prefix="ndif-"))  # Ray's sockets need a short path.
     state = home / "service.json"
 
     def serve() -> int:
-        service = Service(home, given.port, given.gpus, given.sandbox, given.dtype, run, temp)
-        told = {"pid": os.getppid(), "service": os.getpid(), "run": run, "temp": str(temp)}
-        told |= {"address": service.address, "logs": str(service.logs)}
+        service = Service(home, options.port, options.gpus, options.sandbox, options.dtype, run, temp)
+        info = {"pid": os.getppid(), "service": os.getpid(), "run": run, "temp": str(temp)}
+        info |= {"address": service.address, "logs": str(service.logs)}
         try:
-            _write(state, told | {"ready": False})
+            _write(state, info | {"ready": False})
             service.start()
-            _write(state, told | {"ready": True})
+            _write(state, info | {"ready": True})
             sys.stdout.write(f"READY {service.address}\n")
             sys.stdout.flush()
             service.watch()
@@ -251,8 +261,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         finally:
             service.stop()
-            if os.getppid() != told["pid"]:
-                tidy()  # Nobody else will.
+            if os.getppid() != info["pid"]:
+                tidy()  # The guard, which would do it, is gone.
         return 0
 
     def tidy() -> None:
@@ -262,9 +272,9 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(run, serve, after=tidy)
 
 
-def _write(path: Path, told: Mapping[str, object]) -> None:
+def _write(path: Path, info: Mapping[str, object]) -> None:
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(told), encoding="utf-8")
+    new.write_text(json.dumps(info), encoding="utf-8")
     new.replace(path)
 
 

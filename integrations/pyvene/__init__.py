@@ -1,10 +1,10 @@
-"""pyvene on multimodal models: every family registered from its record, and nobody's hooks deleted.
+"""pyvene on multimodal models: every family registered from its record, and no hook of others deleted.
 
 model = mm.load("tiny-llava")
 site = "language.blocks.2.hook_resid_post"
 config = pyvene.IntervenableConfig([intervention(model, site, pyvene.RotatedSpaceIntervention)])
-found = MMIntervenableModel(config, model.wrapped)
-found({"input_ids": ...}, [{...}], {"sources->base": 7})
+intervenable = MMIntervenableModel(config, model)
+intervenable({"input_ids": ...}, [{...}], {"sources->base": 7})
 """
 
 from integrations.pyvene.alignment import Alignment, align, interchange_accuracy

@@ -12,19 +12,29 @@ from torch import Tensor
 
 from integrations.pyvene.interventions import OWN
 from mm_adapters import CheckpointError, InputError
+from mm_adapters.store import atomic_write
+
+# Of a representation, what pyvene links and groups interventions by.
+_NOT_SAVED = ("group_key", "intervention_link_key", "moe_key")
 
 
 def write(model: Any, folder: Path) -> None:
-    """Writes the interventions as safetensors and JSON: their class, place, options and weights."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the interventions as safetensors and JSON: their class, site, options and weights.
+
+    Raises: InputError before anything is written, for an intervention with what the format has no room for.
+    """
     tensors: dict[str, Tensor] = {}
     entries = []
+    saes: dict[str, Any] = {}
     for i, (key, one) in enumerate(model.interventions.items()):
         location = model.representations[key]
         if not hasattr(pv, type(one).__name__) and type(one).__name__ not in OWN:
             raise InputError(f"A {type(one).__name__} cannot be saved; save what is inside it.")
         if getattr(one, "change", None) is not None:
             raise InputError("A function cannot be saved, so an SAEIntervention with a change cannot be.")
+        lost = [name for name in _NOT_SAVED if getattr(location, name) not in (None, [None])]
+        if lost:
+            raise InputError(f"{key}: its {', '.join(lost)} cannot be saved.")
         state = {f"{i}.{k}": v.detach().contiguous().clone() for k, v in _state(one).items()}
         tensors |= state
         entries.append(
@@ -40,11 +50,17 @@ def write(model: Any, folder: Path) -> None:
         )
         sae: Any = getattr(one, "sae", None)
         if sae is not None:
-            sae.save_model(folder / f"sae_{i}")
+            saes[f"sae_{i}"] = sae
             entries[-1] |= {"sae": f"sae_{i}", "latents": getattr(one, "latents", None)}
-    save_file(tensors, folder / "interventions.safetensors")
     document = {"format": "mm_interp.pyvene/1", "mode": model.mode, "interventions": entries}
-    (folder / "interventions.json").write_text(json.dumps(document, indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, sae in saes.items():
+        with atomic_write(folder / name) as draft:
+            sae.save_model(draft)
+    with atomic_write(folder / "interventions.safetensors") as draft:
+        save_file(tensors, draft)
+    with atomic_write(folder / "interventions.json") as draft:
+        draft.write_text(json.dumps(document, indent=1))
 
 
 def read(folder: Path) -> pv.IntervenableConfig:
@@ -61,7 +77,7 @@ def read(folder: Path) -> pv.IntervenableConfig:
         kind = getattr(pv, entry["class"], None) or OWN.get(entry["class"])
         if kind is None:
             raise CheckpointError(
-                f"{folder} has an intervention {entry['class']!r}, which nobody here knows."
+                f"{folder} has an intervention {entry['class']!r}, which is no class known here."
             )
         inside: list[Any] = []
         if "sae" in entry:
@@ -70,16 +86,16 @@ def read(folder: Path) -> pv.IntervenableConfig:
             inside = [SAE.load_from_disk(folder / entry["sae"])]
             inside += [] if entry["latents"] is None else [entry["latents"]]
         one = kind(*inside, **entry["options"])
-        own = {k.removeprefix(f"{i}."): v for k, v in tensors.items() if k.startswith(f"{i}.")}
-        _restore(one, own)
+        state = {k.removeprefix(f"{i}."): v for k, v in tensors.items() if k.startswith(f"{i}.")}
+        _restore(one, state)
         keys = ("layer", "component", "unit", "max_number_of_units")
         configs.append(pv.RepresentationConfig(**{k: entry[k] for k in keys}, intervention=one))
     return pv.IntervenableConfig(configs, mode=document["mode"])
 
 
 def _state(one: Any) -> dict[str, Tensor]:
-    own = one.state_dict().items()
-    return {k: v for k, v in own if isinstance(v, Tensor) and not k.startswith("sae.")}
+    state = one.state_dict().items()
+    return {k: v for k, v in state if isinstance(v, Tensor) and not k.startswith("sae.")}
 
 
 def _restore(one: Any, state: dict[str, Tensor]) -> None:
@@ -94,10 +110,12 @@ def _restore(one: Any, state: dict[str, Tensor]) -> None:
 
 
 def _options(one: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"keep_last_dim": bool(one.keep_last_dim)}
+    options: dict[str, Any] = {"keep_last_dim": bool(one.keep_last_dim)}
+    if getattr(one, "subspace_partition", None) is not None:
+        options["subspace_partition"] = one.subspace_partition
     if getattr(one, "embed_dim", None) is not None:
-        found["embed_dim"] = int(one.embed_dim)
+        options["embed_dim"] = int(one.embed_dim)
     layer = getattr(one, "rotate_layer", None)
     if isinstance(one, pv.LowRankRotatedSpaceIntervention) and layer is not None:
-        found["low_rank_dimension"] = int(layer.weight.shape[-1])
-    return found
+        options["low_rank_dimension"] = int(layer.weight.shape[-1])
+    return options

@@ -1,18 +1,28 @@
-"""pyvene's IntervenableModel, which leaves other people's hooks and the model's weights alone."""
+"""pyvene's IntervenableModel, which leaves hooks of others and the model's weights alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyvene as pv
+import torch
 from torch import nn
 
 from integrations.pyvene._files import read, write
 from integrations.pyvene._pipeline import PipelineHost, host
+from integrations.pyvene.gates import StepGate, layers_of
+from integrations.pyvene.interventions import refuse_subspaces
+from integrations.pyvene.options import check_options
 from integrations.pyvene.registration import register
+from mm_adapters import InputError, SiteMap
+from mm_adapters.records import is_guided
+
+_OPTIONS = ("use_fast", "as_adaptor", "intervenables_sort_fn")
 
 
 class MMIntervenableModel(pv.IntervenableModel):
@@ -21,69 +31,141 @@ class MMIntervenableModel(pv.IntervenableModel):
     pyvene 0.1.8 removes every forward hook of every submodule at the start and end of each call
     (modeling_utils.remove_forward_hooks); transformers 5 captures hidden states with such hooks, so
     that a LLaVA would be broken for good, and a user's hooks are gone.
+
+    `model` is an `mm.Model`, or the module or pipeline that it wraps. `options` are pyvene's.
+
+    Raises: InputError for an option that pyvene does not have, or a StepGate whose rows are no part of
+    the loop's guidance.
     """
 
-    def __init__(self, config: Any, model: Any, **kwargs: Any) -> None:
+    def __init__(self, config: Any, model: Any, **options: Any) -> None:
+        check_options(type(self), options, _OPTIONS)
         register(model)
-        self._own: list[Any] = []
-        super().__init__(config, host(model), **kwargs)
+        self._handlers: list[Any] = []
+        self._arguments: Mapping[str, Any] = {}
+        super().__init__(config, host(model), **options)
+        loops = SiteMap(getattr(model, "wrapped", model)).loops
+        for key, intervention in self.interventions.items():
+            site = str(self.representations[key].component)
+            guidance = loops.get(site.partition(".")[0])
+            for gate in _gates_in(intervention):
+                gate.attach(site, guidance, partial(self._is_guided, guidance))
+
+    def _is_guided(self, guidance: Any) -> bool:
+        """Whether the run that goes on has unconditional parts."""
+        pipeline = self.model.__dict__.get("pipeline")
+        return guidance is not None and is_guided(pipeline, guidance, self._arguments)
 
     def disable_model_gradients(self) -> None:
         """The model's weights take no gradient during a call; they are not frozen for good."""
         self.model_has_grad = False
 
     def _remove_forward_hooks(self) -> None:
-        """Takes off what an interrupted call of ours left, and nothing else."""
-        for handlers in self._own:
+        """Takes off the hooks that an interrupted call of this model left, and no others."""
+        for handlers in self._handlers:
             handlers.remove()
-        self._own.clear()
+        self._handlers = []
 
     def _intervention_getter(self, *args: Any, **kwargs: Any) -> Any:
         handlers = super()._intervention_getter(*args, **kwargs)
-        self._own.append(handlers)
+        self._handlers.append(handlers)
         return handlers
 
     def _intervention_setter(self, *args: Any, **kwargs: Any) -> Any:
         handlers = super()._intervention_setter(*args, **kwargs)
-        self._own.append(handlers)
+        self._handlers.append(handlers)
         return handlers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As pyvene's; an interrupted call leaves no hook behind."""
-        try:
-            with nullcontext() if self.model_has_grad else frozen(self.model):
-                return super().forward(*args, **kwargs)
-        finally:
-            self._remove_forward_hooks()
+        """As pyvene's; an interrupted call leaves no hook behind.
+
+        Raises: InputError for subspaces that an intervention does not use; EditNeverFiredError for a
+        StepGate that did not act in each of its steps.
+        """
+        with self._call(_bound(super().forward, args, kwargs)):
+            return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As pyvene's; of a pipeline the whole sampling loop, whose inputs may be lists of prompts."""
+        """As pyvene's; of a pipeline the whole sampling loop, whose inputs may be lists of prompts.
+
+        Raises: InputError and EditNeverFiredError as `forward` does.
+        """
         if args and isinstance(args[0], Mapping):
             args = ({k: _Rows(v) if isinstance(v, list) else v for k, v in args[0].items()}, *args[1:])
         if isinstance(self.model, PipelineHost):
-            # Else pyvene passes by the first step, and takes no location for the location 0.
-            kwargs.setdefault("intervene_on_prompt", True)
+            if kwargs.get("intervene_on_prompt") is False:
+                raise InputError("A pipeline has no pass over a prompt to leave out: use a StepGate.")
+            # Else pyvene takes no location for the location 0.
+            kwargs["intervene_on_prompt"] = True
+        with self._call(_bound(super().generate, args, kwargs)):
+            return super().generate(*args, **kwargs)
+
+    @contextmanager
+    def _call(self, call: inspect.BoundArguments) -> Iterator[None]:
+        """One call: what it cannot honour is refused before it, and hooks are gone after it."""
+        base, subspaces = call.arguments.get("base"), call.arguments.get("subspaces")
+        self._arguments = base if isinstance(base, Mapping) else {}
+        interventions = list(self.interventions.values())
+        each = self._broadcast_subspaces(1, subspaces)
+        for i, intervention in enumerate(interventions):
+            *_, innermost = layers_of(intervention)
+            refuse_subspaces(innermost, each[i] if isinstance(each, list) and i < len(each) else None)
+        gates = [gate for intervention in interventions for gate in _gates_in(intervention)]
+        for gate in gates:
+            gate.reset()
         try:
             with nullcontext() if self.model_has_grad else frozen(self.model):
-                return super().generate(*args, **kwargs)
+                yield
         finally:
             self._remove_forward_hooks()
+        for gate in gates:
+            gate.check_acted()
+
+    @property
+    def _is_generation(self) -> bool:
+        # While it is true, pyvene leaves out calls of a module: the prompt's, or those after it. A sampling
+        # loop has no prompt's call.
+        return self.__dict__.get("_generates", False) and not isinstance(self.model, PipelineHost)
+
+    @_is_generation.setter
+    def _is_generation(self, value: bool) -> None:
+        self.__dict__["_generates"] = value
+
+    def set_temperature(self, temp: torch.Tensor) -> None:
+        """Sets the temperature of every intervention that has one, inside wrappers too."""
+        for intervention in self.interventions.values():
+            for layer in layers_of(intervention):
+                if hasattr(layer, "set_temperature"):
+                    layer.set_temperature(temp)
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters of interventions that train, inside wrappers too, and those of the model that do."""
+        trained = [one for one in self.interventions.values() if getattr(one, "trainable", False)]
+        modules = [*trained, self.model]
+        return [p for i, m in enumerate(modules) for p in m.parameters() if m in trained or p.requires_grad]
 
     def _output_validation(self) -> None:
         # A sampling loop calls each getter and setter once a step.
         if not isinstance(self.model, PipelineHost):
             super()._output_validation()
 
-    def save(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Writes the interventions as safetensors and JSON: their class, place, options and weights."""
+    def save(self, save_directory: str | Path, **options: Any) -> None:
+        """Writes the interventions as safetensors and JSON: their class, site, options and weights.
+
+        Raises: InputError for an intervention that cannot be saved, or one of pyvene's options (the hub,
+        the model's own weights), which are not served.
+        """
+        check_options(type(self), options, ())
         write(self, Path(save_directory))
 
     @staticmethod
-    def load(load_directory: str | Path, model: Any, *args: Any, **kwargs: Any) -> MMIntervenableModel:
+    def load(load_directory: str | Path, model: Any, **options: Any) -> MMIntervenableModel:
         """What `save` wrote, on a model of the same family.
 
-        Raises: CheckpointError if the folder has none, or an intervention of no known class.
+        Raises: CheckpointError if the folder has none, or an intervention of no known class; InputError
+        for one of pyvene's options (the hub, the model's own weights), which are not served.
         """
+        check_options(MMIntervenableModel, options, ())
         return MMIntervenableModel(read(Path(load_directory)), model)
 
 
@@ -104,5 +186,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for p, wanted in before:
-            p.requires_grad_(wanted)
+        for p, requires_grad in before:
+            p.requires_grad_(requires_grad)
+
+
+def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The arguments by name. Raises: InputError if the function does not take them."""
+    try:
+        return inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"pyvene's {function.__name__}: {error}.") from None
+
+
+def _gates_in(intervention: Any) -> list[StepGate]:
+    return [layer for layer in layers_of(intervention) if isinstance(layer, StepGate)]

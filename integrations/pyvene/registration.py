@@ -10,8 +10,8 @@ from pyvene.models.constants import CONST_INPUT_HOOK, CONST_OUTPUT_HOOK
 from torch import nn
 
 from integrations.pyvene._pipeline import host
-from mm_adapters.records.spec import Input, Output, Site
-from mm_adapters.sites.site_map import SiteMap, head_count
+from mm_adapters import Site, SiteMap
+from mm_adapters.records import Input, Output
 
 _HOOKS = {Input: CONST_INPUT_HOOK, Output: CONST_OUTPUT_HOOK}
 
@@ -22,7 +22,7 @@ def register(model: Any) -> dict[str, str]:
     A component is a site's name with %s for the layer, "vision.blocks.%s.hook_resid_post", which a
     representation's `layer` fills. What is a module's input or output is registered; what this
     package computes inside a module (normalised values, scores, patterns) pyvene has no hook for.
-    `model` is a HookedModel, a TracedModel, or what they wrap. Calling it twice changes nothing.
+    `model` is an `mm.Model`, or the module or pipeline that it wraps. Calling it twice changes nothing.
     """
     wrapped = getattr(model, "wrapped", model)
     sites = SiteMap(wrapped)
@@ -38,14 +38,10 @@ def register(model: Any) -> dict[str, str]:
             missing[name] = "its module is not part of the model that pyvene is given"
             continue
         entry: tuple[Any, ...] = (path, _HOOKS[type(location)])
-        width = width_of(sites, site, wrapped)
-        if location.heads is not None:
-            owner = sites.towers[site.tower].module
-            if site.stack is not None and site.layer is not None:
-                owner = owner.get_submodule(sites.towers[site.tower].stacks[site.stack][site.layer])
-            heads = head_count(owner, location.heads)
-            entry = (*entry, (card.split_head_and_permute, heads))
-            width = None if width is None else width // heads
+        width = width_of(site, wrapped)
+        if site.n_heads is not None:
+            entry = (*entry, (card.split_head_and_permute, site.n_heads))
+            width = None if width is None else width // site.n_heads
         # Blocks of one stack may lie under several paths: then each layer is a component of its own.
         if "%s" not in path or (name in modules and modules[name][0] != path):
             name = site.name
@@ -78,7 +74,7 @@ def _path(site: Site) -> str | None:
     return out or None
 
 
-def width_of(sites: SiteMap, site: Site, wrapped: Any) -> int | None:
+def width_of(site: Site, wrapped: Any) -> int | None:
     """The size of the site's last axis (of a map, its channels), from the weights beside it."""
     location = site.location
     module = attrgetter(site.module)(wrapped) if site.module else wrapped

@@ -10,9 +10,12 @@ from pyvene.models import intervenable_modelcard as card
 
 from integrations.pyvene._pipeline import host
 from integrations.pyvene.interventions import BoundlessPositions
+from integrations.pyvene.options import check_options
 from integrations.pyvene.registration import component_of, register, width_of
-from mm_adapters import InputError
-from mm_adapters.sites.site_map import SiteMap
+from mm_adapters import InputError, SiteMap
+
+_HEAD_UNITS = ("h", "h.pos")
+_UNITS = ("pos", *_HEAD_UNITS)
 
 
 def intervention(
@@ -29,33 +32,51 @@ def intervention(
     Several units (patches, heads) share one subspace (`keep_last_dim`): pyvene's own default lays
     them side by side, so that a subspace of 17 patches would have 17 times the width.
 
-    Raises: MissingSiteError for an unknown site; InputError for one that pyvene cannot reach.
+    Args:
+        model: An `mm.Model`, or the module or pipeline that it wraps.
+        site: A site's name.
+        kind: A class of pyvene's or of this package's, or an intervention that is made already.
+        unit: "pos" for positions; "h" for heads and "h.pos" for positions of heads, at sites with heads.
+        max_number_of_units: How many units one call intervenes on at most.
+        options: Of the class.
+
+    Raises: MissingSiteError for an unknown site; InputError for one that pyvene cannot reach, and for a
+    unit or an option that would be ignored.
     """
     wrapped = getattr(model, "wrapped", model)
-    sites = SiteMap(wrapped)
-    found = sites[site]
+    where = SiteMap(wrapped).check(site)
+    if unit not in _UNITS or (unit in _HEAD_UNITS and where.n_heads is None):
+        raise InputError(f"unit={unit!r}: {site} has {', '.join(_UNITS if where.n_heads else _UNITS[:1])}.")
+    if max_number_of_units < 1:
+        raise InputError(f"max_number_of_units={max_number_of_units}: at least one.")
     missing = register(model)
     table = card.type_to_module_mapping[type(host(model))]
-    name = component_of(found)
+    name = component_of(where)
     if name in missing:
         raise InputError(f"{site}: {missing[name]}. Reach it with model.run(edit=...).")
     name = site if site in table else name
-    width = width_of(sites, found, wrapped)
-    if found.location is not None and getattr(found.location, "heads", None) and unit in ("h", "h.pos"):
+    width = width_of(where, wrapped)
+    if unit in _HEAD_UNITS:
         width = int(card.type_to_dimension_mapping[type(host(model))][name][0])
     if width is None:
         raise InputError(f"{site}: its width is not known before it runs; use a site of a block.")
-    made = kind
+    one = kind
     kind = BoundlessPositions if kind is pv.BoundlessRotatedSpaceIntervention else kind
     if isinstance(kind, type):
-        made = kind(embed_dim=width, keep_last_dim=True, **options)
-        made.keep_last_dim = True
+        check_options(kind, options)
+        fixed = sorted({"embed_dim", "keep_last_dim"} & options.keys())
+        if fixed:
+            raise InputError(f"{fixed[0]} is set by the site: {site} has embed_dim={width}.")
+        one = kind(embed_dim=width, keep_last_dim=True, **options)
+        one.keep_last_dim = True
+    elif options:
+        raise InputError(f"{next(iter(options))}=: this {type(one).__name__} is made already; pass a class.")
     return pv.RepresentationConfig(
-        layer=found.layer or 0,
+        layer=where.layer or 0,
         component=name,
         unit=unit,
         max_number_of_units=max_number_of_units,
-        intervention=made,
+        intervention=one,
     )
 
 
@@ -63,6 +84,12 @@ def units(positions: Sequence[int], n_rows: int, sources: Sequence[int] | None =
     """`unit_locations` for these positions of every row, read at `sources` (None: the same positions).
 
     pyvene's shorthand takes a list of two positions for a source's and a base's.
+
+    Raises: InputError for a negative position, or another number of them in the source.
     """
-    into, out = list(positions), list(positions if sources is None else sources)
-    return {"sources->base": ([[out] * n_rows], [[into] * n_rows])}
+    base, source = list(positions), list(positions if sources is None else sources)
+    if not base or n_rows < 1 or min((*base, *source)) < 0:
+        raise InputError(f"Positions count from 0, at least one in at least one row; not {base}, {source}.")
+    if len(base) != len(source):
+        raise InputError(f"{len(base)} positions are read at {len(source)} of the source; give as many.")
+    return {"sources->base": ([[source] * n_rows], [[base] * n_rows])}

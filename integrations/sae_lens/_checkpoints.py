@@ -1,9 +1,8 @@
-"""All that training stands on, in one folder that is there as a whole or not at all. No pickles."""
+"""The whole state of training, in one folder that is there as a whole or not at all. No pickles."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mm_adapters import CheckpointError
+from mm_adapters.store import atomic_write
 
 _NUMBERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples", "started_fine_tuning")
 _TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
@@ -24,30 +24,25 @@ _KEPT = 2
 
 
 def save(
-    folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mapping[str, Any], sae_site: Any
+    folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mapping[str, Any], position: Any
 ) -> Path:
-    """Writes step_N beside its predecessors, of which the last is kept."""
+    """Writes step_N beside its predecessors, of which the last is kept.
+
+    `position` is the provider's: which batch comes next.
+    """
     step = next(iter(trainers.values())).n_training_steps
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     plain: dict[str, Any] = {}
     for i, (name, trainer) in enumerate(trainers.items()):
-        found, plain[name] = _state(trainer)
-        tensors |= {f"{i}/{key}": value for key, value in found.items()}
+        state, plain[name] = _state(trainer)
+        tensors |= {f"{i}/{key}": value for key, value in state.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    document = {"about": about, "position": position, "trainers": plain}
     target = folder / f"step_{step:09d}"
-    draft = folder / f"{target.name}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file(
-        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, draft / "state.safetensors"
-    )
-    document = {"about": about, "place": sae_site, "trainers": plain}
-    (draft / "state.json").write_text(json.dumps(document, indent=1))
-    for path in draft.iterdir():
-        with path.open("rb") as opened:
-            os.fsync(opened.fileno())
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(draft, target)
+    with atomic_write(target) as draft:
+        draft.mkdir(parents=True)
+        save_file(tensors, draft / "state.safetensors")
+        (draft / "state.json").write_text(json.dumps(document, indent=1))
     for old in _all(folder)[:-_KEPT]:
         shutil.rmtree(old)
     return target
@@ -55,12 +50,12 @@ def save(
 
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, if there is one."""
-    found = _all(folder)
-    return found[-1] if found else None
+    checkpoints = _all(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def load(path: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mapping[str, Any]) -> Any:
-    """Puts the trainers where they were; returns the provider's place.
+    """Gives the trainers the state they had; returns the provider's position.
 
     Raises: CheckpointError if the checkpoint is of other training.
     """
@@ -75,10 +70,10 @@ def load(path: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mappin
         )
     tensors = load_file(path / "state.safetensors")
     for i, (name, trainer) in enumerate(trainers.items()):
-        own = {k.removeprefix(f"{i}/"): v for k, v in tensors.items() if k.startswith(f"{i}/")}
-        _restore(trainer, own, document["trainers"][name])
+        state = {k.removeprefix(f"{i}/"): v for k, v in tensors.items() if k.startswith(f"{i}/")}
+        _restore(trainer, state, document["trainers"][name])
     torch.set_rng_state(tensors["rng"])
-    return document["place"]
+    return document["position"]
 
 
 def _all(folder: Path) -> list[Path]:
@@ -104,8 +99,8 @@ def _state(trainer: SAETrainer[Any, Any]) -> tuple[dict[str, Tensor], dict[str, 
 
 def _restore(trainer: SAETrainer[Any, Any], tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     device = trainer.cfg.device
-    own = {k.removeprefix("sae/"): v for k, v in tensors.items() if k.startswith("sae/")}
-    trainer.sae.load_state_dict(own)
+    weights = {k.removeprefix("sae/"): v for k, v in tensors.items() if k.startswith("sae/")}
+    trainer.sae.load_state_dict(weights)
     for key in _TENSORS:
         setattr(trainer, key, tensors[key].to(device))
     for key in _NUMBERS:

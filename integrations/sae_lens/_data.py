@@ -1,4 +1,4 @@
-"""What activations are collected from: images, prompts, or rows of a lens' own inputs, a batch at a time."""
+"""What activations are collected from: images, prompts, or dicts of one row's inputs; a batch at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_adapters import InputError
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+from mm_adapters import InputError, Model
+from mm_adapters.inputs.images import image_files
 
 
 def items_of(data: Any) -> Sequence[Any]:
@@ -24,22 +23,18 @@ def items_of(data: Any) -> Sequence[Any]:
     Raises: InputError if there are none.
     """
     if isinstance(data, str | Path):
-        folder = Path(data)
-        if not folder.is_dir():
+        if not Path(data).is_dir():
             raise InputError(f"data={str(data)!r} is no folder of images. Pass one, or a list of items.")
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        if not found:
-            raise InputError(f"{folder} has no image ({', '.join(_SUFFIXES)}).")
-        return found
+        return image_files(data)
     if not isinstance(data, Sequence) or not len(data):
         raise InputError("data is a folder of images, or a list of images, prompts or dicts of inputs.")
     return data
 
 
 def inputs_of(
-    lens: Any, items: Sequence[Any], numbers: Sequence[int], options: Mapping[str, Any]
+    model: Model, items: Sequence[Any], numbers: Sequence[int], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One batch of items as a lens' inputs.
+    """One batch of items as a model's inputs.
 
     An item is a dict of one row's inputs, a text (a prompt), or an image. A model of images and
     texts that is given one side is run with a blank for the other. Each item of a sampling loop
@@ -52,15 +47,15 @@ def inputs_of(
         merged = {"text": list(items)}
     else:
         merged = {"images": list(items)}
-    if lens.sitemap.model_record.loop is not None:
+    if model.record.loop is not None:
         if "images" in merged and "text" not in merged and "prompt" not in merged:
             raise InputError("A pipeline that draws is given prompts, not images.")
         merged["prompt"] = merged.pop("text", merged.get("prompt"))
         merged.setdefault("seed", list(numbers))
         merged = {"output_type": "latent"} | merged
-    elif lens.sitemap.model_record.kind == "contrastive" and "images" in merged and "text" not in merged:
+    elif model.record.kind == "contrastive" and "images" in merged and "text" not in merged:
         merged["text"] = ["."]
-    elif lens.sitemap.model_record.kind == "contrastive" and "text" in merged and "images" not in merged:
+    elif model.record.kind == "contrastive" and "text" in merged and "images" not in merged:
         merged["images"] = [Image.new("RGB", (64, 64))]
     return merged | dict(options)
 

@@ -11,8 +11,9 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-# How many more than the wanted activations are looked at, by an estimate from some of the rows.
-_SPARE = (1.5, 4.0)
+# The bound is set, by an estimate from some of the rows, so that this many times k a row pass it.
+_MARGINS = (1.5, 4.0)
+# More candidates than this many times k a row, and the dense step is sooner done.
 _MOST = 24.0
 _SAMPLED_ROWS = 64
 
@@ -33,18 +34,25 @@ class FastBatchTopK(BatchTopKTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """As SAELens'; `feature_acts` is a sparse COO tensor, and `hidden_pre` empty."""
         x = step_input.sae_in
-        found = None if self._needs_dense(x) else self._chosen(x)
-        if found is None:
+        largest = None if self._needs_dense(x) else self._largest(x)
+        if largest is None:
             self.n_dense_steps += 1
             return super().training_forward_pass(step_input)
-        row, latent, acts = found
+        row, latent, acts = largest
         # What the decoder is multiplied by.
         norms = self.W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
         values = acts if norms is None else acts / norms[latent]
         out: Any = _Reconstruction.apply(
-            self._centred(x), row, latent, values, self.W_enc, self.b_enc, self.W_dec, self.b_dec,
+            self._centred(x),
+            row,
+            latent,
+            values,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.b_dec,
             self.cfg.apply_b_dec_to_input,
-        )  # fmt: skip
+        )
         mse = (out - x).square().sum(-1).mean()
         auxiliary = self._auxiliary(x, out, step_input.dead_neuron_mask)
         self._follow_threshold(acts)
@@ -66,7 +74,7 @@ class FastBatchTopK(BatchTopKTrainingSAE):
         )
 
     def _needs_dense(self, x: Tensor) -> bool:
-        """Whether somebody looks at a dense value, or the maths is not the plain one."""
+        """Whether a hook is active on a dense value, or the maths is not the plain one."""
         hooked = any(point._forward_hooks for point in self.hook_dict.values())
         return (
             hooked
@@ -81,7 +89,7 @@ class FastBatchTopK(BatchTopKTrainingSAE):
         return (x - self.b_dec.detach()) if self.cfg.apply_b_dec_to_input else x
 
     @torch.no_grad()
-    def _chosen(
+    def _largest(
         self, x: Float[Tensor, "row d_in"]
     ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]] | None:
         """Row, latent and value of the `k * row` largest positive activations, row by row.
@@ -92,22 +100,22 @@ class FastBatchTopK(BatchTopKTrainingSAE):
         pre = (self._centred(x) @ self.W_enc).add_(self.b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
             pre.mul_(self.W_dec.norm(dim=-1))
-        wanted = int(self.cfg.k * len(x))
+        n_kept = int(self.cfg.k * len(x))
         flat = pre.view(-1)
         some = pre[:: max(1, len(x) // _SAMPLED_ROWS)].flatten()
-        for spare in _SPARE:
-            n = min(int(spare * self.cfg.k * (some.numel() // self.cfg.d_sae)), some.numel())
+        for margin in _MARGINS:
+            n = min(int(margin * self.cfg.k * (some.numel() // self.cfg.d_sae)), some.numel())
             bound = some.topk(n).values[-1].clamp_min(0.0) if n else some.new_zeros(())
             above = _where(flat > bound)
-            if len(above) > _MOST * wanted:
+            if len(above) > _MOST * n_kept:
                 return None
-            if len(above) >= wanted:
+            if len(above) >= n_kept:
                 values = flat[above]
-                if len(above) > wanted:
-                    kept = values.topk(wanted, sorted=False).indices.sort().values
+                if len(above) > n_kept:
+                    kept = values.topk(n_kept, sorted=False).indices.sort().values
                     above, values = above[kept], values[kept]
                 return above // self.cfg.d_sae, above % self.cfg.d_sae, values
-            if bound == 0:  # All that is positive: fewer than wanted exist.
+            if bound == 0:  # Fewer than that are positive.
                 return above // self.cfg.d_sae, above % self.cfg.d_sae, flat[above]
         return None
 
@@ -133,8 +141,8 @@ class FastBatchTopK(BatchTopKTrainingSAE):
         positive = acts[acts > 0]
         if len(positive):
             rate = self.cfg.topk_threshold_lr
-            least = positive.min().to(self.topk_threshold.dtype)
-            self.topk_threshold = (1 - rate) * self.topk_threshold + rate * least
+            lowest = positive.min().to(self.topk_threshold.dtype)
+            self.topk_threshold = (1 - rate) * self.topk_threshold + rate * lowest
 
 
 class _Reconstruction(torch.autograd.Function):

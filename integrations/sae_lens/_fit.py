@@ -52,9 +52,9 @@ class Fit:
     def run(self, resume: bool = True) -> None:
         """Trains to the end. Raises: SystemExit on SIGTERM, KeyboardInterrupt on Ctrl-C, once saved."""
         checkpoints = self.folder / "checkpoints"
-        found = _checkpoints.latest(checkpoints) if resume else None
-        if found is not None:
-            self.provider.go_to(_checkpoints.load(found, self.trainers, self.about))
+        checkpoint = _checkpoints.latest(checkpoints) if resume else None
+        if checkpoint is not None:
+            self.provider.go_to(_checkpoints.load(checkpoint, self.trainers, self.about))
         else:
             self._estimate_scales()
             if self.centre:
@@ -63,11 +63,16 @@ class Fit:
         log = self.folder / "metrics.jsonl"
         _keep_until(log, self._first.n_training_steps)
         with (
-            tqdm(total=total, initial=self._first.n_training_samples, desc="SAE", unit="row",
-                 disable=not self.progress) as bar,
+            tqdm(
+                total=total,
+                initial=self._first.n_training_samples,
+                desc="SAE",
+                unit="row",
+                disable=not self.progress,
+            ) as bar,
             log.open("a", encoding="utf-8") as metrics,
             self._signals(),
-        ):  # fmt: skip
+        ):
             while self._first.n_training_samples < total:
                 batch = next(self.provider)
                 n_rows = self._step(batch, metrics, bar)
@@ -75,7 +80,7 @@ class Fit:
                 step = self._first.n_training_steps
                 if self._stop is not None or step % self.checkpoint_every == 0:
                     metrics.flush()
-                    _checkpoints.save(checkpoints, self.trainers, self.about, self.provider.sae_site())
+                    _checkpoints.save(checkpoints, self.trainers, self.about, self.provider.position())
                 if self._stop == signal.SIGTERM:
                     raise SystemExit(128 + self._stop)
                 if self._stop is not None:
@@ -89,18 +94,18 @@ class Fit:
         n_rows = 0
         for name, one in self.trainers.items():
             one.maybe_reset_sparsity()
-            given = _input_of(name, batch).to(one.sae.dtype)
-            n_rows = len(given)
-            _check_width(name, given, one.sae.cfg)
-            output = one.step(given)
+            rows = _input_of(name, batch).to(one.sae.dtype)
+            n_rows = len(rows)
+            _check_width(name, rows, one.sae.cfg)
+            output = one.step(rows)
             step = one.n_training_steps + 1
             if step % self.log_every == 0:
-                found = one.build_train_step_log_dict(output, one.n_training_samples)
-                row |= {_tagged(k, name, self.trainers): v for k, v in found.items()}
+                metric = one.build_train_step_log_dict(output, one.n_training_samples)
+                row |= {_tagged(k, name, self.trainers): v for k, v in metric.items()}
                 bar.set_postfix(
-                    loss=f"{found['losses/overall_loss']:.4g}",
-                    explained=f"{found['metrics/explained_variance']:.3f}",
-                    l0=f"{found['metrics/l0']:.1f}",
+                    loss=f"{metric['losses/overall_loss']:.4g}",
+                    explained=f"{metric['metrics/explained_variance']:z.3f}",
+                    l0=f"{metric['metrics/l0']:.1f}",
                 )
         for one in self.trainers.values():
             one.n_training_steps += 1
@@ -141,22 +146,22 @@ class Fit:
                 if kind == "expected_average_only_in"
                 else one.activation_scaler.estimate_whitening
             )
-            with self._looked_at(name, one) as rows:
+            with self._first_batches(name, one) as rows:
                 estimate(one.sae.cfg.d_in, rows, one.cfg.n_batches_for_norm_estimate)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _start_at_means(self) -> None:
         for name, one in self.trainers.items():
             bias = one.sae.b_dec
-            with self._looked_at(name, one) as rows:
-                # The last columns: a transcoder's rows are its input, then what it is to give.
+            with self._first_batches(name, one) as rows:
+                # The last columns: a transcoder's rows are its input, then its target output.
                 means = [one.activation_scaler(r.to(bias))[:, -len(bias) :].double().mean(0) for r in rows]
             bias.copy_(torch.stack(means).mean(0))
 
     @contextmanager
-    def _looked_at(self, name: str, one: SAETrainer[Any, Any]) -> Iterator[Iterator[Tensor]]:
+    def _first_batches(self, name: str, one: SAETrainer[Any, Any]) -> Iterator[Iterator[Tensor]]:
         """A trainer's first batches, before it trains on them."""
-        start = self.provider.sae_site()
+        start = self.provider.position()
         yield (_input_of(name, next(self.provider)) for _ in range(one.cfg.n_batches_for_norm_estimate))
         if not isinstance(self.provider, FromIterator):  # Which cannot go back.
             self.provider.go_to(start)
@@ -185,18 +190,17 @@ def _input_of(name: str, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _check_width(name: str, rows: Tensor, cfg: Any) -> None:
-    wanted = cfg.d_in + getattr(cfg, "d_out", 0)
-    if rows.shape[-1] != wanted:
-        said = f"d_in={cfg.d_in}" + (f" and d_out={cfg.d_out}" if hasattr(cfg, "d_out") else "")
-        raise InputError(f"{name} has rows of {rows.shape[-1]} and the config says {said}.")
+    if rows.shape[-1] != cfg.d_in + getattr(cfg, "d_out", 0):
+        widths = f"d_in={cfg.d_in}" + (f" and d_out={cfg.d_out}" if hasattr(cfg, "d_out") else "")
+        raise InputError(f"{name} has rows of {rows.shape[-1]} and the config says {widths}.")
 
 
-def _tagged(key: str, name: str, all_of_them: Mapping[str, Any]) -> str:
-    return key if len(all_of_them) == 1 else f"{name}/{key}"
+def _tagged(key: str, name: str, trainers: Mapping[str, Any]) -> str:
+    return key if len(trainers) == 1 else f"{name}/{key}"
 
 
 def _fold(one: SAETrainer[Any, Any]) -> None:
-    """Puts what normalised the activations into the weights, as SAELens does at the end."""
+    """Folds the activations' normalisation into the weights, as SAELens does at the end."""
     scaler = one.activation_scaler
     if scaler.scaling_factor is not None:
         one.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
@@ -208,7 +212,7 @@ def _fold(one: SAETrainer[Any, Any]) -> None:
 
 
 def _keep_until(log: Path, step: int) -> None:
-    """Forgets metrics of steps that will be made again."""
+    """Drops the metrics of steps that will run again."""
     if not log.is_file():
         return
     kept = []

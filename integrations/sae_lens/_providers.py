@@ -1,4 +1,4 @@
-"""Endless batches for a trainer, whose place can be written down and found again."""
+"""Endless batches for a trainer, whose position can be saved and gone back to."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from torch import Tensor
 
 from integrations.sae_lens._sites import SAESite, Tokens
 from integrations.sae_lens.collect import batches
-from mm_adapters import InputError, Lens
+from mm_adapters import InputError, Model
 from mm_adapters.store import Store
 
 Batch = dict[str, Tensor]
 
 
 class Provider(Protocol):
-    """Endless batches: for each column a tensor [row, width]. `place` is where it is, in JSON's types."""
+    """Endless batches: for each column a tensor [row, width].
+
+    `position` says, in JSON's types, which batch comes next; `go_to` goes back to one.
+    """
 
     def __next__(self) -> Batch: ...
-    def sae_site(self) -> dict[str, int]: ...
-    def go_to(self, sae_site: Mapping[str, int]) -> None: ...
+    def position(self) -> dict[str, int]: ...
+    def go_to(self, position: Mapping[str, int]) -> None: ...
 
 
 class FromStore:
@@ -38,30 +41,30 @@ class FromStore:
         self.go_to({"batch": 0})
 
     def __next__(self) -> Batch:
-        found = next(self._batches, None)
-        if found is None:
+        batch = next(self._batches, None)
+        if batch is None:
             self.go_to({"batch": self._at})
-            found = next(self._batches)
+            batch = next(self._batches)
         self._at += 1
-        return found
+        return batch
 
-    def sae_site(self) -> dict[str, int]:
+    def position(self) -> dict[str, int]:
         return {"batch": self._at}
 
-    def go_to(self, sae_site: Mapping[str, int]) -> None:
-        self._at = sae_site["batch"]
+    def go_to(self, position: Mapping[str, int]) -> None:
+        self._at = position["batch"]
         epoch, start = divmod(self._at, self._per_epoch)
         self._batches = self._store.batches(
             self._size, seed=self._seed, epoch=epoch, start=start, columns=self._columns, drop_last=True
         )
 
 
-class FromLens:
+class FromModel:
     """Batches straight from a model: items in an order of the epoch, their rows mixed in a buffer."""
 
     def __init__(
         self,
-        lens: Lens,
+        model: Model,
         sae_sites: Sequence[SAESite],
         items: Sequence[Any],
         size: int,
@@ -73,7 +76,7 @@ class FromLens:
         inputs: Mapping[str, Any] | None,
         buffer_rows: int = 65_536,
     ) -> None:
-        self._options = (lens, sae_sites, items, tokens, steps, batch_size, inputs)
+        self._options = (model, sae_sites, items, tokens, steps, batch_size, inputs)
         self._names = [sae_site.name for sae_site in sae_sites]
         self._items, self._size, self._seed = items, size, seed
         self._buffer_rows = max(buffer_rows, size)
@@ -85,32 +88,32 @@ class FromLens:
         self._batch += 1
         return self._ready.pop(0)
 
-    def sae_site(self) -> dict[str, int]:
+    def position(self) -> dict[str, int]:
         return {"epoch": self._epoch, "run": self._run, "batch": self._batch}
 
-    def go_to(self, sae_site: Mapping[str, int]) -> None:
-        # `run` is where the buffer began; what it had given is made again and passed over.
-        self._epoch, self._run, self._next_run = sae_site["epoch"], sae_site["run"], sae_site["run"]
+    def go_to(self, position: Mapping[str, int]) -> None:
+        # `run` is where the buffer began; the batches it gave are made again and skipped.
+        self._epoch, self._run, self._next_run = position["epoch"], position["run"], position["run"]
         self._ready: list[Batch] = []
         self._batch = 0
-        if sae_site["batch"]:
+        if position["batch"]:
             self._fill()
-            self._batch = sae_site["batch"]
+            self._batch = position["batch"]
             self._ready = self._ready[self._batch :]
 
     def _fill(self) -> None:
         order = torch.randperm(len(self._items), generator=_seeded(self._seed, self._epoch)).tolist()
-        lens, sae_sites, items, tokens, steps, batch_size, inputs = self._options
+        model, sae_sites, items, tokens, steps, batch_size, inputs = self._options
         if self._next_run * batch_size >= len(order):
             self._epoch, self._next_run = self._epoch + 1, 0
             order = torch.randperm(len(self._items), generator=_seeded(self._seed, self._epoch)).tolist()
         self._run, self._batch = self._next_run, 0
         parts: list[Batch] = []
         n_rows = 0
-        for found in batches(
-            lens, sae_sites, items, tokens, steps, batch_size, inputs, self._next_run, order
+        for rows in batches(
+            model, sae_sites, items, tokens, steps, batch_size, inputs, self._next_run, order
         ):
-            parts.append({name: found[name].float() for name in self._names})
+            parts.append({name: rows[name].float() for name in self._names})
             n_rows += len(parts[-1][self._names[0]])
             self._next_run += 1
             if n_rows >= self._buffer_rows:
@@ -121,9 +124,9 @@ class FromLens:
                 f"{self._size}. Give more items, or train with smaller batches."
             )
         mixed = torch.randperm(n_rows, generator=_seeded(self._seed, self._epoch, self._run))
-        whole = {name: torch.cat([part[name] for part in parts])[mixed] for name in self._names}
+        columns = {name: torch.cat([part[name] for part in parts])[mixed] for name in self._names}
         self._ready = [
-            {name: rows[at : at + self._size] for name, rows in whole.items()}
+            {name: column[at : at + self._size] for name, column in columns.items()}
             for at in range(0, n_rows - self._size + 1, self._size)
         ]
 
@@ -162,11 +165,11 @@ class FromIterator:
         self._rows += len(batch)
         return {self._column: batch}
 
-    def sae_site(self) -> dict[str, int]:
+    def position(self) -> dict[str, int]:
         return {"batch": self._at}
 
-    def go_to(self, sae_site: Mapping[str, int]) -> None:
-        while self._at < sae_site["batch"]:  # It can only be asked again.
+    def go_to(self, position: Mapping[str, int]) -> None:
+        while self._at < position["batch"]:  # It can only be asked again.
             next(self)
 
 

@@ -1,4 +1,4 @@
-"""What a user asks SAELens' trainer for, looked at before any work."""
+"""The user's configs for SAELens' trainer, checked before any work."""
 
 from __future__ import annotations
 
@@ -14,21 +14,29 @@ from mm_adapters import InputError
 _NO_AUXILIARY = ("layer_norm", "constant_norm_rescale")
 
 
-def trainer_config(given: SAETrainerConfig | None) -> SAETrainerConfig:
-    if given is None:
+def trainer_config(config: SAETrainerConfig | None) -> SAETrainerConfig:
+    """The user's config, or the default one. Raises: InputError for what SAELens' trainer does not take."""
+    if config is None:
         return SAETrainerConfig(
-            total_training_samples=2000 * 1024, train_batch_size_samples=1024, lr=1e-3, lr_end=1e-4,
-            lr_warm_up_steps=50, lr_decay_steps=400, dead_feature_window=200, n_batches_for_norm_estimate=50,
-        )  # fmt: skip
-    if given.lr_end is None:
+            total_training_samples=2000 * 1024,
+            train_batch_size_samples=1024,
+            lr=1e-3,
+            lr_end=1e-4,
+            lr_warm_up_steps=50,
+            lr_decay_steps=400,
+            dead_feature_window=200,
+            n_batches_for_norm_estimate=50,
+        )
+    if config.lr_end is None:
         raise InputError(
             "SAETrainerConfig.lr_end is None, which SAELens' trainer does not take. Set it: lr / 10 is what "
             "its runner sets; for a constant rate it is not used."
         )
-    return dataclasses.replace(given)
+    return dataclasses.replace(config)
 
 
 def check(name: str, cfg: TrainingSAEConfig, trainer: SAETrainerConfig) -> None:
+    """Raises: InputError for a config that cannot train at the site `name`, or on this device."""
     if not isinstance(cfg, TrainingSAEConfig):
         raise InputError(
             f"{type(cfg).__name__} is no training config. Pass one of SAELens' *TrainingSAEConfig."

@@ -66,13 +66,13 @@ class BatchTopKTranscoder(TrainingSAE[BatchTopKTranscoderConfig]):
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        own = {"dtype": self.dtype, "device": self.device}
-        self.b_enc = nn.Parameter(torch.zeros(self.cfg.d_sae, **own))
-        directions = torch.empty(self.cfg.d_sae, self.cfg.d_out, **own)
+        options = {"dtype": self.dtype, "device": self.device}
+        self.b_enc = nn.Parameter(torch.zeros(self.cfg.d_sae, **options))
+        directions = torch.empty(self.cfg.d_sae, self.cfg.d_out, **options)
         nn.init.kaiming_uniform_(directions)
         size = self.cfg.decoder_init_norm or 0.1
         self.W_dec = nn.Parameter(directions / directions.norm(dim=-1, keepdim=True) * size)
-        self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_out, **own))
+        self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_out, **options))
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return BatchTopK(self.cfg.k)
@@ -90,17 +90,17 @@ class BatchTopKTranscoder(TrainingSAE[BatchTopKTranscoderConfig]):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         rows = step_input.sae_in
-        given, wanted = rows.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
-        acts, pre = self.encode_with_hidden_pre(given)
+        source, target = rows.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
+        acts, pre = self.encode_with_hidden_pre(source)
         out = self.decode(acts)
-        loss = (out - wanted).square().sum(-1).mean()
+        loss = (out - target).square().sum(-1).mean()
         with torch.no_grad():
             positive = acts[acts > 0]
             if len(positive):
                 rate = self.cfg.topk_threshold_lr
                 self.topk_threshold = (1 - rate) * self.topk_threshold + rate * positive.min().double()
         return TrainStepOutput(
-            sae_in=wanted,
+            sae_in=target,
             sae_out=out,
             feature_acts=acts,
             hidden_pre=pre,

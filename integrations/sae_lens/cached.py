@@ -49,14 +49,14 @@ def import_cached(data: str | Path, folder: str | Path) -> Store:
     """A store of what SAELens' CacheActivationsRunner wrote: each [context, d_in] becomes rows."""
     from datasets import load_from_disk
 
-    found: Any = load_from_disk(str(data)).with_format("torch")
-    names = [n for n in found.column_names if n != "token_ids"]
-    if not names or not len(found):
+    cached: Any = load_from_disk(str(data)).with_format("torch")
+    names = [n for n in cached.column_names if n != "token_ids"]
+    if not names or not len(cached):
         raise InputError(f"{data} has no activations.")
-    first = found[0]
+    first = cached[0]
     columns = {n: Column((first[n].shape[-1],), first[n].dtype) for n in names}
     with Writer(folder, columns, {"made_by": "integrations.sae_lens.import_cached"}) as writer:
-        for at in range(writer.items, len(found), 64):
-            batch = found[at : at + 64]
+        for at in range(writer.items, len(cached), 64):
+            batch = cached[at : at + 64]
             writer.append({n: batch[n].flatten(0, 1) for n in names}, items=len(batch[names[0]]))
     return Store(folder)

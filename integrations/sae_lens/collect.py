@@ -1,4 +1,4 @@
-"""Activations of one or several sites, collected through a lens into stores, or streamed."""
+"""Activations of one or several sites, collected from a model into stores, or streamed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from integrations.sae_lens._data import fingerprint, inputs_of, items_of
-from integrations.sae_lens._sites import SAESite, Tokens, layouts_of, place_of, reads_of, rows_of
-from mm_adapters import InputError, Lens
+from integrations.sae_lens._sites import SAESite, Tokens, find_site, layouts_of, reads_of, rows_of
+from mm_adapters import InputError, Model
 from mm_adapters.store import Column, Store, Writer
 
 _WHERE = ("item", "position", "step")
 
 
 def collect(
-    lens: Lens,
+    model: Model,
     sites: str | Sequence[str],
     data: Any,
     folder: str | Path,
@@ -44,10 +44,10 @@ def collect(
     """
     names = [sites] if isinstance(sites, str) else list(sites)
     steps = None if steps is None else sorted(set(steps))
-    sae_sites = [place_of(lens, name) for name in names]
+    sae_sites = [find_site(model, name) for name in names]
     about = {
         "made_by": "integrations.sae_lens.collect",
-        "model": lens.sitemap.family,  # type: ignore[attr-defined]
+        "model": model.record.name,
         "sites": names,
         "tokens": [tokens] if isinstance(tokens, str) else list(tokens),
         "steps": steps,
@@ -62,7 +62,7 @@ def collect(
         widths = {n: c.shape for n, c in Store(folder, partial=True).columns.items() if n in names}
         pending = None
     else:
-        pending = next(batches(lens, sae_sites, items, tokens, steps, batch_size, inputs))
+        pending = next(batches(model, sae_sites, items, tokens, steps, batch_size, inputs))
         widths = {name: tuple(pending[name].shape[1:]) for name in names}
     columns = {name: Column(widths.get(name, ()), dtype) for name in names}
     columns |= {name: Column((), torch.int32) for name in _WHERE}
@@ -76,14 +76,14 @@ def collect(
                 writer.append(pending, items=min(batch_size, len(items)))
                 bar.update()
                 start = 1
-            for found in batches(lens, sae_sites, items, tokens, steps, batch_size, inputs, start):
-                writer.append(found, items=batch_size)
+            for rows in batches(model, sae_sites, items, tokens, steps, batch_size, inputs, start):
+                writer.append(rows, items=batch_size)
                 bar.update()
     return Store(folder)
 
 
 def batches(
-    lens: Lens,
+    model: Model,
     sae_sites: Sequence[SAESite],
     items: Sequence[Any],
     tokens: Tokens,
@@ -93,25 +93,25 @@ def batches(
     start: int = 0,
     order: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """The rows of one batch of items after the other: a column a place, and item, position, step."""
+    """The rows of one batch of items after the other: a column for each site, and item, position, step."""
     numbers = list(range(len(items))) if order is None else list(order)
-    reads = reads_of(lens, sae_sites, steps)
+    reads = reads_of(model, sae_sites, steps)
     for at in range(start * batch_size, len(numbers), batch_size):
         part = numbers[at : at + batch_size]
-        given = inputs_of(lens, [items[i] for i in part], part, inputs or {})
-        run = lens.run(given, read=reads)
+        arguments = inputs_of(model, [items[i] for i in part], part, inputs or {})
+        run = model.run(arguments, read=reads)
         unread = [r.site for r in reads if r.site not in run.values]
         if unread:
             raise InputError(
                 f"{', '.join(unread)}: nothing was read there. This run does not come by, or not at "
                 f"steps {steps}."
             )
-        found = rows_of(lens, run, sae_sites, tokens, layouts_of(lens, given, sae_sites))
-        where = found.pop("where")
-        done = {"item": torch.tensor(part, dtype=torch.int32)[where[:, 0].long()], "position": where[:, 1]}
+        columns = rows_of(model, run, sae_sites, tokens, layouts_of(model, arguments, sae_sites))
+        where = columns.pop("where")
+        origins = {"item": torch.tensor(part, dtype=torch.int32)[where[:, 0].long()], "position": where[:, 1]}
         step = where[:, 2]
         if steps is not None:  # The loop counts what was read; the user counts the sampler's steps.
             step = torch.where(
                 step < 0, step, torch.tensor(steps, dtype=torch.int32)[step.clamp_min(0).long()]
             )
-        yield found | done | {"step": step}
+        yield columns | origins | {"step": step}

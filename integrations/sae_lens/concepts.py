@@ -61,9 +61,9 @@ def match_concepts(
             raise ValueError(f"{', '.join(bad)}: true of all or of no image of a part; give more images.")
     latent, threshold = _best(acts[chosen_on], truth[chosen_on], n_thresholds)
     f1 = _f1_of(acts[measured_on], truth[measured_on], latent, threshold)
-    lot = truth[torch.randperm(len(truth), generator=generator)]
-    chance_latent, chance_threshold = _best(acts[chosen_on], lot[chosen_on], n_thresholds)
-    chance = _f1_of(acts[measured_on], lot[measured_on], chance_latent, chance_threshold)
+    shuffled = truth[torch.randperm(len(truth), generator=generator)]
+    chance_latent, chance_threshold = _best(acts[chosen_on], shuffled[chosen_on], n_thresholds)
+    chance = _f1_of(acts[measured_on], shuffled[measured_on], chance_latent, chance_threshold)
     return ConceptMatch(
         tuple(concepts),
         tuple(latent.tolist()),
@@ -75,7 +75,7 @@ def match_concepts(
 
 def _best(acts: Tensor, truth: Tensor, n_thresholds: int) -> tuple[Tensor, Tensor]:
     """For each concept the latent and the threshold with the highest F1."""
-    wanted = truth.float()
+    is_true = truth.float()
     best = torch.full((truth.shape[1],), -1.0)
     latent = torch.zeros(truth.shape[1], dtype=torch.int64)
     threshold = torch.zeros(truth.shape[1])
@@ -86,9 +86,9 @@ def _best(acts: Tensor, truth: Tensor, n_thresholds: int) -> tuple[Tensor, Tenso
         bounds = torch.where(bounds.isfinite(), bounds, torch.inf)
         if level == 0:
             bounds = torch.where(bounds.isfinite(), 0.0, bounds)
-        said = (acts > bounds).float()
-        both = said.T @ wanted
-        f1 = 2 * both / (said.sum(0)[:, None] + wanted.sum(0)).clamp_min(1)
+        is_active = (acts > bounds).float()
+        both = is_active.T @ is_true
+        f1 = 2 * both / (is_active.sum(0)[:, None] + is_true.sum(0)).clamp_min(1)
         top, which = f1.max(0)
         better = top > best
         best = torch.where(better, top, best)
@@ -98,6 +98,6 @@ def _best(acts: Tensor, truth: Tensor, n_thresholds: int) -> tuple[Tensor, Tenso
 
 
 def _f1_of(acts: Tensor, truth: Tensor, latent: Tensor, threshold: Tensor) -> Tensor:
-    said = (acts[:, latent] > threshold).float()
-    wanted = truth.float()
-    return 2 * (said * wanted).sum(0) / (said.sum(0) + wanted.sum(0)).clamp_min(1)
+    is_active = (acts[:, latent] > threshold).float()
+    is_true = truth.float()
+    return 2 * (is_active * is_true).sum(0) / (is_active.sum(0) + is_true.sum(0)).clamp_min(1)

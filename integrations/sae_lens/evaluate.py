@@ -15,15 +15,15 @@ from integrations.sae_lens._data import inputs_of, items_of
 from integrations.sae_lens._sites import (
     Tokens,
     editor,
+    find_site,
     layouts_of,
     mask_of,
-    place_of,
     reads_of,
     stream_of,
     value_at,
 )
 from integrations.sae_lens.splice import check_fit, splice
-from mm_adapters import Edit, InputError, Lens, Read
+from mm_adapters import Edit, InputError, Model, Read
 
 Score = Callable[[Any, Sequence[int]], Tensor]
 
@@ -56,9 +56,11 @@ class _Tally:
         assert self.fired is not None
         variance = self.square - float(self.total.square().sum()) / self.n
         return Scores(
-            self.n, 1 - self.error / variance if variance else float("nan"), self.active / self.n,
-            1 - float(self.fired.float().mean()),
-        )  # fmt: skip
+            n_rows=self.n,
+            explained=1 - self.error / variance if variance else float("nan"),
+            l0=self.active / self.n,
+            dead=1 - float(self.fired.float().mean()),
+        )
 
 
 @dataclass(frozen=True)
@@ -110,16 +112,17 @@ class SAEReport:
         if self.recovered is not None:
             r = self.recovered
             lines.append(
-                f"score {r.plain:.3f}; with the SAE {r.sae:.3f}, zeros {r.zero:.3f}, the mean {r.mean:.3f}: "
-                f"{r.of_zero:.1%} recovered of zeros, {r.of_mean:.1%} of the mean"
+                f"score {r.plain:z.3f}; with the SAE {r.sae:z.3f}, zeros {r.zero:z.3f}, "
+                f"the mean {r.mean:z.3f}: "
+                f"{r.of_zero:z.1%} recovered of zeros, {r.of_mean:z.1%} of the mean"
             )
         return "\n".join(lines)
 
 
 @torch.no_grad()
 def evaluate(
+    model: Model,
     sae: SAE[Any],
-    lens: Lens,
     data: Any,
     *,
     tokens: Tokens | None = None,
@@ -130,54 +133,60 @@ def evaluate(
 ) -> SAEReport:
     """Variance explained, L0 and dead latents over held-out items, per role and step.
 
-    `tokens` (None: those it was trained on) are the positions that count. With `score(output, numbers)`
-    -> [row] (which items the rows are), higher is better, also what is recovered of it
-    against zero- and mean-ablation: `zero_shot`, `retrieval`, `answer_likelihood`, or your own.
+    Args:
+        data: As `collect` takes it: a folder of images, or a list of images, prompts or dicts of inputs.
+        tokens: The roles whose positions count; None: those that the SAE was trained on.
+        steps: Of a sampling loop, the steps that count; None: all.
+        inputs: Go to every run (a pipeline's `num_inference_steps`, a CLIP's texts, ...).
+        score: `score(output, numbers)` -> [row], higher is better, where `numbers` says which items the
+            rows are: `zero_shot`, `retrieval`, `answer_likelihood`, or your own. With it the report says
+            which share of the score is recovered, against zero- and mean-ablation.
+        batch_size: Items a run.
     """
-    sae_site = check_fit(lens, sae)
+    sae_site = check_fit(model, sae)
     tokens = tokens or sae.cfg.metadata.token_kind or "all"
     items = items_of(data)
     overall, roles, by_step = _Tally(), {}, {}
     for numbers in _parts(len(items), batch_size):
-        given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
-        run = lens.run(given, read=reads_of(lens, [sae_site], steps))
+        arguments = inputs_of(model, [items[i] for i in numbers], numbers, inputs or {})
+        run = model.run(arguments, read=reads_of(model, [sae_site], steps))
         value = value_at(run, sae_site)
-        looped = sae_site.site.tower in lens.sitemap.loops  # type: ignore[attr-defined]
-        value = value if looped else value[None]
-        layout = layouts_of(lens, given, [sae_site]).get(sae_site.site.tower)
+        is_looped = sae_site.site.tower in model.loops()
+        value = value if is_looped else value[None]
+        layout = layouts_of(model, arguments, [sae_site]).get(sae_site.site.tower)
         layout = layout and stream_of(layout, sae_site, value.shape[2])
         assert tokens is not None
         mask = mask_of(layout, tokens, sae_site, *value.shape[1:3])
-        for i, here in enumerate(value):
-            x = here[mask].float()
+        for i, at_step in enumerate(value):
+            x = at_step[mask].float()
             acts = sae.encode(x)
             out = sae.decode(acts)
             overall.add(x, out, acts)
-            if looped:
+            if is_looped:
                 step = i if steps is None else sorted(set(steps))[i]
                 by_step.setdefault(step, _Tally()).add(x, out, acts)
             for role, rows in _by_role(layout, mask).items():
                 roles.setdefault(role, _Tally()).add(x[rows], out[rows], acts[rows])
     assert overall.total is not None
     mean = (overall.total / overall.n).float()
-    found = None
+    score_recovered = None
     if score is not None:
         assert tokens is not None
-        found = recovered(
-            sae, lens, items, score, mean=mean, tokens=tokens, inputs=inputs, batch_size=batch_size
+        score_recovered = recovered(
+            model, sae, items, score, mean=mean, tokens=tokens, inputs=inputs, batch_size=batch_size
         )
     return SAEReport(
         overall.scores(),
         {role: tally.scores() for role, tally in roles.items()},
         {step: tally.scores() for step, tally in by_step.items()},
-        found,
+        score_recovered,
     )
 
 
 @torch.no_grad()
 def recovered(
+    model: Model,
     sae: SAE[Any],
-    lens: Lens,
     data: Any,
     score: Score,
     *,
@@ -186,30 +195,37 @@ def recovered(
     inputs: Mapping[str, Any] | None = None,
     batch_size: int = 32,
 ) -> Recovered:
-    """The mean score with the site as it is, reconstructed, zeroed, and set to `mean`."""
-    sae_site = check_fit(lens, sae)
+    """The mean score with the site as it is, reconstructed, zeroed, and set to `mean`.
+
+    Args:
+        data, tokens, inputs, score, batch_size: As `evaluate` takes them.
+        mean: What mean-ablation sets the chosen positions to, in the site's own width.
+    """
+    sae_site = check_fit(model, sae)
     items = items_of(data)
-    looped = sae_site.site.tower == lens.sitemap.model_record.loop  # type: ignore[attr-defined]
+    is_looped = sae_site.site.tower == model.record.loop
     sums: dict[str, float] = dict.fromkeys(("plain", "sae", "zero", "mean"), 0.0)
     n = 0
     for numbers in _parts(len(items), batch_size):
-        given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
-        layout = layouts_of(lens, given, [sae_site]).get(sae_site.site.tower)
+        arguments = inputs_of(model, [items[i] for i in numbers], numbers, inputs or {})
+        layout = layouts_of(model, arguments, [sae_site]).get(sae_site.site.tower)
         mask = None
         if layout is not None and tokens != "all":
             n_pos = layout.n_pos
-            if looped:  # A site of one stream of a joint attention has that stream's positions.
-                n_pos = value_at(lens.run(given, read=reads_of(lens, [sae_site], [0])), sae_site).shape[-2]
+            if is_looped:  # A site of one stream of a joint attention has that stream's positions.
+                n_pos = value_at(model.run(arguments, read=reads_of(model, [sae_site], [0])), sae_site).shape[
+                    -2
+                ]
             mask = mask_of(layout, tokens, sae_site, layout.n_rows, n_pos)
         edits = {
             "plain": [],
-            "sae": splice(lens, sae, mask=mask, rows="cond" if looped else "all"),
-            "zero": [_set(lens, sae_site.site.name, torch.zeros_like(mean), mask)],
-            "mean": [_set(lens, sae_site.site.name, mean, mask)],
+            "sae": splice(model, sae, mask=mask, rows="cond" if is_looped else "all"),
+            "zero": [_set(model, sae_site.site.name, torch.zeros_like(mean), mask)],
+            "mean": [_set(model, sae_site.site.name, mean, mask)],
         }
         for name, edit in edits.items():
-            got = score(lens.run(given, edit=edit).output, numbers).float()
-            sums[name] += float(got.sum())
+            scores = score(model.run(arguments, edit=edit).output, numbers).float()
+            sums[name] += float(scores.sum())
         n += len(numbers)
     return Recovered(**{name: total / n for name, total in sums.items()})
 
@@ -257,34 +273,39 @@ def answer_likelihood(tokenizer: Any, answers: Sequence[str]) -> Score:
 
 @torch.no_grad()
 def noise_recovered(
-    sae: SAE[Any], lens: Lens, data: Any, steps: Sequence[int], *, inputs: Mapping[str, Any] | None = None,
+    model: Model,
+    sae: SAE[Any],
+    data: Any,
+    steps: Sequence[int],
+    *,
+    inputs: Mapping[str, Any] | None = None,
     batch_size: int = 16,
-) -> dict[int, float]:  # fmt: skip
+) -> dict[int, float]:
     """For each step, 1 - error with the SAE / error with zeros, of what the denoiser predicts there.
 
     The SAE (or the zeros) is there at that step only, so every prediction is of the same latent.
     """
-    sae_site = check_fit(lens, sae)
+    sae_site = check_fit(model, sae)
     loop = sae_site.site.tower
-    if loop not in lens.sitemap.loops:  # type: ignore[attr-defined]
+    if loop not in model.loops():
         raise InputError(f"{sae_site.name} is not in a sampling loop.")
     items = items_of(data)
     errors = {step: [0.0, 0.0] for step in steps}
     for numbers in _parts(len(items), batch_size):
-        given = inputs_of(lens, [items[i] for i in numbers], numbers, inputs or {})
+        arguments = inputs_of(model, [items[i] for i in numbers], numbers, inputs or {})
         site = f"{loop}.hook_out"
-        plain = lens.run(given, read=[Read(site, steps=list(steps), rows="cond")])[site]
+        plain = model.run(arguments, read=[Read(site, steps=list(steps), rows="cond")])[site]
         zero = torch.zeros(sae.cfg.d_in)
         for i, step in enumerate(sorted(steps)):
             read = [Read(site, steps=[step], rows="cond")]
-            ways = (
-                splice(lens, sae, steps=[step], rows="cond"),
-                [_set(lens, sae_site.site.name, zero, None, [step])],
+            edits = (
+                splice(model, sae, steps=[step], rows="cond"),
+                [_set(model, sae_site.site.name, zero, None, [step])],
             )
-            for which, edits in enumerate(ways):
-                moved = lens.run(given, read=read, edit=edits)[site][0]
-                errors[step][which] += float((moved - plain[i]).square().sum())
-    return {step: 1 - ours / zeros for step, (ours, zeros) in errors.items()}
+            for which, edit in enumerate(edits):
+                edited = model.run(arguments, read=read, edit=edit)[site][0]
+                errors[step][which] += float((edited - plain[i]).square().sum())
+    return {step: 1 - with_sae / with_zeros for step, (with_sae, with_zeros) in errors.items()}
 
 
 def monosemanticity(
@@ -299,21 +320,21 @@ def monosemanticity(
     weight = ((acts - low) / (high - low).clamp_min(1e-12)).double()
     unit = torch.nn.functional.normalize(embeddings.double(), dim=-1)
     # The sum over pairs i != j of w_i w_j e_i.e_j is |sum w e|^2 without its diagonal.
-    own = weight.square().sum(0)
-    together = (weight.T @ unit).square().sum(-1) - own
-    pairs = weight.sum(0).square() - own
+    diagonal = weight.square().sum(0)
+    together = (weight.T @ unit).square().sum(-1) - diagonal
+    pairs = weight.sum(0).square() - diagonal
     return torch.where(pairs > 1e-9, together / pairs, torch.nan).float()
 
 
-def _set(lens: Any, site: str, vector: Tensor, mask: Tensor | None, steps: Any = None) -> Edit:
+def _set(model: Model, site: str, vector: Tensor, mask: Tensor | None, steps: Any = None) -> Edit:
     """An edit that puts one vector at all positions, or at those of a mask."""
-    sae_site = place_of(lens, site)
+    sae_site = find_site(model, site)
 
     def put(flat: Tensor) -> Tensor:
         new = vector.to(flat).expand_as(flat)
         return new.clone() if mask is None else torch.where(mask.to(flat.device)[..., None], new, flat)
 
-    rows: Any = "cond" if sae_site.site.tower in lens.sitemap.loops else "all"
+    rows: Any = "cond" if sae_site.site.tower in model.loops() else "all"
     return Edit(site, editor(sae_site, put), steps=steps, rows=rows)
 
 
@@ -325,8 +346,8 @@ def _by_role(layout: Any, mask: Tensor) -> dict[str, Tensor]:
     """For each role, which of the chosen rows have it."""
     if layout is None:
         return {}
-    there = {role for row in layout.roles for role in row}
-    return {role: layout.mask(role)[mask] for role in sorted(there) if bool((layout.mask(role) & mask).any())}
+    roles = {role for row in layout.roles for role in row}
+    return {role: layout.mask(role)[mask] for role in sorted(roles) if bool((layout.mask(role) & mask).any())}
 
 
 def _share(value: float, best: float, worst: float) -> float:

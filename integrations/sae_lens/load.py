@@ -41,15 +41,17 @@ def load(
     Raises: CheckpointError if there is nothing to read, the format is unknown, or the class is wrong.
     """
     folder = Path(folder)
-    found = format or _format(folder)
-    if found == "saelens":
+    format = format or _format(folder)
+    if format == "saelens":
         sae = _saelens(folder, device, cls)
     else:
-        if found not in CONVERTERS:
-            raise CheckpointError(f"There is no format {found!r}; there is saelens, {', '.join(CONVERTERS)}.")
+        if format not in CONVERTERS:
+            raise CheckpointError(
+                f"There is no format {format!r}: there is saelens, {', '.join(CONVERTERS)}."
+            )
         if cls is not None and issubclass(cls, TrainingSAE):
-            raise CheckpointError(f"{folder} is a finished SAE ({found}): it cannot be loaded to be trained.")
-        sae = SAE.load_from_disk(folder, device=device, converter=CONVERTERS[found])
+            raise CheckpointError(f"{folder} is a finished SAE ({format}): it cannot be trained further.")
+        sae = SAE.load_from_disk(folder, device=device, converter=CONVERTERS[format])
     if site is not None:
         sae.cfg.metadata.hook_name = site
     return sae
@@ -68,31 +70,40 @@ def _saelens(folder: Path, device: str, cls: type[SAE[Any]] | None) -> SAE[Any]:
         )
     if architecture not in SAE_CLASS_REGISTRY and architecture not in SAE_TRAINING_CLASS_REGISTRY:
         raise CheckpointError(f"{folder} has the architecture {architecture!r}, which SAELens does not have.")
-    chosen: Any = TrainingSAE if trained else SAE
-    return chosen.load_from_disk(folder, device=device)
+    kind: Any = TrainingSAE if trained else SAE
+    return kind.load_from_disk(folder, device=device)
 
 
 def vit_prisma(path: str | Path, device: str = "cpu", cfg_overrides: Any = None) -> Converted:
     """ViT-Prisma: SAELens' names, from its version 2: W_enc, b_enc, W_dec, b_dec; config.json."""
     state, cfg = _read(Path(path))
-    made = {name: state[name] for name in _need(state, ("W_enc", "b_enc", "W_dec", "b_dec"), path)}
+    weights = {name: state[name] for name in _need(state, ("W_enc", "b_enc", "W_dec", "b_dec"), path)}
     k = cfg.get("k") if cfg.get("activation_fn_str") == "topk" or cfg.get("architecture") == "topk" else None
     k = k or (cfg.get("activation_fn_kwargs") or {}).get("k")
     hook = cfg.get("hook_point") or cfg.get("hook_name")
     norm = cfg.get("normalize_activations")
     normalise = norm if norm in ("layer_norm", "constant_norm_rescale") else "none"
-    return _made(made, "topk" if k else "standard", device, cfg_overrides, k=k, tied=True, hook=_site(hook),
-                 normalize_activations=normalise, source="ViT-Prisma")  # fmt: skip
+    return _converted(
+        weights,
+        "topk" if k else "standard",
+        device,
+        cfg_overrides,
+        k=k,
+        tied=True,
+        hook=_site(hook),
+        normalize_activations=normalise,
+        source="ViT-Prisma",
+    )
 
 
 def patch_sae(path: str | Path, device: str = "cpu", cfg_overrides: Any = None) -> Converted:
     """PatchSAE: a CLIP block's class token and patches; W_enc, b_enc, W_dec, b_dec, in `state_dict/`
     or plain; a ReLU after the decoder bias is taken off the input."""
     state, cfg = _read(Path(path))
-    made = {name: state[name] for name in _need(state, ("W_enc", "b_enc", "W_dec", "b_dec"), path)}
+    weights = {name: state[name] for name in _need(state, ("W_enc", "b_enc", "W_dec", "b_dec"), path)}
     layer = cfg.get("block_layer")
     hook = None if layer is None else f"vision.blocks.{int(layer)}.hook_resid_post"
-    return _made(made, "standard", device, cfg_overrides, tied=True, hook=hook, source="PatchSAE")
+    return _converted(weights, "standard", device, cfg_overrides, tied=True, hook=hook, source="PatchSAE")
 
 
 def discover_then_name(path: str | Path, device: str = "cpu", cfg_overrides: Any = None) -> Converted:
@@ -103,14 +114,21 @@ def discover_then_name(path: str | Path, device: str = "cpu", cfg_overrides: Any
     _need(flat, ("encoder.weight", "encoder.bias", "decoder.weight"), path)
     bias = flat.get("tied_bias", flat.get("pre_encoder_bias._bias_reference", flat.get("decoder.bias")))
     d_in = flat["decoder.weight"].shape[0]
-    made = {
+    weights = {
         "W_enc": flat["encoder.weight"].T,
         "b_enc": flat["encoder.bias"],
         "W_dec": flat["decoder.weight"].T,
         "b_dec": torch.zeros(d_in) if bias is None else bias,
     }
-    return _made(made, "standard", device, cfg_overrides, tied=True, hook=cfg.get("hook_name"),
-                 source="Discover-then-Name")  # fmt: skip
+    return _converted(
+        weights,
+        "standard",
+        device,
+        cfg_overrides,
+        tied=True,
+        hook=cfg.get("hook_name"),
+        source="Discover-then-Name",
+    )
 
 
 def sdxl_unbox(path: str | Path, device: str = "cpu", cfg_overrides: Any = None) -> Converted:
@@ -120,7 +138,7 @@ def sdxl_unbox(path: str | Path, device: str = "cpu", cfg_overrides: Any = None)
     """
     state, cfg = _read(Path(path))
     _need(state, ("encoder.weight", "decoder.weight", "pre_bias", "latent_bias"), path)
-    made = {
+    weights = {
         "W_enc": state["encoder.weight"].T,
         "b_enc": state["latent_bias"],
         "W_dec": state["decoder.weight"].T,
@@ -129,15 +147,24 @@ def sdxl_unbox(path: str | Path, device: str = "cpu", cfg_overrides: Any = None)
     k = cfg.get("k")
     if k is None:
         raise CheckpointError(f"{path}/config.json does not say k, how many latents are active.")
-    return _made(made, "topk", device, cfg_overrides, k=int(k), tied=True, hook=cfg.get("hook_name"),
-                 hook_kind="update", source="sdxl-unbox")  # fmt: skip
+    return _converted(
+        weights,
+        "topk",
+        device,
+        cfg_overrides,
+        k=int(k),
+        tied=True,
+        hook=cfg.get("hook_name"),
+        hook_kind="update",
+        source="sdxl-unbox",
+    )
 
 
 def saeuron(path: str | Path, device: str = "cpu", cfg_overrides: Any = None) -> Converted:
     """SAeUron, as EleutherAI's sparsify saves: encoder.weight [latent, d], encoder.bias, W_dec, b_dec; k."""
     state, cfg = _read(Path(path))
     _need(state, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), path)
-    made = {
+    weights = {
         "W_enc": state["encoder.weight"].T,
         "b_enc": state["encoder.bias"],
         "W_dec": state["W_dec"],
@@ -147,8 +174,17 @@ def saeuron(path: str | Path, device: str = "cpu", cfg_overrides: Any = None) ->
     k = cfg.get("k")
     if k is None:
         raise CheckpointError(f"{path}/cfg.json does not say k, how many latents are active.")
-    return _made(made, "topk", device, cfg_overrides, k=int(k), tied=True, hook=cfg.get("hook_name"),
-                 guidance_rows="cond", source="SAeUron")  # fmt: skip
+    return _converted(
+        weights,
+        "topk",
+        device,
+        cfg_overrides,
+        k=int(k),
+        tied=True,
+        hook=cfg.get("hook_name"),
+        guidance_rows="cond",
+        source="SAeUron",
+    )
 
 
 CONVERTERS: dict[str, Callable[..., Converted]] = {
@@ -160,7 +196,7 @@ CONVERTERS: dict[str, Callable[..., Converted]] = {
 }
 
 
-def _made(
+def _converted(
     state: State,
     architecture: str,
     device: str,

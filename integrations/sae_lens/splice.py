@@ -1,4 +1,4 @@
-"""SAEs in a model's forward: as edits for any lens, and under SAELens' verbs on a HookedModel."""
+"""SAEs in a model's forward: as edits for any model, and under SAELens' verbs on a HookedModel."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sae_lens import SAE
 from sae_lens.analysis.hooked_sae_transformer import _SAEWrapper
 from torch import Tensor
 
-from integrations.sae_lens._sites import SAESite, Tokens, layouts_of, mask_of, place_of
-from mm_adapters import Edit, HookedModel, InputError, Lens
+from integrations.sae_lens._sites import SAESite, Tokens, find_site, layouts_of, mask_of
+from mm_adapters import Edit, HookedModel, InputError, Model
 
 Change = Callable[[Tensor], Tensor]
 
 
-def check_fit(lens: Any, sae: SAE[Any]) -> SAESite:
+def check_fit(model: Model, sae: SAE[Any]) -> SAESite:
     """Where an SAE lives in this model.
 
     Raises: MissingSiteError if there is no such site; InputError if the SAE does not name one.
@@ -27,11 +27,11 @@ def check_fit(lens: Any, sae: SAE[Any]) -> SAESite:
     if not name:
         raise InputError("This SAE's metadata has no hook_name. Set sae.cfg.metadata.hook_name to a site.")
     minus = sae.cfg.metadata.hook_name_minus
-    return place_of(lens, f"{name} - {minus}" if minus else name)
+    return find_site(model, f"{name} - {minus}" if minus else name)
 
 
 def splice(
-    lens: Lens,
+    model: Model,
     sae: SAE[Any],
     *,
     change: Change | None = None,
@@ -40,54 +40,58 @@ def splice(
     steps: Any = None,
     rows: Any = "all",
 ) -> list[Edit]:
-    """Edits that put the SAE's reconstruction in the place of its site, for `lens.run(edit=...)`.
+    """Edits that replace a site by the SAE's reconstruction of it, for `model.run(edit=...)`.
 
-    `change` gets the latents, [..., pos, latent], and returns them changed. With the error term what
-    the SAE does not explain stays, so that without a change nothing moves. `mask` [row, pos] says
-    where; `steps` and `rows` as in `Edit`. An update's SAE ("OUT - IN") and a transcoder take two
-    edits, of which the first only listens.
+    The SAE of an update ("OUT - IN") and a transcoder take two edits, of which the first only reads.
+
+    Args:
+        change: Gets the latents, [..., pos, latent], and returns them changed.
+        use_error_term: Keeps what the SAE does not explain, so that without a change the site's value
+            stays as it is.
+        mask: [row, pos], true at the positions that are replaced; None: all.
+        steps, rows: Of a sampling loop, as in `Edit`.
     """
-    sae_site = check_fit(lens, sae)
-    out = place_of(lens, sae.cfg.metadata.hook_name_out or sae_site.site.name)
-    heard: dict[str, Tensor] = {}
+    sae_site = check_fit(model, sae)
+    out = find_site(model, sae.cfg.metadata.hook_name_out or sae_site.site.name)
+    source: dict[str, Tensor] = {}
 
-    def listen(value: Tensor) -> Tensor:
-        heard["in"] = value
+    def read(value: Tensor) -> Tensor:
+        source["value"] = value
         return value
 
     def put(value: Tensor) -> Tensor:
-        flat = out.flat(value)
+        flat = out.flatten(value)
         before = flat.new_zeros(())
         if sae_site.minus is not None:
-            before = sae_site.flat(heard["in"])
-            given = flat - before
+            before = sae_site.flatten(source["value"])
+            encoded = flat - before
         elif out.site.name != sae_site.site.name:
-            given = sae_site.flat(heard["in"])
+            encoded = sae_site.flatten(source["value"])
         else:
-            given = flat
-        wanted = flat - before
-        _check_width(sae, given, sae_site)
-        new = reconstructed(sae, given, wanted, change, use_error_term) + before
+            encoded = flat
+        _check_width(sae, encoded, sae_site)
+        new = reconstructed(sae, encoded, flat - before, change, use_error_term) + before
         if mask is not None:
             new = torch.where(mask.to(new.device)[..., None], new, flat)
-        return out.like(new.to(value.dtype), value)
+        return out.unflatten(new.to(value.dtype), value)
 
     edits = [Edit(out.site.name, put, steps=steps, rows=rows)]
     first = sae_site.minus or (sae_site.site if out.site.name != sae_site.site.name else None)
-    return edits if first is None else [Edit(first.name, listen, steps=steps, rows=rows), *edits]
+    return edits if first is None else [Edit(first.name, read, steps=steps, rows=rows), *edits]
 
 
 def reconstructed(
-    sae: SAE[Any], given: Tensor, wanted: Tensor, change: Change | None, use_error_term: bool
+    sae: SAE[Any], encoded: Tensor, target: Tensor, change: Change | None, use_error_term: bool
 ) -> Tensor:
-    """What the SAE makes of `given`, with its latents changed; and, if asked, what it misses of `wanted`."""
+    """The SAE's output for `encoded`, with its latents changed; with the error term, plus what its
+    unchanged output lacks of `target`."""
     if sae.cfg.reshape_activations == "hook_z":
         raise InputError("Heads are laid side by side here: load this SAE with reshape_activations='none'.")
-    acts = sae.encode(given)
+    acts = sae.encode(encoded)
     clean = sae.decode(acts)
     new = clean if change is None else sae.decode(change(acts))
-    # The input itself, if nothing moves: the sum would be off by rounding.
-    return wanted + (new - clean) if use_error_term else new
+    # Without a change the target itself: target - clean + clean would be off by rounding.
+    return target + (new - clean) if use_error_term else new
 
 
 @dataclass
@@ -102,14 +106,14 @@ class _Attached:
 def add_sae(
     model: HookedModel, sae: SAE[Any], use_error_term: bool | None = None, tokens: Tokens = "all"
 ) -> None:
-    """Attaches an SAE until `reset_saes`, in the place of one that is attached there.
+    """Attaches an SAE until `reset_saes`, instead of one that is attached there.
 
     `tokens` are the roles of the positions it replaces; the rest stays as it is.
 
     Raises: MissingSiteError for an unknown hook; InputError for a wrong width, at the first run.
     """
     sae_site = check_fit(model, sae)
-    out = place_of(model, sae.cfg.metadata.hook_name_out or sae_site.site.name)
+    out = find_site(model, sae.cfg.metadata.hook_name_out or sae_site.site.name)
     if sae_site.minus is not None:
         raise InputError(f"{sae_site.name} is an update's SAE: use splice(...) and model.run(edit=...).")
     attached = _attached(model)
@@ -120,17 +124,17 @@ def add_sae(
     new = _Attached(sae, wrapper, use_error_term, tokens)
 
     def put(point: Any, args: Any, value: Tensor) -> Tensor:
-        flat = out.flat(value)
-        given = flat if wrapper._captured_input is None else wrapper._captured_input
-        _check_width(sae, given, sae_site)
+        flat = out.flatten(value)
+        encoded = flat if wrapper._captured_input is None else wrapper._captured_input
+        _check_width(sae, encoded, sae_site)
         wrapper.set_token_mask(_token_mask(model, out, tokens, flat))
         try:
-            return out.like(wrapper(flat).to(value.dtype), value)
+            return out.unflatten(wrapper(flat).to(value.dtype), value)
         finally:
             wrapper.set_token_mask(None)
 
     def capture(point: Any, args: Any, value: Tensor) -> None:
-        wrapper.capture_input(sae_site.flat(value))
+        wrapper.capture_input(sae_site.flatten(value))
 
     if out.site.name != sae_site.site.name:
         _on(model, new.stack, sae_site.site.name, capture)
@@ -156,16 +160,16 @@ def saes(
     tokens: Tokens = "all",
 ) -> Iterator[HookedModel]:
     """The model with these SAEs attached, and afterwards as it was."""
-    wanted = [saes] if isinstance(saes, SAE) else list(saes)
-    sae_sites = [check_fit(model, sae).site.name for sae in wanted]
-    before = {name: _attached(model).get(name) for name in sae_sites}
+    attached = [saes] if isinstance(saes, SAE) else list(saes)
+    names = [check_fit(model, sae).site.name for sae in attached]
+    before = {name: _attached(model).get(name) for name in names}
     try:
-        for sae in wanted:
+        for sae in attached:
             add_sae(model, sae, use_error_term, tokens)
         yield model
     finally:
         if reset_saes_end:
-            reset_saes(model, sae_sites)
+            reset_saes(model, names)
             for old in before.values():
                 if old is not None:
                     add_sae(model, old.sae, old.use_error_term, old.tokens)
@@ -185,7 +189,7 @@ def run_with_saes(
     tokens: Tokens = "all",
     **kwargs: Any,
 ) -> Any:
-    """The model's output with the SAEs in their sites' places, as SAELens' verb of this name."""
+    """The model's output with the SAEs spliced in, as SAELens' verb of this name."""
     with _saes(model, saes, reset_saes_end, use_error_term, tokens), _inputs(model, args, kwargs):
         return model(*args, **kwargs)
 
@@ -228,22 +232,28 @@ def run_with_cache_with_saes(
 ) -> Any:
     """The output and a cache that holds "SITE.hook_sae_input", "...acts_pre", "...acts_post", ... too."""
     keep = _filter(names_filter)
-    found: dict[str, list[Tensor]] = {}
+    latents: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         stack.enter_context(_saes(model, saes, reset_saes_end, use_error_term, tokens))
         stack.enter_context(_inputs(model, args, kwargs))
         points = _sae_points(model)
         for name, point in points.items():
             if keep(name):
-                note = lambda m, a, out, name=name: found.setdefault(name, []).append(out.detach())  # noqa: E731
+                note = lambda m, a, out, name=name: latents.setdefault(name, []).append(out.detach())  # noqa: E731
                 stack.callback(point.register_forward_hook(note).remove)
-        own = names_filter if names_filter is None or callable(names_filter) else [
-            n for n in ([names_filter] if isinstance(names_filter, str) else names_filter) if n not in points
-        ]  # fmt: skip
-        output, cache = model.run_with_cache(*args, names_filter=own, **kwargs)
-    for name, values in found.items():
-        looped = name.partition(".")[0] in model.sitemap.loops
-        values = torch.stack(values) if looped else torch.cat(values)
+        of_model = (
+            names_filter
+            if names_filter is None or callable(names_filter)
+            else [
+                n
+                for n in ([names_filter] if isinstance(names_filter, str) else names_filter)
+                if n not in points
+            ]
+        )
+        output, cache = model.run_with_cache(*args, names_filter=of_model, **kwargs)
+    for name, values in latents.items():
+        is_looped = name.partition(".")[0] in model.loops()
+        values = torch.stack(values) if is_looped else torch.cat(values)
         (cache if isinstance(cache, dict) else cache.cache_dict)[name] = values
     return output, cache
 
@@ -291,7 +301,7 @@ def _inputs(model: HookedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _token_mask(model: HookedModel, sae_site: SAESite, tokens: Tokens, flat: Tensor) -> Tensor | None:
-    """True where the SAE is passed by."""
+    """True where the SAE is not applied; None if it is applied everywhere."""
     if tokens == "all":
         return None
     inputs = model.__dict__.get("_saes_inputs")
@@ -300,7 +310,7 @@ def _token_mask(model: HookedModel, sae_site: SAESite, tokens: Tokens, flat: Ten
     layout = layouts_of(model, inputs, [sae_site]).get(sae_site.site.tower)
     n_rows, n_pos = flat.shape[:2]
     if layout is not None and set([tokens] if isinstance(tokens, str) else tokens) == {"latent"}:
-        n_rows = layout.n_rows  # Latents stand in the same places in every row, whatever its text.
+        n_rows = layout.n_rows  # Latents have the same positions in every row, whatever its text.
     mask = mask_of(layout, tokens, sae_site, n_rows, n_pos)
     return ~mask.repeat(len(flat) // n_rows, 1).to(flat.device)
 
@@ -312,11 +322,11 @@ def _on(model: HookedModel, stack: ExitStack, site: str, hook: Callable[..., Any
     stack.callback(handle.remove)
 
 
-def _check_width(sae: SAE[Any], given: Tensor, sae_site: SAESite) -> None:
-    if given.shape[-1] != sae.cfg.d_in:
+def _check_width(sae: SAE[Any], encoded: Tensor, sae_site: SAESite) -> None:
+    if encoded.shape[-1] != sae.cfg.d_in:
         raise InputError(
-            f"{sae_site.name} has {given.shape[-1]} numbers a position and this SAE takes {sae.cfg.d_in}. It "
-            "was trained on another site or another model."
+            f"{sae_site.name} has {encoded.shape[-1]} numbers a position and this SAE takes {sae.cfg.d_in}. "
+            "It was trained on another site or another model."
         )
 
 
@@ -324,7 +334,7 @@ def _filter(names: Any) -> Callable[[str], bool]:
     if names is None:
         return lambda name: True
     if callable(names):
-        chosen: Any = names
-        return chosen
-    wanted = {names} if isinstance(names, str) else set(names)
-    return lambda name: name in wanted
+        keep: Any = names
+        return keep
+    kept = {names} if isinstance(names, str) else set(names)
+    return lambda name: name in kept

@@ -1,4 +1,4 @@
-"""Training with SAELens' trainers and configs on any site of a lens; killed and resumed, the same weights."""
+"""Training with SAELens' trainers on any site of a model; killed and resumed, to the same weights."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from torch import Tensor
 from integrations.sae_lens._data import items_of
 from integrations.sae_lens._fast import FastBatchTopK
 from integrations.sae_lens._fit import Evaluator, Fit
-from integrations.sae_lens._providers import FromIterator, FromLens, FromStore, Provider
+from integrations.sae_lens._providers import FromIterator, FromModel, FromStore, Provider
 from integrations.sae_lens._settings import check, trainer_config
-from integrations.sae_lens._sites import Tokens, place_of
+from integrations.sae_lens._sites import Tokens, find_site
 from integrations.sae_lens.collect import collect
-from mm_adapters import InputError, Lens
+from mm_adapters import InputError, Model
 from mm_adapters.store import Store
 
 
 def train(
-    lens: Lens,
+    model: Model,
     site: str | Sequence[str],
     cfg: TrainingSAEConfig | Mapping[str, TrainingSAEConfig],
     *,
@@ -53,18 +53,24 @@ def train(
 ) -> Any:
     """The SAE of one site; a dict of them for several sites; a transcoder for "IN -> OUT".
 
-    `cfg` is SAELens' training config (of any of its architectures), one for all sites or one each.
-    `data` is what `collect` takes, a `Store`, or an endless iterator of tensors [row, d_in]. Rows go
-    through a store in `folder` (`on_disk=False`: straight from the model, mixed in memory).
-    `centre` starts the decoder's bias at the mean of the rows, as Bricken et al. 2023 do with their
-    median: where rows lie far from zero, most latents else die in learning the mean.
-    `trainer` is SAELens' trainer config; by default 50 epochs' worth is not guessed: 2,000 steps of
-    1,024 rows.
-
     In `folder`: `metrics.jsonl`, `checkpoints/`, `activations/`, and the finished SAEs, as SAELens
     saves them, in `sae/` (or `sae/SITE/`). SIGTERM and Ctrl-C write a checkpoint first. Called again,
-    training goes on from the last checkpoint, to the same weights as without the stop. `evaluator`
-    is called with the SAEs at every tenth log; its numbers join the metrics.
+    training goes on from the last checkpoint, to the same weights as without the stop.
+
+    Args:
+        cfg: SAELens' training config (of any of its architectures), one for all sites or one for each.
+        data: What `collect` takes, a `Store`, or an endless iterator of tensors [row, d_in].
+        tokens, steps, inputs, batch_size: As `collect` takes them.
+        trainer: SAELens' trainer config; None: 2,000 steps of 1,024 rows.
+        folder: None: a temporary one.
+        on_disk: Rows go through a store in `folder`; False: straight from the model, mixed in memory.
+        checkpoint_every, log_every: In training steps.
+        evaluator: Called with the SAEs at every tenth log; its numbers join the metrics.
+        fast: Uses the sparse training step where there is one (BatchTopK), with the same gradients.
+        centre: Starts the decoder's bias at the mean of the rows, as Bricken et al. 2023 do with their
+            median: where rows lie far from zero, most latents else die in learning the mean.
+        seed: Of the weights, and of the order of rows.
+        resume: Goes on from the last checkpoint in `folder`.
 
     Raises: InputError, MissingSiteError before heavy work; CheckpointError if `folder` has other training.
     """
@@ -73,22 +79,41 @@ def train(
     trainer_cfg = trainer_config(trainer)
     for name, config in configs.items():
         check(name, config, trainer_cfg)
-    with _workplace(folder) as work:
+    with _work_folder(folder) as work:
         provider, about = _provider(
-            lens, names, data, work,
-            tokens=tokens, steps=steps, size=trainer_cfg.train_batch_size_samples, seed=seed,
-            on_disk=on_disk, inputs=inputs, batch_size=batch_size,
-            needed=trainer_cfg.total_training_samples, progress=progress,
-        )  # fmt: skip
-        trainers = _trainers(lens, configs, trainer_cfg, tokens, steps, seed, fast)
-        about |= {"sites": names, "trainer": _plain(trainer_cfg), "seed": seed,
-                  "saes": {n: _plain(c) for n, c in configs.items()}}  # fmt: skip
+            model,
+            names,
+            data,
+            work,
+            tokens=tokens,
+            steps=steps,
+            size=trainer_cfg.train_batch_size_samples,
+            seed=seed,
+            on_disk=on_disk,
+            inputs=inputs,
+            batch_size=batch_size,
+            needed=trainer_cfg.total_training_samples,
+            progress=progress,
+        )
+        trainers = _trainers(model, configs, trainer_cfg, tokens, steps, seed, fast)
+        about |= {
+            "sites": names,
+            "trainer": _as_json(trainer_cfg),
+            "seed": seed,
+            "saes": {n: _as_json(c) for n, c in configs.items()},
+        }
         about |= {"centre": True} if centre else {}
         fit = Fit(
-            trainers, provider, work, about,
-            checkpoint_every=checkpoint_every, log_every=log_every, evaluator=evaluator, progress=progress,
+            trainers,
+            provider,
+            work,
+            about,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            evaluator=evaluator,
+            progress=progress,
             centre=centre,
-        )  # fmt: skip
+        )
         fit.run(resume)
         saved = {}
         for name, one in trainers.items():
@@ -99,13 +124,18 @@ def train(
 
 
 def _trainers(
-    lens: Any, configs: Mapping[str, Any], trainer_cfg: SAETrainerConfig, tokens: Tokens, steps: Any,
-    seed: int, fast: bool,
-) -> dict[str, SAETrainer[Any, Any]]:  # fmt: skip
-    made: dict[str, SAETrainer[Any, Any]] = {}
+    model: Model,
+    configs: Mapping[str, Any],
+    trainer_cfg: SAETrainerConfig,
+    tokens: Tokens,
+    steps: Any,
+    seed: int,
+    fast: bool,
+) -> dict[str, SAETrainer[Any, Any]]:
+    trainers: dict[str, SAETrainer[Any, Any]] = {}
     for i, (name, cfg) in enumerate(configs.items()):
         cfg.device = trainer_cfg.device
-        _describe(lens, cfg, name, tokens, steps)
+        _describe(model, cfg, name, tokens, steps)
         plain = type(cfg) is BatchTopKTrainingSAEConfig
         cls = FastBatchTopK if fast and plain else get_sae_training_class(cfg.architecture())[0]
         with torch.random.fork_rng():
@@ -118,38 +148,50 @@ def _trainers(
         if fast:
             for group in one.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
-        made[name] = one
-    first = next(iter(made.values()))
+        trainers[name] = one
+    first = next(iter(trainers.values()))
     first.cfg.logger = trainer_cfg.logger
-    return made
+    return trainers
 
 
-def _describe(lens: Any, cfg: TrainingSAEConfig, name: str, tokens: Tokens, steps: Any) -> None:
+def _describe(model: Model, cfg: TrainingSAEConfig, name: str, tokens: Tokens, steps: Any) -> None:
     """What SAELens' metadata says of where the SAE lives."""
-    given, _, wanted = (part.strip() for part in name.partition("->"))
-    sae_site = place_of(lens, given)
+    source, _, target = (part.strip() for part in name.partition("->"))
+    sae_site = find_site(model, source)
     meta = cfg.metadata
     meta.hook_name = sae_site.site.name
-    if wanted:
-        meta.hook_name_out = place_of(lens, wanted).site.name
+    if target:
+        meta.hook_name_out = find_site(model, target).site.name
     if sae_site.minus is not None:
         meta.hook_name_minus = sae_site.minus.name
-    meta.model_name = lens.sitemap.family
+    meta.model_name = model.record.name
     meta.model_class_name = "mm_adapters"
     meta.tower = sae_site.site.tower
     meta.hook_kind = "update" if sae_site.minus is not None else "value"
     meta.layout = "NCHW" if sae_site.is_map else "NLC"
     meta.token_kind = tokens if isinstance(tokens, str) else list(tokens)
     meta.steps = None if steps is None else list(steps)
-    meta.guidance_rows = "cond" if sae_site.site.tower in lens.sitemap.loops else None
+    meta.guidance_rows = "cond" if sae_site.site.tower in model.loops() else None
 
 
 def _provider(
-    lens: Any, names: Sequence[str], data: Any, work: Path, *, tokens: Tokens, steps: Any, size: int,
-    seed: int, on_disk: bool, inputs: Any, batch_size: int, needed: int, progress: bool,
-) -> tuple[Provider, dict[str, Any]]:  # fmt: skip
+    model: Model,
+    names: Sequence[str],
+    data: Any,
+    work: Path,
+    *,
+    tokens: Tokens,
+    steps: Any,
+    size: int,
+    seed: int,
+    on_disk: bool,
+    inputs: Any,
+    batch_size: int,
+    needed: int,
+    progress: bool,
+) -> tuple[Provider, dict[str, Any]]:
     columns = list(dict.fromkeys(part.strip() for name in names for part in name.split("->")))
-    sae_sites = [place_of(lens, column) for column in columns]
+    sae_sites = [find_site(model, column) for column in columns]
     if isinstance(data, Store):
         missing = [c for c in columns if c not in data.columns]
         if missing:
@@ -165,26 +207,33 @@ def _provider(
     steps = None if steps is None else sorted(set(steps))
     if on_disk:
         store = collect(
-            lens, columns, data, work / "activations",
-            tokens=tokens, steps=steps, batch_size=batch_size, inputs=inputs, progress=progress,
-        )  # fmt: skip
+            model,
+            columns,
+            data,
+            work / "activations",
+            tokens=tokens,
+            steps=steps,
+            batch_size=batch_size,
+            inputs=inputs,
+            progress=progress,
+        )
         return FromStore(store, columns, size, seed), {"data": store.about}
-    streamed = FromLens(
-        lens, sae_sites, items, size, seed, tokens=tokens, steps=steps, batch_size=batch_size, inputs=inputs
+    streamed = FromModel(
+        model, sae_sites, items, size, seed, tokens=tokens, steps=steps, batch_size=batch_size, inputs=inputs
     )
     return streamed, {"data": "streamed", "tokens": tokens, "steps": steps}
 
 
-def _plain(cfg: Any) -> dict[str, Any]:
-    found = cfg.to_dict() if hasattr(cfg, "to_dict") else dataclasses.asdict(cfg)
-    return json.loads(json.dumps({k: v for k, v in found.items() if k != "metadata"}, default=str))
+def _as_json(cfg: Any) -> dict[str, Any]:
+    fields = cfg.to_dict() if hasattr(cfg, "to_dict") else dataclasses.asdict(cfg)
+    return json.loads(json.dumps({k: v for k, v in fields.items() if k != "metadata"}, default=str))
 
 
 @contextmanager
-def _workplace(folder: str | Path | None) -> Iterator[Path]:
+def _work_folder(folder: str | Path | None) -> Iterator[Path]:
     if folder is None:
-        with tempfile.TemporaryDirectory(prefix="mm_interp_sae_") as made:
-            yield Path(made)
+        with tempfile.TemporaryDirectory(prefix="mm_interp_sae_") as temporary:
+            yield Path(temporary)
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     yield Path(folder)

@@ -53,8 +53,8 @@ def bridge(model: nn.Module, *, processor: Any = None, tokenizer: Any = None) ->
     ArchitectureAdapterFactory.register_adapter(architecture, adapter(architecture))
     # The adapter reads the sizes off the model.
     cfg = TransformerBridgeConfig(d_model=1, d_head=1, n_layers=1, n_heads=1, n_ctx=1, d_vocab=1)
-    made = build_bridge_from_module(model, architecture, tl_config=cfg)
-    made.processor = processor
+    bridged = build_bridge_from_module(model, architecture, tl_config=cfg)
+    bridged.processor = processor
     # Not through the call above, which makes it again from the name it was loaded by.
-    made.tokenizer = tokenizer or getattr(processor, "tokenizer", None)
-    return made.eval()
+    bridged.tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+    return bridged.eval()

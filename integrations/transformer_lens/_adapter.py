@@ -26,10 +26,8 @@ from integrations.transformer_lens._components import (
     Unembedding,
     bare,
 )
-from mm_adapters import HookedModel
-from mm_adapters.records.resolve import has
-from mm_adapters.records.spec import Input, Location, Norm, Output
-from mm_adapters.sites.tower_view import TowerView
+from mm_adapters import HookedModel, TowerView
+from mm_adapters.records import Input, Location, Norm, Output
 
 _NAMES = {"vision": "vision_encoder", "projector": "vision_projector"}  # As TransformerLens calls them.
 _QKVO = {"q": "hook_q", "k": "hook_k", "v": "hook_v", "o": "hook_z"}
@@ -58,20 +56,25 @@ class RecordAdapter(ArchitectureAdapter):
         Raises: ValueError for a model whose tower has no blocks with heads.
         """
         self._hooked = HookedModel(hf_model)
-        towers = self._hooked.sitemap.towers
+        towers = self._hooked.towers
         root = towers.get("language") or next(iter(towers.values()))
         self._root = root.name
-        words, sum_ = root.record.embed, root.before.get("hook_embed")
+        words, embedded = root.record.embed, root.before.get("hook_embed")
         self._words_are_a_part = words is not None and not (
-            isinstance(sum_, Output) and sum_.path == words.removesuffix(".weight")
+            isinstance(embedded, Output) and embedded.path == words.removesuffix(".weight")
         )
         self._configure(root, several=len(towers) > 1)
         _take_first(hf_model, "pixel_values" if self.cfg.is_visual_model else "input_ids")
-        found = self._top(root)
-        found |= {_NAMES.get(name, name): self._container(tower)
-                  for name, tower in towers.items() if tower is not root}  # fmt: skip
+        components = self._top(root)
+        components |= {
+            _NAMES.get(name, name): self._container(tower)
+            for name, tower in towers.items()
+            if tower is not root
+        }
         # A part first, then what it is a part of.
-        self.component_mapping = dict(sorted(found.items(), key=lambda item: -str(item[1].name).count(".")))
+        self.component_mapping = dict(
+            sorted(components.items(), key=lambda item: -str(item[1].name).count("."))
+        )
 
     def hook_name(self, site: str) -> str:
         """A site's name in the bridge: "vision_encoder.blocks.3.hook_resid_post"."""
@@ -82,7 +85,7 @@ class RecordAdapter(ArchitectureAdapter):
         return "hook_full_embed" if local == "hook_embed" and self._words_are_a_part else local
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
-        """Hangs every site's point where its name says."""
+        """Attaches every site's point where its name says."""
         for module in bridge.modules():
             if isinstance(module, Attention):  # Before: it would transpose points that are right.
                 module.setup_hook_compatibility()
@@ -90,7 +93,7 @@ class RecordAdapter(ArchitectureAdapter):
             name = self.hook_name(site)
             if name == "hook_embed" and name in bridge.hook_dict:
                 continue  # The same value, by TransformerLens' own point.
-            _hang(bridge, name, point)
+            _attach(bridge, name, point)
         bridge.clear_hook_registry()
         bridge._initialize_hook_registry()
 
@@ -103,14 +106,15 @@ class RecordAdapter(ArchitectureAdapter):
         for name in (n for n in _SIZES if n in known):
             setattr(self.cfg, name, getattr(sizes, name))
         self.cfg.is_multimodal = several
-        self.cfg.is_visual_model = root.record.role == "vision"
+        self.cfg.is_visual_model = root.role == "vision"
 
     def _top(self, root: TowerView) -> dict[str, GeneralizedComponent]:
-        found = self._inside(root, root.path)
-        head = root.mount.project or ""
-        if root.record.role == "language" and has(self._hooked.wrapped, head.removesuffix(".weight.T")):
-            found["unembed"] = bare(Unembedding(head.removesuffix(".weight.T"), config=self.cfg))
-        return found
+        components = self._inside(root, root.path)
+        head = (root.mount.project or "").removesuffix(".weight.T")
+        modules = dict(self._hooked.wrapped.named_modules(remove_duplicate=False))
+        if root.role == "language" and head in modules:
+            components["unembed"] = bare(Unembedding(head, config=self.cfg))
+        return components
 
     def _container(self, tower: TowerView) -> GeneralizedComponent:
         inside = self._inside(tower, "")
@@ -125,47 +129,49 @@ class RecordAdapter(ArchitectureAdapter):
 
     def _inside(self, tower: TowerView, prefix: str) -> dict[str, GeneralizedComponent]:
         """A tower's embedding, blocks and last norm, where it has them."""
-        found: dict[str, GeneralizedComponent] = {}
+        components: dict[str, GeneralizedComponent] = {}
         if tower.record.embed is not None:
-            found["embed"] = GeneralizedComponent(_join(prefix, tower.record.embed.removesuffix(".weight")))
+            components["embed"] = GeneralizedComponent(
+                _join(prefix, tower.record.embed.removesuffix(".weight"))
+            )
         ends = {} if tower.record.embed is not None else {"embed": "hook_embed"}
         if "hook_full_embed" in tower.before and ends:
             # After CLIP's first norm, so that what the blocks add sums to the stream.
             ends = {"embed": "hook_full_embed", "embed_ln": "hook_embed"}
         for name, site in ends.items():
             if isinstance(location := tower.before.get(site), Output):
-                found[name] = GeneralizedComponent(_join(prefix, location.path))
+                components[name] = GeneralizedComponent(_join(prefix, location.path))
         if "ln_final.hook_scale" in tower.after:
             path = _join(prefix, _path(tower.after["ln_final.hook_scale"]))
-            found["ln_final"] = bare(NormPart(path, config=self.cfg))
+            components["ln_final"] = bare(NormPart(path, config=self.cfg))
         for name, stack in tower.record.stacks.items():
             if is_list(stack) and tower.stacks[name]:
                 path = _join(prefix, stack.paths[0].removesuffix(".*"))
-                found[name] = bare(Block(path, submodules=self._block(tower, name)))
-        return found
+                components[name] = bare(Block(path, submodules=self._block(tower, name)))
+        return components
 
     def _block(self, tower: TowerView, stack: str) -> dict[str, GeneralizedComponent]:
         """What TransformerLens looks for in a block: norms, attentions, MLPs."""
         blocks = tower.parts[stack]
         locations = {part: location for block in blocks for part, location in block.items()}
-        found: dict[str, GeneralizedComponent] = {}
+        components: dict[str, GeneralizedComponent] = {}
         for part in dict.fromkeys(name.rpartition(".")[0] for name in locations):
-            own = {
+            of_part = {
                 leaf: location
                 for name, location in locations.items()
                 if (leaf := name.removeprefix(f"{part}.")) != name
             }
-            if isinstance(norm := own.get("hook_scale"), Norm):
-                found[part] = bare(NormPart(norm.path, config=self.cfg))
-            elif "hook_z" in own:
-                found[part] = self._attention(tower, own)
-            elif "hook_post" in own and (
-                linear := _linears(own, _GATED if "hook_pre_linear" in own else _PLAIN)
+            if isinstance(norm := of_part.get("hook_scale"), Norm):
+                components[part] = bare(NormPart(norm.path, config=self.cfg))
+            elif "hook_z" in of_part:
+                components[part] = self._attention(tower, of_part)
+            elif "hook_post" in of_part and (
+                linear := _linears(of_part, _GATED if "hook_pre_linear" in of_part else _PLAIN)
             ):
-                found[part] = bare(MLP(linear[0], config=self.cfg, submodules=linear[1]))
-        for part, component in found.items():
+                components[part] = bare(MLP(linear[0], config=self.cfg, submodules=linear[1]))
+        for part, component in components.items():
             component.optional = not all(any(n.startswith(f"{part}.") for n in block) for block in blocks)
-        return found
+        return components
 
     def _attention(self, tower: TowerView, locations: dict[str, Location]) -> GeneralizedComponent:
         linear = _linears(locations, _QKVO)
@@ -182,13 +188,15 @@ class RecordAdapter(ArchitectureAdapter):
         )
 
 
-def _hang(bridge: nn.Module, name: str, point: HookPoint) -> None:
+def _attach(bridge: nn.Module, name: str, point: HookPoint) -> None:
     *path, leaf = name.split(".")
     owner: Any = bridge
     for step in path:
         # Not add_module: a component answers for what the module under it has.
         owner = owner._modules.setdefault(step, Part())
-    if leaf in owner._modules:  # Its own of this name is a module's input or output, the same value.
+    if (
+        leaf in owner._modules
+    ):  # The bridge's point of this name is a module's input or output: the same value.
         return
     setattr(owner, leaf, point)
 
@@ -206,29 +214,32 @@ def _linears(locations: dict[str, Location], sites: dict[str, str]) -> tuple[str
 
     None if they are slices of one projection's output, or lie in the block itself.
     """
-    own = {name: location.path for name, site in sites.items()
-           if isinstance(location := locations.get(site), Input | Output) and location.path}  # fmt: skip
-    steps = zip(*(path.split(".")[:-1] for path in own.values()), strict=False)
+    paths = {
+        name: location.path
+        for name, site in sites.items()
+        if isinstance(location := locations.get(site), Input | Output) and location.path
+    }
+    steps = zip(*(path.split(".")[:-1] for path in paths.values()), strict=False)
     shared = [same[0] for same in itertools.takewhile(lambda each: len(set(each)) == 1, steps)]
-    if not shared or len(set(own.values())) < len(own):
+    if not shared or len(set(paths.values())) < len(paths):
         return None
     owner = ".".join(shared)
-    return owner, {name: LinearBridge(path.removeprefix(f"{owner}.")) for name, path in own.items()}
+    return owner, {name: LinearBridge(path.removeprefix(f"{owner}.")) for name, path in paths.items()}
 
 
 def _take_first(model: nn.Module, name: str) -> None:
     """Lets a model be called as TransformerBridge.forward (3.9) calls it: tokens first, pixels by name."""
-    own = model.forward
-    names = list(inspect.signature(own).parameters)
+    plain = model.forward
+    names = list(inspect.signature(plain).parameters)
     if names[0] == name or (name in names and name == "pixel_values"):
         return
 
-    @functools.wraps(own)
+    @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if len(args) == 1:
             args, kwargs = (), {name: args[0], **kwargs}
         if name not in names and name in kwargs:
             kwargs[names[0]] = kwargs.pop(name)
-        return own(*args, **kwargs)
+        return plain(*args, **kwargs)
 
     model.forward = forward

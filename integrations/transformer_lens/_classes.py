@@ -6,18 +6,20 @@ from functools import cache
 
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
-from mm_adapters.families import records
-from mm_adapters.records.spec import ModelRecord, Stack, Tower
+from mm_adapters.records import ModelRecord, Stack, Tower, records
 
 _KINDS = {
     "contrastive": "it is two towers and a bridge is one: bridge model.vision_model or model.text_model",
     "diffusion": "a pipeline is no module that a bridge can call",
 }
+_STAGES = "its blocks are in stages of different widths, and a bridge has one stack of one width"
 _CLASSES = {
     "BartEncoder": "TransformerLens has the whole model",
     "BlipForImageTextRetrieval": "it has no language tower, and a bridge calls it with tokens",
     "BlipForQuestionAnswering": "it answers with a loss and the image's states, in which no word is",
     "ResNetForImageClassification": "it has no stack of blocks with heads",
+    "SwinForImageClassification": _STAGES,
+    "Swinv2ForImageClassification": _STAGES,
     "TimmWrapperModel": "timm calls its blocks as one nn.Sequential, of which a bridge makes a list",
 }
 _ROLES = {
@@ -32,24 +34,25 @@ _ROLES = {
 @cache
 def architectures() -> tuple[str, ...]:
     """The classes of transformers that this package bridges and TransformerLens does not."""
-    return tuple(name for name, why in _judged().items() if why is None)
+    return tuple(name for name, reason in _reasons().items() if reason is None)
 
 
 @cache
 def cannot() -> dict[str, str]:
     """The other classes that this package has a record of, each with the reason."""
-    return {name: why for name, why in _judged().items() if why is not None}
+    return {name: reason for name, reason in _reasons().items() if reason is not None}
 
 
-def _judged() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+def _reasons() -> dict[str, str | None]:
+    """Each class that this package has a record of, and why a bridge cannot have it; None if it can."""
+    reasons: dict[str, str | None] = {}
     for record in records():
         for library, _, name in (c.partition(":") for c in record.classes):
             reason = _reason(record, library, name)
             # A class may have a record of its towers and one of itself.
-            if name not in found or reason is None:
-                found[name] = reason
-    return dict(sorted(found.items()))
+            if name not in reasons or reason is None:
+                reasons[name] = reason
+    return dict(sorted(reasons.items()))
 
 
 def _reason(record: Tower | ModelRecord, library: str, name: str) -> str | None:

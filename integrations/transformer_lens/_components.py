@@ -1,7 +1,7 @@
 """TransformerLens' components with nothing computed again: structure and weights, and the model's own call.
 
 Their own HookPoints are inputs and outputs of modules. What is inside (patterns, heads, norms, the stream
-between two branches) are this package's points, which are hung beside them and act on the module
+between two branches) are this package's points, which are attached beside them and act on the module
 underneath; so a HookPoint that would never fire, or whose edit would be lost, is taken away.
 """
 
@@ -25,10 +25,10 @@ _OWN = {"hook_in", "hook_out"}
 
 
 class Part(nn.Module):
-    """A place for points where the bridge has no component."""
+    """A module that holds points where the bridge has no component."""
 
     def get_hooks(self) -> dict[str, HookPoint]:
-        """The points that hang here, by their name."""
+        """Its points, by their name."""
         return {name: point for name, point in self.named_children() if isinstance(point, HookPoint)}
 
 

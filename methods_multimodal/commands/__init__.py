@@ -90,24 +90,26 @@ def report(
         typer.echo(line)
 
 
-def _contrastive(model: Any, called: str, *, images: list[Path], texts: list[str], **_: Any) -> Any:
+def _contrastive(model: Any, model_name: str, *, images: list[Path], texts: list[str], **_: Any) -> Any:
     from methods_multimodal.report import contrastive_report
 
     chosen = _two_images(images, _DEFAULT_IMAGES)
-    return contrastive_report(model, chosen, texts or list(_DEFAULT_TEXTS), _names(chosen), called=called)
+    return contrastive_report(
+        model, chosen, texts or list(_DEFAULT_TEXTS), _names(chosen), model_name=model_name
+    )
 
 
-def _vlm(model: Any, called: str, *, images: list[Path], question: str | None, **_: Any) -> Any:
+def _vlm(model: Any, model_name: str, *, images: list[Path], question: str | None, **_: Any) -> Any:
     from methods_multimodal.report import vlm_report
 
     chosen = _two_images(images, _DEFAULT_PAIR)
-    return vlm_report(model, chosen, question or _DEFAULT_QUESTION, _names(chosen), called=called)
+    return vlm_report(model, chosen, question or _DEFAULT_QUESTION, _names(chosen), model_name=model_name)
 
 
-def _diffusion(model: Any, called: str, *, prompt: str | None, seed: int, steps: int, **_: Any) -> Any:
+def _diffusion(model: Any, model_name: str, *, prompt: str | None, seed: int, steps: int, **_: Any) -> Any:
     from methods_multimodal.report import diffusion_report
 
-    return diffusion_report(model, prompt or _DEFAULT_PROMPT, seed=seed, steps=steps, called=called)
+    return diffusion_report(model, prompt or _DEFAULT_PROMPT, seed=seed, steps=steps, model_name=model_name)
 
 
 _KINDS = {

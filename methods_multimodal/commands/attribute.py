@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,35 +61,36 @@ def attribute(
         raise InputError("journey-trak follows a drawing of at least two --steps: it takes no --image.")
     pictures = read_pictures(train)
 
-    import torch
     from PIL import Image
     from torchvision.transforms.functional import to_pil_image
 
+    from methods_multimodal.core.files import write_json
+    from methods_multimodal.core.generators import generator
     from methods_multimodal.data_attribution.encoding import diffusion_examples
     from methods_multimodal.data_attribution.journey import trajectory
     from methods_multimodal.plots.data_attribution import sources
     from mm_adapters.loading import load
+    from mm_adapters.store import atomic_write
 
     loaded = load(model, device=device)
     if loaded.kind != "diffusion":
         raise InputError(f"{model} does not draw; attribute is about diffusion models.")
     pipe: Any = loaded.wrapped
-    side = _side(pipe)
+    side = _side(loaded)
     known = pictures.images(side)
     traced = None
     if journey:
         traced = trajectory(loaded, [query], n_own=timesteps, n_steps=steps, seed=seed)
         drawn = to_pil_image(traced.pictures[0])
     elif image is None:
-        lots = torch.Generator().manual_seed(seed)
-        drawn = pipe(query, num_inference_steps=steps, generator=lots).images[0]
+        drawn = pipe(query, num_inference_steps=steps, generator=generator(seed)).images[0]
     else:
         drawn = Image.open(image).convert("RGB").resize((side, side))
     if method in ("clip", "pixels"):
         found = _alike([drawn], known, load(judge, device=device) if method == "clip" else None)
     else:
-        examples = diffusion_examples(pipe, known, list(pictures.captions))
-        asked = diffusion_examples(pipe, [drawn], [query])
+        examples = diffusion_examples(loaded, known, list(pictures.captions))
+        asked = diffusion_examples(loaded, [drawn], [query])
         found = _by_gradients(
             method, loaded, traced, examples, asked, work,
             parameters=parameters, timesteps=timesteps, width=width, damping=damping,
@@ -99,25 +99,24 @@ def attribute(
     figure = sources(
         drawn, scores, known.__getitem__, title=f"{query}\n({method})", captions=pictures.captions, n=shown
     )
-    figure.savefig(out, dpi=120)
+    with atomic_write(out, keep_suffix=True) as part:
+        figure.savefig(part, dpi=120)
     ranked = scores.argsort(descending=True).tolist()
     numbers = out.with_suffix(".json")
     settings = {"parameters": parameters, "timesteps": timesteps, "width": width, "damping": damping}
-    numbers.write_text(
-        json.dumps(
-            {
-                "model": model, "query": query, "method": method, "train": train, "seed": seed, **settings,
-                "scores": [
-                    {"number": i, "name": pictures.names[i], "caption": pictures.captions[i],
-                     "score": float(scores[i])}
-                    for i in ranked
-                ],
-            },
-            indent=1,
-        )
+    write_json(
+        numbers,
+        {
+            "model": model, "query": query, "method": method, "train": train, "seed": seed, **settings,
+            "scores": [
+                {"number": i, "name": pictures.names[i], "caption": pictures.captions[i],
+                 "score": float(scores[i])}
+                for i in ranked
+            ],
+        },
     )  # fmt: skip
     for i in ranked[:shown]:
-        typer.echo(f"{float(scores[i]):+.3g}  {pictures.names[i]}: {pictures.captions[i]}")
+        typer.echo(f"{float(scores[i]):+z.3g}  {pictures.names[i]}: {pictures.captions[i]}")
     typer.echo(f"wrote {out} and {numbers}")
 
 
@@ -145,9 +144,8 @@ def _by_gradients(
     from methods_multimodal.data_attribution.trak import Trak
     from methods_multimodal.data_attribution.unlearning import unlearning_scores
 
-    pipe = model.wrapped
     measure = "output_norm" if method == "d-trak" else "loss"
-    task = diffusion_task(pipe, measure=measure, timesteps=timesteps, noise="one", parameters=parameters)
+    task = diffusion_task(model, measure=measure, timesteps=timesteps, noise="one", parameters=parameters)
     asked["index"] = torch.zeros(1, dtype=torch.long)
     if method == "ekfac":
         return kronecker_scores(task, examples, asked, work / f"ekfac-{_digest(examples, asked)}")
@@ -183,14 +181,13 @@ def _alike(queries: list[Any], known: Any, judge: Any) -> Any:
     return similarity(*features)
 
 
-def _side(pipe: Any) -> int:
+def _side(model: Any) -> int:
     """The side in pixels of the pictures a pipeline draws."""
     from methods_multimodal.data_attribution.diffusion import denoiser_of
 
-    module, _ = denoiser_of(pipe)
-    config: Any = module.config
+    config: Any = denoiser_of(model).config
     size = config.sample_size
-    return (size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 1)
+    return (size if isinstance(size, int) else size[0]) * getattr(model.wrapped, "vae_scale_factor", 1)
 
 
 def _digest(*parts: dict[str, Any]) -> str:

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mm_adapters import HookedModel, InputError
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def dissect(
@@ -41,8 +39,9 @@ def dissect(
     """Names every unit of a site, says how sure that is, and writes a page of it."""
     from methods_multimodal.dissection.concepts import read_concepts
     from methods_multimodal.dissection.masks import read_masks
+    from mm_adapters.inputs.images import image_files
 
-    files = _files(images)
+    files = image_files(images, recursive=False, verify=True)
     if masks is None and concepts is None:
         raise InputError("Give --masks (names and where they are), --concepts (names), or both.")
     labelled, known = (None, None) if masks is None else read_masks(masks, files)
@@ -88,21 +87,6 @@ def dissect(
         kept = one.chance.significant()
         typer.echo(f"{one.method}: {len(kept)} of {len(one.names)} units better than chance")
     typer.echo(f"wrote {', '.join(map(str, written))}")
-
-
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    if not files:
-        raise InputError(f"{folder} has no pictures ({', '.join(_SUFFIXES)}).")
-    for path in files:
-        try:
-            with Image.open(path) as opened:
-                opened.verify()
-        except (UnidentifiedImageError, OSError, SyntaxError):
-            raise InputError(f"{path} is no picture that can be read. Remove or replace it.") from None
-    return files
 
 
 def _inputs(model: HookedModel, pictures: Sequence[Image.Image], question: str) -> Mapping[str, Any]:

@@ -31,8 +31,8 @@ def heads(
 
     A run that was killed goes on where it was, if it is started again with the same --out.
     """
-    from methods_multimodal.core.batches import image_files
     from methods_multimodal.text_explanations.vocabulary import vocabulary as words_of
+    from mm_adapters.inputs.images import image_files
 
     if not images.is_dir():
         raise FileNotFoundError(f"--images {images}: there is no such folder.")

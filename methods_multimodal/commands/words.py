@@ -44,7 +44,7 @@ def words(
 
     _write(
         words_report(
-            loaded, prompt, words=word, seed=seed, steps=steps, threshold=threshold, called=model,
+            loaded, prompt, words=word, seed=seed, steps=steps, threshold=threshold, model_name=model,
             guidance_scale=guidance,
         ),
         out,
@@ -56,7 +56,7 @@ def trace(
     other: Annotated[str, typer.Option(help="What is put in its place.")] = "blue",
     model: Model = "tiny-sd",
     prompt: Prompt = _PROMPT,
-    reach: Annotated[
+    positions: Annotated[
         str, typer.Option(help="'word', 'after' (and all that follows it), or a later word.")
     ] = "after",
     seeds: Annotated[int, typer.Option(min=1, help="How many pictures the intervals are over.")] = 3,
@@ -80,7 +80,7 @@ def trace(
     metric = clip_contrast(load(judge, device=device), prompt, prompt.replace(word, other, 1))
     _write(
         trace_report(
-            loaded, prompt, word, other, metric, reach=reach, seeds=range(seeds), steps=steps, called=model,
+            loaded, prompt, word, other, metric, positions=positions, seeds=range(seeds), steps=steps, model_name=model,
             unit=f"{judge}'s cosine, other minus word", guidance_scale=guidance,
         ),
         out,

@@ -13,29 +13,28 @@ from PIL import Image
 from torch import Tensor
 
 from mm_adapters import InputError, Model, TowerView
+from mm_adapters.inputs.images import image_files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-
-def batches(model: Model, tower: TowerView, given: Any, batch_size: int) -> Iterator[Mapping[str, Any]]:
+def batches(model: Model, tower: TowerView, items: Any, batch_size: int) -> Iterator[Mapping[str, Any]]:
     """Batches of the tower's arguments.
 
-    `given` is prepared (a tensor of all rows, or a mapping of the tower's arguments), one raw item,
+    `items` is prepared (a tensor of all rows, or a mapping of the tower's arguments), one raw item,
     a folder of images, or an iterable of raw items; a tensor among images is prepared pixels.
     """
     if batch_size < 1:
         raise InputError(f"A batch holds at least one row, not {batch_size}.")
     name = tower.input_name
-    if isinstance(given, Mapping):
-        rows = len(given[name])
+    if isinstance(items, Mapping):
+        rows = len(items[name])
         for start in range(0, rows, batch_size):
-            yield {k: v[start : start + batch_size] for k, v in given.items()}
-    elif isinstance(given, Tensor) and given.ndim != 3:
-        for part in given.split(batch_size):
+            yield {k: v[start : start + batch_size] for k, v in items.items()}
+    elif isinstance(items, Tensor) and items.ndim != 3:
+        for part in items.split(batch_size):
             yield {name: part}
     else:
-        items = iter(_items(given))
-        while chunk := list(islice(items, batch_size)):
+        raw = iter(_items(items))
+        while chunk := list(islice(raw, batch_size)):
             yield prepared(model, tower, chunk)
 
 
@@ -48,20 +47,12 @@ def prepared(model: Model, tower: TowerView, items: list[Any]) -> dict[str, Any]
     return model.prepare(images=items)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, in order of name. Raises: InputError if it has none."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-        raise InputError(f"{folder} holds no image: nothing there ends in {', '.join(SUFFIXES)}.")
-    return found
-
-
-def _items(given: Any) -> Iterable[Any]:
-    if isinstance(given, str | PathLike):
-        path = Path(given)
-        return image_files(path) if path.is_dir() else [given]
-    if isinstance(given, Image.Image | Tensor):
-        return [given]
-    if isinstance(given, Iterable):
-        return given
-    raise InputError(f"Images or texts were expected, and {type(given).__name__} was given.")
+def _items(items: Any) -> Iterable[Any]:
+    if isinstance(items, str | PathLike):
+        path = Path(items)
+        return image_files(path) if path.is_dir() else [items]
+    if isinstance(items, Image.Image | Tensor):
+        return [items]
+    if isinstance(items, Iterable):
+        return items
+    raise InputError(f"Images or texts were expected, and {type(items).__name__} was given.")

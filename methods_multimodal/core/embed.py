@@ -14,11 +14,11 @@ from methods_multimodal.core.model import model_summary
 from mm_adapters import Model
 
 
-def embed(model: Model, given: Any, tower: str, batch_size: int = 64) -> Float[Tensor, "row width"]:
+def embed(model: Model, items: Any, tower: str, batch_size: int = 64) -> Float[Tensor, "row width"]:
     """The model's un-normalised embeddings of raw or prepared images ("vision") or texts ("text")."""
     view = model.check_tower(tower)
     rows = [
-        model_summary(view, model.run(inputs).output) for inputs in batches(model, view, given, batch_size)
+        model_summary(view, model.run(inputs).output) for inputs in batches(model, view, items, batch_size)
     ]
     return torch.cat(rows)
 

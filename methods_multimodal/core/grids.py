@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mm_adapters import InputError, Model, TokenLayout
+from mm_adapters import InputError, MissingSiteError, Model, TokenLayout
 
 Grid = tuple[int, int]
 
@@ -15,7 +15,7 @@ def image_layout(
 ) -> TokenLayout:
     """The layout of a vision tower's sequence for these pixels.
 
-    Raises: InputError if the tower does not cut images into patches.
+    Raises: MissingSiteError if the tower does not cut images into patches.
     """
     return model.check_tower(tower).patch_layout(pixels)
 
@@ -28,10 +28,24 @@ def answer_layout(
 ) -> TokenLayout:
     """The layout of a language tower's sequence: which positions are which patch of the image.
 
-    Raises: InputError if the image takes another number of places than it has patches.
+    Raises: InputError if the image takes another number of positions than it has patches.
     """
-    given = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixels}
-    return model.layout(**given)["language"]
+    prepared = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixels}
+    return model.layout(**prepared)["language"]
+
+
+def patch_positions(layout: TokenLayout, tower: str) -> list[list[int]]:
+    """The positions of each row that stand for a patch of the image.
+
+    Raises: MissingSiteError if there are none in any row.
+    """
+    rows = [[p for p, patch in enumerate(row) if patch is not None] for row in layout.patches]
+    if not any(rows):
+        roles = ", ".join(dict.fromkeys(role for row in layout.roles for role in row))
+        raise MissingSiteError(
+            f"The {tower} tower's layout has no 'patch' role: none of its positions ({roles}) is a patch's."
+        )
+    return rows
 
 
 def latent_grid(n_positions: int, latent: Grid) -> Grid:

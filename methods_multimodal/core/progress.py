@@ -13,10 +13,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from methods_multimodal.core.batches import image_files
 from methods_multimodal.core.record import Record
 from mm_adapters import InputError
-from mm_adapters.inputs.images import to_rgb
+from mm_adapters.inputs.images import image_files, to_rgb
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,23 @@ def fingerprint(**settings: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def all_images(given: Any) -> Sequence[Any]:
+def all_images(images: Any) -> Sequence[Any]:
     """The images as a sequence that can be read twice: files of a folder, or what was given.
 
     Raises: InputError for something that can be read only once, or holds no image.
     """
-    if isinstance(given, str | PathLike):
-        path = Path(given)
+    if isinstance(images, str | PathLike):
+        path = Path(images)
         if not path.is_dir():
             raise InputError(f"There is no folder {path}.")
         return image_files(path)
-    given = list(given) if isinstance(given, Tensor) else given
-    if isinstance(given, Sequence):
-        if len(given) == 0:
+    images = list(images) if isinstance(images, Tensor) else images
+    if isinstance(images, Sequence):
+        if len(images) == 0:
             raise InputError("There are no images.")
-        return given
+        return images
     raise InputError(
-        f"Images are read more than once, and {type(given).__name__} can be read once only. Pass a folder, "
+        f"Images are read more than once, and {type(images).__name__} can be read once only. Pass a folder, "
         "or a list."
     )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from mm_adapters.store import atomic_write
 
 R = TypeVar("R", bound="Record")
 
@@ -32,9 +33,8 @@ class Record:
             else:
                 plain[name] = value
         header = {"record": type(self).__name__, "values": json.dumps(plain)}
-        part = path.with_name(f"{path.name}.part")
-        save_file(tensors, part, metadata=header)
-        os.replace(part, path)
+        with atomic_write(path, keep_suffix=True) as part:
+            save_file(tensors, part, metadata=header)
         return path
 
     @classmethod

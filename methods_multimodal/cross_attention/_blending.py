@@ -14,7 +14,7 @@ from torch import Tensor
 from methods_multimodal.core.grids import latent_grid
 from methods_multimodal.cross_attention._sites import TextAttention, text_attention
 from methods_multimodal.cross_attention.word_reader import Fold
-from mm_adapters import InputError, Read, TokenLayout
+from mm_adapters import InputError, Model, Read, TokenLayout
 
 MOST_PIXELS = 256
 
@@ -43,7 +43,7 @@ class Blender:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         prompts: Sequence[str],
         layouts: Sequence[TokenLayout],
         blends: Mapping[int, LocalBlend],
@@ -62,7 +62,7 @@ class Blender:
                 if not any(_holds(layouts[p], word) for p in (0, row)):
                     layouts[row].where(word)  # Says which words there are.
         for layer in text_attention(model, layout=layouts[0]):
-            self.folds[layer.site("pattern")] = Fold(self._seen(layer))
+            self.folds[layer.site("pattern")] = Fold(self._to_words(layer))
 
     def reads(self) -> list[Read]:
         """Each layer's attention to the words, of every row."""
@@ -87,21 +87,21 @@ class Blender:
         most = max(m.shape[-1] for m in fine)
         summed = torch.stack([m for m in fine if m.shape[-1] == most]).mean(0)[index]
         grid = latent_grid(most, size)
-        found: Float[Tensor, "row 1 _ _"] = summed[[0, row]].unflatten(-1, grid)[:, None]
-        found = F.max_pool2d(found, 3, stride=1, padding=1)
-        found = F.interpolate(found, size=size, mode="nearest")
-        found = found / found.amax((-1, -2), keepdim=True).clamp(min=1e-12)
-        return (found > blend.threshold).any(0)[0]
+        heat: Float[Tensor, "row 1 _ _"] = summed[[0, row]].unflatten(-1, grid)[:, None]
+        heat = F.max_pool2d(heat, 3, stride=1, padding=1)
+        heat = F.interpolate(heat, size=size, mode="nearest")
+        heat = heat / heat.amax((-1, -2), keepdim=True).clamp(min=1e-12)
+        return (heat > blend.threshold).any(0)[0]
 
-    def _seen(self, layer: TextAttention):
-        def seen(pattern: Float[Tensor, "row head query key"]) -> Float[Tensor, "blend row pixel"]:
+    def _to_words(self, layer: TextAttention):
+        def to_words(pattern: Float[Tensor, "row head query key"]) -> Float[Tensor, "blend row pixel"]:
             words = pattern.float().mean(1)
             return torch.einsum("rpt,brt->brp", words, layer.of_text(self.which).to(words))
 
-        return seen
+        return to_words
 
 
 def _holds(layout: TokenLayout, word: str) -> bool:
-    wanted = word.casefold().split()
-    heard = [w.text.casefold() for w in layout.words[0]]
-    return any(heard[i : i + len(wanted)] == wanted for i in range(len(heard)))
+    phrase = word.casefold().split()
+    words = [w.text.casefold() for w in layout.words[0]]
+    return any(words[i : i + len(phrase)] == phrase for i in range(len(words)))

@@ -1,18 +1,18 @@
-"""Attention that is blocked, and the look at what is left of it: a block that did nothing is an error."""
+"""Blocks attention, and checks that none is left: a block that did nothing is an error."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from methods_multimodal.cross_attention._rows import Change, RowFn
+from methods_multimodal.cross_attention._rows import RowEdit
 from methods_multimodal.cross_attention.word_reader import find
+from mm_adapters import Model
 
 
-class Blocked:
+class BlockKeys:
     """Puts the scores of some keys to minus infinity, for some queries and heads of one row."""
 
     def __init__(
@@ -22,86 +22,80 @@ class Blocked:
         self.queries = queries
         self.heads = heads
 
-    def __call__(self, own: Tensor, rows: Tensor) -> Tensor:
-        where = self.mask(own)
-        return own.masked_fill(where, -torch.inf)
+    def __call__(self, row: Tensor, rows: Tensor) -> Tensor:
+        return row.masked_fill(self.mask(row), -torch.inf)
 
-    def mask(self, own: Tensor) -> Tensor:
+    def mask(self, row: Tensor) -> Tensor:
         """True where [head, query, key] is blocked."""
-        where = torch.zeros(own.shape, dtype=torch.bool, device=own.device)
-        heads = list(range(own.shape[0])) if self.heads is None else list(self.heads)
-        queries = list(range(own.shape[1])) if self.queries is None else list(self.queries)
+        where = torch.zeros(row.shape, dtype=torch.bool, device=row.device)
+        heads = list(range(row.shape[0])) if self.heads is None else list(self.heads)
+        queries = list(range(row.shape[1])) if self.queries is None else list(self.queries)
         index = torch.meshgrid(*(torch.tensor(x) for x in (heads, queries, self.keys)), indexing="ij")
         where[index] = True
         return where
 
 
-def blocked(keys: Sequence[int], queries: Sequence[int] | None, heads: Sequence[int] | None) -> RowFn:
-    """A change that blocks; `watch` knows it again."""
-    return Blocked(keys, queries, heads)
-
-
-def in_text(model: Any, row: int, prompt: str, word: str) -> list[Change]:
+def block_in_text(model: Model, row: int, prompt: str, word: str) -> list[RowEdit]:
     """Blocks a word from every later one, in every text encoder that attends by tokens."""
-    changes: list[Change] = []
-    for tower in model.tower_names:
-        if model.sitemap.towers[tower].record.role != "text" or model.tokenizer_of(tower) is None:
+    edits: list[RowEdit] = []
+    for tower in model.towers:
+        if model.towers[tower].role != "text" or model.tokenizer_of(tower) is None:
             continue
         positions = find(model.prompt_layout(tower, [prompt]), word)
         for site in model.sites(f"{tower}.*attn.hook_attn_scores"):
             if site.reason is None:
-                changes.append(Change(site.name, row, _Later(positions)))
-    return changes
+                edits.append(RowEdit(site.name, row, _Later(positions)))
+    return edits
 
 
-class _Later(Blocked):
+class _Later(BlockKeys):
     """Blocks keys for the queries that come after them."""
 
     def __init__(self, keys: Sequence[int]) -> None:
         super().__init__(keys, None, None)
 
-    def mask(self, own: Tensor) -> Tensor:
-        where = super().mask(own)
+    def mask(self, row: Tensor) -> Tensor:
+        where = super().mask(row)
         where[:, : max(self.keys) + 1] = False
         return where
 
 
-class Left:
-    """Holds the most attention that is left where it was blocked; a `Read`'s reduce."""
+class AttentionLeft:
+    """The largest attention left where it was blocked; the `reduce` of a `Read`."""
 
-    def __init__(self, site: str, changes: Sequence[Change]) -> None:
+    def __init__(self, site: str, edits: Sequence[RowEdit]) -> None:
         self.site = site
-        self.changes = changes
+        self.edits = edits
         self.step = -1
         self.most = 0.0
 
     def __call__(self, pattern: Tensor) -> Tensor:
         self.step += 1
-        for change in self.changes:
-            if change.steps is None or self.step in change.steps:
-                fn = change.fn
-                assert isinstance(fn, Blocked)
-                own = pattern[change.row]
-                self.most = max(self.most, float(own[fn.mask(own)].abs().max()))
+        for edit in self.edits:
+            if edit.steps is None or self.step in edit.steps:
+                fn = edit.fn
+                assert isinstance(fn, BlockKeys)
+                row = pattern[edit.row]
+                self.most = max(self.most, float(row[fn.mask(row)].abs().max()))
         return pattern.new_zeros(0)
 
 
-def watch(model: Any, changes: Sequence[Change]) -> dict[str, Left]:
-    """What to look at, by site: the pattern of every attention that something is blocked in."""
-    by_site: dict[str, list[Change]] = {}
-    for change in changes:
-        if isinstance(change.fn, Blocked):
-            by_site.setdefault(change.site.replace("hook_attn_scores", "hook_pattern"), []).append(change)
-    return {site: Left(site, own) for site, own in by_site.items()}
+def watch(edits: Sequence[RowEdit]) -> dict[str, AttentionLeft]:
+    """By pattern site: what is left where attention is blocked there."""
+    by_site: dict[str, list[RowEdit]] = {}
+    for edit in edits:
+        if isinstance(edit.fn, BlockKeys):
+            by_site.setdefault(edit.site.replace("hook_attn_scores", "hook_pattern"), []).append(edit)
+    return {site: AttentionLeft(site, edits) for site, edits in by_site.items()}
 
 
-def verify(watched: dict[str, Left]) -> None:
+def verify(left_by_site: dict[str, AttentionLeft]) -> None:
     """Raises: RuntimeError if any attention went where it was blocked."""
-    leaks = {site: left.most for site, left in watched.items() if left.most > 0}
-    idle = [site for site, left in watched.items() if left.step < 0]
-    if leaks or idle:
+    leaks = {site: left.most for site, left in left_by_site.items() if left.most > 0}
+    unread = [site for site, left in left_by_site.items() if left.step < 0]
+    if leaks or unread:
         what = ", ".join(f"{site} still has {most:.2g}" for site, most in leaks.items())
         raise RuntimeError(
-            f"Blocked attention is not blocked: {what or ', '.join(idle) + ' was never seen'}. "
+            f"Blocked attention is not blocked: {what or ', '.join(unread) + ' was never read'}. "
             "The model computes its pattern another way; the result would mislead."
         )

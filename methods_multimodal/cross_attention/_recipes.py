@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +13,36 @@ from torch import Tensor
 
 from mm_adapters import InputError, WordNotFoundError
 
-if TYPE_CHECKING:
-    from methods_multimodal.cross_attention.word_maps_record import WordMaps
-
 Maps = Float[Tensor, "image word height width"]
 # How often, and how sharply, a map is spread over the pixels that attend to each other; chosen on
 # prompts that no number reported here is measured on.
 SPREADS, SHARPNESS = 4, 2
 
 
-def make(record: WordMaps, recipe: str, steps: slice, grid: str | None) -> Maps:
+@runtime_checkable
+class Layers(Protocol):
+    """What a recipe reads: `WordMaps` is one."""
+
+    @property
+    def by_grid(self) -> Mapping[str, Tensor]: ...
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]: ...
+    @property
+    def n_tokens(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def latent(self) -> tuple[int, int]: ...
+    @property
+    def n_steps(self) -> int: ...
+    @property
+    def n_images(self) -> int: ...
+    @property
+    def affinity(self) -> Tensor: ...
+    @property
+    def affinity_grid(self) -> tuple[int, int]: ...
+    def prompt_of(self, image: int) -> int: ...
+
+
+def make(record: Layers, recipe: str, steps: slice, grid: str | None) -> Maps:
     """One map a word. Raises: InputError for an unknown recipe or grid, or if parts were not kept."""
     if recipe not in _RECIPES:
         raise InputError(f"No recipe {recipe!r}; there is {', '.join(_RECIPES)}.")
@@ -34,7 +54,7 @@ def make(record: WordMaps, recipe: str, steps: slice, grid: str | None) -> Maps:
     return _RECIPES[recipe](record, {g: record.by_grid[g][steps] for g in grids})
 
 
-def need(record: WordMaps, axis: str) -> None:
+def need(record: Layers, axis: str) -> None:
     """Raises: InputError if this axis was averaged away."""
     first = next(iter(record.by_grid.values()))
     kept = {"step": len(first) == record.n_steps, "head": first.shape[2] > 1}
@@ -44,20 +64,20 @@ def need(record: WordMaps, axis: str) -> None:
 
 def index_of(word: str, words: Sequence[str]) -> int:
     """Where a word stands. Raises: WordNotFoundError listing the words."""
-    heard = [w.casefold() for w in words]
-    if word.casefold() not in heard:
+    names = [w.casefold() for w in words]
+    if word.casefold() not in names:
         raise WordNotFoundError(f"There is no map of {word!r}. The words with maps: {', '.join(words)}.")
-    return heard.index(word.casefold())
+    return names.index(word.casefold())
 
 
-def mean(record: WordMaps, by_grid: dict[str, Tensor]) -> Maps:
+def mean(record: Layers, by_grid: dict[str, Tensor]) -> Maps:
     """The mean over steps, heads and layers of each resolution, then over resolutions."""
     means = [maps.mean((0, 1, 2)) for maps in by_grid.values()]
     sized = [F.interpolate(m, size=record.latent, mode="bilinear", align_corners=False) for m in means]
     return torch.stack(sized).mean(0)
 
 
-def daam(record: WordMaps, by_grid: dict[str, Tensor]) -> Maps:
+def daam(record: Layers, by_grid: dict[str, Tensor]) -> Maps:
     """As the `daam` package 0.2.0: bicubic for each layer and head, then the mean over both.
 
     It sums over steps, takes the mean over a word's tokens, and leaves out the middle block and
@@ -71,10 +91,10 @@ def daam(record: WordMaps, by_grid: dict[str, Tensor]) -> Maps:
     for grid, maps in by_grid.items():
         stages = record.stages[list(record.by_grid).index(grid)]
         eighth = int(grid.split("x")[0]) * 8 <= record.latent[0]
-        chosen = [i for i, stage in enumerate(stages) if stage != "mid" and not eighth]
-        if not chosen:
+        kept = [i for i, stage in enumerate(stages) if stage != "mid" and not eighth]
+        if not kept:
             continue
-        summed = maps[:, chosen].mean(0) * (record.n_steps if len(maps) == 1 else len(maps))
+        summed = maps[:, kept].mean(0) * (record.n_steps if len(maps) == 1 else len(maps))
         flat = rearrange(summed, "layer head image word h w -> (layer head) (image word) h w")
         sized = F.interpolate(flat, size=record.latent, mode="bicubic").clamp(min=0)
         parts.append(rearrange(sized, "part (image word) h w -> part image word h w", word=maps.shape[4]))
@@ -86,11 +106,11 @@ def daam(record: WordMaps, by_grid: dict[str, Tensor]) -> Maps:
     return torch.cat(parts).mean(0) / rearrange(tokens, "image word -> image word 1 1")
 
 
-def spread(record: WordMaps, by_grid: dict[str, Tensor]) -> Maps:
-    """Each layer standardised over pixels, so that all have one voice; averaged; then each pixel gets
-    what the pixels have that it attends to.
+def spread(record: Layers, by_grid: dict[str, Tensor]) -> Maps:
+    """Each layer standardised over pixels, so that all weigh the same; averaged; then each pixel gets
+    the attention-weighted mean of the pixels that it attends to.
 
-    The averages' own layers differ tenfold in contrast, and the flattest say where the thing is not.
+    Layers differ tenfold in contrast, and the flattest say where the thing is not.
     """
     if not record.affinity.numel():
         raise InputError(
@@ -122,7 +142,7 @@ def _standard(maps: Maps) -> Maps:
     return centred / centred.std((-1, -2), keepdim=True).clamp(min=1e-12)
 
 
-_RECIPES: dict[str, Callable[[WordMaps, dict[str, Tensor]], Tensor]] = {
+_RECIPES: dict[str, Callable[[Layers, dict[str, Tensor]], Tensor]] = {
     "mean": mean,
     "daam": daam,
     "spread": spread,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_adapters import InputError, TokenLayout
+from mm_adapters import InputError, Model, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TextAttention:
 
 
 def text_attention(
-    model: Any, denoiser: str = "denoiser", layout: TokenLayout | None = None
+    model: Model, denoiser: str = "denoiser", layout: TokenLayout | None = None
 ) -> tuple[TextAttention, ...]:
     """Every layer that attends to text, in the order they run.
 
@@ -59,22 +59,22 @@ def text_attention(
             pixels = tuple(layout.positions("latent"))
             text = tuple(p for p in range(layout.n_pos) if p not in set(pixels))
         return tuple(TextAttention(i, _owner(s.name), "", text, pixels) for i, s in enumerate(joint))
-    have = ", ".join(model.tower_names)
+    have = ", ".join(model.towers)
     raise InputError(
         f"Nothing in {denoiser!r} attends to words: it has no cross-attention whose pattern can be read, so "
         f"there are no words to see or control. This model's towers: {have}."
     )
 
 
-def self_attention(model: Any, denoiser: str = "denoiser") -> tuple[str, ...]:
+def self_attention(model: Model, denoiser: str = "denoiser") -> tuple[str, ...]:
     """The sites at which pixels attend to pixels alone, in the order they run."""
     joint = {_owner(s.name) for s in model.sites(f"{denoiser}.*attn.hook_pattern_text")}
-    found = [s.name for s in model.sites(f"{denoiser}.*.attn.hook_pattern") if s.reason is None]
-    return tuple(name for name in found if _owner(name) not in joint)
+    names = [s.name for s in model.sites(f"{denoiser}.*.attn.hook_pattern") if s.reason is None]
+    return tuple(name for name in names if _owner(name) not in joint)
 
 
 def prompt_layouts(
-    model: Any, prompts: Sequence[str], options: Mapping[str, Any] | None = None
+    model: Model, prompts: Sequence[str], options: Mapping[str, Any] | None = None
 ) -> tuple[TokenLayout, ...]:
     """Which positions are which word of each prompt, padded as the pipeline pads it.
 
@@ -83,20 +83,20 @@ def prompt_layouts(
 
     Raises: InputError for prompts of several lengths, where a pipeline pads them to the longest.
     """
-    loop = model.sitemap.model_record.loop
-    given = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
-    joint = loop is not None and getattr(model.sitemap.towers[loop].record, "joint", None) is not None
-    if joint or "max_sequence_length" in given:
+    loop = model.record.loop
+    sizes = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
+    joint = loop is not None and model.towers[loop].record.joint is not None
+    if joint or "max_sequence_length" in sizes:
         name = loop if joint else "text"
-        found = tuple(model.layout(text=[prompt], **given)[name] for prompt in prompts)
-        if len({layout.n_pos for layout in found}) > 1:
-            lengths = ", ".join(str(len(text_positions(layout))) for layout in found)
+        layouts = tuple(model.layout(text=[prompt], **sizes)[name] for prompt in prompts)
+        if len({layout.n_pos for layout in layouts}) > 1:
+            lengths = ", ".join(str(len(text_positions(layout))) for layout in layouts)
             raise InputError(
-                f"Prompts of {lengths} tokens: {model.sitemap.family} pads prompts to the longest, so where "
+                f"Prompts of {lengths} tokens: {model.name} pads prompts to the longest, so where "
                 "the picture begins depends on what else is in the batch. Give one at a time, or as many "
                 "tokens each."
             )
-        return found
+        return layouts
     return tuple(model.prompt_layout("text", [prompt]) for prompt in prompts)
 
 
@@ -105,11 +105,11 @@ def prompts_of(inputs: Mapping[str, Any]) -> tuple[str, ...]:
 
     Raises: InputError if there is none, or one is no string.
     """
-    given = inputs.get("prompt", inputs.get("text"))
-    prompts = [given] if isinstance(given, str) else given
+    prompt = inputs.get("prompt", inputs.get("text"))
+    prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise InputError(
-            f"Words are those of a prompt, a string, or of a list of them; this is {type(given).__name__}."
+            f"Words are those of a prompt, a string, or of a list of them; this is {type(prompt).__name__}."
         )
     return tuple(prompts)
 

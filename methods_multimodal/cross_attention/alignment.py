@@ -78,8 +78,8 @@ def weights(layout: TokenLayout, by_word: dict[str, float]) -> Float[Tensor, " t
 
 def _entries(layout: TokenLayout) -> list[tuple[str, tuple[int, ...]]]:
     """Words and marks in the order they stand, each with its tokens."""
-    found = sorted((*layout.words[0], *layout.marks[0]), key=lambda w: w.span)
-    return [(w.text.casefold(), w.positions) for w in found]
+    entries = sorted((*layout.words[0], *layout.marks[0]), key=lambda w: w.span)
+    return [(w.text.casefold(), w.positions) for w in entries]
 
 
 def _outside(source: TokenLayout, target: TokenLayout, out: Tensor) -> None:

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from methods_multimodal.core.record import Record
 from methods_multimodal.cross_attention._sites import TextAttention, text_attention, text_positions
-from methods_multimodal.cross_attention.cases import Case, Part, aligned, layouts_of
+from methods_multimodal.cross_attention.cases import Case, Part, align_positions, layouts_of
 from methods_multimodal.cross_attention.metrics import Metric
-from mm_adapters import InputError, Lens
+from methods_multimodal.diffusion.pictures import pictures_of
+from mm_adapters import InputError, Model
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,12 @@ class Attribution(Record):
 
 
 def attribute_patching(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     metric: Metric,
     *,
-    reach: str = "after",
+    positions: str = "after",
     options: Mapping[str, Any] | None = None,
-    lens: Lens | None = None,
 ) -> Attribution:
     """Estimates `patch_words` for every layer, head and step at once.
 
@@ -69,28 +69,28 @@ def attribute_patching(
     for case, (_, other) in zip(cases, layouts, strict=True):
         if other is None:
             raise InputError(f"Patching takes two prompts; the case {case.prompt!r} has no other one.")
-    found, base = [], []
+    effects, base = [], []
     with tqdm(total=len(cases), desc="attribution", unit="case", disable=None, leave=False) as bar:
         for case, (own, other) in zip(cases, layouts, strict=True):
             assert other is not None
             if case.word:
-                to, source = aligned(own, other, case.word, case.other_word or case.word, reach)
+                to, source = align_positions(own, other, case.word, case.other_word or case.word, positions)
             else:
                 to = source = text_positions(own)
-            effect, value = _one(lens or model, attention, case, to, source, metric, options)
-            found.append(effect)
+            effect, value = _one(model, attention, case, to, source, metric, options)
+            effects.append(effect)
             base.append(value)
             bar.update()
     return Attribution(
-        effects=torch.stack(found),
+        effects=torch.stack(effects),
         base=torch.stack(base),
         layers=tuple(a.layer for a in attention),
-        what=f"keys and values, reach {reach!r}",
+        what=f"keys and values, positions {positions!r}",
     )
 
 
 def _one(
-    lens: Lens,
+    model: Model,
     attention: Sequence[TextAttention],
     case: Case,
     to: Sequence[int],
@@ -100,11 +100,11 @@ def _one(
 ) -> tuple[Float[Tensor, "step layer head"], Float[Tensor, ""]]:
     names = [a.site(kind) for a in attention for kind in ("k", "v")]
     inputs = {**(options or {}), "seed": case.seed, "output_type": "pt"}
-    donor = lens.run({**inputs, "prompt": case.other}, read=names)
+    donor = model.run({**inputs, "prompt": case.other}, read=names)
     measured: list[Tensor] = []
 
     def scalar(output: Any) -> Tensor:
-        value = metric(output.images)
+        value = metric(pictures_of(model, output))
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise InputError(
                 f"The metric {getattr(metric, '__name__', metric)!r} gave a value without a gradient, so it "
@@ -114,16 +114,16 @@ def _one(
         measured.append(value.detach().float().sum())
         return value.sum()
 
-    run = lens.run({**inputs, "prompt": case.prompt}, read=names, grad_of=scalar)
+    run = model.run({**inputs, "prompt": case.prompt}, read=names, grad_of=scalar)
     layers: list[Tensor] = []
     for layer in attention:
         total: Tensor | None = None
         for kind in ("k", "v"):
             site = layer.site(kind)
-            given = _conditional(donor.values[site], donor.rows, site)[:, :, list(source)].float()
+            donated = _conditional(donor.values[site], donor.rows, site)[:, :, list(source)].float()
             own = _conditional(run.values[site], run.rows, site)[:, :, list(to)].float()
             grad = _conditional(run.grads[site], run.rows, site)[:, :, list(to)].float()
-            part = reduce((given - own) * grad, "step row pos head d -> step head", "sum")
+            part = reduce((donated - own) * grad, "step row pos head d -> step head", "sum")
             total = part if total is None else total + part
         assert total is not None
         layers.append(total)

@@ -1,4 +1,4 @@
-"""Attributes bound to their nouns: latents are moved until both words look at the same pixels."""
+"""Binds attributes to their nouns: moves the latents until both words attend to the same pixels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal.cross_attention._rows import draw
+from methods_multimodal.cross_attention._rows import generate
 from methods_multimodal.cross_attention._sites import prompt_layouts, text_attention
-from mm_adapters import InputError, Lens, Read, wrap
+from mm_adapters import InputError, Model, Read, wrap
 
 MOST_PIXELS = 256
 
@@ -40,7 +40,7 @@ def binding_loss(maps: Float[Tensor, "word pixel"], pairs: Sequence[tuple[int, i
 
 
 def bind_attributes(
-    model: Any,
+    model: Model,
     prompt: str,
     pairs: Sequence[tuple[str, str]],
     *,
@@ -49,7 +49,6 @@ def bind_attributes(
     rate: float = 20.0,
     until: float = 0.5,
     options: Mapping[str, Any] | None = None,
-    lens: Lens | None = None,
 ) -> Float[Tensor, "1 3 height width"]:
     """The picture of a prompt whose words are bound in pairs: [("red", "circle"), ("blue", "square")].
 
@@ -68,15 +67,15 @@ def bind_attributes(
     words = list(dict.fromkeys([*(w.text for w in layout.words[0]), *itertools.chain(*pairs)]))
     positions = [layout.where(w) for w in words]
     index = [(words.index(a), words.index(b)) for a, b in pairs]
-    given = {**(options or {}), "num_inference_steps": n_steps}
+    options = {**(options or {}), "num_inference_steps": n_steps}
     steps = range(int(until * n_steps))
     if rate == 0 or not steps:
-        return draw(model, [prompt], [seed], options=given, lens=lens)
+        return generate(model, [prompt], [seed], options=options)
     mover = _Mover(model, positions, index, rate, steps)
-    with mover.listening():
+    with mover.recording():
         # Its first call says what the denoiser is called with, and what it begins with.
         run = model.run(
-            {**given, "prompt": [prompt], "seed": [seed], "output_type": "latent",
+            {**options, "prompt": [prompt], "seed": [seed], "output_type": "latent",
              "callback_on_step_end": _stop},
             read=[Read(f"{mover.tower}.hook_in", steps=[0])],
         )  # fmt: skip
@@ -86,8 +85,8 @@ def bind_attributes(
         start = first[mover.rows[1]] / _scale(scheduler, scheduler.timesteps[0])
         moved = mover.moved(start, scheduler, scheduler.timesteps[0])
         latents = moved / getattr(scheduler, "init_noise_sigma", 1.0)
-        given |= {"latents": latents, "callback_on_step_end": mover.after_step}
-        return draw(model, [prompt], [seed], options=given, lens=lens)
+        options |= {"latents": latents, "callback_on_step_end": mover.after_step}
+        return generate(model, [prompt], [seed], options=options)
 
 
 def _stop(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -100,32 +99,34 @@ class _Mover:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         positions: Sequence[Sequence[int]],
         pairs: Sequence[tuple[int, int]],
         rate: float,
         steps: range,
     ) -> None:
-        self.tower = model.sitemap.model_record.loop or "denoiser"
-        self.module = model.sitemap.towers[self.tower].module
-        self.alone = wrap(self.module)
-        (self.own,) = self.alone.tower_names
-        self.attention = text_attention(self.alone, self.own)
+        self.tower = model.record.loop or "denoiser"
+        self.module = model.towers[self.tower].module
+        self.denoiser = wrap(self.module)
+        (self.denoiser_name,) = self.denoiser.towers
+        self.attention = text_attention(self.denoiser, self.denoiser_name)
         self.positions = positions
         self.pairs = pairs
         self.rate = rate
         self.steps = steps
-        self.called: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
         self.rows: tuple[int, slice] = (1, slice(None))
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Remembers what the denoiser was last called with."""
+    def recording(self) -> Iterator[None]:
+        """Keeps the arguments of the denoiser's last call."""
 
-        def listen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.called = {k: v for k, v in kwargs.items() if k not in ("sample", "timestep", "return_dict")}
+        def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.arguments = {
+                k: v for k, v in kwargs.items() if k not in ("sample", "timestep", "return_dict")
+            }
 
-        handle = self.module.register_forward_pre_hook(listen, with_kwargs=True)
+        handle = self.module.register_forward_pre_hook(record, with_kwargs=True)
         try:
             yield
         finally:
@@ -151,22 +152,22 @@ class _Mover:
             return fold
 
         reads = [Read(site, reduce=keep(site)) for site in (a.site("pattern") for a in self.attention)]
-        inputs = {**_conditional(self.called, *self.rows), "sample": sample, "timestep": time}
+        inputs = {**_conditional(self.arguments, *self.rows), "sample": sample, "timestep": time}
         with torch.enable_grad():  # Pipelines switch it off around their callbacks.
-            run = self.alone.run(
+            run = self.denoiser.run(
                 inputs,
-                read=[*reads, f"{self.own}.hook_in"],
+                read=[*reads, f"{self.denoiser_name}.hook_in"],
                 grad_of=lambda output: binding_loss(self._maps(kept), self.pairs),
             )
-        grad = run.grads[f"{self.own}.hook_in"].reshape(latents.shape)
+        grad = run.grads[f"{self.denoiser_name}.hook_in"].reshape(latents.shape)
         return latents - self.rate * grad * _scale(scheduler, time)
 
     def _maps(self, kept: Mapping[str, Tensor]) -> Float[Tensor, "word pixel"]:
         layers = [kept[a.site("pattern")].mean((0, 1)) for a in self.attention]
         fine = [x for x in layers if len(x) <= MOST_PIXELS] or layers
         most = max(len(x) for x in fine)
-        seen = torch.stack([x for x in fine if len(x) == most]).mean(0)
-        return torch.stack([seen[:, list(p)].sum(-1) for p in self.positions])
+        mean = torch.stack([x for x in fine if len(x) == most]).mean(0)
+        return torch.stack([mean[:, list(p)].sum(-1) for p in self.positions])
 
 
 def _scale(scheduler: Any, time: Any) -> float:
@@ -175,7 +176,7 @@ def _scale(scheduler: Any, time: Any) -> float:
     return float(fresh.scale_model_input(torch.ones(1), time))
 
 
-def _conditional(called: Mapping[str, Any], n_rows: int, rows: slice) -> dict[str, Any]:
+def _conditional(arguments: Mapping[str, Any], n_rows: int, rows: slice) -> dict[str, Any]:
     """The call's arguments for the rows under the prompt."""
 
     def cut(value: Any) -> Any:
@@ -183,4 +184,4 @@ def _conditional(called: Mapping[str, Any], n_rows: int, rows: slice) -> dict[st
             return value[rows]
         return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    return {k: cut(v) for k, v in called.items() if v is not None}
+    return {k: cut(v) for k, v in arguments.items() if v is not None}

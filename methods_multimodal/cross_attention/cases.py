@@ -16,7 +16,7 @@ from methods_multimodal.cross_attention._sites import (
     text_positions,
 )
 from methods_multimodal.cross_attention.word_reader import find
-from mm_adapters import InputError, TokenLayout
+from mm_adapters import InputError, Model, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Part:
     steps: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        said = [
+        named = [
             f"{name} {_range(values)}"
             for name, values in (("layer", self.layers), ("head", self.heads), ("step", self.steps))
             if values is not None
         ]
-        return ", ".join(said) or "everything"
+        return ", ".join(named) or "everything"
 
 
 def grid(
-    model: Any,
+    model: Model,
     *,
     layers: bool | int = True,
     heads: bool = False,
@@ -60,18 +60,18 @@ def grid(
 
     Source: a window of two layers is LocoGen's, Basu et al. 2024, arXiv 2405.01008.
     """
-    found = text_attention(model, denoiser)
-    order = [a.layer for a in found]
+    attention = text_attention(model, denoiser)
+    order = [a.layer for a in attention]
     width = int(layers)
     if not 0 <= width <= len(order):
         raise InputError(f"A window of {width} layers: there are {len(order)}.")
     windows = [tuple(order[i : i + width]) for i in range(len(order) - width + 1)] if width else [None]
     groups = [None] if steps is None else [tuple(s) for s in steps]
-    sites = {a.layer: model.sitemap[a.site("pattern")] for a in found}
+    sites = {a.layer: model.check_site(a.site("pattern")) for a in attention}
     parts: list[Part] = []
     for window, group in itertools.product(windows, groups):
-        own = order if window is None else window
-        n = min(_n_heads(sites[layer]) for layer in own)
+        layers_here = order if window is None else window
+        n = min(_n_heads(sites[layer]) for layer in layers_here)
         each = [(h,) for h in range(n)] if heads else [None]
         parts += [Part(window, h, group) for h in each]
     return tuple(parts)
@@ -83,34 +83,34 @@ def step_groups(n_steps: int, n_groups: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(cut) if b > a)
 
 
-def reached(layout: TokenLayout, word: str, reach: str) -> list[int]:
+def positions_of_word(layout: TokenLayout, word: str, positions: str) -> list[int]:
     """The positions a word is read at.
 
-    reach: "word": its own tokens. "after": those and every later one, because a causal text encoder
+    positions: "word": its own tokens. "after": those and every later one, because a causal text encoder
     writes a word into all that follow it. Or a later word: from the one to the other.
 
     Raises: WordNotFoundError if the prompt does not have it; InputError if the later word is not later.
     """
     own = find(layout, word)
-    if reach == "word":
+    if positions == "word":
         return own
-    if reach == "after":
+    if positions == "after":
         return [p for p in text_positions(layout) if p >= own[0]]
-    last = [p for p in find(layout, reach) if p >= own[0]]
+    last = [p for p in find(layout, positions) if p >= own[0]]
     if not last:
-        raise InputError(f"reach={reach!r} comes before {word!r} in the prompt {layout.texts[0]!r}.")
+        raise InputError(f"positions={positions!r} comes before {word!r} in the prompt {layout.texts[0]!r}.")
     return list(range(own[0], last[-1] + 1))
 
 
-def aligned(
-    layout: TokenLayout, other: TokenLayout, word: str, other_word: str, reach: str
+def align_positions(
+    layout: TokenLayout, other: TokenLayout, word: str, other_word: str, positions: str
 ) -> tuple[list[int], list[int]]:
     """The positions a word is read at, and for each its position in the other prompt.
 
     A word of another number of tokens is stretched over ours; what follows it is shifted.
     """
     here, there = find(layout, word), find(other, other_word)
-    ours = reached(layout, word, reach)
+    ours = positions_of_word(layout, word, positions)
     shift = there[-1] - here[-1]
     spread = torch.linspace(0, len(there) - 1, len(here)).round().int().tolist()
     pairs = {p: there[i] for p, i in zip(here, spread, strict=True)}
@@ -119,24 +119,24 @@ def aligned(
     return ours, theirs
 
 
-def other_words(layout: TokenLayout, words: Sequence[str]) -> list[str]:
+def unused_words(layout: TokenLayout, words: Sequence[str]) -> list[str]:
     """The words of a prompt that share no token with these."""
     taken = {p for word in words for p in find(layout, word)}
     return [w.text for w in layout.words[0] if not taken & set(layout.where(w.text))]
 
 
 def layouts_of(
-    model: Any, cases: Sequence[Case], options: Mapping[str, Any] | None = None
+    model: Model, cases: Sequence[Case], options: Mapping[str, Any] | None = None
 ) -> list[tuple[TokenLayout, TokenLayout | None]]:
     """Each case's layouts: of its prompt, and of the other one if it has one."""
-    found = []
+    layouts = []
     for case in cases:
         own, *other = prompt_layouts(model, [case.prompt, *([case.other] if case.other else [])], options)
-        found.append((own, other[0] if other else None))
-    return found
+        layouts.append((own, other[0] if other else None))
+    return layouts
 
 
-def chosen(attention: Sequence[TextAttention], part: Part) -> list[TextAttention]:
+def select_layers(attention: Sequence[TextAttention], part: Part) -> list[TextAttention]:
     """The layers of a part. Raises: InputError if one of them does not attend to text."""
     if part.layers is None:
         return list(attention)

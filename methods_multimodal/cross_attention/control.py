@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.cross_attention._blending import Blender, LocalBlend
-from methods_multimodal.cross_attention._rows import Change, RowFn, draw
+from methods_multimodal.cross_attention._rows import RowEdit, RowFn, generate
 from methods_multimodal.cross_attention._sites import (
     TextAttention,
     prompt_layouts,
@@ -20,7 +20,7 @@ from methods_multimodal.cross_attention._sites import (
     text_attention,
 )
 from methods_multimodal.cross_attention.alignment import refining, replacing, weights
-from mm_adapters import InputError, Lens, TokenLayout
+from mm_adapters import InputError, Model, TokenLayout
 
 MOST_PIXELS = 256
 
@@ -29,7 +29,7 @@ MOST_PIXELS = 256
 class WordEdit:
     """How a target prompt is drawn beside its source.
 
-    how: "replace" (words swapped one for one), "refine" (words come or go), or None (its own
+    mode: "replace" (words swapped one for one), "refine" (words come or go), or None (its own
     attention). `cross`: for which share of the steps the attention to words is the source's, from
     the first; a mapping gives words a share of their own, "default" that of the others. `own`: the
     same for the attention between pixels, up to 16 x 16 of them. `weights`: words turned up or down.
@@ -38,7 +38,7 @@ class WordEdit:
     """
 
     prompt: str
-    how: str | None = None
+    mode: str | None = None
     cross: float | Mapping[str, float] = 0.8
     own: float = 0.4
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -46,14 +46,13 @@ class WordEdit:
 
 
 def edit_words(
-    model: Any,
+    model: Model,
     source: str,
     edits: Sequence[WordEdit],
     *,
     n_steps: int,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-    lens: Lens | None = None,
 ) -> Float[Tensor, "row 3 height width"]:
     """The source's picture, then one for each edit, all from the same noise, 0..1.
 
@@ -67,22 +66,22 @@ def edit_words(
     _check(edits, n_steps)
     first, *others = prompt_layouts(model, [source, *(e.prompt for e in edits)], options)
     attention = text_attention(model, layout=first)
-    changes: list[Change] = []
+    row_edits: list[RowEdit] = []
     for row, (edit, layout) in enumerate(zip(edits, others, strict=True), start=1):
         for steps, mix in _on_words(edit, first, layout, n_steps):
-            changes += [Change(a.site("pattern"), row, mix.on(a), steps) for a in attention]
+            row_edits += [RowEdit(a.site("pattern"), row, mix.on(a), steps) for a in attention]
         if edit.own > 0:
             steps = frozenset(range(int(edit.own * n_steps)))
-            changes += [Change(site, row, _injected, steps) for site in pixels] if steps else []
-    given = {**(options or {}), "num_inference_steps": n_steps}
+            row_edits += [RowEdit(site, row, _injected, steps) for site in pixels] if steps else []
+    options = {**(options or {}), "num_inference_steps": n_steps}
     prompts = [source, *(e.prompt for e in edits)]
     blends = {row: e.blend for row, e in enumerate(edits, start=1) if e.blend is not None}
     reads = []
     if blends:
         blender = Blender(model, prompts, [first, *others], blends, n_steps)
         reads = blender.reads()
-        given["callback_on_step_end"] = blender.after_step
-    return draw(model, prompts, [seed] * len(prompts), changes, read=reads, options=given, lens=lens)
+        options["callback_on_step_end"] = blender.after_step
+    return generate(model, prompts, [seed] * len(prompts), row_edits, read=reads, options=options)
 
 
 def _on_words(
@@ -90,9 +89,9 @@ def _on_words(
 ) -> list[tuple[frozenset[int], _Mix]]:
     """What happens to the attention to words, and at which steps."""
     turned = weights(target, dict(edit.weights)) if edit.weights else None
-    if edit.how is None:
+    if edit.mode is None:
         return [(frozenset(range(n_steps)), _Mix(None, None, turned))] if turned is not None else []
-    if edit.how == "replace":
+    if edit.mode == "replace":
         mapper, has = replacing(source, target), torch.ones(target.n_pos, dtype=torch.bool)
     else:
         mapper, has = refining(source, target)
@@ -104,13 +103,13 @@ def _on_words(
     for word, share in shares.items():
         counts[target.where(word)] = _n_steps(share, n_steps)
     counts = counts * has
-    found = []
+    mixes = []
     bounds = sorted({0, n_steps, *counts.tolist()})
     for start, stop in itertools.pairwise(bounds):
         follows = (counts > start).float()
         if follows.any() or turned is not None:
-            found.append((frozenset(range(start, stop)), _Mix(mapper, follows, turned)))
-    return found
+            mixes.append((frozenset(range(start, stop)), _Mix(mapper, follows, turned)))
+    return mixes
 
 
 def _n_steps(share: float, n_steps: int) -> int:
@@ -153,9 +152,9 @@ def _check(edits: Sequence[WordEdit], n_steps: int) -> None:
     if n_steps < 1:
         raise InputError(f"n_steps={n_steps}: a picture takes at least one step.")
     for edit in edits:
-        if edit.how not in (None, "replace", "refine"):
-            raise InputError(f"how={edit.how!r}: words are edited by 'replace' or 'refine', or None.")
-        given = edit.cross.values() if isinstance(edit.cross, Mapping) else [edit.cross]
-        for share in (*given, edit.own, *([edit.blend.start] if edit.blend else [])):
+        if edit.mode not in (None, "replace", "refine"):
+            raise InputError(f"mode={edit.mode!r}: words are edited by 'replace' or 'refine', or None.")
+        shares = edit.cross.values() if isinstance(edit.cross, Mapping) else [edit.cross]
+        for share in (*shares, edit.own, *([edit.blend.start] if edit.blend else [])):
             if not 0 <= share <= 1:
                 raise InputError(f"{share} is no share of the steps: they go from 0 to 1.")

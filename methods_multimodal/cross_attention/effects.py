@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from methods_multimodal.core.record import Record
+from methods_multimodal.core.statistics import paired_interval, spearman
 from methods_multimodal.cross_attention.cases import Part
 from mm_adapters import InputError
 
@@ -71,22 +74,19 @@ class Effects(Record):
 
 def correlation(one: Float[Tensor, " part"], two: Float[Tensor, " part"]) -> tuple[float, float]:
     """Pearson's and Spearman's, between two estimates of the same effects."""
-    ranks = [x.argsort().argsort().float() for x in (one, two)]
-    return _pearson(one, two), _pearson(*ranks)
-
-
-def _pearson(one: Tensor, two: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([one.flatten().double(), two.flatten().double()]))[0, 1])
+    pearson = torch.corrcoef(torch.stack([one.double(), two.double()]))[0, 1]
+    return float(pearson), float(spearman(one[:, None], two[:, None]))
 
 
 def _interval(
     change: Float[Tensor, "part case"], gap: Float[Tensor, " case"], level: float, draws: int, seed: int
 ) -> Interval:
-    n = len(gap)
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randint(n, (draws, n), generator=generator)
     change, gap = change.cpu(), gap.cpu()
-    ratios = change[:, picked].mean(-1) / gap[picked].mean(-1)
-    tail = (1 - level) / 2
-    low, high = ratios.nanquantile(torch.tensor([tail, 1 - tail]), dim=1)
-    return Interval(change.mean(1) / gap.mean(), low, high)
+
+    def ratio(of: NDArray[np.float64], to: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return of.mean(axis) / to.mean(axis)
+
+    bounds = paired_interval(
+        ratio, change.double().numpy(), gap.double().numpy(), level=level, n_resamples=draws, rng=seed
+    )
+    return Interval(change.mean(1) / gap.mean(), *torch.from_numpy(bounds).float())

@@ -10,39 +10,33 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mm_adapters import InputError
+from methods_multimodal.core.embed import embed_texts
+from mm_adapters import InputError, Model
 
 Images = Float[Tensor, "image 3 height width"]
 Metric = Callable[[Tensor], Tensor]
 
 
-def clip_score(model: Any, text: str | Sequence[str]) -> Metric:
+def clip_score(model: Model, text: str | Sequence[str]) -> Metric:
     """The cosine between pictures (0..1) and a text, by any contrastive model of this package.
 
     One text is for all pictures; a list has one for each. The pictures go in as pixels, so that
     gradients flow.
     """
-    with torch.no_grad():
-        wanted = F.normalize(
-            model.embed(text=[text] if isinstance(text, str) else list(text)).float(), dim=-1
-        )
-    inputs = model.inputs
-    mean, std, size = _normalisation(inputs)
+    texts = embed_texts(model, [text] if isinstance(text, str) else list(text))
+    vision = model.check_tower("vision")
+    mean, std, size = _normalisation(model)
 
     def score(images: Images) -> Float[Tensor, " image"]:
         pixels = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
         pixels = (pixels - mean.to(pixels)) / std.to(pixels)
-        takes = (
-            model.sitemap.model_record.towers["vision"].takes or model.sitemap.towers["vision"].record.takes
-        )
-        given = {takes: pixels.to(model.device, model.dtype)}
-        embedded = model.vision(given.pop(takes), return_type="embeds")
-        return (F.normalize(embedded.float(), dim=-1) * wanted.to(embedded.device)).sum(-1)
+        embedded = vision.embed(**{vision.input_name: pixels.to(model.device, model.dtype)})
+        return (F.normalize(embedded.float(), dim=-1) * texts.to(embedded.device)).sum(-1)
 
     return score
 
 
-def clip_contrast(model: Any, word: str, other: str) -> Metric:
+def clip_contrast(model: Model, word: str, other: str) -> Metric:
     """How much nearer pictures are to one text than to another: the difference of two `clip_score`s."""
     here, there = clip_score(model, word), clip_score(model, other)
 
@@ -67,10 +61,10 @@ def colour(rgb: Sequence[float]) -> Metric:
 
     `rgb` is in 0..1. It has a gradient.
     """
-    wanted = torch.tensor(list(rgb), dtype=torch.float32)
+    target = torch.tensor(list(rgb), dtype=torch.float32)
 
     def score(images: Images) -> Float[Tensor, " image"]:
-        apart = (images.float() - wanted.to(images.device)[:, None, None]).square().sum(1).flatten(1)
+        apart = (images.float() - target.to(images.device)[:, None, None]).square().sum(1).flatten(1)
         n = max(1, apart.shape[1] // 10)
         return -apart.topk(n, largest=False).values.mean(1).sqrt()
 
@@ -80,27 +74,27 @@ def colour(rgb: Sequence[float]) -> Metric:
 def scores(metric: Metric, images: Images) -> Float[Tensor, " image"]:
     """The metric of each picture. Raises: InputError if it does not give one number for each."""
     with torch.no_grad():
-        found = metric(images)
-    if not isinstance(found, Tensor) or found.shape != (len(images),):
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        values = metric(images)
+    if not isinstance(values, Tensor) or values.shape != (len(images),):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"The metric gave {got} for {len(images)} pictures; it gives one number for each.")
-    if not bool(found.isfinite().all()):
-        bad = (~found.isfinite()).nonzero().flatten().tolist()
+    if not bool(values.isfinite().all()):
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
         raise InputError(f"The metric is not a number for the pictures {bad}: did a step break down?")
-    return found.float()
+    return values.float()
 
 
-def _normalisation(inputs: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """The mean, spread and size that a contrastive model's own preparation of a picture has.
+def _normalisation(model: Model) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """The mean, spread and size with which a contrastive model's processor prepares pictures.
 
-    Found by preparing pictures: black and white tell the two numbers, the shape the size.
+    Measured on a black and a white picture.
+
+    Raises: InputError if the model came without a processor.
     """
-    if inputs is None:
-        raise InputError("This model has no processor. Load it by name, or wrap it with processor=....")
     from PIL import Image
 
     plain = [Image.new("RGB", (64, 64), (v, v, v)) for v in (0, 255)]
-    ready = next(v for v in inputs.prepare(images=plain).values() if isinstance(v, Tensor) and v.ndim == 4)
-    black, white = ready.float().mean((-1, -2))
+    ready = next(v for v in model.prepare(images=plain).values() if isinstance(v, Tensor) and v.ndim == 4)
+    black, white = ready.float().cpu().mean((-1, -2))
     std = 1 / (white - black)
     return (-black * std)[:, None, None], std[:, None, None], (ready.shape[-2], ready.shape[-1])

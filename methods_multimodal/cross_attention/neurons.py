@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods_multimodal.core.record import Record
-from methods_multimodal.cross_attention._rows import Change, edits
+from methods_multimodal.cross_attention._rows import RowEdit, edits
 from methods_multimodal.cross_attention._sites import prompt_layouts, text_attention
 from methods_multimodal.cross_attention._ssim import similarity
-from mm_adapters import InputError, Lens, Read
+from mm_adapters import InputError, Model, Read
 
 Neuron = tuple[int, int]
 
@@ -32,7 +32,7 @@ class NeuronStatistics(Record):
 
 @dataclass(frozen=True)
 class Memorisation(Record):
-    """The neurons, as (layer, neuron), and the score before and after they are silenced.
+    """The neurons, as (layer, neuron), and the score before and after they are set to zero.
 
     The score is how alike the first steps of different seeds are, 0..1; `threshold` is what ordinary
     prompts have. `found` were out of distribution, `neurons` are those of them that it takes.
@@ -46,7 +46,7 @@ class Memorisation(Record):
 
 
 def neuron_statistics(
-    model: Any, prompts: Sequence[str], *, options: Mapping[str, Any] | None = None, lens: Lens | None = None
+    model: Model, prompts: Sequence[str], *, options: Mapping[str, Any] | None = None
 ) -> NeuronStatistics:
     """Over prompts that nothing is known of: what is ordinary.
 
@@ -56,7 +56,7 @@ def neuron_statistics(
         raise InputError(f"A spread takes at least two prompts; there are {len(prompts)}.")
     rows: dict[str, list[Tensor]] = {}
     for i in tqdm(range(0, len(prompts), 32), desc="statistics", unit="batch", disable=None, leave=False):
-        for layer, values in activations(model, prompts[i : i + 32], options=options, lens=lens).items():
+        for layer, values in activations(model, prompts[i : i + 32], options=options).items():
             rows.setdefault(layer, []).append(values)
     joined = {layer: torch.cat(parts) for layer, parts in rows.items()}
     return NeuronStatistics(
@@ -67,7 +67,7 @@ def neuron_statistics(
 
 
 def activations(
-    model: Any, prompts: Sequence[str], *, options: Mapping[str, Any] | None = None, lens: Lens | None = None
+    model: Model, prompts: Sequence[str], *, options: Mapping[str, Any] | None = None
 ) -> dict[str, Float[Tensor, "prompt neuron"]]:
     """Each value neuron's activation by layer, at the first step: the mean over tokens of its size.
 
@@ -85,46 +85,44 @@ def activations(
 
     reads = [Read(a.site("v"), reduce=size, steps=[0], rows="cond") for a in attention]
     given = {**(options or {}), "callback_on_step_end": _stop, "output_type": "latent"}
-    run = (lens or model).run({**given, "prompt": list(prompts), "seed": [0] * len(prompts)}, read=reads)
+    run = model.run({**given, "prompt": list(prompts), "seed": [0] * len(prompts)}, read=reads)
     return {str(a.layer): run[a.site("v")][0] for a in attention}
 
 
 def first_noise(
-    model: Any,
+    model: Model,
     prompt: str,
     neurons: Sequence[Neuron] = (),
     *,
     seeds: Sequence[int] = tuple(range(10)),
     options: Mapping[str, Any] | None = None,
-    lens: Lens | None = None,
 ) -> Float[Tensor, "seed channel height width"]:
     """What the first step takes away from each seed's noise, each channel from 0 to 1."""
     attention = {a.layer: a for a in _layers(model)}
-    changes = []
+    row_edits = []
     for layer in sorted({layer for layer, _ in neurons}):
         if layer not in attention:
             raise InputError(f"Layer {layer} has no neurons here; those that do: {list(attention)}.")
         own = [n for at, n in neurons if at == layer]
         for row in range(len(seeds)):
-            changes.append(Change(attention[layer].site("v"), row, _silenced(own)))
+            row_edits.append(RowEdit(attention[layer].site("v"), row, _zeroed(own)))
     given = {**(options or {}), "callback_on_step_end": _stop, "output_type": "latent"}
     given |= {"prompt": [prompt] * len(seeds), "seed": list(seeds)}
-    tower = model.sitemap.model_record.loop
+    tower = model.record.loop
     reads = [Read(f"{tower}.{part}", steps=[0], rows="cond") for part in ("hook_in", "hook_out")]
-    run = (lens or model).run(given, read=reads, edit=edits(changes))
+    run = model.run(given, read=reads, edit=edits(row_edits))
     taken = (run[f"{tower}.hook_out"][0] - run[f"{tower}.hook_in"][0]).float()
     low, high = taken.amin((-1, -2), keepdim=True), taken.amax((-1, -2), keepdim=True)
     return (taken - low) / (high - low).clamp(min=1e-12)
 
 
 def memorisation_score(
-    model: Any,
+    model: Model,
     prompt: str,
     neurons: Sequence[Neuron] = (),
     *,
     seeds: Sequence[int] = tuple(range(10)),
     options: Mapping[str, Any] | None = None,
-    lens: Lens | None = None,
 ) -> float:
     """How alike the first steps of different seeds are: the mean structural similarity of all pairs.
 
@@ -134,13 +132,13 @@ def memorisation_score(
     """
     if len(seeds) < 2:
         raise InputError("A score compares seeds: give at least two.")
-    noise = first_noise(model, prompt, neurons, seeds=seeds, options=options, lens=lens)
+    noise = first_noise(model, prompt, neurons, seeds=seeds, options=options)
     a, b = torch.triu_indices(len(seeds), len(seeds), 1)
     return float(similarity(noise[a], noise[b]).mean())
 
 
 def find_neurons(
-    model: Any,
+    model: Model,
     prompt: str,
     statistics: NeuronStatistics,
     *,
@@ -148,30 +146,29 @@ def find_neurons(
     seeds: Sequence[int] = tuple(range(10)),
     thetas: Sequence[float] = tuple(5 - i / 4 for i in range(17)),
     options: Mapping[str, Any] | None = None,
-    lens: Lens | None = None,
 ) -> Memorisation:
-    """The fewest value neurons that, silenced, make the seeds' first steps as different as usual.
+    """The fewest value neurons that, set to zero, make the seeds' first steps as different as usual.
 
     Neurons out of distribution by more than theta (and one more of the strongest of each layer at each
-    theta) are silenced, theta falling until no seed's first step is like the one without silencing;
+    theta) are set to zero, theta falling until no seed's first step is like the one without that;
     then layers, and then single neurons, are given back while that holds. `threshold` is what
     ordinary prompts have, the mean and a standard deviation (0.428 in Stable Diffusion 1.4).
 
     Source: Hintersdorf et al. 2024, arXiv 2406.02366, algorithms 1 to 3.
     Raises: InputError if the statistics are of another model.
     """
-    given: dict[str, Any] = {"seeds": seeds, "options": options, "lens": lens}
-    found = activations(model, [prompt], options=options, lens=lens)
+    run_options: dict[str, Any] = {"seeds": seeds, "options": options}
+    found = activations(model, [prompt], options=options)
     if {k: len(v[0]) for k, v in found.items()} != {k: len(v) for k, v in statistics.mean.items()}:
         raise InputError("The statistics are of another model: their layers or neurons are not this one's.")
     odd = {
         layer: ((x[0] - statistics.mean[layer]) / statistics.std[layer].clamp(min=1e-12)).abs()
         for layer, x in found.items()
     }
-    plain = first_noise(model, prompt, **given)
+    plain = first_noise(model, prompt, **run_options)
 
     def alike(neurons: Sequence[Neuron]) -> float:
-        return float(similarity(plain, first_noise(model, prompt, neurons, **given)).max())
+        return float(similarity(plain, first_noise(model, prompt, neurons, **run_options)).max())
 
     chosen: list[Neuron] = []
     for k, theta in enumerate(thetas):
@@ -187,7 +184,7 @@ def find_neurons(
         rest = [n for n in kept if n != neuron]
         if rest and alike(rest) <= threshold:
             kept = rest
-    before, after = (memorisation_score(model, prompt, n, **given) for n in ((), tuple(kept)))
+    before, after = (memorisation_score(model, prompt, n, **run_options) for n in ((), tuple(kept)))
     return Memorisation(tuple(kept), tuple(chosen), before, after, threshold)
 
 
@@ -199,17 +196,17 @@ def _outside(odd: Mapping[str, Tensor], theta: float, k: int, found: Mapping[str
     return sorted(chosen)
 
 
-def _layers(model: Any):
+def _layers(model: Model):
     return tuple(a for a in text_attention(model) if a.stage in ("down", "mid", ""))
 
 
-def _silenced(neurons: Sequence[int]):
-    def silence(own: Float[Tensor, "token head d"], rows: Tensor) -> Tensor:
+def _zeroed(neurons: Sequence[int]):
+    def zero(own: Float[Tensor, "token head d"], rows: Tensor) -> Tensor:
         flat = rearrange(own, "t h d -> t (h d)").clone()
         flat[:, list(neurons)] = 0
         return rearrange(flat, "t (h d) -> t h d", h=own.shape[1])
 
-    return silence
+    return zero
 
 
 def _stop(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Causal tracing by corruption: spoil a word, give one component back its clean value, and look."""
+"""Causal tracing by corruption: corrupt a word, restore one component, and measure."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from methods_multimodal.cross_attention._rows import Change, copied, copied_whole, draw
+from methods_multimodal.core.generators import generator
+from methods_multimodal.cross_attention._measuring import DrawParts, measure_parts
+from methods_multimodal.cross_attention._rows import RowEdit, copy_positions, copy_row, generate
 from methods_multimodal.cross_attention._sites import text_attention
-from methods_multimodal.cross_attention.cases import Case, layouts_of, other_words, reached
+from methods_multimodal.cross_attention.cases import Case, Part, layouts_of, positions_of_word
 from methods_multimodal.cross_attention.effects import Effects
-from methods_multimodal.cross_attention.metrics import Metric, scores
-from mm_adapters import InputError, Lens, TokenLayout
+from methods_multimodal.cross_attention.metrics import Metric
+from mm_adapters import InputError, Model, TokenLayout
 
 
 def restore_layers(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     metric: Metric,
     *,
@@ -27,7 +28,6 @@ def restore_layers(
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
     noise_seed: int = 0,
-    lens: Lens | None = None,
 ) -> Effects:
     """Corrupts a word's embeddings, and gives one layer of the denoiser its clean output, at all steps.
 
@@ -39,14 +39,14 @@ def restore_layers(
     attention = text_attention(model)
     sites = {a.layer: f"{a.name.rpartition('.')[0]}.{part}" for a in attention}
     for site in sites.values():
-        model.sitemap[site]
-    pieces = [[Change(site, 0, copied_whole(0))] for site in sites.values()]
-    labels = tuple((layer,) for layer in sites)
-    return _restored(model, cases, metric, pieces, labels, noise, batch, options, noise_seed, lens)
+        model.check_site(site)
+    pieces = [[RowEdit(site, 0, copy_row(0))] for site in sites.values()]
+    parts = [Part((layer,)) for layer in sites]
+    return _restored(model, cases, metric, pieces, parts, noise, batch, options, noise_seed)
 
 
 def restore_text(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     metric: Metric,
     *,
@@ -56,7 +56,6 @@ def restore_text(
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
     noise_seed: int = 0,
-    lens: Lens | None = None,
 ) -> Effects:
     """Corrupts a word's embeddings, and gives one layer of the text encoder its clean output.
 
@@ -74,9 +73,9 @@ def restore_text(
     sites = [s for s in model.sites(f"text.blocks.*.{part}") if s.reason is None]
     if not sites:
         raise InputError(f"The text encoder has no {part!r}. model.sites('text.blocks.0.*') lists its parts.")
-    pieces = [[Change(s.name, 0, _AtWord(layouts, at))] for s in sites]
-    labels = tuple((int(s.layer or 0),) for s in sites)
-    return _restored(model, cases, metric, pieces, labels, noise, batch, options, noise_seed, lens)
+    pieces = [[RowEdit(s.name, 0, _AtWord(layouts, at))] for s in sites]
+    parts = [Part((int(s.layer or 0),)) for s in sites]
+    return _restored(model, cases, metric, pieces, parts, noise, batch, options, noise_seed)
 
 
 class _AtWord:
@@ -87,86 +86,66 @@ class _AtWord:
         self.at = at
 
     def of(self, index: int, word: str) -> Any:
-        positions = reached(self.layouts[index], word, "after" if self.at == "after" else "word")
+        positions = positions_of_word(self.layouts[index], word, "after" if self.at == "after" else "word")
         positions = positions[-1:] if self.at == "last" else positions
-        return copied(0, positions, positions)
+        return copy_positions(0, positions, positions)
 
     def __call__(self, own: Tensor, rows: Tensor) -> Tensor:
         raise AssertionError("A copy at a word is bound to a case first.")
 
 
 def _restored(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     metric: Metric,
-    pieces: Sequence[Sequence[Change]],
-    labels: tuple[tuple[int, ...], ...],
+    pieces: Sequence[Sequence[RowEdit]],
+    parts: Sequence[Part],
     noise: float,
     batch: int,
     options: Mapping[str, Any] | None,
     noise_seed: int,
-    lens: Lens | None,
 ) -> Effects:
     layouts = [x for x, _ in layouts_of(model, cases, options)]
     for i, case in enumerate(cases):
-        reached(layouts[i], case.word, "word")
-    if batch < 4:
-        raise InputError(
-            f"batch={batch}: a run holds a clean, a corrupted, a control and a restored picture."
-        )
-    generator = torch.Generator().manual_seed(noise_seed)
-    table, ends = torch.zeros(len(pieces), len(cases)), torch.zeros(3, len(cases))
-    size = batch - 3
-    chunks = [range(i, min(i + size, len(pieces))) for i in range(0, len(pieces), size)]
-    with tqdm(total=len(cases) * len(chunks), desc="restoring", unit="run", disable=None, leave=False) as bar:
-        for i, case in enumerate(cases):
-            spare = other_words(layouts[i], [case.word])
-            at = int(torch.randint(max(len(spare), 1), (), generator=generator))
-            seed = int(torch.randint(2**31, (), generator=generator))
-            for k, chunk in enumerate(chunks):
-                n = 3 + len(chunk)
-                changes = _corrupted(model, layouts[i], case.word, [1, *range(3, n)], noise, seed)
-                if spare:
-                    changes += _corrupted(model, layouts[i], spare[at], [2], noise, seed)
-                for j, p in enumerate(chunk):
-                    changes += _bound(pieces[p], i, case.word, 3 + j)
-                images = draw(model, [case.prompt] * n, [case.seed] * n, changes, options=options, lens=lens)
-                found = scores(metric, images).cpu()
-                table[list(chunk), i] = found[3:]
-                if k == 0:
-                    ends[:, i] = torch.stack([found[1], found[0], found[2]])
-                bar.update()
-    return Effects(
-        changed=table,
-        base=ends[0],
-        goal=ends[1],
-        control=ends[2],
-        layers=labels,
-        heads=((),) * len(labels),
-        steps=((),) * len(labels),
-        what="restoring",
-        metric=getattr(metric, "__name__", "metric"),
+        positions_of_word(layouts[i], case.word, "word")
+
+    def drawing_of(i: int, other: str | None, rng: torch.Generator) -> DrawParts:
+        case, seed = cases[i], int(torch.randint(2**31, (), generator=rng))
+        control = [] if other is None else _corrupted(model, layouts[i], other, [2], noise, seed)
+
+        def draw_parts(chunk: Sequence[int]) -> Tensor:
+            n = 3 + len(chunk)
+            row_edits = _corrupted(model, layouts[i], case.word, [1, *range(3, n)], noise, seed) + control
+            for j, p in enumerate(chunk):
+                row_edits += _bound(pieces[p], i, case.word, 3 + j)
+            images = generate(model, [case.prompt] * n, [case.seed] * n, row_edits, options=options)
+            # The clean picture comes first, because the others copy from it; it is the goal.
+            return images[[1, 0, *range(2, n)]]
+
+        return draw_parts
+
+    return measure_parts(
+        cases, layouts, parts, metric, drawing_of, what="restoring", batch=batch, seed=noise_seed
     )
 
 
-def _bound(piece: Sequence[Change], index: int, word: str, row: int) -> list[Change]:
+def _bound(piece: Sequence[RowEdit], index: int, word: str, row: int) -> list[RowEdit]:
     return [
-        Change(c.site, row, c.fn.of(index, word) if isinstance(c.fn, _AtWord) else c.fn, c.steps)
+        RowEdit(c.site, row, c.fn.of(index, word) if isinstance(c.fn, _AtWord) else c.fn, c.steps)
         for c in piece
     ]
 
 
 def _corrupted(
-    model: Any, layout: TokenLayout, word: str, rows: Sequence[int], noise: float, seed: int
-) -> list[Change]:
+    model: Model, layout: TokenLayout, word: str, rows: Sequence[int], noise: float, seed: int
+) -> list[RowEdit]:
     """The same noise on a word's embeddings, in each of these rows, in every text encoder."""
-    positions = reached(layout, word, "word")
+    positions = positions_of_word(layout, word, "word")
 
-    def spoil(own: Tensor, every: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(len(positions), own.shape[-1], generator=generator).to(own)
-        own[positions] = own[positions] + noise * every.float().std().to(own) * drawn
+    def corrupt(own: Tensor, every: Tensor) -> Tensor:
+        offsets = torch.randn(len(positions), own.shape[-1], generator=generator(seed)).to(own)
+        own[positions] = own[positions] + noise * every.float().std().to(own) * offsets
         return own
 
-    towers = [t for t in model.tower_names if model.sitemap.towers[t].record.role == "text"]
-    return [Change(f"{tower}.hook_embed", row, spoil) for tower in towers for row in rows]
+    towers = [t for t in model.towers if model.towers[t].role == "text"]
+    return [RowEdit(f"{tower}.hook_embed", row, corrupt) for tower in towers for row in rows]

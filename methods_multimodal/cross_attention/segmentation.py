@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from methods_multimodal.core.record import Record
+from methods_multimodal.core.statistics import iou
 from methods_multimodal.cross_attention._recipes import unit_range
 from mm_adapters import InputError
 
@@ -68,14 +70,6 @@ def segment(
     )
 
 
-def iou(
-    found: Bool[Tensor, "map down across"], regions: Bool[Tensor, "map down across"]
-) -> Float[Tensor, " map"]:
-    """The area of what both have over that of what either has."""
-    both, either = (found & regions).sum((1, 2)), (found | regions).sum((1, 2))
-    return both / either.clamp(min=1)
-
-
 def average_precision(
     maps: Float[Tensor, "map down across"], regions: Bool[Tensor, "map down across"]
 ) -> Float[Tensor, " map"]:
@@ -84,15 +78,9 @@ def average_precision(
     Pixels of one value are taken together. It needs no threshold; a map at chance has the region's share
     of the picture.
     """
-    out = []
-    for values, truth in zip(maps.flatten(1), regions.flatten(1), strict=True):
-        levels, index = values.unique(return_inverse=True)
-        size = len(levels)
-        hits = torch.zeros(size, dtype=torch.float64, device=maps.device).index_add_(0, index, truth.double())
-        count = torch.zeros_like(hits).index_add_(0, index, torch.ones_like(truth, dtype=torch.float64))
-        hits, count = hits.flip(0), count.flip(0)  # From the hottest level down.
-        out.append((hits * hits.cumsum(0) / count.cumsum(0)).sum() / hits.sum())
-    return torch.stack(out).float()
+    pairs = zip(regions.flatten(1).cpu().numpy(), maps.flatten(1).float().cpu().numpy(), strict=True)
+    precision = [average_precision_score(truth, values) for truth, values in pairs]
+    return torch.tensor(precision, dtype=torch.float32, device=maps.device)
 
 
 def _sized(maps: Float[Tensor, "map _ _"], size: tuple[int, int]) -> Float[Tensor, "map down across"]:

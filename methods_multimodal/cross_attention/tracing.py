@@ -1,4 +1,4 @@
-"""Which layers, heads and steps carry a word into the picture: patch, silence or block them and look."""
+"""Which layers, heads and steps carry a word into the picture: patch, zero or block them."""
 
 from __future__ import annotations
 
@@ -8,38 +8,36 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from methods_multimodal.cross_attention import _knockout
-from methods_multimodal.cross_attention._rows import Change, copied, draw
+from methods_multimodal.cross_attention._measuring import DrawParts, measure_parts
+from methods_multimodal.cross_attention._rows import RowEdit, copy_positions, generate
 from methods_multimodal.cross_attention._sites import text_attention, text_positions
 from methods_multimodal.cross_attention.cases import (
     Case,
     Part,
-    aligned,
-    chosen,
+    align_positions,
     layouts_of,
-    other_words,
-    reached,
+    positions_of_word,
+    select_layers,
 )
 from methods_multimodal.cross_attention.effects import Effects
-from methods_multimodal.cross_attention.metrics import Metric, scores
-from mm_adapters import InputError, Lens, Read, TokenLayout
+from methods_multimodal.cross_attention.metrics import Metric
+from mm_adapters import InputError, Model, Read, TokenLayout
 
 EVERYTHING = (Part(),)
 
 
 def patch_words(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     metric: Metric,
     parts: Sequence[Part] = EVERYTHING,
     *,
-    reach: str = "after",
+    positions: str = "after",
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
     control_seed: int = 0,
-    lens: Lens | None = None,
 ) -> Effects:
     """Gives a picture the keys and values that another prompt has in a word's place, part by part.
 
@@ -49,57 +47,62 @@ def patch_words(
     Source: Basu et al. 2024, arXiv 2405.01008, section 3 (LocoGen); Meng et al. 2022, arXiv 2202.05262.
     Raises: WordNotFoundError, InputError before anything runs.
     """
-    _both(cases)
+    _check_both(cases)
     layouts = [x for x, _ in layouts_of(model, cases, options)]
 
-    def change(i: int, part: Part, row: int, donor: int, word: str | None) -> list[Change]:
+    def change(i: int, part: Part, row: int, donor: int, word: str | None) -> list[RowEdit]:
         if word is None:
-            return patched(model, cases[i], row, donor, part, reach=reach, options=options)
+            return patch_edits(model, cases[i], row, donor, part, positions=positions, options=options)
         case = Case(cases[i].prompt, word, cases[i].other, "")
-        at = reached(layouts[i], word, "word")
+        at = positions_of_word(layouts[i], word, "word")
         return _at(model, case, row, donor, part, at, at)
 
     for i in range(len(cases)):  # Every mistake in a word comes up here.
         change(i, parts[0], 0, 0, None)
     goals = [c.other for c in cases]
     return _measured(model, cases, goals, metric, parts, change, layouts, "patching",
-                     batch, options, control_seed, lens)  # fmt: skip
+                     batch, options, control_seed)  # fmt: skip
 
 
-def patched(
-    model: Any,
+def patch_edits(
+    model: Model,
     case: Case,
     row: int,
     donor: int,
     part: Part = EVERYTHING[0],
     *,
-    reach: str = "after",
+    positions: str = "after",
     options: Mapping[str, Any] | None = None,
-) -> list[Change]:
-    """What makes one row of `drawn` take a word's keys and values from another."""
+) -> list[RowEdit]:
+    """The edits with which one row of `generate_checked` takes a word's keys and values from another."""
     ((own, other),) = layouts_of(model, [case], options)
     assert other is not None
     if not case.word:
         every = text_positions(own)
         return _at(model, case, row, donor, part, every, every)
     return _at(
-        model, case, row, donor, part, *aligned(own, other, case.word, case.other_word or case.word, reach)
+        model,
+        case,
+        row,
+        donor,
+        part,
+        *align_positions(own, other, case.word, case.other_word or case.word, positions),
     )
 
 
 def _at(
-    model: Any, case: Case, row: int, donor: int, part: Part, to: Sequence[int], source: Sequence[int]
-) -> list[Change]:
+    model: Model, case: Case, row: int, donor: int, part: Part, to: Sequence[int], source: Sequence[int]
+) -> list[RowEdit]:
     steps = None if part.steps is None else frozenset(part.steps)
     return [
-        Change(layer.site(kind), row, copied(donor, to, source, part.heads), steps)
-        for layer in chosen(text_attention(model), part)
+        RowEdit(layer.site(kind), row, copy_positions(donor, to, source, part.heads), steps)
+        for layer in select_layers(text_attention(model), part)
         for kind in ("k", "v")
     ]
 
 
 def knock_out_words(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     metric: Metric,
     parts: Sequence[Part] = EVERYTHING,
@@ -108,7 +111,6 @@ def knock_out_words(
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
     control_seed: int = 0,
-    lens: Lens | None = None,
 ) -> Effects:
     """Blocks the attention to a word, part by part: of the pixels, and of the words after it (`text`).
 
@@ -121,50 +123,49 @@ def knock_out_words(
     """
     layouts = [x for x, _ in layouts_of(model, cases, options)]
 
-    def change(i: int, part: Part, row: int, donor: int, word: str | None) -> list[Change]:
+    def change(i: int, part: Part, row: int, donor: int, word: str | None) -> list[RowEdit]:
         case = cases[i] if word is None else Case(cases[i].prompt, word)
-        return knocked_out(model, case, row, part, text=text, options=options)
+        return knockout_edits(model, case, row, part, text=text, options=options)
 
     for i in range(len(cases)):
         change(i, parts[0], 0, 0, None)
     return _measured(model, cases, None, metric, parts, change, layouts, "knockout",
-                     batch, options, control_seed, lens)  # fmt: skip
+                     batch, options, control_seed)  # fmt: skip
 
 
-def knocked_out(
-    model: Any,
+def knockout_edits(
+    model: Model,
     case: Case,
     row: int,
     part: Part = EVERYTHING[0],
     *,
     text: bool = True,
     options: Mapping[str, Any] | None = None,
-) -> list[Change]:
-    """What makes one row of `drawn` attend nowhere to a word."""
+) -> list[RowEdit]:
+    """The edits with which one row of `generate_checked` attends nowhere to a word."""
     ((layout, _),) = layouts_of(model, [case], options)
-    positions = reached(layout, case.word, "word")
+    positions = positions_of_word(layout, case.word, "word")
     steps = None if part.steps is None else frozenset(part.steps)
-    found = [
-        Change(
+    row_edits = [
+        RowEdit(
             layer.site("attn_scores"),
             row,
-            _knockout.blocked(positions, layer.pixels, part.heads),
+            _knockout.BlockKeys(positions, layer.pixels, part.heads),
             steps,
         )
-        for layer in chosen(text_attention(model, layout=layout), part)
+        for layer in select_layers(text_attention(model, layout=layout), part)
     ]
-    return found + (_knockout.in_text(model, row, case.prompt, case.word) if text else [])
+    return row_edits + (_knockout.block_in_text(model, row, case.prompt, case.word) if text else [])
 
 
 def ablate_heads(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     metric: Metric,
     parts: Sequence[Part],
     *,
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
-    lens: Lens | None = None,
 ) -> Effects:
     """Puts the output of heads of the attention to text to zero, part by part.
 
@@ -175,104 +176,78 @@ def ablate_heads(
     """
     layouts = [x for x, _ in layouts_of(model, cases, options)]
 
-    def change(i: int, part: Part, row: int, donor: int, word: str | None) -> list[Change]:
+    def change(i: int, part: Part, row: int, donor: int, word: str | None) -> list[RowEdit]:
         attention = text_attention(model, layout=layouts[i])
         if word is not None:  # The control is no word here.
             part = parts[(i * 7919) % len(parts)]
         steps = None if part.steps is None else frozenset(part.steps)
         return [
-            Change(a.site("z"), row, _silenced(part.heads, a.pixels), steps) for a in chosen(attention, part)
+            RowEdit(a.site("z"), row, _zeroed(part.heads, a.pixels), steps)
+            for a in select_layers(attention, part)
         ]
 
     return _measured(model, cases, None, metric, parts, change, layouts, "ablation",
-                     batch, options, 0, lens)  # fmt: skip
+                     batch, options, 0)  # fmt: skip
 
 
 def _measured(
-    model: Any,
+    model: Model,
     cases: Sequence[Case],
     goals: Sequence[str] | None,
     metric: Metric,
     parts: Sequence[Part],
-    change: Callable[[int, Part, int, int, str | None], list[Change]],
+    change: Callable[[int, Part, int, int, str | None], list[RowEdit]],
     layouts: Sequence[TokenLayout],
     what: str,
     batch: int,
     options: Mapping[str, Any] | None,
     control_seed: int,
-    lens: Lens | None,
 ) -> Effects:
     """Draws for each case: its picture, its goal, a control, and one picture for each part."""
-    if not cases or not parts:
-        raise InputError("There is nothing to trace: give at least one case and one part.")
     n_steps = (options or {}).get("num_inference_steps")
     for part in parts:
         if n_steps is not None and part.steps and not 0 <= min(part.steps) <= max(part.steps) < n_steps:
             raise InputError(f"{part}: the run has the steps 0 to {n_steps - 1}.")
-    if batch < 4:
-        raise InputError(f"batch={batch}: a run holds a picture, its goal, its control and a part at least.")
-    generator = torch.Generator().manual_seed(control_seed)
-    table = torch.zeros(len(parts), len(cases))
-    ends = torch.zeros(3, len(cases))
-    size = batch - 3
-    chunks = [list(range(i, min(i + size, len(parts)))) for i in range(0, len(parts), size)]
-    with tqdm(total=len(cases) * len(chunks), desc=what, unit="run", disable=None, leave=False) as bar:
-        for i, case in enumerate(cases):
-            spare = other_words(layouts[i], [case.word]) if case.word else []
-            at = int(torch.randint(max(len(spare), 1), (), generator=generator))
-            for k, chunk in enumerate(chunks):
-                prompts = [case.prompt, goals[i] if goals else case.prompt, case.prompt]
-                prompts += [case.prompt] * len(chunk)
-                changes: list[Change] = [] if goals else change(i, Part(), 1, 1, None)
-                if spare:
-                    changes += change(i, Part(), 2, 1, spare[at])
-                for j, p in enumerate(chunk):
-                    changes += change(i, parts[p], 3 + j, 1, None)
-                images = drawn(model, prompts, case.seed, changes, options, lens)
-                found = scores(metric, images).cpu()
-                table[chunk, i] = found[3:]
-                if k == 0:
-                    ends[:, i] = found[:3]
-                bar.update()
-    return Effects(
-        changed=table,
-        base=ends[0],
-        goal=ends[1],
-        control=ends[2],
-        layers=tuple(p.layers or () for p in parts),
-        heads=tuple(p.heads or () for p in parts),
-        steps=tuple(p.steps or () for p in parts),
-        what=what,
-        metric=getattr(metric, "__name__", "metric"),
-    )
+
+    def drawing_of(i: int, other: str | None, rng: torch.Generator) -> DrawParts:
+        case = cases[i]
+        ends: list[RowEdit] = [] if goals else change(i, Part(), 1, 1, None)
+        if other is not None:
+            ends += change(i, Part(), 2, 1, other)
+
+        def draw_parts(chunk: Sequence[int]) -> Tensor:
+            prompts = [case.prompt, goals[i] if goals else case.prompt, *[case.prompt] * (1 + len(chunk))]
+            own = [c for j, p in enumerate(chunk) for c in change(i, parts[p], 3 + j, 1, None)]
+            return generate_checked(model, prompts, case.seed, [*ends, *own], options)
+
+        return draw_parts
+
+    return measure_parts(cases, layouts, parts, metric, drawing_of, what=what, batch=batch, seed=control_seed)
 
 
-def drawn(
-    model: Any,
+def generate_checked(
+    model: Model,
     prompts: Sequence[str],
     seed: int,
-    changes: Sequence[Change],
+    row_edits: Sequence[RowEdit],
     options: Mapping[str, Any] | None = None,
-    lens: Lens | None = None,
 ) -> Float[Tensor, "row 3 height width"]:
-    """Pictures from one noise, with what was blocked looked at."""
-    watched = _knockout.watch(model, changes)
-    reads = [Read(site, reduce=fold, rows="cond") for site, fold in watched.items()]
-    images = draw(model, prompts, [seed] * len(prompts), changes, read=reads, options=options, lens=lens)
-    _knockout.verify(watched)
+    """Pictures from one noise; where attention was blocked it is checked that none is left."""
+    left_by_site = _knockout.watch(row_edits)
+    reads = [Read(site, reduce=left, rows="cond") for site, left in left_by_site.items()]
+    images = generate(model, prompts, [seed] * len(prompts), row_edits, read=reads, options=options)
+    _knockout.verify(left_by_site)
     return images
 
 
-def _both(cases: Sequence[Case]) -> None:
+def _check_both(cases: Sequence[Case]) -> None:
     for case in cases:
         if not case.other:
             raise InputError(f"Patching takes two prompts; the case {case.prompt!r} has no other one.")
 
 
-def _silenced(
-    heads: Sequence[int] | None, pixels: Sequence[int] | None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    def silence(own: Tensor, rows: Tensor) -> Tensor:
+def _zeroed(heads: Sequence[int] | None, pixels: Sequence[int] | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def zero(own: Tensor, rows: Tensor) -> Tensor:
         at = slice(None) if pixels is None else list(pixels)
         part = own[at]
         if heads is None:
@@ -282,4 +257,4 @@ def _silenced(
         own[at] = part
         return own
 
-    return silence
+    return zero

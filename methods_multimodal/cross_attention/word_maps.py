@@ -7,24 +7,23 @@ from typing import Any
 
 from methods_multimodal.cross_attention.word_maps_record import WordMaps
 from methods_multimodal.cross_attention.word_reader import WordReader, word_reader
-from mm_adapters import Lens
+from mm_adapters import Model
 
 
 def word_maps(
-    model: Any,
+    model: Model,
     inputs: Mapping[str, Any],
     *,
     words: Sequence[str] | Sequence[Sequence[str]] | str | None = None,
     keep: Collection[str] = ("step",),
     spread: bool = False,
     denoiser: str = "denoiser",
-    lens: Lens | None = None,
 ) -> tuple[WordMaps, Any]:
     """Where each word of each prompt is attended to, and the pipeline's output of the same run.
 
     `inputs` are the pipeline's own (`prompt`, `seed`, `num_inference_steps`, ...); of several
     prompts and of several images a prompt each has maps of its own. The rest as in `word_reader`.
-    The pictures are those of a run that nobody watches, bit for bit.
+    Reading leaves the pictures bit-identical.
 
     Source: Tang et al. 2022, arXiv 2210.04885 (DAAM); Hertz et al. 2022, arXiv 2208.01626.
     Raises: as `word_reader`, before anything runs.
@@ -40,7 +39,7 @@ def word_maps(
         n_steps=inputs.get("num_inference_steps"),
         options=inputs,
     )
-    run = (lens or model).run(inputs, read=reader.reads())
+    run = model.run(inputs, read=reader.reads())
     return reader.maps(run), run.output
 
 

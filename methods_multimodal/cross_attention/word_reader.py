@@ -1,10 +1,10 @@
-"""What to read in a run to see its words, so that one run can serve several methods."""
+"""What to read in a run for its word maps, so that one run can serve several methods."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -20,10 +20,8 @@ from methods_multimodal.cross_attention._sites import (
     self_attention,
     text_attention,
 )
-from mm_adapters import InputError, Read, Run, TokenLayout
-
-if TYPE_CHECKING:
-    from methods_multimodal.cross_attention.word_maps_record import WordMaps
+from methods_multimodal.cross_attention.word_maps_record import WordMaps
+from mm_adapters import InputError, Model, Read, Run, TokenLayout
 
 KEEPS = ("step", "head")
 ENDS = {"<start>": ("start",), "<end>": ("end",), "<pad>": ("pad",)}
@@ -130,9 +128,7 @@ class WordReader:
 
         Raises: InputError if there was a NaN, saying at which layer and step it came up first.
         """
-        from methods_multimodal.cross_attention.word_maps_record import WordMaps
-
-        height, width = self.grid or (int(n) for n in run[self.size].flatten())
+        height, width = self.grid or _latent_size(run[self.size])
         by_grid: dict[tuple[int, int], list[Tensor]] = {}
         layers: dict[tuple[int, int], list[TextAttention]] = {}
         for layer in self.layers:
@@ -163,35 +159,35 @@ class WordReader:
     def _words(self, layer: TextAttention) -> Callable[[Tensor], Tensor]:
         heads = "head" in self.keep
         most = max(len(prompt) for prompt in self.positions)
-        made: list[Tensor] = []  # Which columns are which word's, once their number is known.
+        columns: list[Tensor] = []  # Which columns are which word's, once their number is known.
 
         def words(pattern: Tensor) -> Tensor:
             """[image, head, pixel, column] as [image, head or 1, pixel, word]: one product, for it is
             done at every step of every layer."""
-            if not made:
+            if not columns:
                 which = torch.zeros(len(self.positions), pattern.shape[-1], most)
                 for i, prompt in enumerate(self.positions):
                     for j, word in enumerate(prompt):
                         which[i, layer.columns(word), j] = 1.0
-                made.append(which.repeat_interleave(self.per_prompt, 0).to(pattern.device))
+                columns.append(which.repeat_interleave(self.per_prompt, 0).to(pattern.device))
             if heads:
-                return pattern.float() @ made[0][:, None]
-            return torch.bmm(pattern.mean(1, dtype=torch.float32), made[0])[:, None]
+                return pattern.float() @ columns[0][:, None]
+            return torch.bmm(pattern.mean(1, dtype=torch.float32), columns[0])[:, None]
 
         return words
 
     def _affinities(self, latent: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-        found = [a.fold.mean()[0] for a in self.affinities.values() if a.fold.parts]
+        means = [a.fold.mean()[0] for a in self.affinities.values() if a.fold.parts]
         self.affinities.clear()
-        sizes = {f.shape[-1] for f in found}
+        sizes = {x.shape[-1] for x in means}
         if not sizes:
             return torch.zeros(self.per_prompt * len(self.words), 0, 0), (0, 0)
         most = max(sizes)
-        return torch.stack([f for f in found if f.shape[-1] == most]).mean(0), latent_grid(most, latent)
+        return torch.stack([x for x in means if x.shape[-1] == most]).mean(0), latent_grid(most, latent)
 
 
 def word_reader(
-    model: Any,
+    model: Model,
     prompt: Any,
     words: Sequence[str] | Sequence[Sequence[str]] | str | None = None,
     *,
@@ -205,8 +201,8 @@ def word_reader(
     """A reader of words or phrases of a prompt, or of each prompt of a list.
 
     words: those to see, the same for all prompts or a list for each; "tokens" for every token from
-    start to end; None for all words. "<start>", "<end>" and "<pad>" are what is no word.
-    keep: "step" and "head", which are averaged otherwise. spread: self-attention too, for the
+    start to end; None for all words. "<start>", "<end>" and "<pad>" are the special tokens.
+    keep: "step" and "head" (the axes that are not averaged). spread: self-attention too, for the
     recipe of that name.
 
     Raises: WordNotFoundError if a word is not in the prompt, listing the words that are; InputError if
@@ -219,16 +215,16 @@ def word_reader(
     text_attention(model, denoiser)  # Says so if there is none.
     layouts = prompt_layouts(model, prompts, options)
     layers = text_attention(model, denoiser, layouts[0])
-    chosen = [_shown(words, i, layout) for i, layout in enumerate(layouts)]
+    words_shown = [_shown(words, i, layout) for i, layout in enumerate(layouts)]
     positions = tuple(
         tuple(tuple(find(layout, word)) for word in shown)
         if words != "tokens"
         else tuple((p,) for p in _tokens(layout))
-        for layout, shown in zip(layouts, chosen, strict=True)
+        for layout, shown in zip(layouts, words_shown, strict=True)
     )
     pixels = self_attention(model, denoiser) if spread else ()
     return WordReader(
-        words=tuple(tuple(shown) for shown in chosen),
+        words=tuple(tuple(shown) for shown in words_shown),
         positions=positions,
         layers=layers,
         pixels=tuple(pixels),
@@ -248,6 +244,12 @@ def find(layout: TokenLayout, word: str) -> list[int]:
     if word in ENDS:
         return [p for role in ENDS[word] for p in layout.positions(role)]
     return layout.where(word)
+
+
+def _latent_size(value: Tensor) -> tuple[int, int]:
+    """The latents' height and width: as this reader keeps them, or of latents that another one keeps."""
+    height, width = value.shape[-2:] if value.is_floating_point() else value.flatten().tolist()
+    return int(height), int(width)
 
 
 def _tokens(layout: TokenLayout) -> list[int]:

@@ -10,7 +10,7 @@ Scores are [query, train]; positive is helpful.
 
 from methods_multimodal.data_attribution.contrastive import contrastive_task
 from methods_multimodal.data_attribution.counterfactual import LeftOut, leave_out, tail_patch, top
-from methods_multimodal.data_attribution.diffusion import diffusion_task
+from methods_multimodal.data_attribution.diffusion import denoiser_task, diffusion_task
 from methods_multimodal.data_attribution.encoding import diffusion_examples
 from methods_multimodal.data_attribution.evaluation import (
     Chosen,
@@ -69,6 +69,7 @@ __all__ = [
     "Trak",
     "choose_damping",
     "contrastive_task",
+    "denoiser_task",
     "detection",
     "diffusion_examples",
     "diffusion_task",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from methods_multimodal.data_attribution._layers import add_to, has_factors, projected
-from methods_multimodal.data_attribution.gradients import Gradients, How
+from methods_multimodal.data_attribution.gradients import Gradients, Mode
 from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.task import Batch, Task
 from mm_adapters import InputError
@@ -28,20 +28,20 @@ class Featuriser:
     """
 
     def __init__(
-        self, task: Task, sample: Batch, projection: Projection, *, draws: Draws, how: How, max_rows: int
+        self, task: Task, sample: Batch, projection: Projection, *, draws: Draws, mode: Mode, max_rows: int
     ) -> None:
         self.task, self.projection, self.draws = task, projection, draws
         if draws not in ("mean", "unit"):
             raise InputError(f"Draws are averaged as 'mean' or 'unit', not {draws!r}.")
         if projection.kind == "factored":
-            if draws == "unit" or how not in ("auto", "layers"):
+            if draws == "unit" or mode not in ("auto", "layers"):
                 raise InputError("A factored projection goes by layers and averages draws as 'mean'.")
-            how = "layers"
+            mode = "layers"
         paths = _factored_paths(task) if projection.kind == "factored" else None
         if paths is not None:
             names = tuple(n for n in task.parameters if n.rpartition(".")[0] in paths)
             task = Task(task.module, names, task.measures, task.n_draws, task.rows, task.values, task.about)
-        self.gradients = Gradients(task, sample, how=how, max_rows=max_rows)
+        self.gradients = Gradients(task, sample, mode=mode, max_rows=max_rows)
         self.device = next(iter(self.gradients.weights.values())).device
         self._sides: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         if paths is not None:
@@ -66,11 +66,11 @@ class Featuriser:
         Raises: InputError naming examples whose gradient is not finite.
         """
         if self.projection.kind == "factored":
-            found, values = self._factored(batch)
+            features, values = self._factored(batch)
         else:
             full, values = (self.gradients.unit if self.draws == "unit" else self.gradients.full)(batch)
-            found = {name: self.project(value, checkpoint) for name, value in full.items()}
-        for name, value in found.items():
+            features = {name: self.project(value, checkpoint) for name, value in full.items()}
+        for name, value in features.items():
             bad = (~value.isfinite()).any(1).cpu()
             if bool(bad.any()):
                 numbers = batch["index"].cpu()[bad].tolist()
@@ -78,22 +78,22 @@ class Featuriser:
                     f"The gradient of {name!r} is not finite for examples {numbers[:5]} of checkpoint "
                     f"{checkpoint}. Look at them, or compute in float32."
                 )
-        return found, values
+        return features, values
 
     def _factored(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         n = len(batch["index"])
         totals: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         for draws in self.gradients.chunks(n):
-            seen, found = self.gradients.seen(batch, draws)
-            for measure, layers in seen.items():
+            measures, means = self.gradients.layer_calls(batch, draws)
+            for measure, layers in measures.items():
                 parts: list[Tensor] = []
-                for path, own in self.gradients.owners.items():
+                for path, names in self.gradients.owners.items():
                     layer, (into, out_of) = self.task.module.get_submodule(path), self._sides[path]
-                    calls = [projected(layer, s, n, into, out_of, "bias" in own) for s in layers[path]]
+                    calls = [projected(layer, s, n, into, out_of, "bias" in names) for s in layers[path]]
                     parts.append(torch.stack(calls).sum(0).flatten(1).float())
                 add_to(totals, {measure: torch.cat(parts, 1) / self.task.n_draws})
-            add_to(values, {k: v * (len(draws) / self.task.n_draws) for k, v in found.items()})
+            add_to(values, {k: v * (len(draws) / self.task.n_draws) for k, v in means.items()})
         return totals, values
 
     def _factor(self, paths: list[str]) -> list[Block]:
@@ -101,11 +101,11 @@ class Featuriser:
         for path in paths:
             weight = self.task.module.get_submodule(path).weight
             assert isinstance(weight, Tensor)
-            given = weight[0].numel() + ("bias" in self.gradients.owners[path])
-            into = self.projection.side(given, path, 0, self.device)
+            in_width = weight[0].numel() + ("bias" in self.gradients.owners[path])
+            into = self.projection.side(in_width, path, 0, self.device)
             out_of = self.projection.side(len(weight), path, 1, self.device)
             self._sides[path] = into, out_of
-            width = (given if into is None else into.shape[1]) * (
+            width = (in_width if into is None else into.shape[1]) * (
                 len(weight) if out_of is None else out_of.shape[1]
             )
             start = blocks[-1][2] if blocks else 0
@@ -127,14 +127,14 @@ class Featuriser:
 
 
 def _factored_paths(task: Task) -> list[str]:
-    found = []
+    paths = []
     for name in task.parameters:
-        path, _, own = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
         layer: nn.Module = task.module.get_submodule(path)
-        if own == "weight" and has_factors(layer):
-            found.append(path)
-    if not found:
+        if leaf == "weight" and has_factors(layer):
+            paths.append(path)
+    if not paths:
         raise InputError(
             "A factored projection needs weights of linear or convolutional layers; there are none."
         )
-    return found
+    return paths

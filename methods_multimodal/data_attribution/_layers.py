@@ -18,17 +18,17 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerCall:
     """One call of a layer: its input and the gradient of its output, the row first in both."""
 
-    given: Tensor
+    input: Tensor
     gradient: Tensor
 
 
-Direct = Callable[[nn.Module, Seen, int], dict[str, Tensor]]
+Direct = Callable[[nn.Module, LayerCall, int], dict[str, Tensor]]
 
 
-def rule_of(module: nn.Module) -> Direct | None:
+def rule_for(module: nn.Module) -> Direct | None:
     """The rule for a layer's per-example gradients, or None.
 
     A subclass that computes in its own way has none.
@@ -46,46 +46,46 @@ def rule_of(module: nn.Module) -> Direct | None:
 def has_factors(module: nn.Module) -> bool:
     """Whether the weight's gradient is a sum of outer products over positions."""
     if isinstance(module, nn.Conv2d):
-        return rule_of(module) is not None and module.groups == 1
-    return isinstance(module, nn.Linear) and rule_of(module) is not None
+        return rule_for(module) is not None and module.groups == 1
+    return isinstance(module, nn.Linear) and rule_for(module) is not None
 
 
 def projected(
     module: nn.Module,
-    seen: Seen,
+    call: LayerCall,
     n: int,
-    into: Float[Tensor, "given_width given_dim"] | None,
+    into: Float[Tensor, "in_width in_dim"] | None,
     out_of: Float[Tensor, "out_width out_dim"] | None,
     bias: bool,
-) -> Float[Tensor, "example out_dim given_dim"]:
+) -> Float[Tensor, "example out_dim in_dim"]:
     """The weight's gradient with both sides projected, summed over an example's rows and positions.
 
     With `bias` the bias is a further column of the weight, whose input is one. None projects nothing.
     """
     if isinstance(module, nn.Conv2d):
-        back = rearrange(seen.gradient, "(n k) o h w -> n (k h w) o", n=n)
-        given = rearrange(_patches(module, seen.given, into, bias), "(n k) i p -> n (k p) i", n=n)
+        back = rearrange(call.gradient, "(n k) o h w -> n (k h w) o", n=n)
+        inputs = rearrange(_patches(module, call.input, into, bias), "(n k) i p -> n (k p) i", n=n)
     else:
-        back = _positions(seen.gradient, n)
-        given = _positions(seen.given, n)
+        back = _positions(call.gradient, n)
+        inputs = _positions(call.input, n)
         if bias:
-            given = F.pad(given, (0, 1), value=1.0)
-        given = given if into is None else given @ into
+            inputs = F.pad(inputs, (0, 1), value=1.0)
+        inputs = inputs if into is None else inputs @ into
     back = back if out_of is None else back @ out_of
-    return back.transpose(1, 2) @ given
+    return back.transpose(1, 2) @ inputs
 
 
 def _patches(
-    module: nn.Conv2d, given: Tensor, into: Tensor | None, bias: bool
+    module: nn.Conv2d, inputs: Tensor, into: Tensor | None, bias: bool
 ) -> Float[Tensor, "row width position"]:
-    """What the kernel saw at each position, projected by running the projection as a kernel."""
+    """The inputs of the kernel at each position, projected by running the projection as a kernel."""
     if into is None:
-        found = F.unfold(given, module.kernel_size, module.dilation, _padding(module), module.stride)
-        return F.pad(found, (0, 0, 0, 1), value=1.0) if bias else found
+        patches = F.unfold(inputs, module.kernel_size, module.dilation, _padding(module), module.stride)
+        return F.pad(patches, (0, 0, 0, 1), value=1.0) if bias else patches
     width = module.weight[0].numel()
     kernel = into[:width].T.reshape(-1, *module.weight.shape[1:])
     last = into[width] if bias else None
-    return F.conv2d(given, kernel, last, module.stride, _padding(module), module.dilation).flatten(2)
+    return F.conv2d(inputs, kernel, last, module.stride, _padding(module), module.dilation).flatten(2)
 
 
 def _is_lopsided(module: nn.Conv1d | nn.Conv2d) -> bool:
@@ -111,99 +111,101 @@ def _positions(value: Tensor, n: int) -> Float[Tensor, "example position width"]
     return value.reshape(n, -1, value.shape[-1])
 
 
-def _linear(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
-    back = _positions(seen.gradient, n)
-    return {"weight": back.transpose(1, 2) @ _positions(seen.given, n), "bias": back.sum(1)}
+def _linear(module: nn.Module, call: LayerCall, n: int) -> dict[str, Tensor]:
+    back = _positions(call.gradient, n)
+    return {"weight": back.transpose(1, 2) @ _positions(call.input, n), "bias": back.sum(1)}
 
 
-def _conv(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
+def _conv(module: nn.Module, call: LayerCall, n: int) -> dict[str, Tensor]:
     assert isinstance(module, nn.Conv2d)
-    weight = _by_windows(module, seen, n) if _has_windows(module, seen) else _by_patches(module, seen, n)
-    bias = seen.gradient.sum((2, 3)).unflatten(0, (n, -1)).sum(1)
+    weight = _by_windows(module, call, n) if _has_windows(module, call) else _by_patches(module, call, n)
+    bias = call.gradient.sum((2, 3)).unflatten(0, (n, -1)).sum(1)
     return {"weight": weight.reshape(n, *module.weight.shape), "bias": bias}
 
 
-def _by_patches(module: nn.Conv2d, seen: Seen, n: int) -> Float[Tensor, "example group out patch"]:
-    """What the kernel saw laid out position by position, and one product with it."""
-    given = F.unfold(seen.given, module.kernel_size, module.dilation, _padding(module), module.stride)
-    given = given.unflatten(1, (module.groups, -1))
-    back = seen.gradient.flatten(2).unflatten(1, (module.groups, -1))
+def _by_patches(module: nn.Conv2d, call: LayerCall, n: int) -> Float[Tensor, "example group out patch"]:
+    """The inputs of the kernel laid out position by position, and one product with them."""
+    inputs = F.unfold(call.input, module.kernel_size, module.dilation, _padding(module), module.stride)
+    inputs = inputs.unflatten(1, (module.groups, -1))
+    back = call.gradient.flatten(2).unflatten(1, (module.groups, -1))
     if back.shape[2] <= back.shape[3]:  # A product for each row is smaller than its patches laid out anew.
-        return (back @ given.mT).unflatten(0, (n, -1)).sum(1)
+        return (back @ inputs.mT).unflatten(0, (n, -1)).sum(1)
     return rearrange(back, "(n k) g o p -> n g o (k p)", n=n) @ rearrange(
-        given, "(n k) g i p -> n g (k p) i", n=n
+        inputs, "(n k) g i p -> n g (k p) i", n=n
     )
 
 
-def _has_windows(module: nn.Conv2d, seen: Seen) -> bool:
+def _has_windows(module: nn.Conv2d, call: LayerCall) -> bool:
     """Whether `_by_windows` can be taken, and is sooner done: it lays nothing out, but counts the margins."""
     if module.stride not in (1, (1, 1)):
         return False
-    high, wide = _spans(module, seen)
-    places = seen.gradient.shape[2] * seen.gradient.shape[3]
+    high, wide = _spans(module, call)
+    places = call.gradient.shape[2] * call.gradient.shape[3]
     margins = high * wide / places - 1
     # Measured: laying out costs about what a product with 64 more channels does.
-    return margins * seen.gradient.shape[1] / module.groups < 64
+    return margins * call.gradient.shape[1] / module.groups < 64
 
 
-def _spans(module: nn.Conv2d, seen: Seen) -> tuple[int, int]:
+def _spans(module: nn.Conv2d, call: LayerCall) -> tuple[int, int]:
     """The height and width that a kernel passes over: the output's, and the kernel's reach."""
-    (high, wide), (down, right) = seen.gradient.shape[2:], _reach(module)
+    (high, wide), (down, right) = call.gradient.shape[2:], _reach(module)
     return high + down, wide + right
 
 
-def _by_windows(module: nn.Conv2d, seen: Seen, n: int) -> Float[Tensor, "example_group out given high wide"]:
+def _by_windows(
+    module: nn.Conv2d, call: LayerCall, n: int
+) -> Float[Tensor, "example_group out in high wide"]:
     """One product for each place of the kernel, with the input moved by as much: a slice of it, not a copy.
 
     Both sides stand in frames of the size that the kernel passes over, an example's one behind the other;
     the output's gradient is zero in the margins, so what a slice shows there does not count.
     """
-    high, wide = _spans(module, seen)
+    high, wide = _spans(module, call)
     top, left = _padding(module)
 
     def framed(value: Tensor, top: int, left: int) -> Tensor:
         """[example group, channel, row's frame one behind the other]"""
         channels = value.shape[1] // module.groups
         value = rearrange(value, "(n k) (g c) h w -> n g c k h w", n=n, g=module.groups)
-        made = value.new_zeros(n, module.groups, channels, value.shape[3], high, wide)
+        frames = value.new_zeros(n, module.groups, channels, value.shape[3], high, wide)
         shown = value[..., : high - top, : wide - left]
-        made[..., top : top + shown.shape[-2], left : left + shown.shape[-1]] = shown
-        return made.flatten(3).flatten(0, 1)
+        frames[..., top : top + shown.shape[-2], left : left + shown.shape[-1]] = shown
+        return frames.flatten(3).flatten(0, 1)
 
-    given, back = framed(seen.given, top, left), framed(seen.gradient, 0, 0)
+    inputs, back = framed(call.input, top, left), framed(call.gradient, 0, 0)
     (down, right), (n_high, n_wide) = module.dilation, module.kernel_size
     moves = [y * down * wide + x * right for y in range(n_high) for x in range(n_wide)]
     length = back.shape[2] - moves[-1]
-    found = [back[:, :, :length] @ given[:, :, move : move + length].mT for move in moves]
-    return torch.stack(found, -1).unflatten(-1, (n_high, n_wide))
+    products = [back[:, :, :length] @ inputs[:, :, move : move + length].mT for move in moves]
+    return torch.stack(products, -1).unflatten(-1, (n_high, n_wide))
 
 
-def _layer_norm(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
+def _layer_norm(module: nn.Module, call: LayerCall, n: int) -> dict[str, Tensor]:
     assert isinstance(module, nn.LayerNorm)
     shape = list(module.normalized_shape)
-    plain = F.layer_norm(seen.given, shape, eps=module.eps)
+    plain = F.layer_norm(call.input, shape, eps=module.eps)
     return {
-        "weight": (plain * seen.gradient).reshape(n, -1, *shape).sum(1),
-        "bias": seen.gradient.reshape(n, -1, *shape).sum(1),
+        "weight": (plain * call.gradient).reshape(n, -1, *shape).sum(1),
+        "bias": call.gradient.reshape(n, -1, *shape).sum(1),
     }
 
 
-def _group_norm(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
+def _group_norm(module: nn.Module, call: LayerCall, n: int) -> dict[str, Tensor]:
     assert isinstance(module, nn.GroupNorm)
-    plain = F.group_norm(seen.given, module.num_groups, eps=module.eps)
+    plain = F.group_norm(call.input, module.num_groups, eps=module.eps)
     return {
-        "weight": rearrange((plain * seen.gradient).flatten(2), "(n k) c p -> n c (k p)", n=n).sum(2),
-        "bias": rearrange(seen.gradient.flatten(2), "(n k) c p -> n c (k p)", n=n).sum(2),
+        "weight": rearrange((plain * call.gradient).flatten(2), "(n k) c p -> n c (k p)", n=n).sum(2),
+        "bias": rearrange(call.gradient.flatten(2), "(n k) c p -> n c (k p)", n=n).sum(2),
     }
 
 
-def _embedding(module: nn.Module, seen: Seen, n: int) -> dict[str, Tensor]:
+def _embedding(module: nn.Module, call: LayerCall, n: int) -> dict[str, Tensor]:
     assert isinstance(module, nn.Embedding)
-    ids, back = seen.given.reshape(n, -1), _positions(seen.gradient, n)
+    ids, back = call.input.reshape(n, -1), _positions(call.gradient, n)
     if module.padding_idx is not None:
         back = back * (ids != module.padding_idx)[..., None]
-    made = back.new_zeros(n, *module.weight.shape)
-    return {"weight": made.scatter_add_(1, ids[..., None].expand_as(back), back)}
+    gradients = back.new_zeros(n, *module.weight.shape)
+    return {"weight": gradients.scatter_add_(1, ids[..., None].expand_as(back), back)}
 
 
 _RULES: dict[type[nn.Module], Direct] = {
@@ -223,9 +225,9 @@ def add_to(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
 
 def owned(names: tuple[str, ...], module: nn.Module) -> dict[str, dict[str, str]]:
     """Which of the named parameters each layer owns: layer path -> {own name: full name}."""
-    found: dict[str, dict[str, str]] = {}
+    owners: dict[str, dict[str, str]] = {}
     for name in names:
-        path, _, own = name.rpartition(".")
-        found.setdefault(path, {})[own] = name
-    assert all(module.get_submodule(path) is not None for path in found)
-    return found
+        path, _, name_in_layer = name.rpartition(".")
+        owners.setdefault(path, {})[name_in_layer] = name
+    assert all(module.get_submodule(path) is not None for path in owners)
+    return owners

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +10,13 @@ from torch.nn import functional as F
 
 from methods_multimodal.data_attribution._parameters import select
 from methods_multimodal.data_attribution.task import Batch, Call, Task
-from mm_adapters import InputError
+from mm_adapters import InputError, Model
 
 _MEASURES = ("loss", "similarity")
 
 
 def contrastive_task(
-    model: Any,
+    model: Model,
     reference: Batch,
     *,
     measure: str | Sequence[str] = "loss",
@@ -33,7 +32,7 @@ def contrastive_task(
 
     Raises: InputError for an unknown measure, or an output without embeddings.
     """
-    module = getattr(model, "wrapped", model)
+    module = model.wrapped
     names = [measure] if isinstance(measure, str) else list(measure)
     unknown = [n for n in names if n not in _MEASURES]
     if unknown or not names:
@@ -43,14 +42,12 @@ def contrastive_task(
 
     def values(call: Call, rows: Batch) -> dict[str, Tensor]:
         image, text = _embeddings(call, rows)
-        own = (image * text).sum(1, keepdim=True)
-        among = [
-            torch.cat([own, own_side @ other.T], 1) for own_side, other in ((image, texts), (text, images))
-        ]
+        pair = (image * text).sum(1, keepdim=True)
+        among = [torch.cat([pair, side @ others.T], 1) for side, others in ((image, texts), (text, images))]
         loss = sum(-F.log_softmax(scale * scores, 1)[:, 0] for scores in among)
         assert isinstance(loss, Tensor)
-        found = {"loss": loss / 2, "similarity": own[:, 0]}
-        return {name: found[name] for name in names}
+        measured = {"loss": loss / 2, "similarity": pair[:, 0]}
+        return {name: measured[name] for name in names}
 
     about = {"module": type(module).__name__, "measures": names, "scale": scale, "n_draws": 1}
     about["reference"] = [float(images.double().sum()), float(texts.double().sum())]

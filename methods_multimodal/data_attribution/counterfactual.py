@@ -12,7 +12,7 @@ from torch.func import grad
 from tqdm.auto import tqdm
 
 from methods_multimodal.core.record import Record
-from methods_multimodal.data_attribution.evaluation import Estimate, bootstrap
+from methods_multimodal.core.statistics import Estimate, bootstrap
 from methods_multimodal.data_attribution.task import Batch, Examples, Task, batch_of
 from mm_adapters import InputError
 

@@ -12,10 +12,10 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from methods_multimodal.core.generators import mixed
 from methods_multimodal.data_attribution._parameters import select
 from methods_multimodal.data_attribution.task import Batch, Call, Task
-from mm_adapters import InputError
-from mm_adapters.sites.site_map import SiteMap
+from mm_adapters import InputError, Model
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 _OWN = ("index", "latents", "timestep")
@@ -32,7 +32,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def diffusion_task(
-    model: Any,
+    model: Model,
     *,
     measure: str | Sequence[str] | Mapping[str, Measure] = "loss",
     timesteps: int | Sequence[int] | None = 10,
@@ -44,25 +44,67 @@ def diffusion_task(
     scheduler: Any = None,
     timestep_scale: float = 1.0,
 ) -> Task:
-    """A task of a pipeline's denoiser, or of a lens around one; of a lone denoiser, with a `scheduler`.
+    """A task of a pipeline's denoiser; `denoiser_task` is the same of a denoiser alone.
 
     An example has "latents" [channel, height, width] (pixels in [-1, 1] if the pipeline has no
     autoencoder), and whatever else the denoiser takes ("encoder_hidden_states", "class_labels", ...;
     "added_cond_kwargs.text_embeds" for what lies in a dict), as `diffusion_examples` makes them.
+    The noise is that of (seed, index, timestep, which noise), the same for training and query examples.
+    Averages are over timesteps and noises.
 
-    `timesteps` are a number of evenly spaced ones, a list, or None: each example brings its own, as
-    "timestep"; or `n_own` of them along a trajectory (Journey-TRAK: what the sampler took for the clean
-    picture at each), "timestep" then [n_own] and "latents" [n_own, channel, height, width].
-    The noise is that of (seed, index, timestep, which noise), the same for training and query
-    examples; with `noise="one"` the index is left out and all examples share it (as in D-TRAK).
-    Averages are over timesteps and noises. `measure` names one or more of `MEASURES`, or gives
-    functions of (prediction, target), both [row, feature].
+    Args:
+        measure: One or more names of `MEASURES`, or functions of (prediction, target), both [row, feature].
+        timesteps: A number of evenly spaced ones, a list, or None: each example brings its own, as
+            "timestep".
+        n_noises: Draws of noise at each timestep.
+        n_own: With `timesteps=None`, how many timesteps an example brings along a trajectory (Journey-TRAK:
+            with what the sampler predicted as the clean picture at each): "timestep" is then [n_own] and
+            "latents" [n_own, channel, height, width].
+        seed: Of the noise.
+        noise: "each" example has its own; "one" for all of them, without the index (as in D-TRAK).
+        parameters: "all", "cross_attention_kv", "lora", or names or globs.
+        scheduler: How noise is added; None: the pipeline's own.
+        timestep_scale: Times a timestep is what the denoiser is given.
 
-    Raises: InputError for an unknown measure, timestep, or a model without a denoiser or scheduler.
+    Raises: InputError for an unknown measure or timestep, or a model without a denoiser.
     """
-    wrapped = getattr(model, "wrapped", model)
-    module, own = denoiser_of(wrapped)
-    scheduler = scheduler or own
+    return denoiser_task(
+        denoiser_of(model),
+        scheduler or getattr(model.wrapped, "scheduler", None),
+        measure=measure,
+        timesteps=timesteps,
+        n_noises=n_noises,
+        n_own=n_own,
+        seed=seed,
+        noise=noise,
+        parameters=parameters,
+        timestep_scale=timestep_scale,
+    )
+
+
+def denoiser_task(
+    module: nn.Module,
+    scheduler: Any,
+    *,
+    measure: str | Sequence[str] | Mapping[str, Measure] = "loss",
+    timesteps: int | Sequence[int] | None = 10,
+    n_noises: int = 1,
+    n_own: int = 1,
+    seed: int = 0,
+    noise: Literal["each", "one"] = "each",
+    parameters: str | Sequence[str] = "all",
+    timestep_scale: float = 1.0,
+) -> Task:
+    """A task of a denoiser alone, with a scheduler that says how noise is added.
+
+    Args:
+        module: Called as (noisy latents, timestep=, return_dict=False, what else an example has).
+        scheduler: One of diffusers'.
+        measure, timesteps, n_noises, n_own, seed, noise, parameters, timestep_scale: As `diffusion_task`
+            takes them.
+
+    Raises: InputError for an unknown measure or timestep, or no scheduler.
+    """
     if scheduler is None:
         raise InputError("A lone denoiser does not say how noise is added. Pass scheduler=.")
     schedule = Schedule.of(scheduler, timestep_scale)
@@ -102,21 +144,18 @@ def diffusion_task(
     return Task(module, select(module, parameters), tuple(measures), n_draws, draws.rows, values, about)
 
 
-def denoiser_of(wrapped: Any) -> tuple[nn.Module, Any]:
-    """The denoiser of a pipeline, and its scheduler (None for a lone denoiser)."""
-    if isinstance(wrapped, nn.Module) and not hasattr(wrapped, "scheduler"):
-        return wrapped, None
-    towers = SiteMap(wrapped).towers
-    if "denoiser" not in towers:
-        raise InputError(f"{type(wrapped).__name__} has no denoiser; its towers are {', '.join(towers)}.")
-    return towers["denoiser"].module, getattr(wrapped, "scheduler", None)
+def denoiser_of(model: Model) -> nn.Module:
+    """The denoiser of a pipeline. Raises: InputError if the model has none."""
+    if "denoiser" not in model.towers:
+        raise InputError(f"{model.name} has no denoiser; its towers are {', '.join(model.towers)}.")
+    return model.towers["denoiser"].module
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """How a scheduler mixes signal and noise at each timestep, and what its denoiser predicts.
 
-    `signal` and `noise` [timestep] are their shares; `times` is what the denoiser is told.
+    `signal` and `noise` [timestep] are their shares; `times` is what the denoiser is given.
     """
 
     signal: Float[Tensor, " timestep"]
@@ -176,12 +215,12 @@ class Draws:
         signal, share = (
             s[steps].reshape(shape).to(clean) for s in (self.schedule.signal, self.schedule.noise)
         )
-        made = {
+        noised = {
             "noisy": signal * clean + share * noise,
             "target": self.schedule.target(clean, noise, signal, share),
             "timestep": self.schedule.times[steps].to(clean.device),
         }
-        rows = {name: rearrange(value, "n k ... -> (n k) ...") for name, value in made.items()}
+        rows = {name: rearrange(value, "n k ... -> (n k) ...") for name, value in noised.items()}
         others = {name: value for name, value in batch.items() if name not in _OWN}
         return rows | {name: repeat(value, "n ... -> (n k) ...", k=k) for name, value in others.items()}
 
@@ -193,15 +232,17 @@ class Draws:
         shape: Sequence[int],
     ) -> Float[Tensor, "example draw ..."]:
         """Each example's noise in each draw, by its number and timestep alone."""
-        made: dict[tuple[int, ...], Tensor] = {}
-        found: list[Tensor] = []
-        for number, own in zip(index.tolist(), steps.tolist(), strict=True):
-            for step, draw in zip(own, which, strict=True):
-                key = (self.seed, -1 if self.shared else int(number), int(step), draw % self.n_noises)
-                if key not in made:
-                    made[key] = torch.randn(*shape, generator=_generator(key))
-                found.append(made[key])
-        return torch.stack(found).unflatten(0, tuple(steps.shape))
+        known: dict[tuple[int, ...], Tensor] = {}
+        noises: list[Tensor] = []
+        for number, timesteps in zip(index.tolist(), steps.tolist(), strict=True):
+            for step, draw in zip(timesteps, which, strict=True):
+                # One more, so that -1, all examples' number, is none of theirs.
+                key = tuple(n + 1 for n in (self.seed, -1 if self.shared else int(number), int(step),
+                                            draw % self.n_noises))  # fmt: skip
+                if key not in known:
+                    known[key] = torch.randn(*shape, generator=mixed(*key))
+                noises.append(known[key])
+        return torch.stack(noises).unflatten(0, tuple(steps.shape))
 
     def _clean(self, batch: Batch, which: range) -> tuple[Tensor, Tensor]:
         """Latents [example, draw, ...] and timesteps [example, draw]."""
@@ -212,30 +253,30 @@ class Draws:
             return repeat(latents, "n ... -> n k ...", k=len(which)), steps
         if "timestep" not in batch:
             raise InputError('With timesteps=None every example brings its own, as "timestep".')
-        own = batch["timestep"].cpu()
-        if own.ndim == 1:
-            own = own[:, None]
+        timesteps = batch["timestep"].cpu()
+        if timesteps.ndim == 1:
+            timesteps = timesteps[:, None]
             latents = latents[:, None]
-        if int(at.max()) >= own.shape[1] or own.shape != latents.shape[:2]:
+        if int(at.max()) >= timesteps.shape[1] or timesteps.shape != latents.shape[:2]:
             raise InputError(
-                f"Examples bring timesteps {list(own.shape)} and latents {list(latents.shape)}; n_own is how "
-                "many each has, of both."
+                f"Examples bring timesteps {list(timesteps.shape)} and latents {list(latents.shape)}; "
+                "n_own is how many each has, of both."
             )
-        return latents[:, at.to(latents.device)], own[:, at]
+        return latents[:, at.to(latents.device)], timesteps[:, at]
 
 
-def _measures(wanted: str | Sequence[str] | Mapping[str, Measure]) -> dict[str, Measure]:
-    if isinstance(wanted, Mapping):
-        found = dict(wanted)
+def _measures(measure: str | Sequence[str] | Mapping[str, Measure]) -> dict[str, Measure]:
+    if isinstance(measure, Mapping):
+        measures = dict(measure)
     else:
-        names = [wanted] if isinstance(wanted, str) else list(wanted)
+        names = [measure] if isinstance(measure, str) else list(measure)
         unknown = [n for n in names if n not in MEASURES]
         if unknown:
             raise InputError(f"There is no measure {unknown[0]!r}; there is {', '.join(MEASURES)}.")
-        found = {name: MEASURES[name] for name in names}
-    if not found:
+        measures = {name: MEASURES[name] for name in names}
+    if not measures:
         raise InputError(f"No measure was asked for; there is {', '.join(MEASURES)}.")
-    return found
+    return measures
 
 
 def _kwargs(rows: Batch) -> dict[str, Any]:
@@ -250,13 +291,6 @@ def _kwargs(rows: Batch) -> dict[str, Any]:
         else:
             out[name] = value
     return out
-
-
-def _generator(numbers: Sequence[int]) -> torch.Generator:
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 2) % (2**63 - 25)
-    return torch.Generator().manual_seed(seed)
 
 
 def takes(module: nn.Module, name: str) -> bool:

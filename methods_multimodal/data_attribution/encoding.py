@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.data_attribution.diffusion import denoiser_of, takes
-from mm_adapters import InputError
+from mm_adapters import InputError, Model
 from mm_adapters.inputs.images import to_rgb_list
 
 
 @torch.no_grad()
 def diffusion_examples(
-    model: Any,
+    model: Model,
     images: Float[Tensor, "image 3 height width"] | Sequence[Any],
     prompts: Sequence[str] | None = None,
     *,
@@ -30,23 +30,22 @@ def diffusion_examples(
 
     Raises: InputError if prompts are missing, not one an image, or not what this pipeline takes.
     """
-    pipe = getattr(model, "wrapped", model)
-    module, _ = denoiser_of(pipe)
+    pipe, module = model.wrapped, denoiser_of(model)
     pixels = _pixels(images)
     reads_text = hasattr(pipe, "encode_prompt")
     if reads_text != (prompts is not None):
         need = "needs a prompt for each image" if reads_text else "takes no prompts"
-        raise InputError(f"{type(pipe).__name__} {need}.")
+        raise InputError(f"{model.name} {need}.")
     if prompts is not None and len(prompts) != len(pixels):
         raise InputError(f"There are {len(pixels)} images and {len(prompts)} prompts.")
     first = next(module.parameters())
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(pixels), batch_size):
         part = (2 * pixels[start : start + batch_size] - 1).to(first)
-        made = {"latents": _latents(pipe, part)}
+        example = {"latents": _latents(pipe, part)}
         if prompts is not None:
-            made |= texts(pipe, module, list(prompts[start : start + batch_size]), part.shape[-2:])
-        parts.append({name: value.cpu() for name, value in made.items()})
+            example |= texts(pipe, module, list(prompts[start : start + batch_size]), part.shape[-2:])
+        parts.append({name: value.cpu() for name, value in example.items()})
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 
@@ -76,13 +75,13 @@ def _latents(pipe: Any, pixels: Tensor) -> Tensor:
 def texts(pipe: Any, module: Any, prompts: list[str], size: Sequence[int]) -> dict[str, Tensor]:
     """What `encode_prompt` gives, under the denoiser's names for it."""
     known = inspect.signature(pipe.encode_prompt).parameters
-    given = {"device": next(module.parameters()).device, "num_images_per_prompt": 1}
-    given |= {"do_classifier_free_guidance": False, "clean_caption": False}
-    given |= {name: prompts for name in ("prompt_2", "prompt_3") if name in known}
-    found = pipe.encode_prompt(prompts, **{k: v for k, v in given.items() if k in known})
-    found = found if isinstance(found, tuple) else (found,)
-    out = {"encoder_hidden_states": found[0]}
-    pooled = next((v for v in found[1:] if v is not None and v.ndim == 2 and v.is_floating_point()), None)
+    options = {"device": next(module.parameters()).device, "num_images_per_prompt": 1}
+    options |= {"do_classifier_free_guidance": False, "clean_caption": False}
+    options |= {name: prompts for name in ("prompt_2", "prompt_3") if name in known}
+    encoded = pipe.encode_prompt(prompts, **{k: v for k, v in options.items() if k in known})
+    encoded = encoded if isinstance(encoded, tuple) else (encoded,)
+    out = {"encoder_hidden_states": encoded[0]}
+    pooled = next((v for v in encoded[1:] if v is not None and v.ndim == 2 and v.is_floating_point()), None)
     if takes(module, "pooled_projections") and pooled is not None:
         out["pooled_projections"] = pooled
     elif pooled is not None and module.config.get("addition_embed_type") == "text_time":
@@ -91,6 +90,6 @@ def texts(pipe: Any, module: Any, prompts: list[str], size: Sequence[int]) -> di
         out["added_cond_kwargs.time_ids"] = pooled.new_tensor([height, width, 0, 0, height, width]).repeat(
             len(prompts), 1
         )
-    elif takes(module, "encoder_attention_mask") and len(found) > 1 and found[1] is not None:
-        out["encoder_attention_mask"] = found[1]
+    elif takes(module, "encoder_attention_mask") and len(encoded) > 1 and encoded[1] is not None:
+        out["encoder_attention_mask"] = encoded[1]
     return out

@@ -8,24 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from methods_multimodal.core.generators import generator
 from methods_multimodal.core.record import Record
+from methods_multimodal.core.statistics import Estimate, spearman
 from mm_adapters import InputError
 
 _RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Estimate(Record):
-    """A mean and its interval by bootstrap; `values` are what it is the mean of."""
-
-    mean: float
-    low: float
-    high: float
-    values: Float[Tensor, " value"]
 
 
 @dataclass(frozen=True)
@@ -61,17 +57,19 @@ def linear_datamodeling_score(
     Raises: InputError if the shapes do not belong together, or a query's losses never vary.
     """
     _check(scores, subsets, losses)
-    predicted = subsets.double() @ scores.double().T
-    per_query = spearman(predicted, -losses.double())
-    lots = torch.Generator().manual_seed(seed)
-    n_subsets, n_queries = losses.shape
-    means = []
-    for _ in range(_RESAMPLES):
-        rows = torch.randint(n_subsets, (n_subsets,), generator=lots)
-        columns = torch.randint(n_queries, (n_queries,), generator=lots)
-        means.append(spearman(predicted[rows][:, columns], -losses[rows][:, columns].double()).mean())
-    low, high = _interval(torch.stack(means), level)
-    return Estimate(float(per_query.mean()), low, high, per_query.float())
+    predicted, negative = subsets.double() @ scores.double().T, -losses.double()
+    per_query = _rank_correlation(predicted, negative)
+    crossed = [np.arange(n) for n in losses.shape if n > 1]  # A single query is not drawn.
+
+    def mean(rows: NDArray[np.int64], *columns: NDArray[np.int64]) -> float:
+        at = np.ix_(rows, *(columns or ([0],)))
+        return float(_rank_correlation(predicted[at], negative[at]).mean())
+
+    low, high = bootstrap(
+        crossed, mean, vectorized=False, n_resamples=_RESAMPLES, confidence_level=level,
+        method="percentile", rng=seed,
+    ).confidence_interval  # fmt: skip
+    return Estimate(float(per_query.mean()), float(low), float(high), per_query.float())
 
 
 def choose_damping(
@@ -96,18 +94,20 @@ def choose_damping(
         raise InputError(f"{n_queries} queries can be parted into 2 to {n_queries} folds, not {folds}.")
     if not dampings:
         raise InputError("There is no damping to choose from.")
-    made = torch.stack([make(damping) for damping in dampings])
-    for scores in made:
+    candidates = torch.stack([make(damping) for damping in dampings])
+    for scores in candidates:
         _check(scores, subsets, losses)
-    each = torch.stack([spearman(subsets.double() @ scores.double().T, -losses.double()) for scores in made])
-    fold = torch.randperm(n_queries, generator=torch.Generator().manual_seed(seed)) % folds
+    each = torch.stack(
+        [_rank_correlation(subsets.double() @ scores.double().T, -losses.double()) for scores in candidates]
+    )
+    fold = torch.randperm(n_queries, generator=generator(seed)) % folds
     best = torch.empty(n_queries, dtype=torch.long)
     for number in range(folds):
         best[fold == number] = each[:, fold != number].mean(1).argmax()
-    scores = made[best, torch.arange(n_queries)]
-    found = linear_datamodeling_score(scores, subsets, losses, level=level, seed=seed)
+    scores = candidates[best, torch.arange(n_queries)]
+    score = linear_datamodeling_score(scores, subsets, losses, level=level, seed=seed)
     damping = torch.tensor(dampings, dtype=torch.float32)[best]
-    return Chosen(found.mean, found.low, found.high, found.values, damping, scores)
+    return Chosen(score.mean, score.low, score.high, score.values, damping, scores)
 
 
 def source_recall(
@@ -123,10 +123,10 @@ def source_recall(
             f"Every query needs a known source; scores are {list(scores.shape)}, sources "
             f"{list(sources.shape)}, and {int((counts == 0).sum())} queries have none."
         )
-    found = []
+    recalls = []
     for row, known, count in zip(scores, sources, counts.tolist(), strict=True):
-        found.append(known[row.topk(count).indices].float().mean())
-    return torch.stack(found)
+        recalls.append(known[row.topk(count).indices].float().mean())
+    return torch.stack(recalls)
 
 
 def detection(scores: Float[Tensor, " example"], planted: Bool[Tensor, " example"]) -> float:
@@ -141,8 +141,7 @@ def detection(scores: Float[Tensor, " example"], planted: Bool[Tensor, " example
     n, n_planted = len(planted), int(planted.sum())
     if scores.shape != planted.shape or not 0 < n_planted < n:
         raise InputError(f"{n_planted} of {n} examples are planted; at least one must be, and one not.")
-    above = ranks(scores[:, None].double())[planted, 0].sum() - n_planted * (n_planted + 1) / 2
-    return float(above / (n_planted * (n - n_planted)))
+    return float(roc_auc_score(planted.cpu().numpy(), scores.cpu().numpy()))
 
 
 def duplicates(
@@ -152,53 +151,29 @@ def duplicates(
 
     A pair's likeness is the geometric mean of both scores over the scores for themselves.
     """
-    own = between.diagonal().clamp_min(torch.finfo(between.dtype).tiny)
-    alike = (between / (own[:, None] * own).sqrt() + (between / (own[:, None] * own).sqrt()).T) / 2
+    self_scores = between.diagonal().clamp_min(torch.finfo(between.dtype).tiny)
+    alike = (
+        between / (self_scores[:, None] * self_scores).sqrt()
+        + (between / (self_scores[:, None] * self_scores).sqrt()).T
+    ) / 2
     rows, columns = torch.triu_indices(len(between), len(between), offset=1)
     best = alike[rows, columns].topk(min(n, len(rows)))
     return torch.stack([rows[best.indices], columns[best.indices]], 1), best.values
 
 
-def spearman(a: Float[Tensor, "row column"], b: Float[Tensor, "row column"]) -> Float[Tensor, " column"]:
-    """Spearman's correlation of each column; 0 where one of the two never varies."""
-    x, y = (r - r.mean(0) for r in (ranks(a), ranks(b)))
-    product, size = (x * y).sum(0), x.norm(dim=0) * y.norm(dim=0)
-    return torch.where(size > 0, product / size.clamp_min(1e-12), torch.zeros_like(product))
-
-
-def ranks(values: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
-    """Ranks down each column from 1; equals share the mean of theirs."""
-    ordered = values.sort(0).values.T.contiguous()
-    wanted = values.T.contiguous()
-    first = torch.searchsorted(ordered, wanted)
-    last = torch.searchsorted(ordered, wanted, right=True)
-    return ((first + last + 1).to(values.dtype) / 2).T
-
-
-def bootstrap(values: Float[Tensor, "query ..."], *, level: float = 0.95, seed: int = 0) -> Estimate:
-    """The mean of values and its interval, resampling queries, and repeats (seeds) within each."""
-    table = values.double().reshape(len(values), -1)
-    lots = torch.Generator().manual_seed(seed)
-    means = []
-    for _ in range(_RESAMPLES):
-        rows = torch.randint(len(table), (len(table),), generator=lots)
-        columns = torch.randint(table.shape[1], table.shape, generator=lots)
-        means.append(table[rows].gather(1, columns).mean())
-    low, high = _interval(torch.stack(means), level)
-    return Estimate(float(table.mean()), low, high, table.mean(1).float())
-
-
-def _interval(means: Tensor, level: float) -> tuple[float, float]:
-    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)).tolist()
-    return low, high
+def _rank_correlation(
+    predicted: Float[Tensor, "subset query"], losses: Float[Tensor, "subset query"]
+) -> Float[Tensor, " query"]:
+    """Of each query; 0 for one whose numbers never vary."""
+    return spearman(predicted, losses).nan_to_num(0.0)
 
 
 def _check(scores: Tensor, subsets: Tensor, losses: Tensor) -> None:
-    wanted = (losses.shape[1], subsets.shape[1])
-    if tuple(scores.shape) != wanted or len(subsets) != len(losses):
+    shape = (losses.shape[1], subsets.shape[1])
+    if tuple(scores.shape) != shape or len(subsets) != len(losses):
         raise InputError(
             f"{len(subsets)} subsets of {subsets.shape[1]} examples and losses {list(losses.shape)} "
-            f"[subset, query] ask for scores {list(wanted)}, not {list(scores.shape)}."
+            f"[subset, query] ask for scores {list(shape)}, not {list(scores.shape)}."
         )
     if len(losses) < 3 or bool((losses == losses[:1]).all(0).any()):
         raise InputError("A query's losses must differ between subsets, of which there are at least three.")

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from methods_multimodal.core.record import Record
 from methods_multimodal.data_attribution._featurise import Draws, Featuriser
-from methods_multimodal.data_attribution.gradients import How
+from methods_multimodal.data_attribution.gradients import Mode
 from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.task import Examples, Task, batch_of, n_examples
 from mm_adapters import InputError, StoreError
@@ -47,7 +47,7 @@ def featurise(
     projection: Projection | None = None,
     checkpoints: Sequence[Checkpoint] | None = None,
     draws: Draws = "mean",
-    how: How = "auto",
+    mode: Mode = "auto",
     batch_size: int = 8,
     max_rows: int = 128,
     dtype: torch.dtype = torch.float32,
@@ -66,7 +66,7 @@ def featurise(
     StoreError if the folder holds something else (another model, projection, seed, data), or is damaged.
     """
     projection = projection or Projection()
-    maker = _maker(task, examples, projection, draws, how, max_rows)
+    maker = _maker(task, examples, projection, draws, mode, max_rows)
     n, points = n_examples(examples), [None] if checkpoints is None else list(checkpoints)
     about = _about(task, maker, projection, draws, points)
     about |= {"data": _digest_examples(examples), "n_examples": n, "batch_size": batch_size}
@@ -95,8 +95,8 @@ def featurise(
                 for k, point in enumerate(points):
                     if len(points) > 1:
                         maker.load(_state(point))
-                    found, values = maker(batch, k)
-                    row |= {f"{m}@{k}": v for m, v in found.items()}
+                    features, values = maker(batch, k)
+                    row |= {f"{m}@{k}": v for m, v in features.items()}
                     row |= {f"value.{m}@{k}": v for m, v in values.items()}
                 _check_kept(row, names, dtype)
                 writer.append(row, items=len(batch["index"]))
@@ -111,7 +111,7 @@ def query_features(
     projection: Projection | None = None,
     checkpoints: Sequence[Checkpoint] | None = None,
     draws: Draws = "mean",
-    how: How = "auto",
+    mode: Mode = "auto",
     batch_size: int = 8,
     max_rows: int = 128,
 ) -> Features:
@@ -120,19 +120,19 @@ def query_features(
     Raises: InputError as `featurise` does.
     """
     projection = projection or Projection()
-    maker = _maker(task, examples, projection, draws, how, max_rows)
+    maker = _maker(task, examples, projection, draws, mode, max_rows)
     points = [None] if checkpoints is None else list(checkpoints)
     parts: dict[str, list[Tensor]] = {}
     for k, point in enumerate(points):
         maker.load(_state(point))
         for start in range(0, n_examples(examples), batch_size):
             batch = batch_of(examples, start, start + batch_size)
-            found, values = maker(batch, k)
+            features, values = maker(batch, k)
             for measure in task.measures:
-                parts.setdefault(f"{measure}@{k}", []).append(found[measure].cpu())
+                parts.setdefault(f"{measure}@{k}", []).append(features[measure].cpu())
                 parts.setdefault(f"value.{measure}@{k}", []).append(values[measure].cpu())
     about = _about(task, maker, projection, draws, points)
-    return Features({name: torch.cat(found) for name, found in parts.items()}, json.dumps(about))
+    return Features({name: torch.cat(features) for name, features in parts.items()}, json.dumps(about))
 
 
 def check_match(store: Store, queries: Features, measure: str, query_measure: str) -> list[tuple[str, str]]:
@@ -140,17 +140,17 @@ def check_match(store: Store, queries: Features, measure: str, query_measure: st
 
     Raises: StoreError if the two were made with other weights, parameters or projections, or lack a measure.
     """
-    asked = json.loads(queries.about)
+    about = json.loads(queries.about)
     for key in ("weights", "parameters", "projection", "signs"):
-        if store.about.get(key) != asked.get(key):
+        if store.about.get(key) != about.get(key):
             raise StoreError(
                 f"{store.folder} was made with other {key} than the queries ({store.about.get(key)!r}, not "
-                f"{asked.get(key)!r}). Make the queries' features as the store's were made."
+                f"{about.get(key)!r}). Make the queries' features as the store's were made."
             )
-    pairs = [(f"{measure}@{k}", f"{query_measure}@{k}") for k in range(len(asked["weights"]))]
-    for have, wanted in ((store.columns, [p[0] for p in pairs]), (queries.columns, [p[1] for p in pairs])):
+    pairs = [(f"{measure}@{k}", f"{query_measure}@{k}") for k in range(len(about["weights"]))]
+    for have, names in ((store.columns, [p[0] for p in pairs]), (queries.columns, [p[1] for p in pairs])):
         known = sorted({name.partition("@")[0] for name in have if "@" in name and "." not in name})
-        missing = [name for name in wanted if name not in have]
+        missing = [name for name in names if name not in have]
         if missing:
             raise StoreError(
                 f"There are no features of {missing[0].partition('@')[0]!r}; there are of {', '.join(known)}."
@@ -159,25 +159,25 @@ def check_match(store: Store, queries: Features, measure: str, query_measure: st
 
 
 def _maker(
-    task: Task, examples: Examples, projection: Projection, draws: Draws, how: How, max_rows: int
+    task: Task, examples: Examples, projection: Projection, draws: Draws, mode: Mode, max_rows: int
 ) -> Featuriser:
     # Always the first two: whichever way a killed run chose, the next one chooses too.
-    return Featuriser(task, batch_of(examples, 0, 2), projection, draws=draws, how=how, max_rows=max_rows)
+    return Featuriser(task, batch_of(examples, 0, 2), projection, draws=draws, mode=mode, max_rows=max_rows)
 
 
 def _about(
     task: Task, maker: Featuriser, projection: Projection, draws: str, points: Sequence[Checkpoint | None]
 ) -> dict[str, Any]:
     # A dense matrix of signs was another one before its columns came in bytes.
-    drawn = {"signs": "in bytes"} if projection.kind == "rademacher" else {}
-    return drawn | {
+    signs = {"signs": "in bytes"} if projection.kind == "rademacher" else {}
+    return signs | {
         "made_by": "methods_multimodal.data_attribution.featurise",
         "task": dict(task.about),
         "weights": [_digest_weights(task, _state(p)) for p in points],
         "parameters": _digest(json.dumps(task.parameters).encode()),
         "projection": projection.about(),
         "draws": draws,
-        "how": maker.gradients.how,
+        "mode": maker.gradients.mode,
         "blocks": [list(b) for b in maker.blocks],
     }
 

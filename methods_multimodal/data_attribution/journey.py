@@ -19,7 +19,7 @@ from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.scorers import scores
 from methods_multimodal.data_attribution.trak import Trak
 from methods_multimodal.diffusion.denoising import StepReader
-from mm_adapters import InputError, Lens
+from mm_adapters import InputError, Model
 from mm_adapters.store import Store
 
 
@@ -57,7 +57,7 @@ class Journey(Record):
 
 
 def trajectory(
-    model: Lens, prompts: Sequence[str], *, n_own: int = 10, n_steps: int = 50, seed: int = 0, **inputs: Any
+    model: Model, prompts: Sequence[str], *, n_own: int = 10, n_steps: int = 50, seed: int = 0, **inputs: Any
 ) -> Trajectory:
     """Draws each prompt with the pipeline's own loop and keeps what its sampler predicted on the way.
 
@@ -67,7 +67,7 @@ def trajectory(
     Raises: InputError for a pipeline that cannot be watched, before anything is drawn, and for a sampler
     that does not say what it predicts, after the first drawing.
     """
-    pipe = model.wrapped  # type: ignore[attr-defined]
+    pipe = model.wrapped
     call = inspect.signature(type(pipe).__call__).parameters
     if "callback_on_step_end" not in call or "prompt" not in call:
         raise InputError(f"{type(pipe).__name__} draws without prompts or cannot be watched as it draws.")
@@ -80,18 +80,18 @@ def trajectory(
     latents, at, pictures, steps = [], [], [], ()
     for number, prompt in enumerate(prompts):
         reader = StepReader(n_steps, n_own)
-        asked = {**inputs, "prompt": prompt, "seed": seed + number, "output_type": "pt"}
-        run = model.run(reader.inputs(asked), read=reader.reads())
-        found, own = reader.predictions(model, run)
-        latents.append(torch.cat([one.float().cpu() for one in found]))
-        at.append(torch.stack([(times - time).abs().argmin() for time in own]))
+        arguments = {**inputs, "prompt": prompt, "seed": seed + number, "output_type": "pt"}
+        run = model.run(reader.inputs(arguments), read=reader.reads())
+        clean, step_times = reader.predictions(model, run)
+        latents.append(torch.cat([one.float().cpu() for one in clean]))
+        at.append(torch.stack([(times - time).abs().argmin() for time in step_times]))
         pictures.append(run.output.images[0].float().cpu())
         steps = reader.steps
     return Trajectory(torch.stack(latents), torch.stack(at), torch.stack(pictures), steps, tuple(prompts))
 
 
 def journey_trak(
-    model: Lens,
+    model: Model,
     store: Store,
     prompts: Sequence[str] | Trajectory,
     *,
@@ -104,8 +104,8 @@ def journey_trak(
 ) -> Journey:
     """Draws the prompts and scores the stored training examples for every step of each drawing.
 
-        store = featurise(diffusion_task(pipe), examples, "gradients")
-        best = journey_trak(lens, store, ["a red circle"]).scores().topk(10)
+        store = featurise(diffusion_task(model), examples, "gradients")
+        best = journey_trak(model, store, ["a red circle"]).scores().topk(10)
 
     The query at a step is the denoiser's loss there on what the sampler took for the clean picture,
     noised anew by `n_noises` draws. `parameters` and `checkpoints` are those the store was made with,
@@ -116,25 +116,24 @@ def journey_trak(
     Raises: InputError as `trajectory` does; StoreError for a store made otherwise.
     """
     scorer = scorer or Trak()
-    pipe = model.wrapped  # type: ignore[attr-defined]
-    asked = scorer.query_measure or scorer.measure
+    pipe = model.wrapped
+    measure = scorer.query_measure or scorer.measure
     task = diffusion_task(
-        pipe, measure=asked, timesteps=None, n_noises=n_noises, seed=seed, parameters=parameters
+        model, measure=measure, timesteps=None, n_noises=n_noises, seed=seed, parameters=parameters
     )
-    found = (
+    traced = (
         prompts
         if isinstance(prompts, Trajectory)
         else trajectory(model, prompts, seed=seed, **dict(inputs or {}))
     )
-    n, k = found.timestep.shape
-    module, _ = denoiser_of(pipe)
+    n, k = traced.timestep.shape
     with torch.no_grad():
-        said = texts(pipe, module, list(found.prompts), found.pictures.shape[-2:])
-    examples = {name: value.cpu().repeat_interleave(k, 0) for name, value in said.items()}
-    examples |= {"latents": found.latents.flatten(0, 1), "timestep": found.timestep.flatten()}
+        encoded = texts(pipe, denoiser_of(model), list(traced.prompts), traced.pictures.shape[-2:])
+    examples = {name: value.cpu().repeat_interleave(k, 0) for name, value in encoded.items()}
+    examples |= {"latents": traced.latents.flatten(0, 1), "timestep": traced.timestep.flatten()}
     examples["index"] = torch.arange(n).repeat_interleave(k)
     features = query_features(
         task, examples, projection=Projection(**store.about["projection"]), checkpoints=checkpoints
     )
-    made = scores(scorer, store, features).unflatten(0, (n, k))
-    return Journey(made, found.timestep, found.pictures, found.steps, found.prompts)
+    by_step = scores(scorer, store, features).unflatten(0, (n, k))
+    return Journey(by_step, traced.timestep, traced.pictures, traced.steps, traced.prompts)

@@ -58,11 +58,11 @@ def kronecker_scores(
     module = copy.deepcopy(task.module)
     if state is not None:
         module.load_state_dict(dict(state), strict=False)
-    wanted = _task(task, layers, measure, query_measure)
+    tracked = _task(task, layers, measure, query_measure)
     analyzer = Analyzer(
         "mm_interp",
-        prepare_model(module, wanted),
-        wanted,
+        prepare_model(module, tracked),
+        tracked,
         cpu=next(module.parameters()).device.type == "cpu",
         output_dir=str(folder),
         disable_tqdm=True,
@@ -82,10 +82,10 @@ def kronecker_scores(
         per_device_train_batch_size=batch_size,
         score_args=ScoreArguments(damping_factor=damping),
     )
-    found = analyzer.load_pairwise_scores(strategy)
-    assert found is not None
+    pairwise = analyzer.load_pairwise_scores(strategy)
+    assert pairwise is not None
     k = task.n_draws
-    return found["all_modules"].float().view(n_examples(queries), k, n_examples(train), k).mean((1, 3))
+    return pairwise["all_modules"].float().view(n_examples(queries), k, n_examples(train), k).mean((1, 3))
 
 
 class _Rows(Dataset[dict[str, Tensor]]):
@@ -103,10 +103,10 @@ class _Rows(Dataset[dict[str, Tensor]]):
 
 def _layers(task: Task) -> list[str]:
     owners = dict.fromkeys(n.rpartition(".")[0] for n in task.parameters if n.endswith("weight"))
-    found = [path for path in owners if has_factors(task.module.get_submodule(path))]
-    if not found:
+    paths = [path for path in owners if has_factors(task.module.get_submodule(path))]
+    if not paths:
         raise InputError("KFAC needs weights of linear or convolutional layers; the task has none.")
-    return found
+    return paths
 
 
 def _task(task: Task, layers: list[str], measure: str, query_measure: str) -> Any:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mm_adapters import InputError
+from mm_adapters.inputs.images import image_files
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _ZOO = "zoo:"
 
 
@@ -55,16 +55,8 @@ def read_pictures(source: str | Path) -> Pictures:
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Give a folder of pictures, or zoo:256.")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
-    if len(files) < 2:
-        raise InputError(f"{folder} has {len(files)} pictures ({', '.join(_SUFFIXES)}); two are the least.")
+    files = image_files(folder, recursive=False, verify=True, min_images=2)
     captions = _captions(folder, files)
-    for path in files:
-        try:
-            with Image.open(path) as opened:
-                opened.verify()
-        except (UnidentifiedImageError, OSError, SyntaxError):
-            raise InputError(f"{path} is no picture that can be read. Remove or replace it.") from None
     return Pictures(tuple(p.name for p in files), captions, tuple(files))
 
 
@@ -75,8 +67,8 @@ def _of_zoo(number: str) -> Pictures:
         raise InputError(
             f"zoo:{number}: tiny-sd has 2 to {N_TRAINING} training pictures to give, as zoo:256."
         )
-    found = tuple(training_caption(training_scene(i), i) for i in range(int(number)))
-    return Pictures(tuple(f"zoo {i}" for i in range(int(number))), found)
+    captions = tuple(training_caption(training_scene(i), i) for i in range(int(number)))
+    return Pictures(tuple(f"zoo {i}" for i in range(int(number))), captions)
 
 
 def _captions(folder: Path, files: Sequence[Path]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.core.generators import mixed
 from methods_multimodal.data_attribution import _signs
 from mm_adapters import InputError
 
@@ -82,44 +83,42 @@ class Projection:
         if width <= dim:
             return None
         name = sum(ord(c) * 31**i for i, c in enumerate(layer)) % 2**31
-        made = torch.randn(
-            width, dim, generator=_signs.generator(self.seed, name, which), dtype=torch.float64
-        )
-        return (torch.linalg.qr(made).Q * math.sqrt(width / dim)).float().to(device)
+        normal = torch.randn(width, dim, generator=mixed(self.seed, name, which), dtype=torch.float64)
+        return (torch.linalg.qr(normal).Q * math.sqrt(width / dim)).float().to(device)
 
 
 class _Dense:
     def __init__(self, n: int, dim: int, seed: int, device: torch.device, kind: str, memory: int) -> None:
         self.n, self.dim, self.seed, self.device, self.kind = n, dim, seed, device, kind
-        self.kept = list(self._made()) if n * dim * 4 <= memory else None
+        self.kept = list(self._pieces()) if n * dim * 4 <= memory else None
 
     def __call__(self, gradients: Tensor, _: int) -> Tensor:
         out, at = gradients.new_zeros(len(gradients), self.dim), 0
-        for piece in self.kept if self.kept is not None else self._made():
+        for piece in self.kept if self.kept is not None else self._pieces():
             rows = min(len(piece), self.n - at)
             out.addmm_(gradients[:, at : at + rows], piece[:rows])
             at += rows
         return out.div_(math.sqrt(self.dim))
 
-    def _made(self) -> Iterator[Tensor]:
+    def _pieces(self) -> Iterator[Tensor]:
         """The matrix from its first row to its last, in pieces."""
         if self.kind == "rademacher":
             for piece in _signs.pieces(self.n, self.dim, self.seed):
-                yield _signs.spelled(piece.to(self.device))
+                yield _signs.as_matrix(piece.to(self.device))
             return
         rows = max(1, _BLOCK // self.dim)
         for number, start in enumerate(range(0, self.n, rows)):
             count = min(rows, self.n - start)
-            lots = _signs.generator(self.seed, number)
-            yield torch.randn(count, self.dim, generator=lots).to(self.device)
+            rng = mixed(self.seed, number)
+            yield torch.randn(count, self.dim, generator=rng).to(self.device)
 
 
 class _Sparse:
     def __init__(self, n: int, dim: int, seed: int, device: torch.device) -> None:
-        lots = _signs.generator(seed)
+        rng = mixed(seed)
         self.dim = dim
-        self.to = torch.randint(dim, (n,), generator=lots).to(device)
-        self.signs = _signs.signs(n, lots).to(device)
+        self.to = torch.randint(dim, (n,), generator=rng).to(device)
+        self.signs = _signs.signs(n, rng).to(device)
 
     def __call__(self, gradients: Tensor, _: int) -> Tensor:
         out = gradients.new_zeros(self.dim, len(gradients))

@@ -72,8 +72,8 @@ def nearest(
         index.add(_rows(part))
     if not 0 < k <= index.ntotal:
         raise InputError(f"The {k} nearest of {index.ntotal} examples were asked for.")
-    found, where = index.search(_rows(queries), k)
-    return Nearest(torch.from_numpy(where), torch.from_numpy(found))
+    similarities, where = index.search(_rows(queries), k)
+    return Nearest(torch.from_numpy(where), torch.from_numpy(similarities))
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,14 @@ def fit_linear_map(
             f"these are {list(sources.shape)}."
         )
     a, b = normalize(queries.float(), dim=1), normalize(examples.float(), dim=1)
-    wanted = sources.float()
+    is_source = sources.float()
     used = sources.any(0)
     weight = torch.eye(a.shape[1], requires_grad=True)
     optimizer = torch.optim.Adam([weight], lr=rate)
     one = torch.eye(a.shape[1])
     for _ in tqdm(range(steps), desc="linear map", unit="step", disable=None):
         logits = normalize(a @ weight.T, dim=1) @ normalize(b @ weight.T, dim=1).T / contrast
-        loss = _cross_entropy(logits, wanted) + _cross_entropy(logits.T[used], wanted.T[used])
+        loss = _cross_entropy(logits, is_source) + _cross_entropy(logits.T[used], is_source.T[used])
         loss = loss + regularisation * (weight.T @ weight - one).square().mean() * len(one)
         optimizer.zero_grad()
         loss.backward()
@@ -143,10 +143,10 @@ def fit_temperature(
     similarities: Float[Tensor, "query example"], sources: Bool[Tensor, "query example"]
 ) -> float:
     """The temperature at which a softmax of similarities gives known sources the highest likelihood."""
-    wanted = sources.float()
+    is_source = sources.float()
     grid = torch.logspace(-3, 1, 401)
-    found = torch.stack([_cross_entropy(similarities.float() / t, wanted) for t in grid])
-    return float(grid[found.argmin()])
+    losses = torch.stack([_cross_entropy(similarities.float() / t, is_source) for t in grid])
+    return float(grid[losses.argmin()])
 
 
 def nearest_other(features: Float[Tensor, "example width"]) -> Float[Tensor, " example"]:
@@ -162,8 +162,8 @@ def enlarged(
     return interpolate(images.float(), size=(side_px, side_px), mode="bicubic", antialias=True)
 
 
-def _cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    share = wanted / wanted.sum(1, keepdim=True)
+def _cross_entropy(logits: Tensor, is_right: Tensor) -> Tensor:
+    share = is_right / is_right.sum(1, keepdim=True)
     return -(share * logits.log_softmax(1)).sum(1).mean()
 
 

@@ -57,10 +57,10 @@ def top_k(scorer: Scorer, store: Store, queries: Features, k: int, *, lowest: bo
     at: Tensor | None = None
     start = 0
     for piece in scorer.pieces(store, queries):
-        found = torch.arange(start, start + piece.shape[1]).expand_as(piece)
+        numbers = torch.arange(start, start + piece.shape[1]).expand_as(piece)
         start += piece.shape[1]
         best = piece if best is None else torch.cat([best, piece], 1)
-        at = found if at is None else torch.cat([at, found], 1)
+        at = numbers if at is None else torch.cat([at, numbers], 1)
         best, order = best.topk(min(k, best.shape[1]), 1, largest=not lowest)
         at = at.gather(1, order)
     assert best is not None
@@ -70,8 +70,8 @@ def top_k(scorer: Scorer, store: Store, queries: Features, k: int, *, lowest: bo
 
 def columns(store: Store, name: str, rows: int = ROWS) -> Iterator[Float[Tensor, "train feature"]]:
     """A column's rows in float32, a piece at a time."""
-    for found in store.views(rows, [name]):
-        yield found[name].float()
+    for batch in store.views(rows, [name]):
+        yield batch[name].float()
 
 
 def _dots(
@@ -94,7 +94,7 @@ class Dot:
     def pieces(self, store: Store, queries: Features) -> Iterator[Block]:
         """The scores, a piece at a time; see `Scorer`."""
         pairs = check_match(store, queries, self.measure, self.query_measure or self.measure)
-        yield from _dots(store, [(own, queries.columns[q].float() / len(pairs)) for own, q in pairs])
+        yield from _dots(store, [(column, queries.columns[q].float() / len(pairs)) for column, q in pairs])
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Cosine:
     def pieces(self, store: Store, queries: Features) -> Iterator[Block]:
         """The scores, a piece at a time; see `Scorer`."""
         pairs = check_match(store, queries, self.measure, self.query_measure or self.measure)
-        ready = [(own, F.normalize(queries.columns[q].float(), dim=1) / len(pairs)) for own, q in pairs]
+        ready = [(column, F.normalize(queries.columns[q].float(), dim=1) / len(pairs)) for column, q in pairs]
         yield from _dots(store, ready, lambda rows: F.normalize(rows, dim=1))
 
 
@@ -162,7 +162,7 @@ def _rated(
         raise InputError(
             f"There are {len(pairs)} checkpoints and {len(rates)} learning rates; give one for each."
         )
-    return [(own, rate * queries.columns[q].float()) for rate, (own, q) in zip(rates, pairs, strict=True)]
+    return [(name, rate * queries.columns[q].float()) for rate, (name, q) in zip(rates, pairs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,9 @@ class DataInf:
     def pieces(self, store: Store, queries: Features) -> Iterator[Block]:
         """The scores, a piece at a time; see `Scorer`."""
         pairs = check_match(store, queries, self.measure, self.query_measure or self.measure)
-        ready = [(own, self._solved(store, own, queries.columns[q].float()) / len(pairs)) for own, q in pairs]
+        ready = [
+            (name, self._solved(store, name, queries.columns[q].float()) / len(pairs)) for name, q in pairs
+        ]
         yield from _dots(store, ready)
 
     def _solved(self, store: Store, name: str, query: Float[Tensor, "query feature"]) -> Tensor:
@@ -200,9 +202,9 @@ class DataInf:
         pulled = torch.zeros_like(query, dtype=torch.float64)
         for rows in columns(store, name):
             for term, (a, b) in zip(terms, blocks, strict=True):
-                own = rows[:, a:b]
-                share = (query[:, a:b] @ own.T) / (term + own.square().sum(1))
-                pulled[:, a:b] += share.double() @ own.double()
+                part = rows[:, a:b]
+                share = (query[:, a:b] @ part.T) / (term + part.square().sum(1))
+                pulled[:, a:b] += share.double() @ part.double()
         out = query.double() - pulled / n
         for term, (a, b) in zip(terms, blocks, strict=True):
             out[:, a:b] /= term

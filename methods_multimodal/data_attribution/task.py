@@ -46,21 +46,21 @@ class Task:
 
         Raises: InputError if the checkpoint lacks one or has it in another shape.
         """
-        own = dict(self.module.named_parameters())
-        state = own if state is None else state
-        missing = [n for n in self.parameters if n not in state or state[n].shape != own[n].shape]
+        parameters = dict(self.module.named_parameters())
+        state = parameters if state is None else state
+        missing = [n for n in self.parameters if n not in state or state[n].shape != parameters[n].shape]
         if missing:
             raise InputError(
                 f"The checkpoint does not fit: {', '.join(missing[:3])} missing or of another shape "
                 f"({len(missing)} of {len(self.parameters)} parameters)."
             )
-        return {n: state[n].detach().to(own[n]) for n in self.parameters}
+        return {n: state[n].detach().to(parameters[n]) for n in self.parameters}
 
     def constants(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Everything else the module computes with: other parameters, and buffers, detached."""
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         chosen, state = set(self.parameters), state or {}
-        return {n: state.get(n, v).detach().to(v) for n, v in own.items() if n not in chosen}
+        return {n: state.get(n, v).detach().to(v) for n, v in tensors.items() if n not in chosen}
 
     def call(self, weights: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Call:
         """The module as a function, computing with these tensors in place of its own."""
@@ -79,9 +79,9 @@ class Task:
         sums: dict[str, Tensor] = {}
         for start in range(0, self.n_draws, step):
             draws = range(start, min(start + step, self.n_draws))
-            found = self.values(call, self.rows(batch, draws))
+            measured = self.values(call, self.rows(batch, draws))
             for name in self.measures:
-                part = found[name].unflatten(0, (n, len(draws))).sum(1)
+                part = measured[name].unflatten(0, (n, len(draws))).sum(1)
                 sums[name] = sums[name] + part if name in sums else part
         return {name: total / self.n_draws for name, total in sums.items()}
 
@@ -122,12 +122,12 @@ def batch_of(examples: Examples, start: int, stop: int) -> dict[str, Tensor]:
     """
     stop = min(stop, n_examples(examples))
     if isinstance(examples, Mapping):
-        found = {name: value[start:stop] for name, value in examples.items()}
+        batch = {name: value[start:stop] for name, value in examples.items()}
     else:
         parts = [examples[i] for i in range(start, stop)]
-        found = {name: torch.stack([torch.as_tensor(p[name]) for p in parts]) for name in parts[0]}
-    found.setdefault("index", torch.arange(start, stop))
-    return found
+        batch = {name: torch.stack([torch.as_tensor(p[name]) for p in parts]) for name in parts[0]}
+    batch.setdefault("index", torch.arange(start, stop))
+    return batch
 
 
 def n_examples(examples: Examples) -> int:

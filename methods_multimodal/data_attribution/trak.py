@@ -29,19 +29,19 @@ class Kernel:
     eigenvectors: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, store: Store, name: str, by: Literal["all", "module"] = "all") -> Kernel:
+    def of(cls, store: Store, name: str, blocks: Literal["all", "module"] = "all") -> Kernel:
         """One pass over a column; memory is the square of the (longest run of) features."""
         dim = store.columns[name].shape[0]
-        blocks = store.about["blocks"] if by == "module" else [("all", 0, dim)]
+        blocks = store.about["blocks"] if blocks == "module" else [("all", 0, dim)]
         runs = tuple((int(a), int(b)) for _, a, b in blocks)
         sums = [torch.zeros(b - a, b - a, dtype=torch.float64) for a, b in runs]
         for rows in columns(store, name):
             for total, (a, b) in zip(sums, runs, strict=True):
-                own = rows[:, a:b].double()
-                total.addmm_(own.T, own)
-        found = [torch.linalg.eigh(total) for total in sums]
-        values = tuple(v.clamp_min(0) for v, _ in found)
-        return cls(runs, values, tuple(vectors for _, vectors in found))
+                part = rows[:, a:b].double()
+                total.addmm_(part.T, part)
+        decomposed = [torch.linalg.eigh(total) for total in sums]
+        values = tuple(v.clamp_min(0) for v, _ in decomposed)
+        return cls(runs, values, tuple(vectors for _, vectors in decomposed))
 
     def solve(
         self, query: Float[Tensor, "query feature"], damping: float, relative: bool
@@ -64,8 +64,8 @@ class Trak:
 
     With `measure="loss"` this is TRAK for diffusion; with another output function of the denoiser,
     `measure="output_norm"`, it is D-TRAK; at each step of a query's own trajectory, Journey-TRAK
-    (`journey_trak`); over factored features with `by="module"`, LoGra. `fit(store)` keeps the kernel, so that
-    `damped` ones cost no further pass over it.
+    (`journey_trak`); over factored features with `blocks="module"`, LoGra. `fit(store)` keeps the kernel, so
+    that `damped` ones cost no further pass over it.
 
     `damping` is in units of the kernel's mean eigenvalue (`relative=False`: as it is). `weight` makes of
     the stored values [train] what multiplies an example's score (TRAK's Q: the derivative of the loss by
@@ -80,7 +80,7 @@ class Trak:
     query_measure: str | None = None
     damping: float = 0.1
     relative: bool = True
-    by: Literal["all", "module"] = "all"
+    blocks: Literal["all", "module"] = "all"
     weight: Callable[[Tensor], Tensor] | None = None
     leverage: bool = False
     kernels: dict[str, Kernel] | None = None
@@ -88,7 +88,7 @@ class Trak:
     def fit(self, store: Store) -> Trak:
         """The same scorer with its kernels fitted to a store, to be used with several dampings."""
         names = [n for n in store.columns if n.startswith(f"{self.measure}@")]
-        return replace(self, kernels={name: Kernel.of(store, name, self.by) for name in names})
+        return replace(self, kernels={name: Kernel.of(store, name, self.blocks) for name in names})
 
     def damped(self, damping: float) -> Trak:
         """The same scorer, kernels and all, with another damping."""
@@ -102,25 +102,25 @@ class Trak:
         pairs = check_match(store, queries, self.measure, self.query_measure or self.measure)
         kernels = self.kernels or self.fit(store).kernels
         assert kernels is not None
-        for own, _ in pairs:
-            lowest = min(float(v[0] / v.mean().clamp_min(1e-300)) for v in kernels[own].eigenvalues)
+        for name, _ in pairs:
+            lowest = min(float(v[0] / v.mean().clamp_min(1e-300)) for v in kernels[name].eigenvalues)
             if self.damping < 0 or (self.damping == 0 and lowest < 1e-12):
                 raise InputError(
-                    f"The kernel of {own} has no inverse with damping={self.damping}: it has more features "
+                    f"The kernel of {name} has no inverse with damping={self.damping}: it has more features "
                     "than examples, or features that say the same. Pass a positive damping."
                 )
         ready = {
-            own: kernels[own].solve(queries.columns[q], self.damping, self.relative).float()
-            for own, q in pairs
+            name: kernels[name].solve(queries.columns[q], self.damping, self.relative).float()
+            for name, q in pairs
         }
-        for rows in store.views(ROWS, [c for own, _ in pairs for c in (own, f"value.{own}")]):
+        for rows in store.views(ROWS, [c for name, _ in pairs for c in (name, f"value.{name}")]):
             parts, weights = [], []
-            for own, _ in pairs:
-                features = rows[own].float()
-                part = ready[own] @ features.T
+            for name, _ in pairs:
+                features = rows[name].float()
+                part = ready[name] @ features.T
                 if self.leverage:
-                    solved = kernels[own].solve(features, self.damping, self.relative)
+                    solved = kernels[name].solve(features, self.damping, self.relative)
                     part = part / (1 - (solved * features).sum(1)).float()
                 parts.append(part)
-                weights.append(torch.ones(()) if self.weight is None else self.weight(rows[f"value.{own}"]))
+                weights.append(torch.ones(()) if self.weight is None else self.weight(rows[f"value.{name}"]))
             yield torch.stack(parts).mean(0) * torch.stack(weights).mean(0)

@@ -13,9 +13,11 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from methods_multimodal.core.files import write_text
 from methods_multimodal.core.progress import fingerprint
 from methods_multimodal.data_attribution.task import Batch, Examples, Task, batch_of, n_examples
 from mm_adapters import InputError
+from mm_adapters.store import atomic_write
 
 Weights = Mapping[str, Tensor]
 
@@ -63,11 +65,11 @@ def unlearning_scores(
     scale = {name: 1 / (n * (value + damping * mean)) for name, value in fisher.items()}
 
     def measured(state: Weights | None) -> Tensor:
-        own = None if state is None else {**constants, **state}
+        tensors = None if state is None else {**constants, **state}
         with torch.no_grad():
             return torch.cat(
                 [
-                    task.per_example(part, own, max_rows=max_rows)[measure]
+                    task.per_example(part, tensors, max_rows=max_rows)[measure]
                     for part in _batches(examples, batch_size)
                 ]
             )
@@ -83,9 +85,8 @@ def unlearning_scores(
             moved = {name: value + step * scale[name] * up[name] for name, value in weights.items()}
             rows.append(measured(moved) - before)
             if file is not None:
-                part = file.with_suffix(".part")
-                save_file({"scores": rows[-1].cpu()}, part)
-                part.replace(file)
+                with atomic_write(file, keep_suffix=True) as part:
+                    save_file({"scores": rows[-1].cpu()}, part)
         else:
             rows.append(load_file(file)["scores"].to(before))
     return torch.stack(rows)
@@ -116,8 +117,8 @@ def fisher_diagonal(
             part = {name: value[first : first + max_rows] for name, value in rows.items()}
             # Fused attention has no batching rule.
             with sdpa_kernel(SDPBackend.MATH):
-                found = each(weights, part)
-            for name, value in found.items():
+                gradients = each(weights, part)
+            for name, value in gradients.items():
                 total[name] += value.square().sum(0)
         count += size
     return {name: value / count for name, value in total.items()}
@@ -151,6 +152,4 @@ def _claim(
             f"{folder} holds another run's scores (other model, queries or settings). Pass another folder, "
             "or delete this one."
         )
-    part = note.with_suffix(".part")
-    part.write_text(mark)
-    part.replace(note)
+    write_text(note, mark)

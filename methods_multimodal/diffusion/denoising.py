@@ -1,8 +1,7 @@
-"""What a diffusion pipeline expects the finished picture to be, as it goes."""
+"""What a sampling loop predicts, step by step, and what picture it expects in the end."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.record import Record
-from mm_adapters import HookedModel, InputError, Lens, Read, Run
+from methods_multimodal.diffusion._guidance import combine
+from methods_multimodal.diffusion._samplers import clean_latents, input_scale, takes_variance
+from methods_multimodal.diffusion._sampling import sampling_of
+from methods_multimodal.diffusion.pictures import decode, to_array
+from mm_adapters import InputError, Model, Read, Run
+from mm_adapters.records import Guidance, Sampling
+
+_SIZES = ("height", "width", "max_sequence_length")
 
 
 @dataclass(frozen=True)
@@ -29,101 +35,175 @@ class DenoisingSteps(Record):
     shows: str
 
 
-class StepReader:
-    """What to read in a run to get `DenoisingSteps` from it, so that one run serves several methods.
+@dataclass(frozen=True)
+class StepPredictions(Record):
+    """What the denoiser predicted at some steps (counted from 0), as the sampler counts it: noise, velocity
+    or the clean latents.
 
-    It watches the pipeline through the pipeline's own callback: run with `inputs(...)`.
+    `parts` are those of guidance: "cond", and where the run is guided "uncond" (and "image"). `guided` is
+    what the sampler was given of them, with the variances after it where that sampler takes them.
+    `latents` are what each step began with, `times` the sampler's, `n_calls` how often the loop ran.
     """
 
-    def __init__(self, n_steps: int, n_frames: int = 6) -> None:
-        # A step's own latent is what the step before it left, so the first has none.
+    guided: Float[Tensor, "step row ..."]
+    parts: dict[str, Float[Tensor, "step row ..."]]
+    latents: Float[Tensor, "step row ..."]
+    steps: tuple[int, ...]
+    times: tuple[float, ...]
+    n_calls: int
+
+
+class StepReader:
+    """What to read in a run for its predictions and pictures, so that one run serves several methods.
+
+    `n_frames` steps are kept, evenly spaced, without the first, which has noise alone to go by. `tower` is
+    the loop that is read; `sampling` says by which sites and arguments (`step_reader` takes it from the
+    model's record, Stable Diffusion's are the default).
+    """
+
+    def __init__(
+        self, n_steps: int, n_frames: int = 6, *, tower: str = "denoiser", sampling: Sampling | None = None
+    ) -> None:
         last = max(n_steps - 1, 1)
         spaced = torch.linspace(1, last, min(n_frames, last)).round().int().tolist()
         self.steps = tuple(dict.fromkeys(int(i) for i in spaced)) if n_steps > 1 else ()
         self.n_steps = n_steps
-        self._latents: dict[int, Tensor] = {}
-        self._times: dict[int, Any] = {}
+        self.tower = tower
+        self.sampling = sampling or Sampling()
+        self._inputs: Mapping[str, Any] = {}
 
     def inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The pipeline's inputs with the callback in them."""
-        return {**inputs, "num_inference_steps": self.n_steps, "callback_on_step_end": self._note}
+        """The pipeline's inputs with the number of steps in them."""
+        self._inputs = {**inputs, self.sampling.steps: self.n_steps}
+        return dict(self._inputs)
 
-    def reads(self, denoiser: str = "denoiser") -> list[Read]:
-        """The denoiser's output at the chosen steps."""
-        return [Read(f"{denoiser}.hook_out", steps=self.steps)] if self.steps else []
-
-    def pictures(self, model: HookedModel, run: Run, denoiser: str = "denoiser") -> DenoisingSteps:
-        """The pictures, from a run with these reads and inputs. Decodes one a step."""
-        latents, shows = self._before(), "latent"
-        if self.steps:
-            predicted = self._predictions(model.wrapped, run[f"{denoiser}.hook_out"])
-            latents, shows = (latents, shows) if predicted is None else (predicted, "prediction")
-        decoded = (
-            torch.cat([decode(model, latent) for latent in latents]) if latents else torch.zeros(0, 3, 1, 1)
+    def reads(self) -> list[Read]:
+        """The latents at every step, and the predictions at those that are kept."""
+        if not self.steps:
+            return []
+        latents, prediction = (
+            f"{self.tower}.{part}" for part in (self.sampling.latents, self.sampling.prediction)
         )
-        return DenoisingSteps(pictures=decoded, steps=self.steps, n_steps=self.n_steps, shows=shows)
+        return [Read(latents), Read(prediction, steps=self.steps)]
 
-    def predictions(
-        self, model: Lens, run: Run, denoiser: str = "denoiser"
-    ) -> tuple[list[Tensor], list[float]]:
-        """What the sampler took for the clean latent at each step, [row, ...], and the steps' times.
+    def step_predictions(self, model: Model, run: Run) -> StepPredictions:
+        """Each kept step's parts of guidance, and what the sampler was given of them.
+
+        Raises: InputError if the denoiser was called more often than the sampler has timesteps, or the
+        loop has no step to keep.
+        """
+        tower, sampling = sampling_of(model, self.tower)
+        if not self.steps:
+            raise InputError(
+                "A run of one step has no prediction to keep: its first has noise alone to go by."
+            )
+        given = run[f"{tower}.{sampling.latents}"]
+        predicted = run[f"{tower}.{sampling.prediction}"]
+        rows = run.rows.get(tower, {"cond": slice(None)})
+        sampler = getattr(model.wrapped, sampling.scheduler)
+        first = _first_timestep(sampler, len(given), model.name)
+        axis = predicted.ndim - 1 if sampling.packed else 2  # With steps and rows before it.
+        n_channels = _n_channels(sampling, predicted.shape[axis], given.shape[axis])
+        parts = {name: predicted[:, where] for name, where in rows.items()}
+        means = {name: part.narrow(axis, 0, n_channels) for name, part in parts.items()}
+        guidance = model.loops()[tower] or Guidance()
+        guided = torch.stack(
+            [
+                combine(guidance, {k: v[i] for k, v in means.items()}, run.guidance)
+                for i in range(len(predicted))
+            ]
+        )
+        if takes_variance(sampler) and predicted.shape[axis] > n_channels:
+            n_more = predicted.shape[axis] - n_channels
+            guided = torch.cat([guided, parts["cond"].narrow(axis, n_channels, n_more)], axis)
+        latents = given[list(self.steps), rows["cond"]].narrow(axis, 0, n_channels)
+        times = [sampler.timesteps[first + step] for step in self.steps]
+        scales = torch.tensor([input_scale(sampler, time) for time in times]).to(latents)
+        return StepPredictions(
+            guided=guided,
+            parts=means,
+            latents=latents / scales.reshape(-1, *[1] * (latents.ndim - 1)),
+            steps=self.steps,
+            times=tuple(float(time) for time in times),
+            n_calls=len(given),
+        )
+
+    def predictions(self, model: Model, run: Run) -> tuple[list[Tensor], list[float]]:
+        """What the sampler took for the clean latents at each step, [row, ...], and the steps' times.
 
         Raises: InputError for a sampler that does not say.
         """
-        pipeline: Any = model.wrapped  # type: ignore[attr-defined]
-        found = self._predictions(pipeline, run[f"{denoiser}.hook_out"])
-        if found is None:
+        record = self.step_predictions(model, run)
+        latents = self._clean(model, record)
+        if latents is None:
+            sampler = getattr(model.wrapped, self.sampling.scheduler)
             raise InputError(
-                f"{type(pipeline.scheduler).__name__} does not say what it takes for the clean picture; "
-                "DDIM, DDPM and Euler do."
+                f"{type(sampler).__name__} does not say what it takes for the clean picture; "
+                "DDIM, DDPM, Euler and samplers of flows do."
             )
-        return found, [float(self._times[step]) for step in self.steps]
+        return latents, list(record.times)
 
-    def _note(self, pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        self._times[step] = time
-        if step + 1 in self.steps:
-            self._latents[step + 1] = tensors["latents"].detach().clone()
-        return {}
+    def pictures(self, model: Model, run: Run) -> DenoisingSteps:
+        """The pictures, from a run with these reads and inputs. Decodes one a step.
 
-    def _before(self) -> list[Tensor]:
-        return [self._latents[step] for step in self.steps]
+        Raises: InputError if the loop makes no pictures.
+        """
+        shows, decoded = "latent", torch.zeros(0, 3, 1, 1)
+        if self.steps:
+            record = self.step_predictions(model, run)
+            clean = self._clean(model, record)
+            shows = "latent" if clean is None else "prediction"
+            latents = list(record.latents) if clean is None else clean
+            grid = self._grid(model)
+            decoded = torch.cat([decode(model, x, grid=grid, tower=self.tower) for x in latents])
+        return DenoisingSteps(pictures=decoded, steps=self.steps, n_steps=self.n_steps, shows=shows)
 
-    def _predictions(self, pipeline: Any, outputs: Float[Tensor, "frame row _ _ _"]) -> list[Tensor] | None:
-        """What the scheduler says the finished latent is; None if it does not say."""
-        if getattr(pipeline, "guidance_rescale", 0.0):
-            return None
-        found: list[Tensor] = []
-        for step, output in zip(self.steps, outputs, strict=True):
-            if pipeline.do_classifier_free_guidance:
-                free, guided = output.chunk(2)
-                output = free + pipeline.guidance_scale * (guided - free)
-            scheduler = copy.deepcopy(pipeline.scheduler)
-            # Samplers count their steps; a fresh count finds its place by the time.
-            scheduler.set_timesteps(self.n_steps, device=output.device)
-            said = scheduler.step(output, self._times[step], self._latents[step])
-            predicted = getattr(said, "pred_original_sample", None)
-            if predicted is None:
+    def _clean(self, model: Model, record: StepPredictions) -> list[Tensor] | None:
+        _, sampling = sampling_of(model, self.tower)
+        sampler = getattr(model.wrapped, sampling.scheduler)
+        first = _first_timestep(sampler, record.n_calls, model.name)
+        latents: list[Tensor] = []
+        for i, step in enumerate(record.steps):
+            clean = clean_latents(sampler, record.guided[i], first + step, record.latents[i])
+            if clean is None:
                 return None
-            found.append(predicted)
-        return found
+            latents.append(clean)
+        return latents
+
+    def _grid(self, model: Model) -> tuple[int, int] | None:
+        """The rows and columns of positions, where they hold packed latents."""
+        if not sampling_of(model, self.tower)[1].packed:
+            return None
+        sizes = {k: v for k, v in self._inputs.items() if k in _SIZES}
+        return model.layout(text=["a"], **sizes)[self.tower].grid
 
 
-@torch.no_grad()
-def decode(model: HookedModel, latents: Float[Tensor, "row _ _ _"]) -> Float[Tensor, "row 3 height width"]:
-    """Latents as pictures in 0..1, through the pipeline's own autoencoder."""
-    pipeline = model.wrapped
-    settings = pipeline.vae.config
-    shift = getattr(settings, "shift_factor", None) or 0.0
-    latents = latents.to(pipeline.vae.dtype) / settings.scaling_factor + shift
-    pictures = pipeline.vae.decode(latents, return_dict=False)[0]
-    return pipeline.image_processor.postprocess(pictures, output_type="pt").float().cpu()
+def step_reader(model: Model, n_steps: int, n_frames: int = 6, tower: str | None = None) -> StepReader:
+    """What to read of a model's sampling loop, the record's own by default, in a run of `n_steps`.
 
-
-def to_array(picture: Float[Tensor, "3 height width"]) -> Any:
-    """A picture as matplotlib and Pillow take it: [height, width, 3] bytes."""
-    return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    Raises: InputError if the model has no such loop, or its record does not say what that denoises.
+    """
+    tower, sampling = sampling_of(model, tower)
+    return StepReader(n_steps, n_frames, tower=tower, sampling=sampling)
 
 
 def frames_of(record: DenoisingSteps) -> Sequence[Any]:
     """Each frame as an array of bytes."""
     return [to_array(p) for p in record.pictures]
+
+
+def _n_channels(sampling: Sampling, n_predicted: int, n_given: int) -> int:
+    """How many channels the latents have: of a prediction those before its variances."""
+    halved = sampling.variance == "always" or (sampling.variance == "wide" and n_predicted == 2 * n_given)
+    return n_predicted // 2 if halved else n_predicted
+
+
+def _first_timestep(sampler: Any, n_calls: int, name: str) -> int:
+    """The timestep of the loop's first call: a run that starts from a picture leaves the first ones out."""
+    n_times = len(sampler.timesteps)
+    if n_calls > n_times:
+        raise InputError(
+            f"{name} called its denoiser at {n_calls} steps, and its sampler has {n_times}: some of them "
+            "are no steps of the sampler, as those of guidance by left-out layers."
+        )
+    return n_times - n_calls

@@ -67,13 +67,13 @@ def stacked(masks: Masks, concepts: Concepts) -> tuple[list[int], Bool[Tensor, "
 
 
 def presence(
-    masks: Sequence[Masks], concepts: Concepts, least_share: float = 0.0
+    masks: Sequence[Masks], concepts: Concepts, min_share: float = 0.0
 ) -> Bool[Tensor, "image concept"]:
-    """Which concepts each picture shows, on more than `least_share` of its pixels."""
+    """Which concepts each picture shows, on more than `min_share` of its pixels."""
     out = torch.zeros(len(masks), len(concepts), dtype=torch.bool)
     for row, shown in enumerate(masks):
         for name, mask in shown.items():
-            out[row, concepts.index(name)] = float(np.mean(mask)) > least_share
+            out[row, concepts.index(name)] = float(np.mean(mask)) > min_share
     return out
 
 

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from methods_multimodal.core.embed import embed_texts
 from methods_multimodal.core.record import Record
-from mm_adapters import HookedModel, InputError
+from mm_adapters import InputError, Model
 
 Picture = Image.Image
 Describer = Callable[[Sequence[Picture]], Sequence[str]]
@@ -52,7 +53,7 @@ def describe(
     """A unit's description: proposed from its exemplars, and tested on the unit.
 
     `describer` proposes candidates from the exemplars. Each is illustrated, and `activation` runs the
-    model on the illustrations; `baseline` are the unit's activations on the probe pictures.
+    model on the illustrations; `baseline` are the units' activations on the probe pictures.
 
     Source: Bai et al. 2024, arXiv 2403.13771 (describe, then dissect); Hernandez et al. 2022, arXiv
     2201.11114, for the exemplars.
@@ -60,9 +61,7 @@ def describe(
     """
     candidates = list(dict.fromkeys(c.strip() for c in describer(exemplars) if c.strip()))
     if not candidates:
-        raise InputError(
-            f"The describer has nothing to say of the {len(exemplars)} exemplars of unit {unit}."
-        )
+        raise InputError(f"The describer proposed nothing for the {len(exemplars)} exemplars of unit {unit}.")
     usual = baseline[:, unit].float()
     scores = []
     for candidate in candidates:
@@ -72,43 +71,54 @@ def describe(
     return Description(unit, tuple(candidates[i] for i in order.tolist()), torch.stack(scores)[order])
 
 
-def asking(model: HookedModel, question: str, *, n: int = 5, max_new_tokens: int = 8) -> Describer:
-    """A describer that asks a vision-language model the same of each exemplar; commonest answers first."""
+def asking(model: Model, question: str, *, n: int = 5, max_new_tokens: int = 8) -> Describer:
+    """A describer that asks a vision-language model the same of each exemplar; commonest answers first.
+
+    Raises: MissingSiteError if the model has no language tower.
+    """
+    model.check_tower("language")
+    tokenizer = model.tokenizer_of("language")
 
     def describer(pictures: Sequence[Picture]) -> list[str]:
         answers = []
         for picture in pictures:
             ready: dict[str, Any] = model.prepare(text=question, images=[picture])
-            made = model.generate(**ready, max_new_tokens=max_new_tokens, do_sample=False)
-            text = model.tokenizer_of("language").decode(
-                made[0, ready["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-            answers.append(text.strip())
+            with torch.no_grad():
+                ids = model.wrapped.generate(**ready, max_new_tokens=max_new_tokens, do_sample=False)
+            new = ids[0, ready["input_ids"].shape[1] :]
+            answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
         return [answer for answer, _ in Counter(answers).most_common(n)]
 
     return describer
 
 
 def retrieving(
-    judge: HookedModel,
+    judge: Model,
     pictures: Sequence[Picture],
     embeddings: Float[Tensor, "image width"],
     *,
     n: int = 10,
     template: str = "{}",
 ) -> Illustrator:
-    """An illustrator that retrieves: the `n` pictures nearest to the text, by a contrastive model."""
+    """An illustrator that retrieves: the `n` pictures nearest to the text, by a contrastive model.
 
-    @torch.no_grad()
+    Raises: MissingSiteError if the judge has no text tower.
+    """
+    judge.check_tower("text")
+
     def illustrate(text: str) -> list[Picture]:
-        said = torch.nn.functional.normalize(judge.embed(text=[template.format(text)]).float().cpu(), dim=-1)
-        return [pictures[i] for i in (embeddings @ said[0]).topk(min(n, len(pictures))).indices.tolist()]
+        direction = embed_texts(judge, [template.format(text)]).cpu()[0]
+        return [pictures[i] for i in (embeddings @ direction).topk(min(n, len(pictures))).indices.tolist()]
 
     return illustrate
 
 
-def drawing(model: HookedModel, *, n: int = 4, template: str = "{}", **options: Any) -> Illustrator:
-    """An illustrator that draws: `n` pictures by a text-to-image model, from seeds 0 to n - 1."""
+def drawing(model: Model, *, n: int = 4, template: str = "{}", **options: Any) -> Illustrator:
+    """An illustrator that draws: `n` pictures by a text-to-image model, from seeds 0 to n - 1.
+
+    Raises: MissingSiteError if the model has no denoiser.
+    """
+    model.check_tower("denoiser")
 
     def illustrate(text: str) -> list[Picture]:
         inputs = {"prompt": [template.format(text)] * n, "seed": list(range(n)), **options}
@@ -131,9 +141,9 @@ def mutual_information(
 
     Source: Hernandez et al. 2022, arXiv 2201.11114, equation 2, with a contrastive model's p.
     """
-    given = torch.log_softmax(scale * exemplars.float() @ texts.float().T, 1).mean(0)
+    on_exemplars = torch.log_softmax(scale * exemplars.float() @ texts.float().T, 1).mean(0)
     anywhere = torch.softmax(scale * probe.float() @ texts.float().T, 1).mean(0).log()
-    return given - weight * anywhere
+    return on_exemplars - weight * anywhere
 
 
 def exemplar(

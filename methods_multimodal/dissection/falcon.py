@@ -1,4 +1,4 @@
-"""FALCON: concepts for groups of units, from crops they fire on, less what similar quiet images show."""
+"""FALCON: concepts for groups of units, from crops they fire on, less what similar images show."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def falcon(
     names: Sequence[str],
     *,
     n_deviations: float = 5.0,
-    least_images: int = 10,
+    min_images: int = 10,
     coherence: float = 0.8,
     n_words: int = 8,
     contrast: float = 0.1,
@@ -48,11 +48,22 @@ def falcon(
 ) -> list[Group]:
     """Groups of units with one meaning, the largest first, in words.
 
-    `embeddings` are a judge's unit vectors of the images, or of crops around where the units fire. A
-    unit fires where its share of the image's (unit-length) activations is `n_deviations` standard
+    A unit fires where its share of the image's (unit-length) activations is `n_deviations` standard
     deviations above the mean of all. A group is a set of units that fires, and nothing else does, on more
-    than `least_images` images which look alike. Words that score `contrast` or more on images that the
-    rest of the units find similar, but on which the group is quiet, are dropped.
+    than `min_images` images which look alike. Words that score `contrast` or more on images that the
+    rest of the units find similar, but on which the group does not fire, are dropped.
+
+    Args:
+        activations: Of each unit on each image.
+        embeddings: A judge's unit vectors of the images, or of crops around where the units fire.
+        texts: The judge's unit vectors of the concepts.
+        names: The concepts.
+        n_deviations: How many standard deviations above the mean a unit fires.
+        min_images: A group has more images than this.
+        coherence: A group's images have a mean cosine above this.
+        n_words: The most words of a group.
+        contrast: Words that score as much on images without the group are dropped.
+        n_contrast: How many such images are looked at.
 
     Source: Kalibhat et al. 2023, arXiv 2306.12079, sections 3 and 4.
     """
@@ -68,15 +79,15 @@ def falcon(
     for image, row in enumerate(fires):
         if row.any():
             members[tuple(row.nonzero().flatten().tolist())].append(image)
-    said = torch.softmax(_TEMPERATURE * embeddings.float() @ texts.float().T, 1)
+    likely = torch.softmax(_TEMPERATURE * embeddings.float() @ texts.float().T, 1)
     groups = []
     for units, images in members.items():
         alike = _coherence(embeddings[images])
-        if len(images) <= least_images or alike <= coherence:
+        if len(images) <= min_images or alike <= coherence:
             continue
-        score = said[images].mean(0)
-        quiet = _quiet_but_near(shares, mean, list(units), images)[:n_contrast]
-        common = said[quiet].mean(0) if quiet else torch.zeros_like(score)
+        score = likely[images].mean(0)
+        inactive = _inactive_but_near(shares, mean, list(units), images)[:n_contrast]
+        common = likely[inactive].mean(0) if inactive else torch.zeros_like(score)
         order = score.argsort(descending=True)[: 2 * n_words].tolist()
         kept: Any = tuple((names[i], float(score[i])) for i in order if common[i] < contrast)[:n_words]
         dropped: Any = tuple(names[i] for i in order if common[i] >= contrast)
@@ -93,7 +104,7 @@ def _coherence(embeddings: Float[Tensor, "image width"]) -> float:
     return float((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)))
 
 
-def _quiet_but_near(
+def _inactive_but_near(
     shares: Float[Tensor, "image unit"], mean: Tensor, units: list[int], images: list[int]
 ) -> list[int]:
     """Images on which none of the units fires and the others are as on these images, nearest first."""
@@ -103,5 +114,5 @@ def _quiet_but_near(
     near = rest @ torch.nn.functional.normalize(rest[images].mean(0), dim=0)
     candidates = (shares[:, units] < mean).all(1) & (near >= _NEAR)
     candidates[images] = False
-    found = candidates.nonzero().flatten()
-    return found[near[found].argsort(descending=True)].tolist()
+    images_near = candidates.nonzero().flatten()
+    return images_near[near[images_near].argsort(descending=True)].tolist()

@@ -36,7 +36,7 @@ def read_index_maps(folder: Path, images: Sequence[Path]) -> tuple[list[Masks], 
         tuple(category for category, names in legend.items() for _ in names),
     )
     places = [{category: _map_of(folder, category, legend, image) for category in legend} for image in images]
-    found: list[Masks] = []
+    all_masks: list[Masks] = []
     for image, maps in zip(images, places, strict=True):
         size = _size(image)
         masks: dict[str, Mask] = {}
@@ -52,8 +52,8 @@ def read_index_maps(folder: Path, images: Sequence[Path]) -> tuple[list[Masks], 
             for number in np.unique(numbers).tolist():
                 if number in legend[category]:
                     masks[legend[category][number]] = numbers == number
-        found.append(masks)
-    return found, concepts
+        all_masks.append(masks)
+    return all_masks, concepts
 
 
 def read_coco(path: Path, images: Sequence[Path]) -> tuple[list[Masks], Concepts]:
@@ -79,7 +79,7 @@ def read_coco(path: Path, images: Sequence[Path]) -> tuple[list[Masks], Concepts
     missing = [image.name for image in images if image.name not in by_file]
     if missing:
         raise InputError(f"{path} has no image {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")
-    found: list[Masks] = []
+    all_masks: list[Masks] = []
     for image in images:
         record = by_file[image.name]
         size = (record["width"], record["height"])
@@ -90,8 +90,8 @@ def read_coco(path: Path, images: Sequence[Path]) -> tuple[list[Masks], Concepts
             name = names[annotation["category_id"]]
             mask = coco.annToMask(annotation).astype(bool)
             masks[name] = masks[name] | mask if name in masks else mask
-        found.append(masks)
-    return found, concepts
+        all_masks.append(masks)
+    return all_masks, concepts
 
 
 def _legend(folder: Path) -> dict[str, dict[int, str]]:
@@ -102,8 +102,8 @@ def _legend(folder: Path) -> dict[str, dict[int, str]]:
             '{"colour": {"1": "red"}}.'
         )
     try:
-        told: Any = json.loads(path.read_text("utf-8"))
-        return {str(c): {int(n): str(name) for n, name in names.items()} for c, names in told.items()}
+        legend: Any = json.loads(path.read_text("utf-8"))
+        return {str(c): {int(n): str(name) for n, name in names.items()} for c, names in legend.items()}
     except (ValueError, AttributeError):
         raise InputError(f"{path} is not {{category: {{number: concept}}}} in JSON.") from None
 

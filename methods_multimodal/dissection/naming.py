@@ -14,10 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from methods_multimodal.core.embed import embed, unit
 from methods_multimodal.core.record import Record
 from methods_multimodal.dissection import similarity as kernels
 from methods_multimodal.dissection.units import Pool, Units
-from mm_adapters import HookedModel, InputError, StoreError
+from mm_adapters import InputError, Model, StoreError
 from mm_adapters.store import Column, Store, Writer
 
 JUDGE = "judge"
@@ -48,7 +49,7 @@ class ClipDissection(Record):
 def collect(
     units: Sequence[Units],
     batches: Sequence[tuple[Mapping[str, Any], Sequence[Any]]],
-    judge: HookedModel,
+    judge: Model,
     folder: str | Path,
     *,
     pool: Pool = "mean",
@@ -57,8 +58,16 @@ def collect(
 ) -> Store:
     """Every unit's activation on every picture, and the judge's embedding of it, in one pass, on disk.
 
-    A batch is the model's inputs and the pictures that they are, or make. Killed and started again with
-    the same arguments, it goes on where it was and ends with the same store.
+    Killed and started again with the same arguments, it goes on where it was and ends with the same store.
+
+    Args:
+        units: The units of one or several sites.
+        batches: Of each batch the model's inputs, and the pictures that they are, or make.
+        judge: The contrastive model that sees the pictures.
+        folder: Where the store is.
+        pool: How the places of a picture become one number: "mean" or "max".
+        about: What else the store should say that it was made of.
+        progress: Whether to show a progress bar.
 
     Raises: StoreError if the folder holds another store.
     """
@@ -66,8 +75,8 @@ def collect(
         raise InputError("There are no pictures to probe with.")
     known = {
         "sites": [u.site for u in units],
-        "families": [u.model.sitemap.family for u in units],
-        "judge": judge.sitemap.family,
+        "families": [u.model.record.name for u in units],
+        "judge": judge.record.name,
         "pool": pool,
         "n_batches": len(batches),
         **(about or {}),
@@ -75,6 +84,7 @@ def collect(
     finished = _finished(Path(folder), known)
     if finished is not None:
         return finished
+    judge.check_tower("vision")
     first = _probe(units, batches[0], judge, pool)
     columns = {name: Column(tuple(v.shape[1:]), torch.float32) for name, v in first.items()}
     with Writer(folder, columns, known, shard_bytes=SHARD_BYTES) as writer:
@@ -98,9 +108,17 @@ def clip_dissect(
 ) -> ClipDissection:
     """Names the units of one site by the concepts that the judge sees in their strongest images.
 
-    `texts` are the judge's unit embeddings of the concepts. The similarities [image, concept] are
-    never in memory together: soft_wpmi and wpmi hold those of a block of images, cosine only sums, the
-    others a block. `options` are the kernel's own.
+    The similarities [image, concept] are never in memory together: soft_wpmi and wpmi hold those of a
+    block of images, cosine only sums, the others a block.
+
+    Args:
+        store: What `collect` gave.
+        site: Which site's units are named.
+        texts: The judge's unit embeddings of the concepts.
+        names: The concepts.
+        kernel: One of `similarity.KERNELS`.
+        progress: Whether to show progress bars.
+        options: The kernel's own.
 
     Source: Oikarinen & Weng 2023, arXiv 2204.10965.
     Raises: InputError for an unknown kernel, too few images, or names that are not as many as texts.
@@ -126,8 +144,8 @@ class Stream:
         self, top_k: int = 100, scale: float = 10.0, prior: float = 1.0, **options: float
     ) -> Tensor:
         """`similarity.soft_wpmi`, of blocks."""
-        add = partial(kernels.add_soft_evidence, **options)
-        offset = kernels.silent(len(self._texts), top_k, **options)
+        add = partial(kernels.accumulate_soft_likelihood, **options)
+        offset = kernels.uninformative_score(len(self._texts), top_k, **options)
         return kernels.subtract_prior(self._by_top(add, top_k, scale), prior, offset)
 
     def wpmi(self, top_k: int = 28, scale: float = 2.0, prior: float = 0.6) -> Tensor:
@@ -183,11 +201,11 @@ class Stream:
         if n_top < 2:
             raise InputError(f"The top {top_share:.0%} of {len(self._store)} images are {n_top}: too few.")
         values, top = self._top(n_top)
-        seen = self._store.rows(columns=[JUDGE])[JUDGE]
+        embeddings = self._store.rows(columns=[JUDGE])[JUDGE]
         out = []
-        for own, images in zip(values, top, strict=True):
-            similarity = seen[images] @ self._texts.T
-            out.append(kernels.rank_reorder(similarity, own[:, None], top_share=1.0, **options)[0])
+        for activation, images in zip(values, top, strict=True):
+            similarity = embeddings[images] @ self._texts.T
+            out.append(kernels.rank_reorder(similarity, activation[:, None], top_share=1.0, **options)[0])
         return torch.stack(out)
 
     def _by_top(self, add: Callable[..., None], top_k: int, scale: float) -> Tensor:
@@ -206,12 +224,13 @@ class Stream:
         n_batches = math.ceil(len(self._store) / size)
         first = 0
         for rows in tqdm(batches, "images", n_batches, disable=not self._progress, leave=False):
-            seen = rows[JUDGE].float()
-            for some, out in zip(seen.split(_ROWS), likely[: len(seen)].split(_ROWS), strict=True):
+            embeddings = rows[JUDGE].float()
+            n = len(embeddings)
+            for some, out in zip(embeddings.split(_ROWS), likely[:n].split(_ROWS), strict=True):
                 torch.addmm(nothing, some, self._texts.T, beta=0, alpha=scale, out=scaled[: len(some)])
                 torch.softmax(scaled[: len(some)], 1, out=out)
-            add(total, likely[: len(seen)], top, first)
-            first += len(seen)
+            add(total, likely[:n], top, first)
+            first += n
         return total
 
     def _top(self, n: int) -> tuple[Float[Tensor, "unit top"], Int[Tensor, "unit top"]]:
@@ -257,13 +276,12 @@ def _stronger(
 
 
 def _probe(
-    units: Sequence[Units], batch: tuple[Mapping[str, Any], Sequence[Any]], judge: HookedModel, pool: Pool
+    units: Sequence[Units], batch: tuple[Mapping[str, Any], Sequence[Any]], judge: Model, pool: Pool
 ) -> dict[str, Tensor]:
     inputs, pictures = batch
-    found = {u.site: u.pooled(inputs, pool).cpu() for u in units}
-    with torch.no_grad():
-        seen = judge.embed(images=list(pictures)).float().cpu()
-    return {**found, JUDGE: torch.nn.functional.normalize(seen, dim=-1)}
+    activations = {u.site: u.pooled(inputs, pool).cpu() for u in units}
+    seen = embed(judge, list(pictures), "vision", batch_size=len(pictures)).cpu()
+    return {**activations, JUDGE: unit(seen)}
 
 
 def _finished(folder: Path, known: Mapping[str, Any]) -> Store | None:
@@ -275,13 +293,8 @@ def _finished(folder: Path, known: Mapping[str, Any]) -> Store | None:
     return store if store.about == known else None
 
 
-@torch.no_grad()
 def embed_concepts(
-    judge: HookedModel, names: Sequence[str], template: str = "{}"
+    judge: Model, names: Sequence[str], template: str = "{}"
 ) -> Float[Tensor, "concept width"]:
     """The judge's unit embedding of each name, put into a template like "a photo of {}"."""
-    parts = [
-        judge.embed(text=[template.format(name) for name in names[i : i + 256]])
-        for i in range(0, len(names), 256)
-    ]
-    return torch.nn.functional.normalize(torch.cat(parts).float().cpu(), dim=-1)
+    return unit(embed(judge, [template.format(name) for name in names], "text", batch_size=256).cpu())

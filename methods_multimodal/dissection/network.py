@@ -37,9 +37,9 @@ class NetworkDissection(Record):
         value, which = self.iou.max(1)
         return [(self.names[i], v) for i, v in zip(which.tolist(), value.tolist(), strict=True)]
 
-    def detectors(self, least: float = DETECTOR) -> list[int]:
-        """The units whose best IoU is above `least` (0.04 in the paper)."""
-        return (self.iou.amax(1) > least).nonzero().flatten().tolist()
+    def detectors(self, min_iou: float = DETECTOR) -> list[int]:
+        """The units whose best IoU is above `min_iou` (0.04 in the paper)."""
+        return (self.iou.amax(1) > min_iou).nonzero().flatten().tolist()
 
 
 def network_dissection(
@@ -54,12 +54,18 @@ def network_dissection(
 ) -> NetworkDissection:
     """The IoU of each unit's strongest places with each concept.
 
-    `batches` are inputs of the model, a picture a row; `masks` are what each picture shows, in the same
-    order. A unit's threshold is exceeded at `share` of all places; its maps are brought to the masks'
-    size bilinearly. Unions count the pictures that show anything of the concept's category ("paper"), or
-    only those where the unit's places touch something of it ("lite", as NetDissect-Lite).
+    A unit's threshold is exceeded at a share of all places; its maps are brought to the masks' size
+    bilinearly. Two passes over the batches: thresholds, then overlaps.
 
-    Two passes over the batches: thresholds, then overlaps.
+    Args:
+        units: The units of one site.
+        batches: Inputs of the model, a picture a row.
+        masks: What each picture shows, in the same order.
+        concepts: The concepts that masks are of.
+        share: The share of all places at which a unit exceeds its threshold.
+        counted: Unions count the pictures that show anything of the concept's category ("paper"), or only
+            those where the unit's places touch something of it ("lite", as NetDissect-Lite).
+        progress: Whether to show progress bars.
 
     Source: Bau et al. 2017, arXiv 1704.05796, section 2.3.
     Raises: InputError if pictures and masks differ in number, or a mask is of no concept.

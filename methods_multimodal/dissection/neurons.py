@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from methods_multimodal.core.record import Record
-from methods_multimodal.dissection.scores import auroc
+from methods_multimodal.core.statistics import auroc
 from mm_adapters import InputError
 
 
@@ -43,8 +43,8 @@ def selectivity(
     if len(known) < 2:
         raise InputError(f"Selectivity compares classes; all inputs are {known}.")
     values = activations.float()
-    own = torch.tensor([known.index(c) for c in classes])
-    means = torch.stack([values[own == k].mean(0) for k in range(len(known))])
+    members = torch.tensor([known.index(c) for c in classes])
+    means = torch.stack([values[members == k].mean(0) for k in range(len(known))])
     best = means.argmax(0)
     top = means.gather(0, best[None])[0]
     others = (means.sum(0) - top) / (len(known) - 1)
@@ -68,11 +68,11 @@ class Multimodal(Record):
     def score(self) -> Float[Tensor, "unit concept"]:
         return torch.minimum(self.images, self.texts)
 
-    def found(self, least: float = 0.9) -> list[tuple[int, str, float]]:
-        """(unit, concept, score) of those above `least`, the best first."""
+    def pairs(self, min_score: float = 0.9) -> list[tuple[int, str, float]]:
+        """(unit, concept, score) of the pairs whose score is above `min_score`, the best first."""
         rows = [
             (unit, self.names[c], float(self.score[unit, c]))
-            for unit, c in (self.score > least).nonzero().tolist()
+            for unit, c in (self.score > min_score).nonzero().tolist()
         ]
         return sorted(rows, key=lambda row: -row[2])
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import false_discovery_control, rankdata
+from scipy.stats import false_discovery_control
 from torch import Tensor
 
+from methods_multimodal.core.generators import Seed, generator
 from methods_multimodal.core.record import Record
+from methods_multimodal.core.statistics import auroc
 
 Score = Callable[[Tensor], Float[Tensor, "unit concept"]]
 
@@ -35,16 +37,16 @@ class Chance(Record):
         return (self.q <= level).nonzero().flatten().tolist()
 
 
-def chance(score: Score, n_images: int, *, n_shuffles: int = 199, seed: int = 0) -> Chance:
+def chance(score: Score, n_images: int, *, n_shuffles: int = 199, seed: Seed = 0) -> Chance:
     """Whether a unit's best score over the concepts is more than chance.
 
     `score(order)` must give the scores [unit, concept] with image i's activations set against the
     concepts of image `order[i]`; the true order is 0, 1, 2 ...
     """
-    made = torch.Generator().manual_seed(seed)
+    rng = generator(seed)
     best = score(torch.arange(n_images)).amax(1)
     shuffled = torch.stack(
-        [score(torch.randperm(n_images, generator=made)).amax(1) for _ in range(n_shuffles)]
+        [score(torch.randperm(n_images, generator=rng)).amax(1) for _ in range(n_shuffles)]
     )
     mean, spread = shuffled.mean(0), shuffled.std(0).clamp_min(1e-12)
     pool = ((shuffled - mean) / spread).flatten().sort().values
@@ -75,37 +77,12 @@ def cell_iou(
     return score
 
 
-def auroc(
-    activations: Float[Tensor, "image unit"], present: Bool[Tensor, "image concept"]
-) -> Float[Tensor, "unit concept"]:
-    """How often a unit is stronger on an image with the concept than on one without; 0.5 is chance.
-
-    NaN for a concept that all images show, or none. Ties count one half.
-    """
-    ranks = torch.from_numpy(rankdata(activations.double().numpy(), axis=0))
-    shown = present.double()
-    n_with = shown.sum(0)
-    n_without = len(shown) - n_with
-    above = ranks.T @ shown - n_with * (n_with + 1) / 2
-    # 0 / 0 is NaN, which is what it should be.
-    return (above / (n_with * n_without)).float()
-
-
-def correlation(
-    activations: Float[Tensor, "image unit"], similarity: Float[Tensor, "image concept"]
-) -> Float[Tensor, "unit concept"]:
-    """Pearson's correlation over images of activation and similarity."""
-    a = activations.double() - activations.double().mean(0)
-    b = similarity.double() - similarity.double().mean(0)
-    return ((a / a.norm(dim=0).clamp_min(1e-12)).T @ (b / b.norm(dim=0).clamp_min(1e-12))).float()
-
-
 @dataclass(frozen=True)
 class Faithfulness(Record):
     """How well each unit's name predicts it on held-out images.
 
     `auroc[unit]` of the unit's own name; `constant[unit]` of the one name that does best for all units
-    together, `constant_name`: a method that cannot beat it has said nothing about the units.
+    together, `constant_name`: a method that does no better tells nothing of the units.
     """
 
     auroc: Float[Tensor, " unit"]
@@ -124,9 +101,9 @@ def faithfulness(
     `present` says what each held-out image shows, in the order of `names`.
     """
     table = auroc(activations, present).nan_to_num(0.5)
-    own = torch.stack([table[unit, list(names).index(name)] for unit, name in enumerate(named)])
+    of_name = torch.stack([table[unit, list(names).index(name)] for unit, name in enumerate(named)])
     best = int(table.mean(0).argmax())
-    return Faithfulness(own, table[:, best], names[best])
+    return Faithfulness(of_name, table[:, best], names[best])
 
 
 def agreement(named: Mapping[str, Sequence[str]]) -> Float[Tensor, "method method"]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import rankdata
 from torch import Tensor
 
 from mm_adapters import InputError
@@ -44,10 +45,12 @@ def soft_wpmi(
     """
     top = top_images(activations, top_k)
     total = torch.zeros(len(top), similarity.shape[1])
-    add_soft_evidence(
+    accumulate_soft_likelihood(
         total, torch.softmax(similarity.float() * scale, 1), top, p_first=p_first, p_last=p_last
     )
-    return subtract_prior(total, prior, silent(total.shape[1], top_k, p_first=p_first, p_last=p_last))
+    return subtract_prior(
+        total, prior, uninformative_score(total.shape[1], top_k, p_first=p_first, p_last=p_last)
+    )
 
 
 def wpmi(
@@ -102,12 +105,13 @@ def rank_reorder(
     values, top = activations.float().topk(n_top, 0)
     out = activations.new_empty(activations.shape[1], similarity.shape[1], dtype=torch.float32)
     for unit in range(activations.shape[1]):
-        own = values[:, unit]
-        seen = similarity[top[:, unit]].float()
-        ranks = seen.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
-        change = (own[:, None] - own[ranks]).abs().pow(power).mean(0)
-        random = (own[:, None] - own[None, :]).abs().pow(power).mean().clamp_min(TINY)
-        out[unit] = -(change / random) / seen.mean(0).clamp_min(TINY).pow(scale)
+        activation = values[:, unit]
+        likeness = similarity[top[:, unit]].float()
+        order = rankdata(-likeness.cpu().numpy(), method="ordinal", axis=0) - 1
+        ranks = torch.from_numpy(order).to(activation.device)
+        change = (activation[:, None] - activation[ranks]).abs().pow(power).mean(0)
+        random = (activation[:, None] - activation[None, :]).abs().pow(power).mean().clamp_min(TINY)
+        out[unit] = -(change / random) / likeness.mean(0).clamp_min(TINY).pow(scale)
     return out
 
 
@@ -131,7 +135,7 @@ def top_images(activations: Float[Tensor, "image unit"], top_k: int) -> Int[Tens
 
 
 @torch.no_grad()
-def add_soft_evidence(
+def accumulate_soft_likelihood(
     total: Float[Tensor, "unit concept"],
     likely: Float[Tensor, "image concept"],
     top: Int[Tensor, "unit top"],
@@ -143,9 +147,9 @@ def add_soft_evidence(
     """Adds log(1 + p (likely - 1) + TINY) of every unit's top images, p falling with the rank, to `total`.
 
     Only of those of its images that are here: `likely` is about the images from number `first` on. Each
-    term is less that of an image of which all concepts are equally likely (`silent` is their sum): what
-    is left is small, and float32 holds it. With d = (1 - p + TINY) / p a term is log p + log(d + likely);
-    the sums are multiplied before their log.
+    term is less that of an image of which all concepts are equally likely (`uninformative_score` is their
+    sum): what is left is small, and float32 holds it. With d = (1 - p + TINY) / p a term is
+    log p + log(d + likely); the sums are multiplied before their log.
     """
     n_units, n_top = top.shape
     odds = _odds(n_top, p_first, p_last)[1]
@@ -189,8 +193,8 @@ def add_soft_evidence(
         into.add_(torch.index_select(logs, 0, back, out=term))
 
 
-def silent(n_concepts: int, n_top: int, p_first: float = 0.998, p_last: float = 0.97) -> float:
-    """The soft evidence of top images that say nothing: every concept is equally likely."""
+def uninformative_score(n_concepts: int, n_top: int, p_first: float = 0.998, p_last: float = 0.97) -> float:
+    """The soft likelihood of top images that tell nothing: every concept is equally likely."""
     p, odds = _odds(n_top, p_first, p_last)
     return float((p.log() + (odds + 1 / n_concepts).log()).sum())
 
@@ -218,7 +222,10 @@ def accumulate_log_likelihood(
 def subtract_prior(
     scores: Float[Tensor, "unit concept"], prior: float, offset: float = 0.0
 ) -> Float[Tensor, "unit concept"]:
-    """Scores, given less an `offset`, less `prior` times a concept's mean over all units; in place."""
+    """Takes `prior` times a concept's mean over all units off the scores, in place.
+
+    `offset` is what has been taken off every score before.
+    """
     for some in scores.split(_CONCEPTS, 1):
         mean = some.logsumexp(0) - math.log(len(some))
         some.sub_(mean, alpha=prior).add_((1 - prior) * offset)

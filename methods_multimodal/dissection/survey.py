@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from methods_multimodal.core.statistics import correlation
 from methods_multimodal.dissection.concepts import Concepts, Masks, presence, shares
 from methods_multimodal.dissection.naming import JUDGE, clip_dissect, collect, embed_concepts
 from methods_multimodal.dissection.network import NetworkDissection, active_places, network_dissection
@@ -19,12 +20,11 @@ from methods_multimodal.dissection.scores import (
     Faithfulness,
     cell_iou,
     chance,
-    correlation,
     faithfulness,
 )
 from methods_multimodal.dissection.similarity import KERNELS, cosine
 from methods_multimodal.dissection.units import Units
-from mm_adapters import HookedModel, InputError
+from mm_adapters import InputError, Model
 from mm_adapters.store import Store
 
 # Enough for a null distribution, few enough to hold.
@@ -66,7 +66,7 @@ class Survey:
 def survey(
     units: Units,
     batches: Sequence[tuple[Mapping[str, Any], Sequence[Any]]],
-    judge: HookedModel,
+    judge: Model,
     concepts: Concepts,
     folder: str | Path,
     *,
@@ -82,9 +82,23 @@ def survey(
 ) -> Survey:
     """Names every unit of a site by network dissection, where there are masks, and by CLIP-Dissect.
 
-    The last `held_out` of the batches name nothing: they check the names. `texts` are the captions of
-    the concepts; without, each concept's name in the template. Activations are kept in `folder`, so
-    that a killed run goes on.
+    Activations are kept in the folder, so that a killed run goes on.
+
+    Args:
+        units: The units of one site.
+        batches: Of each batch the model's inputs, and the pictures that they are, or make.
+        judge: The contrastive model that sees the pictures.
+        concepts: The names that units can get.
+        folder: Where the activations are kept.
+        masks: What each picture shows; without them there is no network dissection.
+        texts: The concepts' captions; without them, each concept's name in the template.
+        template: What a name is put into, such as "a photo of {}".
+        kernels: The kernels of CLIP-Dissect.
+        held_out: The share of the batches, the last ones, that check the names instead of giving them.
+        share: The share of all places at which a unit exceeds its threshold.
+        n_shuffles: How often pictures are shuffled to say what chance reaches.
+        about: What else the stores should say that they were made of.
+        progress: Whether to show progress bars.
 
     Raises: InputError for unknown kernels or too few batches, before anything runs.
     """
@@ -97,12 +111,12 @@ def survey(
     named, check = batches[:-n_check], batches[-n_check:]
     store = collect([units], named, judge, Path(folder) / "named", about=about, progress=progress)
     other = collect([units], check, judge, Path(folder) / "check", about=about, progress=progress)
-    said = embed_concepts(judge, texts or concepts.names, "{}" if texts else template)
-    own, held = _columns(store, units.site), _columns(other, units.site)
-    n_named = len(own[0])
+    captions = embed_concepts(judge, texts or concepts.names, "{}" if texts else template)
+    first, held = _columns(store, units.site), _columns(other, units.site)
+    n_named = len(first[0])
     shown = None if masks is None else presence(masks[n_named:], concepts)
 
-    found: list[Named] = []
+    by_method: list[Named] = []
     network = None
     if masks is not None:
         network = network_dissection(
@@ -110,18 +124,22 @@ def survey(
         )
         names = tuple(name for name, _ in network.best())
         null = _network_chance(units, named, masks, concepts, network, n_shuffles)
-        found.append(_named("network", names, network.iou.amax(1), null, held, said, shown, concepts))
-    null = chance(lambda order: cosine((own[1] @ said.T)[order], own[0]), n_named, n_shuffles=n_shuffles)
+        by_method.append(_named("network", names, network.iou.amax(1), null, held, captions, shown, concepts))
+    null = chance(
+        lambda order: cosine((first[1] @ captions.T)[order], first[0]), n_named, n_shuffles=n_shuffles
+    )
     for kernel in kernels:
         options = {} if kernel != "soft_wpmi" else {"top_k": min(100, max(2, n_named // 5))}
         options = {"top_k": min(28, max(2, n_named // 5))} if kernel == "wpmi" else options
         by_kernel = clip_dissect(
-            store, units.site, said, concepts.names, kernel=kernel, progress=progress, **options
+            store, units.site, captions, concepts.names, kernel=kernel, progress=progress, **options
         )
         names = tuple(name for (name,) in by_kernel.best())
-        found.append(_named(kernel, names, by_kernel.scores.amax(1), null, held, said, shown, concepts))
-    top = own[0].topk(min(8, n_named), 0).indices.T
-    return Survey(units.site, concepts, tuple(found), own[0], top, network)
+        by_method.append(
+            _named(kernel, names, by_kernel.scores.amax(1), null, held, captions, shown, concepts)
+        )
+    top = first[0].topk(min(8, n_named), 0).indices.T
+    return Survey(units.site, concepts, tuple(by_method), first[0], top, network)
 
 
 def _columns(store: Store, site: str) -> tuple[Tensor, Tensor]:
@@ -135,12 +153,12 @@ def _named(
     scores: Tensor,
     null: Chance,
     held: tuple[Tensor, Tensor],
-    said: Tensor,
+    captions: Tensor,
     shown: Tensor | None,
     concepts: Concepts,
 ) -> Named:
     faithful = None if shown is None else faithfulness(names, held[0], shown, concepts.names)
-    table = correlation(held[0], held[1] @ said.T)
+    table = correlation(held[0], held[1] @ captions.T)
     follows = torch.stack([table[unit, concepts.index(name)] for unit, name in enumerate(names)])
     return Named(method, names, scores, null, faithful, follows)
 
@@ -150,7 +168,7 @@ def _network_chance(
     batches: Sequence[tuple[Mapping[str, Any], Sequence[Any]]],
     masks: Sequence[Masks],
     concepts: Concepts,
-    found: NetworkDissection,
+    network: NetworkDissection,
     n_shuffles: int,
 ) -> Chance:
     """Chance for IoUs, on the units' own grid and at most so many pictures."""
@@ -159,7 +177,7 @@ def _network_chance(
     for inputs, _ in batches:
         if n >= _SHUFFLED_IMAGES:
             break
-        parts.append(active_places(units.maps(inputs).cpu(), found.thresholds.cpu()))
+        parts.append(active_places(units.maps(inputs).cpu(), network.thresholds.cpu()))
         n += len(parts[-1])
     active = torch.cat(parts)
     down, across = int(active.shape[2]), int(active.shape[3])

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.core.generators import Seed, generator
+
 
 class TopShare:
     """Exact: keeps each unit's largest values, as many as the share of `n_values` comes to."""
@@ -40,10 +42,10 @@ class Sketch:
     Source: Karnin, Lang & Liberty 2016, arXiv 1603.05346, with levels of one size.
     """
 
-    def __init__(self, share: float, *, size: int = 2048, seed: int = 0) -> None:
+    def __init__(self, share: float, *, size: int = 2048, seed: Seed = 0) -> None:
         self._share, self._size = share, size
         self._levels: list[Tensor] = []
-        self._chance = torch.Generator().manual_seed(seed)
+        self._chance = generator(seed)
 
     def add(self, values: Float[Tensor, "value unit"]) -> None:
         """Takes more places into account."""

@@ -12,8 +12,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal.core.grids import latent_grid
-from mm_adapters import HookedModel, InputError, Lens, Read, Site
+from methods_multimodal.core.grids import latent_grid, patch_positions
+from mm_adapters import InputError, MissingSiteError, Model, Read, Site, TokenLayout
 
 Pool = Literal["mean", "max"]
 
@@ -31,9 +31,8 @@ class Units:
     Raises: MissingSiteError; InputError if the site has no units that lie on a grid.
     """
 
-    model: HookedModel
+    model: Model
     site: str
-    lens: Lens | None = None
     through: Callable[[Tensor], Tensor] | None = None
     steps: Sequence[int] | None = None
 
@@ -50,30 +49,39 @@ class Units:
     @cached_property
     def described(self) -> Site:
         """The site. Raises: MissingSiteError if it does not exist or is absent."""
-        return self.model.sitemap[self.site]
+        return self.model.check_site(self.site)
+
+    @property
+    def _is_map(self) -> bool:
+        return self.described.axes[1] == "channel"
 
     @property
     def _looped(self) -> bool:
-        return self.described.tower in self.model.sitemap.loops
+        return self.described.tower in self.model.loops()
 
     def maps(self, inputs: Mapping[str, Any]) -> Float[Tensor, "image unit row column"]:
-        """Each unit's activation at each place of each picture of these inputs, in float32."""
+        """Each unit's activation at each place of each picture of these inputs, in float32.
+
+        Raises: MissingSiteError if the site's tower has no patches; InputError if a row has several images.
+        """
         reads: list[Read] = [self._read()]
         if self._looped:
             size = f"{self.described.tower}.hook_in"
             reads.append(Read(size, reduce=lambda x: torch.tensor(x.shape[-2:])[None], steps=[0]))
-        run = (self.lens or self.model).run(inputs, read=reads)
+        layout = None if self._looped or self._is_map else self._layout(inputs)
+        run = self.model.run(inputs, read=reads)
         value = run[self.site]
         if self._looped:
             # Only the steps asked for were kept; they come first.
             value = value.mean(0)
-        if self.described.axes[1] == "channel":
+        if self._is_map:
             return value
         if self._looped:
             height, width = (int(n) for n in run[f"{self.described.tower}.hook_in"].flatten())
             rows, _ = latent_grid(value.shape[1], (height, width))
             return rearrange(value, "image (row column) unit -> image unit row column", row=rows)
-        return self._on_grid(value, inputs)
+        assert layout is not None
+        return self._on_grid(value, layout)
 
     def pooled(self, inputs: Mapping[str, Any], pool: Pool = "mean") -> Float[Tensor, "image unit"]:
         """One number per picture and unit: the mean over the places, or the largest."""
@@ -81,7 +89,7 @@ class Units:
         return maps.amax(2) if pool == "max" else maps.mean(2)
 
     def _read(self) -> Read:
-        channels = self.described.axes[1] == "channel"
+        channels = self._is_map
 
         def units(value: Tensor) -> Tensor:
             value = value.detach()
@@ -97,23 +105,35 @@ class Units:
 
     @property
     def _guided(self) -> bool:
-        return self.model.sitemap.loops.get(self.described.tower) is not None
+        return self.model.loops().get(self.described.tower) is not None
 
-    def _on_grid(
-        self, value: Float[Tensor, "row pos unit"], inputs: Mapping[str, Any]
-    ) -> Float[Tensor, "row unit down across"]:
-        found = self.model.layout(**inputs)
-        layout = found.get(self.described.tower)
-        if layout is None or layout.grid is None:
-            raise InputError(
-                f"The positions of {self.site} do not lie on one grid, so its units have no maps. "
-                f"Towers with a grid: {', '.join(t for t, one in found.items() if one.grid) or 'none'}."
+    def _layout(self, inputs: Mapping[str, Any]) -> TokenLayout:
+        """The layout of the site's tower, found before anything runs."""
+        tower = self.model.check_tower(self.described.tower)
+        needed = dict(inputs)
+        if tower.role == "vision" and self.model.kind in ("contrastive", "tower"):
+            # The other tower's inputs have no part in where the patches are.
+            names = (tower.input_name, tower.record.grids, "images")
+            needed = {name: value for name, value in inputs.items() if name in names}
+        layouts = self.model.layout(**needed) if needed else {}
+        layout = layouts.get(tower.name)
+        if layout is None:
+            others = ", ".join(name for name, one in layouts.items() if one.grid) or "none"
+            raise MissingSiteError(
+                f"The {tower.name} tower's layout has no 'patch' role, so the units of {self.site} have no "
+                f"maps. Towers with a grid: {others}."
             )
-        down, across = layout.grid
-        places = [[p for p, spot in enumerate(row) if spot is not None] for row in layout.patches]
-        if any(len(row) != down * across for row in places):
+        rows = patch_positions(layout, tower.name)
+        if layout.grid is None or any(len(row) != layout.grid[0] * layout.grid[1] for row in rows):
             raise InputError(
                 f"A dissection takes one image per row; a row of {self.site} has none, or several."
             )
-        chosen = torch.tensor(places, device=value.device)[..., None].expand(-1, -1, value.shape[-1])
-        return rearrange(value.gather(1, chosen), "b (r c) unit -> b unit r c", r=down)
+        return layout
+
+    def _on_grid(
+        self, value: Float[Tensor, "row pos unit"], layout: TokenLayout
+    ) -> Float[Tensor, "row unit down across"]:
+        positions = torch.tensor(patch_positions(layout, self.described.tower), device=value.device)
+        index = positions[..., None].expand(-1, -1, value.shape[-1])
+        assert layout.grid is not None
+        return rearrange(value.gather(1, index), "b (r c) unit -> b unit r c", r=layout.grid[0])

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal.core.outputs import contrast_of, logit_scale, vocabulary_logits
+from methods_multimodal.core.model import check_pool, check_sites
+from methods_multimodal.core.outputs import contrast_of, logit_scale
 from methods_multimodal.core.record import Record
-from methods_multimodal.lenses.residual_parts import along, reads, written
-from mm_adapters import HookedModel, Lens, MissingSiteError
+from methods_multimodal.lenses.residual_parts import needed_sites, project, reads, writes
+from mm_adapters import Model
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,7 @@ class LogitAttribution(Record):
 
 
 def attribute_logits(
-    model: HookedModel,
-    inputs: Mapping[str, Any],
-    *,
-    texts: Sequence[str] | None = None,
-    lens: Lens | None = None,
+    model: Model, inputs: Mapping[str, Any], *, texts: Sequence[str] | None = None
 ) -> LogitAttribution:
     """Splits each image-text logit into what each part of the image tower adds to it.
 
@@ -73,68 +70,73 @@ def attribute_logits(
     projected into the joint space and compared with the text's unit vector; then come the division
     by the image's length and the logit scale. No part is approximated, so the shares sum to the logit.
 
-    `inputs` are images and texts, raw or prepared. `lens` is where the activations are read, the
-    model itself by default.
+    `inputs` are images and texts, raw or prepared; `texts` names the texts in the result.
 
     Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits (direct logit
     attribution); Gandelsman et al. 2024, arXiv 2310.05916 (for CLIP).
-    Raises: MissingSiteError if the tower's summary is no linear map of one position.
+    Raises: MissingSiteError if the tower's summary is no linear map of its first position.
     """
-    weights = model.tower("vision")
-    project = weights.projection.detach().float()
-    if model.sitemap.towers["vision"].record.pool != "first":
-        raise MissingSiteError("vision: its summary is not the first position's, so it is not split here.")
-    run = (lens or model).run(inputs, read=reads("vision", weights.cfg.n_layers, 0))
-    said = contrast_of(run.output)
-    parts = written(run.values, weights)
-    final: Any = weights.ln_final
-    gain, offset = final.w.detach().float(), final.b.detach().float()
-    length = ((parts.normalized * gain + offset) @ project).norm(dim=-1, keepdim=True)
-    factor = logit_scale(model) / length
-    readers = project @ said.texts.detach().float().T
-    shares = along(parts, gain[:, None] * readers, factor, centred=True)
-    n_texts = said.texts.shape[0]
+    tower = model.check_tower("vision")
+    check_sites(model, needed_sites(tower))
+    check_pool(tower, "first")
+    norm = tower.final_norm
+    assert norm is not None
+    scale = logit_scale(model)
+    run = model.run(inputs, read=reads(tower, 0))
+    output = contrast_of(run.output)
+    parts = writes(run.values, tower)
+    gain, offset = norm.gain.detach().float(), norm.bias.detach().float()
+    weight = tower.projection
+    matrix = torch.eye(parts.embed.shape[-1]).to(gain) if weight is None else weight.detach().float()
+    length = ((parts.normalized * gain + offset) @ matrix).norm(dim=-1, keepdim=True)
+    factor = scale / length
+    readers = matrix @ output.texts.detach().float().T
+    shares = project(parts, gain[:, None] * readers, factor, centred=norm.kind == "LN")
+    n_texts = output.texts.shape[0]
     return LogitAttribution(
         embed=shares.embed,
         heads=shares.heads,
         attn_bias=shares.attn_bias,
         mlps=shares.mlps,
         bias=offset @ readers * factor,
-        logit=said.logits.detach().float(),
+        logit=output.logits.detach().float(),
         texts=tuple(texts) if texts is not None else tuple(f"text {i}" for i in range(n_texts)),
     )
 
 
 def attribute_tokens(
-    model: HookedModel,
+    model: Model,
     inputs: Mapping[str, Any],
     tokens: Sequence[int],
     *,
     position: int = -1,
     names: Sequence[str] | None = None,
     tower: str = "language",
-    lens: Lens | None = None,
 ) -> LogitAttribution:
     """Splits the logit of each token, at one position, into what each part of a language tower adds.
 
-    `text` in the shapes of the record is then a token. Rows are rows of the batch.
+    `text` in the shapes of the record is then a token, called as in `names`. Rows are rows of the batch.
 
     Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
+    Raises: MissingSiteError if the tower has no unembedding, or no single stream that its parts add to.
     """
-    weights = model.tower(tower)
-    ids = torch.as_tensor(list(tokens), device=weights.W_U.device)
-    run = (lens or model).run(inputs, read=reads(tower, weights.cfg.n_layers, position))
-    parts = written(run.values, weights)
-    directions = weights.tokens_to_residual_directions(ids).detach().float().reshape(len(ids), -1).T
+    view = model.check_tower(tower)
+    check_sites(model, needed_sites(view))
+    norm, bias = view.final_norm, view.unembedding_bias
+    assert norm is not None
+    ids = torch.as_tensor(list(tokens), device=view.unembedding.device)
+    run = model.run(inputs, read=reads(view, position))
+    parts = writes(run.values, view)
+    directions = view.token_directions(ids).detach().float().T
     ones = torch.ones_like(parts.scale)
-    shares = along(parts, directions, ones, centred=weights.cfg.normalization_type == "LN")
-    own = vocabulary_logits(model, run.output, tower)[:, position, ids].detach().float()
+    shares = project(parts, directions, ones, centred=norm.kind == "LN")
+    logits = view.vocabulary_logits(run.output)[:, position, ids].detach().float()
     return LogitAttribution(
         embed=shares.embed,
         heads=shares.heads,
         attn_bias=shares.attn_bias,
         mlps=shares.mlps,
-        bias=weights.logit_bias.detach().float()[ids].expand_as(own).clone(),
-        logit=own,
+        bias=bias.detach().float()[ids].expand_as(logits).clone(),
+        logit=logits,
         texts=tuple(names) if names is not None else tuple(f"token {int(i)}" for i in ids),
     )

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from methods_multimodal.core.model import check_sites
 from methods_multimodal.core.record import Record
-from mm_adapters import HookedModel, Lens, Read
+from mm_adapters import Model, Read
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,12 @@ class LogitLens(Record):
 
 
 def logit_lens(
-    model: HookedModel,
+    model: Model,
     inputs: Mapping[str, Any],
     *,
     final_norm: bool,
     position: int = -1,
     tower: str = "language",
-    lens: Lens | None = None,
 ) -> LogitLens:
     """Unembeds the residual stream at one position after each layer.
 
@@ -47,15 +47,19 @@ def logit_lens(
     (the last layer's logits are then the model's own); without it the raw state meets the unembedding.
 
     Source: nostalgebraist 2020, interpreting GPT: the logit lens.
+    Raises: MissingSiteError if the tower has no stream of blocks, no final norm or no unembedding.
     """
-    view = model.tower(tower)
-    last = view.cfg.n_layers - 1
-    sites = [f"{tower}.blocks.{i}.hook_resid_pre" for i in range(last + 1)]
-    sites.append(f"{tower}.blocks.{last}.hook_resid_post")
-    run = (lens or model).run(inputs, read=[Read(s, reduce=lambda x: x[:, position]) for s in sites])
+    view = model.check_tower(tower)
+    n_layers = max(1, view.n_layers())  # A tower without blocks lacks the first one's sites.
+    sites = [f"{tower}.blocks.{i}.hook_resid_pre" for i in range(n_layers)]
+    sites.append(f"{tower}.blocks.{n_layers - 1}.hook_resid_post")
+    check_sites(model, [*sites, *([f"{tower}.ln_final.hook_scale"] if final_norm else [])])
+    matrix, bias = view.unembedding.float(), view.projection_bias
+    run = model.run(inputs, read=[Read(s, reduce=lambda x: x[:, position]) for s in sites])
     states = torch.stack([run[s] for s in sites], 1)
-    norm: Any = view.ln_final
+    norm = view.final_norm
     with torch.no_grad():
-        normed = norm(states) if final_norm else states
-        logits = normed.float() @ view.W_U.float() + view.b_U.float()
+        normed = norm.module(states) if final_norm and norm is not None else states
+        logits = normed.float() @ matrix
+        logits = logits + (torch.zeros_like(logits[0, 0]) if bias is None else bias.float())
     return LogitLens(logits=logits, final_norm=final_norm)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mm_adapters import Read
+from mm_adapters import Read, TowerView
 
 
 @dataclass(frozen=True)
 class ResidualWrites:
-    """The residual stream at one position, by who wrote it. It is the sum of all."""
+    """What was written to the residual stream at one position, by each part; the stream is their sum.
+
+    Where a block normalises what its attention gives, `z` and `attn_scale` are over that norm's scale.
+    """
 
     embed: Float[Tensor, "row d_model"]
     z: Float[Tensor, "row layer head d_head"]
     attn_bias: Float[Tensor, "layer d_model"]
+    attn_scale: Float[Tensor, "row layer"]
     mlps: Float[Tensor, "row layer d_model"]
     w_o: Float[Tensor, "layer head d_head d_model"]
     scale: Float[Tensor, "row 1"]
@@ -28,8 +31,8 @@ class ResidualWrites:
 
 
 @dataclass(frozen=True)
-class Direct:
-    """What each part adds to each target, before any division."""
+class Projections:
+    """What each part adds to each target."""
 
     embed: Float[Tensor, "row target"]
     heads: Float[Tensor, "row target layer head"]
@@ -37,41 +40,57 @@ class Direct:
     mlps: Float[Tensor, "row target layer"]
 
 
-def reads(tower: str, n_layers: int, position: int) -> list[Read]:
-    """The reads that `written` needs; of each site only this position is kept."""
+def needed_sites(tower: TowerView) -> list[str]:
+    """The sites that `writes` needs."""
+    layers = range(max(1, tower.n_layers()))  # A tower without blocks lacks those of the first.
+    names = [f"{tower.name}.blocks.0.hook_resid_pre"]
+    names += [f"{tower.name}.blocks.{i}.{part}" for i in layers for part in ("attn.hook_z", "hook_mlp_out")]
+    names += [_post_norm_site(tower, i) for i in range(tower.n_layers()) if _post_norm(tower, i)]
+    return [*names, f"{tower.name}.ln_final.hook_scale", f"{tower.name}.ln_final.hook_normalized"]
+
+
+def reads(tower: TowerView, position: int) -> list[Read]:
+    """The reads that `writes` needs; of each site only this position is kept."""
 
     def at(x: Tensor) -> Tensor:
         return x[:, position]
 
-    names = [f"{tower}.blocks.0.hook_resid_pre"]
-    names += [
-        f"{tower}.blocks.{i}.{part}" for i in range(n_layers) for part in ("attn.hook_z", "hook_mlp_out")
-    ]
-    names += [f"{tower}.ln_final.hook_scale", f"{tower}.ln_final.hook_normalized"]
-    return [Read(name, reduce=at) for name in names]
+    return [Read(name, reduce=at) for name in needed_sites(tower)]
 
 
-def written(values: Mapping[str, Tensor], weights: Any) -> ResidualWrites:
+def writes(values: Mapping[str, Tensor], tower: TowerView) -> ResidualWrites:
     """What was written, from the values of `reads` and the tower's weights."""
-    name, n = weights.name, weights.cfg.n_layers
+    name, layers = tower.name, range(tower.n_layers())
+    attention = [tower.weights(i).names("attn") for i in layers]
+    z = torch.stack([values[f"{name}.blocks.{i}.attn.hook_z"].float() for i in layers], 1)
+    w_o = torch.stack([one["W_O"]() for one in attention]).detach().float()
+    attn_bias = torch.stack([one["b_O"]() for one in attention]).detach().float()
+    attn_scale = z.new_ones(z.shape[:2])
+    for i in layers:
+        if weights := _post_norm(tower, i):
+            gain = weights["w"]().detach().float()
+            w_o[i], attn_bias[i] = w_o[i] * gain, attn_bias[i] * gain
+            attn_scale[:, i] = 1 / values[_post_norm_site(tower, i)].float()[:, 0]
+            z[:, i] = z[:, i] * rearrange(attn_scale[:, i], "row -> row 1 1")
     return ResidualWrites(
         embed=values[f"{name}.blocks.0.hook_resid_pre"].float(),
-        z=torch.stack([values[f"{name}.blocks.{i}.attn.hook_z"].float() for i in range(n)], 1),
-        attn_bias=weights.b_O.detach().float(),
-        mlps=torch.stack([values[f"{name}.blocks.{i}.hook_mlp_out"].float() for i in range(n)], 1),
-        w_o=weights.W_O.detach().float(),
+        z=z,
+        attn_bias=attn_bias,
+        attn_scale=attn_scale,
+        mlps=torch.stack([values[f"{name}.blocks.{i}.hook_mlp_out"].float() for i in layers], 1),
+        w_o=w_o,
         scale=values[f"{name}.ln_final.hook_scale"].float(),
         normalized=values[f"{name}.ln_final.hook_normalized"].float(),
     )
 
 
-def along(
+def project(
     parts: ResidualWrites,
     directions: Float[Tensor, "d_model target"],
     factor: Float[Tensor, "row 1"],
     *,
     centred: bool,
-) -> Direct:
+) -> Projections:
     """What each part adds along each direction, times `factor`, after the final norm's division.
 
     `centred`: the norm is a LayerNorm. It takes the mean off every part; taking it off the
@@ -83,10 +102,19 @@ def along(
     wide = rearrange(factor, "row 1 -> row 1 1")
     readers = einsum(parts.w_o, directions, "layer head d m, m target -> layer head d target")
     bias = einsum(parts.attn_bias, directions, "layer m, m target -> target layer")
-    return Direct(
+    return Projections(
         embed=parts.embed @ directions * factor,
         heads=einsum(parts.z, readers, "row layer head d, layer head d target -> row target layer head")
         * rearrange(factor, "row 1 -> row 1 1 1"),
-        attn_bias=bias[None] * wide,
+        attn_bias=bias[None] * rearrange(parts.attn_scale, "row layer -> row 1 layer") * wide,
         mlps=einsum(parts.mlps, directions, "row layer m, m target -> row target layer") * wide,
     )
+
+
+def _post_norm(tower: TowerView, layer: int) -> dict[str, Callable[[], Tensor]]:
+    """The weights of the RMS norm that the attention's output goes through before it joins the stream."""
+    return tower.weights(layer).names("ln1_post")
+
+
+def _post_norm_site(tower: TowerView, layer: int) -> str:
+    return f"{tower.name}.blocks.{layer}.ln1_post.hook_scale"

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from methods_multimodal.core.model import check_sites
 from methods_multimodal.core.record import Record
-from mm_adapters import Edit, InputError, Lens, Read
+from mm_adapters import Edit, InputError, Model, Read
 
 Metric = Callable[[Any], Tensor]
 _AXES = {"pos": 1, "head": 2}
@@ -47,7 +48,7 @@ class ActivationPatching(Record):
 
 
 def patch_heads(
-    lens: Lens,
+    model: Model,
     clean: Mapping[str, Any],
     corrupted: Mapping[str, Any],
     metric: Metric,
@@ -58,12 +59,14 @@ def patch_heads(
     batch: int = 64,
 ) -> ActivationPatching:
     """Patches each head's z of each layer, at all positions. The rest as in `patch_units`."""
-    return patch_units(lens, clean, corrupted, metric, f"{tower}.blocks.{{}}.attn.hook_z", "head",
-                       layers=layers, stacked=stacked, batch=batch)  # fmt: skip
+    site = f"{tower}.blocks.{{}}.attn.hook_z"
+    return patch_units(
+        model, clean, corrupted, metric, site, "head", layers=layers, stacked=stacked, batch=batch
+    )
 
 
 def patch_positions(
-    lens: Lens,
+    model: Model,
     clean: Mapping[str, Any],
     corrupted: Mapping[str, Any],
     metric: Metric,
@@ -78,12 +81,13 @@ def patch_positions(
 
     The rest as in `patch_units`.
     """
-    return patch_units(lens, clean, corrupted, metric, f"{tower}.blocks.{{}}.hook_resid_pre", "pos",
-                       layers=layers, units=units, stacked=stacked, batch=batch)  # fmt: skip
+    site = f"{tower}.blocks.{{}}.hook_resid_pre"
+    options: dict[str, Any] = {"layers": layers, "units": units, "stacked": stacked, "batch": batch}
+    return patch_units(model, clean, corrupted, metric, site, "pos", **options)
 
 
 def patch_units(
-    lens: Lens,
+    model: Model,
     clean: Mapping[str, Any],
     corrupted: Mapping[str, Any],
     metric: Metric,
@@ -97,23 +101,33 @@ def patch_units(
 ) -> ActivationPatching:
     """Runs the corrupted input once for each layer and unit, with that unit taken from the clean run.
 
-    `metric` maps a model's output to one number a row. The corrupted input is copied along the
-    batch, so that up to `batch` units share a run; `stacked` names the arguments that have a row
-    for each input (None: every tensor does; empty: nothing is stacked and units run one by one).
-    `site` has "{}" where the layer goes.
+    The corrupted input is copied along the batch, so that many units share a run.
+
+    Args:
+        clean: The input whose values are put in.
+        corrupted: The input that is run, of the same shape.
+        metric: Maps the model's output to one number for each row.
+        site: The site of each layer, with "{}" where the layer goes.
+        axis: What a unit is: "head" (of a site [batch, pos, head, d_head]) or "pos".
+        layers: Which layers are patched, one at a time.
+        units: Groups of heads or positions that are patched together (None: each by itself).
+        stacked: The arguments that have a row for each input (None: every tensor does, if all have as many
+            rows; empty: nothing is stacked and units run one by one).
+        batch: The most rows of one run.
 
     Source: Meng et al. 2022, arXiv 2202.05262; Heimersheim and Nanda 2024, arXiv 2404.15255.
-    Raises: InputError if the two inputs differ in shape.
+    Raises: MissingSiteError for a layer without the site; InputError if the two inputs differ in shape.
     """
     names = {layer: site.format(layer) for layer in layers}
+    check_sites(model, names.values())
     _check_same_shape(clean, corrupted)
-    source = lens.run(clean, read=[Read(name) for name in names.values()])
-    base = metric(lens.run(corrupted).output).detach().float()
+    source = model.run(clean, read=[Read(name) for name in names.values()])
+    base = metric(model.run(corrupted).output).detach().float()
     n_rows, dim = len(base), _AXES[axis]
     if units is None:
         units = [(i,) for i in range(source[names[layers[0]]].shape[dim])]
     groups = tuple(tuple(int(i) for i in unit) for unit in units)
-    per_run = 1 if stacked is not None and not stacked else max(1, batch // n_rows)
+    per_run = max(1, batch // n_rows) if _stacks(model, site, corrupted, stacked, n_rows) else 1
     chunks = [groups[i : i + per_run] for i in range(0, len(groups), per_run)]
     rows: list[Tensor] = []
     with tqdm(total=len(names) * len(chunks), desc="patching", unit="run", disable=None, leave=False) as bar:
@@ -121,7 +135,7 @@ def patch_units(
             effects: list[Tensor] = []
             for chunk in chunks:
                 edit = Edit(name, _swap(source[name], chunk, dim))
-                run = lens.run(_stack(corrupted, len(chunk), stacked), edit=[edit])
+                run = model.run(_stack(corrupted, len(chunk), stacked), edit=[edit])
                 effects.append(rearrange(metric(run.output).detach().float(), "(u r) -> r u", u=len(chunk)))
                 bar.update()
             rows.append(torch.cat(effects, 1))
@@ -137,7 +151,7 @@ def patch_units(
 
 
 def _swap(clean: Tensor, chunk: Sequence[Sequence[int]], dim: int) -> Callable[[Tensor], Tensor]:
-    """An edit that gives the copy of each unit that unit's clean value."""
+    """An edit that gives each unit, in its own copy of the rows, its clean value."""
 
     def swap(value: Tensor) -> Tensor:
         copies = rearrange(value.clone(), "(u r) ... -> u r ...", u=len(chunk))
@@ -149,12 +163,25 @@ def _swap(clean: Tensor, chunk: Sequence[Sequence[int]], dim: int) -> Callable[[
     return swap
 
 
+def _stacks(
+    model: Model, site: str, inputs: Mapping[str, Any], stacked: Collection[str] | None, n_rows: int
+) -> bool:
+    """Whether copies of the inputs can share a run."""
+    if model.check_tower(site.partition(".")[0]).record.packed:  # All images lie end to end in one row.
+        return False
+    if stacked is not None:
+        return bool(stacked)
+    # Composite models have arguments with a row for each image, or patch, of a row.
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
+    return model.kind in ("contrastive", "vlm") or all(len(value) == n_rows for value in tensors)
+
+
 def _stack(inputs: Mapping[str, Any], copies: int, stacked: Collection[str] | None) -> dict[str, Any]:
     if copies == 1:
         return dict(inputs)
     return {
         key: repeat(value, "r ... -> (u r) ...", u=copies)
-        if isinstance(value, Tensor) and (stacked is None or key in stacked)
+        if isinstance(value, Tensor) and value.ndim and (stacked is None or key in stacked)
         else value
         for key, value in inputs.items()
     }

@@ -19,7 +19,7 @@ def head_shares(record: LogitAttribution, ax: Axes | None = None, *, row: int = 
         signed=True,
         rows=[str(i) for i in range(shares.shape[0])],
         columns=[str(i) for i in range(shares.shape[1])],
-        write="+.2f" if small else None,
+        write="+z.2f" if small else None,
         label_rows="layer",
         label_columns="head",
         title=f"what each head adds to: {record.texts[text]}",
@@ -38,7 +38,7 @@ def mlp_shares(record: LogitAttribution, ax: Axes | None = None, *, row: int = 0
     ax.tick_params(axis="x", labelsize=8)
     ax.set_xlabel("share of the logit", fontsize=8)
     ax.set_title(
-        f"sum {float(record.total[row, text]):+.4f}, the model's own {float(record.logit[row, text]):+.4f}",
+        f"sum {float(record.total[row, text]):+z.4f}, the model's own {float(record.logit[row, text]):+z.4f}",
         fontsize=10,
     )
     return ax

@@ -52,7 +52,7 @@ def sources(
         for column, i in enumerate(chosen.tolist()):
             ax = figure.add_subplot(grid[row, column + 1])
             about = f"\n{_wrapped(str(captions[i]), 22)}" if captions is not None else ""
-            picture(show(i), ax, title=f"{float(scores[i]) / most:+.2f}", caption=f"no. {i}{about}")
+            picture(show(i), ax, title=f"{float(scores[i]) / most:+z.2f}", caption=f"no. {i}{about}")
             ax.title.set_color(colour if (scores[i] > 0) == (row == 0) else "black")
             ax.xaxis.label.set_fontsize(7)
             for spine in ax.spines.values():

@@ -22,7 +22,7 @@ def effect_grid(record: Effects, ax: Axes | None = None, *, title: str = "", lev
     for i, (place, steps) in enumerate(zip(places, record.steps, strict=True)):
         at = rows.index(place), columns.index(steps)
         table[at] = share.mean[i]
-        mean, low, high = (f"{round(float(x[i]), 2) + 0.0:+.2f}" for x in (share.mean, share.low, share.high))
+        mean, low, high = (f"{float(x[i]):+z.2f}" for x in (share.mean, share.low, share.high))
         told[at] = f"{mean}\n{low} to {high}"
     shown = table.nan_to_num(0.0).numpy()
     norm = norm_of(shown, True, max(1.0, float(abs(shown).max())))

@@ -20,7 +20,7 @@ def patch_effects(
         signed=True,
         rows=[str(i) for i in record.layers],
         columns=[str(unit[0]) for unit in record.units],
-        write="+.2f" if effect.numel() <= 160 else None,
+        write="+z.2f" if effect.numel() <= 160 else None,
         label_rows="layer",
         label_columns="head" if record.axis == "head" else "position",
         title=title or f"patching each {record.axis}",

@@ -11,9 +11,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.core.grids import patch_positions
+from methods_multimodal.core.model import check_sites
 from methods_multimodal.core.record import Record
-from mm_adapters import InputError, Lens, Read
-from mm_adapters.tokens.layout import TokenLayout
+from mm_adapters import InputError, Model, Read, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class HeadMaps(Record):
 
 
 def head_maps(
-    lens: Lens,
+    model: Model,
     inputs: Mapping[str, Any],
     layout: TokenLayout,
     *,
@@ -44,27 +45,32 @@ def head_maps(
     query: int | None = 0,
     query_name: str = "class token",
 ) -> HeadMaps:
-    """Each head's attention from position `query` to the patches, as the model computed it.
+    """Each head's attention from one position to the patches, as the model computed it.
 
-    A `query` of None is the mean over all positions.
+    Args:
+        inputs: The model's inputs, raw or prepared.
+        layout: Which positions of the tower are patches, and of what grid: `model.layout(...)[tower]`.
+        tower: The tower whose heads attend.
+        layers: Which of its blocks.
+        query: The position that attends. None is the mean over all positions.
+        query_name: What the result calls that position.
 
-    `layout` says which positions are patches, and of what grid.
-
-    Raises: InputError if the layout has no one grid of patches, at the same places in every row.
+    Raises: MissingSiteError if the layout has no patches, or the tower no patterns; InputError if the layout
+    has not one grid of patches, at the same positions in every row.
     """
-    role = "image" if "image" in layout.roles[0] else "patch"
-    places = [p for p in layout.positions(role) if layout.patches[0][p] is not None]
+    sites = [f"{tower}.blocks.{layer}.attn.hook_pattern" for layer in layers]
+    check_sites(model, sites)
+    columns = patch_positions(layout, tower)[0]
     if any(patches != layout.patches[0] for patches in layout.patches):
         raise InputError("The rows have their patches at different positions: read them one by one.")
-    if layout.grid is None or len(places) != layout.grid[0] * layout.grid[1]:
-        raise InputError(f"{len(places)} patches and a grid {layout.grid}: a map needs one image, one grid.")
+    if layout.grid is None or len(columns) != layout.grid[0] * layout.grid[1]:
+        raise InputError(f"{len(columns)} patches and a grid {layout.grid}: a map needs one image, one grid.")
 
-    def seen(pattern: Tensor) -> Tensor:
+    def to_patches(pattern: Tensor) -> Tensor:
         rows = pattern.float().mean(2) if query is None else pattern[:, :, query].float()
-        return rows[..., places]
+        return rows[..., columns]
 
-    sites = [f"{tower}.blocks.{layer}.attn.hook_pattern" for layer in layers]
-    run = lens.run(inputs, read=[Read(site, reduce=seen) for site in sites])
+    run = model.run(inputs, read=[Read(site, reduce=to_patches) for site in sites])
     flat = torch.stack([run[site] for site in sites], 1)
     maps = rearrange(flat, "row layer head (down across) -> row layer head down across", down=layout.grid[0])
     return HeadMaps(maps=maps, query=query_name, layers=tuple(int(i) for i in layers))

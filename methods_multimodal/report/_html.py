@@ -1,12 +1,19 @@
-"""What self-contained pages are made of: pictures inside the page, files that appear whole."""
+"""Self-contained pages: templates that escape what they are given, and pictures inside the page."""
 
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Callable
+from functools import cache
 from io import BytesIO
-from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+def render(template: str, **values: Any) -> str:
+    """A page by one of `templates/`. Every value is escaped: none is markup."""
+    return _environment().get_template(template).render(values)
 
 
 def inline(save: Callable[[BytesIO], object]) -> str:
@@ -16,8 +23,13 @@ def inline(save: Callable[[BytesIO], object]) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A text file; a write that is cut short leaves what was there before."""
-    part = path.with_name(f".part-{path.name}")
-    part.write_text(text, "utf-8", newline="")
-    os.replace(part, path)
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("methods_multimodal.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
-from mm_adapters import HookedModel
-from mm_adapters.tokens.layout import TokenLayout
+from methods_multimodal.core.files import write_json
+from mm_adapters import Model, TokenLayout
+from mm_adapters.store import atomic_write
 
 LETTERS = ("A", "B")  # The image, and what it is compared with.
 
@@ -34,10 +33,9 @@ class Report:
     def write(self, out: Path) -> tuple[Path, Path]:
         """Writes the picture to `out` and the numbers beside it; returns both paths."""
         numbers = out.with_suffix(".json")
-        part = out.with_name(f".part-{out.name}")
-        self.figure.savefig(part, dpi=110)
-        os.replace(part, out)
-        numbers.write_text(json.dumps(self.numbers, indent=1), "utf-8")
+        with atomic_write(out, keep_suffix=True) as part:
+            self.figure.savefig(part, dpi=110)
+        write_json(numbers, self.numbers)
         return out, numbers
 
 
@@ -55,9 +53,9 @@ def say(ax: Axes, message: str) -> None:
     ax.text(0.5, 0.5, message, ha="center", va="center", wrap=True, fontsize=9, transform=ax.transAxes)
 
 
-def as_seen(model: HookedModel, pixels: Float[Tensor, "3 height width"]) -> Any:
+def as_seen(model: Model, pixels: Float[Tensor, "3 height width"]) -> Any:
     """Prepared pixels as a picture again: what the model was shown, [height, width, 3] bytes."""
-    process = getattr(model.inputs, "image_processor", None)
+    process = getattr(model.preparer, "image_processor", None)
     mean, std = getattr(process, "image_mean", None), getattr(process, "image_std", None)
     pixels = pixels.detach().float().cpu()
     if mean is not None and std is not None:
@@ -73,11 +71,11 @@ def windows(layout: TokenLayout, most: int = 64) -> tuple[list[list[int]], tuple
     rows, columns = layout.grid
     side = max(1, math.ceil(math.sqrt(rows * columns / most)))
     down, across = math.ceil(rows / side), math.ceil(columns / side)
-    found: list[list[int]] = [[] for _ in range(down * across)]
+    members: list[list[int]] = [[] for _ in range(down * across)]
     for position, place in enumerate(layout.patches[0]):
         if place is not None:
-            found[place[0] // side * across + place[1] // side].append(position)
-    return found, (down, across)
+            members[place[0] // side * across + place[1] // side].append(position)
+    return members, (down, across)
 
 
 def spread(n_layers: int, most: int = 6) -> list[int]:
@@ -88,7 +86,7 @@ def spread(n_layers: int, most: int = 6) -> list[int]:
 
 
 def rounded(values: Tensor, digits: int = 6) -> Any:
-    """A tensor as nested lists of short numbers."""
+    """A tensor as nested lists of short numbers, none of them -0.0."""
     return _rounded(values.detach().float().cpu().tolist(), digits)
 
 
@@ -101,4 +99,4 @@ def strongest(table: Float[Tensor, "layer head"], n: int = 3) -> Sequence[tuple[
 
 
 def _rounded(value: Any, digits: int) -> Any:
-    return [_rounded(v, digits) for v in value] if isinstance(value, list) else round(value, digits)
+    return [_rounded(v, digits) for v in value] if isinstance(value, list) else round(value, digits) + 0.0

@@ -31,13 +31,13 @@ from methods_multimodal.report._page import (
     strongest,
     windows,
 )
-from mm_adapters import HookedModel, InputError, MissingSiteError
+from mm_adapters import InputError, MissingSiteError, Model
 
 TOWER = "vision"
 
 
 @dataclass(frozen=True)
-class Found:
+class Evidence:
     """Everything the page shows. `attribution` is None, with a reason, where there is none."""
 
     logits: Float[Tensor, "image text"]
@@ -50,16 +50,16 @@ class Found:
 
 
 def contrastive_report(
-    model: HookedModel,
+    model: Model,
     images: Sequence[Any],
     texts: Sequence[str],
     names: Sequence[str] = ("image", "counterpart"),
     *,
-    called: str = "",
+    model_name: str = "",
 ) -> Report:
     """Explains the first image's logit for the first text (against the second, if there is one).
 
-    The second image is what activation patching compares the first with. `called` is the model's
+    The second image is what activation patching compares the first with. `model_name` is the model's
     name on the page.
 
     Raises: InputError if there are not two images, or no text.
@@ -69,19 +69,17 @@ def contrastive_report(
             f"This report compares two images and takes a text; there are {len(images)} and {len(texts)}."
         )
     words, shown = model.prepare(text=list(texts)), model.prepare(images=list(images))
-    found = _find(model, words, shown, texts)
+    evidence = _gather(model, words, shown, texts)
     (pixels,) = (v for v in shown.values() if v.ndim == 4)
-    return _draw(
-        model, found, [as_seen(model, p) for p in pixels], texts, names, called or model.sitemap.family
-    )
+    return _draw(model, evidence, [as_seen(model, p) for p in pixels], texts, names, model_name or model.name)
 
 
-def _find(
-    model: HookedModel, words: Mapping[str, Tensor], shown: Mapping[str, Tensor], texts: Sequence[str]
-) -> Found:
+def _gather(
+    model: Model, words: Mapping[str, Tensor], shown: Mapping[str, Tensor], texts: Sequence[str]
+) -> Evidence:
     (pixels,) = (v for v in shown.values() if v.ndim == 4)
     layout = image_layout(model, pixels, TOWER)
-    n_layers = model.tower(TOWER).cfg.n_layers
+    n_layers = model.check_tower(TOWER).n_layers()
     both = {**words, **shown}
     clean, corrupted = ({**words, **{k: v[[i]] for k, v in shown.items()}} for i in (0, 1))
 
@@ -98,7 +96,7 @@ def _find(
     groups, grid = windows(layout)
     query, name = (0, "class token") if "class" in layout.roles[0] else (None, "average position")
     layers = range(n_layers)
-    return Found(
+    return Evidence(
         logits=contrast_of(model.run(both).output).logits.float(),
         maps=head_maps(model, both, layout, tower=TOWER, layers=layers, query=query, query_name=name),
         attribution=attribution,
@@ -112,20 +110,20 @@ def _find(
 
 
 def _draw(
-    model: HookedModel,
-    found: Found,
+    model: Model,
+    evidence: Evidence,
     seen: Sequence[Any],
     texts: Sequence[str],
     names: Sequence[str],
-    called: str,
+    model_name: str,
 ) -> Report:
     target = f"“{texts[0]}” − “{texts[1]}”" if len(texts) > 1 else f"“{texts[0]}”"
-    page = new_page(17.0, 15.0, f"{called}: why this logit?  target: {target}")
+    page = new_page(17.0, 15.0, f"{model_name}: why this logit?  target: {target}")
     grid = page.add_gridspec(3, 3)
-    likely = probabilities(found.logits)
+    likely = probabilities(evidence.logits)
     for i, name in enumerate(names):
         said = [
-            f"{float(found.logits[i, t]):+.2f}  p={float(likely[i, t]):.3f}  {text}"
+            f"{float(evidence.logits[i, t]):+z.2f}  p={float(likely[i, t]):.3f}  {text}"
             for t, text in enumerate(texts[:6])
         ]
         picture(
@@ -134,62 +132,71 @@ def _draw(
             title=f"{LETTERS[i]}: {name}, as the model sees it",
             caption="\n".join(said),
         )
-    heatmap(found.logits, page.add_subplot(grid[0, 2]), unit="logit", signed=True, write="+.2f",
+    heatmap(evidence.logits, page.add_subplot(grid[0, 2]), unit="logit", signed=True, write="+z.2f",
             rows=list(LETTERS), columns=[_short(t) for t in texts], title="the model's logits")  # fmt: skip
     mosaic(
-        found.maps, page.add_subplot(grid[1, 0]), title=f"A: attention of the {found.maps.query} over patches"
+        evidence.maps,
+        page.add_subplot(grid[1, 0]),
+        title=f"A: attention of the {evidence.maps.query} over patches",
     )
-    shares = found.attribution
+    shares = evidence.attribution
     if shares is None:
-        say(page.add_subplot(grid[1, 1:]), found.no_attribution)
+        say(page.add_subplot(grid[1, 1:]), evidence.no_attribution)
     else:
         shares = shares.minus(0, 1) if len(texts) > 1 else shares
         head_shares(shares, page.add_subplot(grid[1, 1]))
         bars = mlp_shares(shares, page.add_subplot(grid[1, 2]))
         bars.set_title(f"{bars.get_title()}\nresidual {shares.residual:.1e} of the logit", fontsize=10)
-    patch_effects(found.heads, page.add_subplot(grid[2, 0]), title="patching each head of A into B")
+    patch_effects(evidence.heads, page.add_subplot(grid[2, 0]), title="patching each head of A into B")
     tiles(
-        rearrange(found.patches.effect[0], "layer (down across) -> layer down across", down=found.grid[0]),
+        rearrange(
+            evidence.patches.effect[0], "layer (down across) -> layer down across", down=evidence.grid[0]
+        ),
         page.add_subplot(grid[2, 1:]),
-        names=[f"into layer {i}" for i in found.patches.layers],
+        names=[f"into layer {i}" for i in evidence.patches.layers],
         unit="effect (0 corrupted, 1 clean)",
         signed=True,
         title="patching each patch of A into B",
     )
-    return Report(page, _numbers(called, found, texts, names), tuple(_lines(found, shares, texts, names)))
+    return Report(
+        page, _numbers(model_name, evidence, texts, names), tuple(_lines(evidence, shares, texts, names))
+    )
 
 
 def _lines(
-    found: Found, shares: LogitAttribution | None, texts: Sequence[str], names: Sequence[str]
+    evidence: Evidence, shares: LogitAttribution | None, texts: Sequence[str], names: Sequence[str]
 ) -> list[str]:
-    likely = probabilities(found.logits)
+    likely = probabilities(evidence.logits)
     lines = [
-        f"{names[i]}: {text!r} logit {float(found.logits[i, t]):+.4f}, probability {float(likely[i, t]):.4f}"
+        f"{names[i]}: {text!r} logit {float(evidence.logits[i, t]):+z.4f}, "
+        f"probability {float(likely[i, t]):.4f}"
         for i in range(len(names))
         for t, text in enumerate(texts)
     ]
     if shares is None:
-        return [*lines, found.no_attribution]
-    top = ", ".join(f"layer {a} head {b} {v:+.3f}" for a, b, v in strongest(shares.heads[0, 0]))
+        return [*lines, evidence.no_attribution]
+    top = ", ".join(f"layer {a} head {b} {v:+z.3f}" for a, b, v in strongest(shares.heads[0, 0]))
     return [
         *lines,
-        f"attribution to {shares.texts[0]}: sum {float(shares.total[0, 0]):+.5f}, the model's own "
-        f"{float(shares.logit[0, 0]):+.5f}, residual {shares.residual:.1e}; strongest heads: {top}",
+        f"attribution to {shares.texts[0]}: sum {float(shares.total[0, 0]):+z.5f}, the model's own "
+        f"{float(shares.logit[0, 0]):+z.5f}, residual {shares.residual:.1e}; strongest heads: {top}",
         "strongest heads by patching: "
-        + ", ".join(f"layer {a} head {b} {v:+.3f}" for a, b, v in strongest(found.heads.effect[0])),
+        + ", ".join(f"layer {a} head {b} {v:+z.3f}" for a, b, v in strongest(evidence.heads.effect[0])),
     ]
 
 
-def _numbers(called: str, found: Found, texts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    shares = found.attribution
+def _numbers(
+    model_name: str, evidence: Evidence, texts: Sequence[str], names: Sequence[str]
+) -> dict[str, Any]:
+    shares = evidence.attribution
     return {
-        "model": called,
+        "model": model_name,
         "images": list(names),
         "texts": list(texts),
-        "logits": rounded(found.logits),
-        "probabilities": rounded(probabilities(found.logits)),
-        "attention_class_to_patches": rounded(found.maps.maps[0]),
-        "attribution": {"absent": found.no_attribution} if shares is None else {
+        "logits": rounded(evidence.logits),
+        "probabilities": rounded(probabilities(evidence.logits)),
+        "attention_class_to_patches": rounded(evidence.maps.maps[0]),
+        "attribution": {"absent": evidence.no_attribution} if shares is None else {
             "embed": rounded(shares.embed),
             "heads": rounded(shares.heads),
             "attn_bias": rounded(shares.attn_bias),
@@ -201,12 +208,12 @@ def _numbers(called: str, found: Found, texts: Sequence[str], names: Sequence[st
         },
         "patching": {
             "target": "first text minus second" if len(texts) > 1 else "first text",
-            "clean": float(found.heads.clean[0]),
-            "corrupted": float(found.heads.corrupted[0]),
-            "heads": rounded(found.heads.effect[0]),
-            "patch_layers": list(found.patches.layers),
-            "patch_grid": list(found.grid),
-            "patches": rounded(found.patches.effect[0]),
+            "clean": float(evidence.heads.clean[0]),
+            "corrupted": float(evidence.heads.corrupted[0]),
+            "heads": rounded(evidence.heads.effect[0]),
+            "patch_layers": list(evidence.patches.layers),
+            "patch_grid": list(evidence.grid),
+            "patches": rounded(evidence.patches.effect[0]),
         },
     }  # fmt: skip
 

@@ -9,16 +9,16 @@ import torch
 from matplotlib.figure import Figure
 
 from methods_multimodal.cross_attention import WordMaps, word_reader
-from methods_multimodal.diffusion.denoising import DenoisingSteps, StepReader, frames_of, to_array
+from methods_multimodal.diffusion import DenoisingSteps, frames_of, pictures_of, step_reader, to_array
 from methods_multimodal.plots import overlay, picture, word_lines
 from methods_multimodal.report._page import Report, new_page, rounded
-from mm_adapters import HookedModel, InputError
+from mm_adapters import InputError, Model
 
 MOST_WORDS = 12
 
 
 def diffusion_report(
-    model: HookedModel, prompt: str, *, seed: int = 0, steps: int = 25, called: str = "", **options: Any
+    model: Model, prompt: str, *, seed: int = 0, steps: int = 25, model_name: str = "", **options: Any
 ) -> Report:
     """Draws the prompt once, and shows its steps and where each word was attended to.
 
@@ -30,25 +30,29 @@ def diffusion_report(
         raise InputError(
             f"This report takes a prompt with words and at least one step; not {prompt!r}, {steps}."
         )
-    if model.inputs is not None:
-        model.inputs.prepare(text=[prompt])  # A prompt that is too long would be cut silently.
-    words = word_reader(model, prompt)
-    frames = StepReader(steps)
-    given = frames.inputs({**options, "prompt": prompt, "seed": seed, "output_type": "pt"})
-    run = model.run(given, read=[*words.reads(), *frames.reads()])
-    final = run.output.images[0].float().cpu()
-    called = called or model.sitemap.family
+    if model.preparer is not None:
+        model.preparer.prepare(text=[prompt])  # A prompt that is too long would be cut silently.
+    words = word_reader(model, prompt, options=options)
+    frames = step_reader(model, steps)
+    inputs = frames.inputs({**options, "prompt": prompt, "seed": seed, "output_type": "pt"})
+    # Both read the latents; the frames keep them whole.
+    reads = {read.site: read for read in (*words.reads(), *frames.reads())}
+    run = model.run(inputs, read=list(reads.values()))
+    final = pictures_of(model, run.output)[0].float().cpu()
+    model_name = model_name or model.name
     shown, maps = frames.pictures(model, run), words.maps(run)
-    numbers = _numbers(called, prompt, seed, shown, maps)
-    return Report(_draw(called, prompt, final, shown, maps), numbers, tuple(_lines(numbers, maps)))
+    numbers = _numbers(model_name, prompt, seed, shown, maps)
+    return Report(_draw(model_name, prompt, final, shown, maps), numbers, tuple(_lines(numbers, maps)))
 
 
-def _draw(called: str, prompt: str, final: torch.Tensor, frames: DenoisingSteps, maps: WordMaps) -> Figure:
+def _draw(
+    model_name: str, prompt: str, final: torch.Tensor, frames: DenoisingSteps, maps: WordMaps
+) -> Figure:
     array = to_array(final)
     shown = maps.words_of()[:MOST_WORDS]
     across = max(len(frames.steps) + 1, min(len(shown), 6), 2)
     down = 1 + -(-len(shown) // across) + 1
-    page = new_page(2.7 * across, 2.75 * down + 0.5, f"{called}: “{prompt}”, {frames.n_steps} steps")
+    page = new_page(2.7 * across, 2.75 * down + 0.5, f"{model_name}: “{prompt}”, {frames.n_steps} steps")
     grid = page.add_gridspec(down, across)
     what = "predicted picture" if frames.shows == "prediction" else "latent, decoded"
     for i, (step, frame) in enumerate(zip(frames.steps, frames_of(frames), strict=True)):
@@ -64,10 +68,12 @@ def _draw(called: str, prompt: str, final: torch.Tensor, frames: DenoisingSteps,
     return page
 
 
-def _numbers(called: str, prompt: str, seed: int, frames: DenoisingSteps, maps: WordMaps) -> dict[str, Any]:
+def _numbers(
+    model_name: str, prompt: str, seed: int, frames: DenoisingSteps, maps: WordMaps
+) -> dict[str, Any]:
     mean = maps.at()[0]
     return {
-        "model": called,
+        "model": model_name,
         "prompt": prompt,
         "seed": seed,
         "steps": frames.n_steps,

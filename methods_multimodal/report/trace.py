@@ -19,25 +19,25 @@ from methods_multimodal.cross_attention import (
     step_groups,
 )
 from methods_multimodal.cross_attention.metrics import Metric
-from methods_multimodal.cross_attention.tracing import drawn, knocked_out, patched
-from methods_multimodal.diffusion.denoising import to_array
+from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits, patch_edits
+from methods_multimodal.diffusion import to_array
 from methods_multimodal.plots import effect_grid, effect_pairs, picture
 from methods_multimodal.report._page import Report, new_page, rounded
-from mm_adapters import HookedModel
+from mm_adapters import Model
 
 
 def trace_report(
-    model: HookedModel,
+    model: Model,
     prompt: str,
     word: str,
     other: str,
     metric: Metric,
     *,
-    reach: str = "after",
+    positions: str = "after",
     seeds: Sequence[int] = (0, 1, 2),
     steps: int = 20,
     n_groups: int = 3,
-    called: str = "",
+    model_name: str = "",
     unit: str = "metric",
     **options: Any,
 ) -> Report:
@@ -49,28 +49,28 @@ def trace_report(
     Raises: WordNotFoundError or InputError before anything runs.
     """
     changed = prompt.replace(word, other, 1)
-    given = {**options, "num_inference_steps": steps}
+    options |= {"num_inference_steps": steps}
     cases = [Case(prompt, word, changed, other, seed) for seed in seeds]
     parts = grid(model, steps=step_groups(steps, n_groups))
-    exact = patch_words(model, cases, metric, parts, reach=reach, options=given)
-    fast = attribute_patching(model, cases, metric, reach=reach, options=given).of(parts)
-    blocked = knock_out_words(model, cases, metric, [Part()], options=given)
+    exact = patch_words(model, cases, metric, parts, positions=positions, options=options)
+    fast = attribute_patching(model, cases, metric, positions=positions, options=options).of(parts)
+    blocked = knock_out_words(model, cases, metric, [Part()], options=options)
     change = (exact.changed - exact.base).mean(1)
     pearson, spearman = correlation(fast.mean(1), change)
-    shown = _pictures(model, cases[0], exact, reach, given)
-    page = new_page(14.5, 8.2, f"{called or model.sitemap.family}: “{word}” to “{other}” in “{prompt}”")
+    shown = _pictures(model, cases[0], exact, positions, options)
+    page = new_page(14.5, 8.2, f"{model_name or model.name}: “{word}” to “{other}” in “{prompt}”")
     halves: Any = page.subfigures(2, 1, height_ratios=[3.0, 5.2])
     top, bottom = halves
     for ax, (title, image) in zip(top.subplots(1, len(shown)), shown, strict=True):
         picture(to_array(image), ax, title=title)
     left, right = bottom.subplots(1, 2, width_ratios=[2.2, 1])
-    effect_grid(exact, left, title=f"patching the keys and values of “{word}” (reach: {reach})")
+    effect_grid(exact, left, title=f"patching the keys and values of “{word}” (positions: {positions})")
     effect_pairs(fast.mean(1), change, right, unit=unit,
-                 title=f"one gradient beside every patch: r {pearson:.2f}, rank {spearman:.2f}")  # fmt: skip
+                 title=f"one gradient beside each patch: r {pearson:z.2f}, rank {spearman:z.2f}")  # fmt: skip
     share, control = exact.share(), exact.control_share()
     best = share.mean.argsort(descending=True)[:3].tolist()
     numbers = {
-        "model": called, "prompt": prompt, "word": word, "other": other, "reach": reach,
+        "model": model_name, "prompt": prompt, "word": word, "other": other, "positions": positions,
         "seeds": list(seeds), "steps": steps, "metric": unit,
         "parts": [str(p) for p in exact.parts],
         "share": rounded(share.mean), "low": rounded(share.low), "high": rounded(share.high),
@@ -82,21 +82,21 @@ def trace_report(
     lines = [f"{exact.parts[i]}: {_with(share, i)} of the whole effect" for i in best]
     lines += [
         f"a random other word: {_with(control, 0)}",
-        f"blocking {word!r} moves the metric by {numbers['blocked']:+.3f}, a random word by "
-        f"{numbers['blocked, a random word']:+.3f}",
-        f"one gradient foretells the patches with r = {pearson:.2f} (rank {spearman:.2f})",
+        f"blocking {word!r} moves the metric by {numbers['blocked']:+z.3f}, a random word by "
+        f"{numbers['blocked, a random word']:+z.3f}",
+        f"one gradient foretells the patches with r = {pearson:z.2f} (rank {spearman:z.2f})",
     ]
     return Report(page, numbers, tuple(lines))
 
 
 def _pictures(
-    model: HookedModel, case: Case, exact: Effects, reach: str, options: dict[str, Any]
+    model: Model, case: Case, exact: Effects, positions: str, options: dict[str, Any]
 ) -> list[tuple[str, torch.Tensor]]:
     """The picture, the other prompt's, the best part patched, and the word blocked."""
     best = exact.parts[int(exact.share().mean.argmax())]
     rows = [case.prompt, case.other, case.prompt, case.prompt]
-    changes = [*patched(model, case, 2, 1, best, reach=reach), *knocked_out(model, case, 3)]
-    images = drawn(model, rows, case.seed, changes, options)
+    changes = [*patch_edits(model, case, 2, 1, best, positions=positions), *knockout_edits(model, case, 3)]
+    images = generate_checked(model, rows, case.seed, changes, options)
     titles = [
         "the picture", f"with “{case.other_word}”", f"patched at {best}", f"“{case.word}” blocked"
     ]  # fmt: skip
@@ -104,4 +104,4 @@ def _pictures(
 
 
 def _with(share: Any, i: int) -> str:
-    return f"{float(share.mean[i]):+.2f} ({float(share.low[i]):+.2f} to {float(share.high[i]):+.2f})"
+    return f"{float(share.mean[i]):+z.2f} ({float(share.low[i]):+z.2f} to {float(share.high[i]):+z.2f})"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -32,13 +33,13 @@ from methods_multimodal.report._page import (
     strongest,
     windows,
 )
-from mm_adapters import HookedModel, InputError
+from mm_adapters import InputError, Model
 
 TOWER = "language"
 
 
 @dataclass(frozen=True)
-class Found:
+class Evidence:
     """Everything the page shows. `target` says in words what the effects are about."""
 
     answers: tuple[str, ...]
@@ -59,16 +60,16 @@ class Found:
 
 
 def vlm_report(
-    model: HookedModel,
+    model: Model,
     images: Sequence[Any],
     question: str,
     names: Sequence[str] = ("image", "counterpart"),
     *,
-    called: str = "",
+    model_name: str = "",
 ) -> Report:
     """Explains the first token of the answer about the first image.
 
-    The second image is what activation patching compares the first with. `called` is the model's
+    The second image is what activation patching compares the first with. `model_name` is the model's
     name on the page.
 
     Raises: InputError if there are not two images, or no question.
@@ -79,28 +80,29 @@ def vlm_report(
         )
     prompt = prompt_of(model, question)
     clean, corrupted = (model.prepare(text=[prompt], images=[image]) for image in images)
-    seen = [as_seen(model, given["pixel_values"].flatten(0, -4)[0]) for given in (clean, corrupted)]
-    return _draw(model, _find(model, clean, corrupted), seen, question, names, called or model.sitemap.family)
+    seen = [as_seen(model, inputs["pixel_values"].flatten(0, -4)[0]) for inputs in (clean, corrupted)]
+    return _draw(model, _gather(model, clean, corrupted), seen, question, names, model_name or model.name)
 
 
-def prompt_of(model: HookedModel, question: str) -> str:
+def prompt_of(model: Model, question: str) -> str:
     """The question as this model is asked it: by its chat template, if it came with one."""
-    processor = getattr(model.inputs, "processor", None)
+    processor = getattr(model.preparer, "processor", None)
     if getattr(processor, "chat_template", None) is None:
         return question
     content = [{"type": "image"}, {"type": "text", "text": question}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)  # type: ignore[union-attr]
 
 
-def _find(model: HookedModel, clean: dict[str, Any], corrupted: dict[str, Any]) -> Found:
-    view = model.tower(TOWER)
+def _gather(model: Model, clean: dict[str, Any], corrupted: dict[str, Any]) -> Evidence:
     layout = answer_layout(model, clean["input_ids"], clean.get("attention_mask"), clean["pixel_values"])
     n_prompt = clean["input_ids"].shape[1]
-    spoken = [
-        model.generate(**given, max_new_tokens=16, do_sample=False)[0, n_prompt:]
-        for given in (clean, corrupted)
-    ]
-    first, other = (int(ids[0]) for ids in spoken)
+    lens = logit_lens(model, clean, final_norm=True)
+    with torch.no_grad():
+        answers = [
+            model.wrapped.generate(**inputs, max_new_tokens=16, do_sample=False)[0, n_prompt:]
+            for inputs in (clean, corrupted)
+        ]
+    first, other = (int(ids[0]) for ids in answers)
     name = name_of(model)
     target = f"{name(first)!r}" if first == other else f"{name(first)!r} − {name(other)!r}"
 
@@ -110,12 +112,13 @@ def _find(model: HookedModel, clean: dict[str, Any], corrupted: dict[str, Any]) 
 
     tokens = [first] if first == other else [first, other]
     shares = attribute_tokens(model, clean, tokens, names=[repr(name(t)) for t in tokens])
-    layers = range(view.cfg.n_layers)
+    layers = range(model.check_tower(TOWER).n_layers())
+    decode = model.tokenizer_of(TOWER).decode
     groups, grid = windows(layout)
-    return Found(
-        answers=tuple(view.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in spoken),
+    return Evidence(
+        answers=tuple(decode(ids, skip_special_tokens=True).strip() for ids in answers),
         target=target,
-        lens=logit_lens(model, clean, final_norm=True),
+        lens=lens,
         maps=head_maps(model, clean, layout, tower=TOWER, layers=layers, query=-1, query_name="last token"),
         shares=shares.minus(0, 1) if len(tokens) > 1 else shares,
         heads=patch_heads(model, clean, corrupted, metric, tower=TOWER, layers=layers),
@@ -126,78 +129,86 @@ def _find(model: HookedModel, clean: dict[str, Any], corrupted: dict[str, Any]) 
     )
 
 
-def name_of(model: HookedModel, tower: str = TOWER) -> Callable[[int], str]:
+def name_of(model: Model, tower: str = TOWER) -> Callable[[int], str]:
     """A token's text."""
-    return model.tower(tower).to_single_str_token
+    tokenizer = model.tokenizer_of(tower)
+    return lambda token: tokenizer.decode([token])
 
 
 def _draw(
-    model: HookedModel, found: Found, seen: Sequence[Any], question: str, names: Sequence[str], called: str
+    model: Model,
+    evidence: Evidence,
+    seen: Sequence[Any],
+    question: str,
+    names: Sequence[str],
+    model_name: str,
 ) -> Report:
-    page = new_page(17.0, 15.0, f"{called}: “{question}”   target: logit of {found.target}")
+    page = new_page(17.0, 15.0, f"{model_name}: “{question}”   target: logit of {evidence.target}")
     grid = page.add_gridspec(3, 3)
     for i, name in enumerate(names):
         picture(seen[i], page.add_subplot(grid[0, i]), title=f"{LETTERS[i]}: {name}, as the model sees it",
-                caption=fill(f"answer: {found.answers[i]}", 50))  # fmt: skip
-    lens_table(found.lens, name_of(model), page.add_subplot(grid[0, 2]))
-    mosaic(found.maps, page.add_subplot(grid[1, 0]), title="A: attention of the last token over patches")
-    bars = head_shares(found.shares, page.add_subplot(grid[1, 1]))
+                caption=fill(f"answer: {evidence.answers[i]}", 50))  # fmt: skip
+    lens_table(evidence.lens, name_of(model), page.add_subplot(grid[0, 2]))
+    mosaic(evidence.maps, page.add_subplot(grid[1, 0]), title="A: attention of the last token over patches")
+    bars = head_shares(evidence.shares, page.add_subplot(grid[1, 1]))
     bars.set_title(
-        f"{bars.get_title()}\nresidual of the sum {found.shares.residual:.1e} of the logit", fontsize=10
+        f"{bars.get_title()}\nresidual of the sum {evidence.shares.residual:.1e} of the logit", fontsize=10
     )
-    patch_effects(found.heads, page.add_subplot(grid[1, 2]), title="patching each head of A into B")
-    effect = found.patch_effect
-    where = f"patching each patch of A into B, at the input of layer {found.patches.layers[0]}"
+    patch_effects(evidence.heads, page.add_subplot(grid[1, 2]), title="patching each head of A into B")
+    effect = evidence.patch_effect
+    where = f"patching each patch of A into B, at the input of layer {evidence.patches.layers[0]}"
     unit = "effect (0 corrupted, 1 clean)"
     overlay(effect[0], seen[0], page.add_subplot(grid[2, 0]), unit=unit, signed=True, title=where)
-    names_of_layers = [f"into layer {i}" for i in found.patches.layers]
+    names_of_layers = [f"into layer {i}" for i in evidence.patches.layers]
     title = "the same at each layer's input"
     tiles(effect, page.add_subplot(grid[2, 1:]), names=names_of_layers, unit=unit, signed=True, title=title)
-    return Report(page, _numbers(model, found, question, names, called), tuple(_lines(found, names)))
+    return Report(
+        page, _numbers(model, evidence, question, names, model_name), tuple(_lines(evidence, names))
+    )
 
 
-def _lines(found: Found, names: Sequence[str]) -> list[str]:
-    effect = found.patch_effect[0]
+def _lines(evidence: Evidence, names: Sequence[str]) -> list[str]:
+    effect = evidence.patch_effect[0]
     best = int(effect.abs().argmax())
     return [
-        *(f"{name}: answer {answer!r}" for name, answer in zip(names, found.answers, strict=True)),
-        f"attribution to {found.target}: sum {float(found.shares.total[0, 0]):+.5f}, the model's own "
-        f"{float(found.shares.logit[0, 0]):+.5f}, residual {found.shares.residual:.1e}",
-        f"strongest image patch: row {best // found.grid[1]}, column {best % found.grid[1]} of "
-        f"{found.grid[0]} x {found.grid[1]}, effect {float(effect.flatten()[best]):+.3f}",
+        *(f"{name}: answer {answer!r}" for name, answer in zip(names, evidence.answers, strict=True)),
+        f"attribution to {evidence.target}: sum {float(evidence.shares.total[0, 0]):+z.5f}, the model's own "
+        f"{float(evidence.shares.logit[0, 0]):+z.5f}, residual {evidence.shares.residual:.1e}",
+        f"strongest image patch: row {best // evidence.grid[1]}, column {best % evidence.grid[1]} of "
+        f"{evidence.grid[0]} x {evidence.grid[1]}, effect {float(effect.flatten()[best]):+z.3f}",
         "strongest heads by patching: "
-        + ", ".join(f"layer {a} head {b} {v:+.3f}" for a, b, v in strongest(found.heads.effect[0])),
+        + ", ".join(f"layer {a} head {b} {v:+z.3f}" for a, b, v in strongest(evidence.heads.effect[0])),
     ]
 
 
 def _numbers(
-    model: HookedModel, found: Found, question: str, names: Sequence[str], called: str
+    model: Model, evidence: Evidence, question: str, names: Sequence[str], model_name: str
 ) -> dict[str, Any]:
-    likely, ids = found.lens.top(5)
+    likely, ids = evidence.lens.top(5)
     name = name_of(model)
     return {
-        "model": called,
+        "model": model_name,
         "question": question,
         "images": list(names),
-        "answers": list(found.answers),
-        "target": found.target,
+        "answers": list(evidence.answers),
+        "target": evidence.target,
         "logit_lens": [
             [{"token": name(t), "probability": round(p, 6)} for t, p in zip(line, values, strict=True)]
             for line, values in zip(ids.tolist(), likely.tolist(), strict=True)
         ],
-        "attention_last_to_patches": rounded(found.maps.maps[0]),
+        "attention_last_to_patches": rounded(evidence.maps.maps[0]),
         "attribution": {
-            "heads": rounded(found.shares.heads[0, 0]),
-            "parts": found.shares.shares(),
-            "sum": float(found.shares.total[0, 0]),
-            "logit": float(found.shares.logit[0, 0]),
-            "residual": found.shares.residual,
+            "heads": rounded(evidence.shares.heads[0, 0]),
+            "parts": evidence.shares.shares(),
+            "sum": float(evidence.shares.total[0, 0]),
+            "logit": float(evidence.shares.logit[0, 0]),
+            "residual": evidence.shares.residual,
         },
         "patching": {
-            "clean": float(found.heads.clean[0]),
-            "corrupted": float(found.heads.corrupted[0]),
-            "heads": rounded(found.heads.effect[0]),
-            "patch_layers": list(found.patches.layers),
-            "patches": rounded(found.patch_effect),
+            "clean": float(evidence.heads.clean[0]),
+            "corrupted": float(evidence.heads.corrupted[0]),
+            "heads": rounded(evidence.heads.effect[0]),
+            "patch_layers": list(evidence.patches.layers),
+            "patches": rounded(evidence.patch_effect),
         },
     }

@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from methods_multimodal.cross_attention import word_maps
-from methods_multimodal.diffusion.denoising import to_array
+from methods_multimodal.diffusion import pictures_of, to_array
 from methods_multimodal.plots import film_strip, picture, word_lines, word_map
 from methods_multimodal.report._page import Report, new_page, rounded
-from mm_adapters import HookedModel, InputError
+from mm_adapters import InputError, Model
 
 MOST_WORDS, ACROSS = 10, 4
 
 
 def words_report(
-    model: HookedModel,
+    model: Model,
     prompt: str,
     *,
     words: Sequence[str] | None = None,
     seed: int = 0,
     steps: int = 25,
     threshold: float | None = 0.5,
-    called: str = "",
+    model_name: str = "",
     **options: Any,
 ) -> Report:
     """Draws the prompt once: a map for each word, its outline at `threshold`, and the strongest's steps.
@@ -34,28 +34,28 @@ def words_report(
     inputs = {**options, "prompt": prompt, "seed": seed, "num_inference_steps": steps, "output_type": "pt"}
     maps, output = word_maps(model, inputs, words=words, keep=("step",), spread=True)
     recipe = "spread" if maps.affinity.numel() else "mean"
-    drawn = to_array(output.images[0].float())
+    pixels = to_array(pictures_of(model, output)[0].float())
     shown = maps.words_of()[:MOST_WORDS]
-    called = called or model.sitemap.family
+    model_name = model_name or model.name
     across = min(ACROSS, len(shown) + 1)
     down = -(-(len(shown) + 1) // across)
-    page = new_page(3.0 * across, 3.0 * down + 4.4, f"{called}: “{prompt}”")
+    page = new_page(3.0 * across, 3.0 * down + 4.4, f"{model_name}: “{prompt}”")
     thirds: Any = page.subfigures(3, 1, height_ratios=[3.0 * down, 1.9, 2.3])
     top, middle, bottom = thirds
     axes = top.subplots(down, across, squeeze=False).flatten()
-    picture(drawn, axes[0], title="the picture")
+    picture(pixels, axes[0], title="the picture")
     for ax, word in zip(axes[1:], shown, strict=False):
-        word_map(maps, word, drawn, ax, recipe=recipe, threshold=threshold)
+        word_map(maps, word, pixels, ax, recipe=recipe, threshold=threshold)
     for ax in axes[len(shown) + 1 :]:
         ax.axis("off")
     mean = maps.at()[0]
     contrast = ((mean.amax((-1, -2)) - mean.mean((-1, -2))) / mean.mean((-1, -2)))[: len(shown)]
     strongest = shown[int(contrast.argmax())]
     film_strip(maps, strongest, middle.subplots(), n_frames=8)
-    lines, legend = bottom.subplots(1, 2, width_ratios=[4, 1])
-    word_lines(maps, lines, legend=legend)
+    by_step, legend = bottom.subplots(1, 2, width_ratios=[4, 1])
+    word_lines(maps, by_step, legend=legend)
     numbers = {
-        "model": called, "prompt": prompt, "seed": seed, "steps": steps, "recipe": recipe,
+        "model": model_name, "prompt": prompt, "seed": seed, "steps": steps, "recipe": recipe,
         "words": {
             word: {"attention": float(mean[i].mean()), "map": rounded(maps.heat(word, recipe=recipe))}
             for i, word in enumerate(maps.words_of())
@@ -63,5 +63,5 @@ def words_report(
         "attention_by_step": rounded(maps.strength()[:, 0]),
         "layers": {g: list(x) for g, x in zip(maps.by_grid, maps.layers, strict=True)},
     }  # fmt: skip
-    said = [f"{w!r}: attention {v['attention']:.4f}" for w, v in numbers["words"].items()]
-    return Report(page, numbers, tuple(said))
+    lines = [f"{w!r}: attention {v['attention']:.4f}" for w, v in numbers["words"].items()]
+    return Report(page, numbers, tuple(lines))

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from methods_multimodal.core.generators import Seed, generator
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.decomposition import Decomposition
 from mm_adapters import InputError
 
-How = Literal["zero", "mean", "resample"]
+Mode = Literal["zero", "mean", "resample"]
 
 
 @dataclass(frozen=True, order=True)
@@ -37,54 +38,54 @@ class Ablation(Record):
     before: float
     after: float
     components: tuple[str, ...]
-    how: How
+    mode: Mode
 
 
-def components_of(found: Decomposition) -> list[Component]:
+def components_of(decomposed: Decomposition) -> list[Component]:
     """Every head, then the embedding and every MLP."""
-    n_layers, n_heads = found.heads.shape[1], found.heads.shape[3]
+    n_layers, n_heads = decomposed.heads.shape[1], decomposed.heads.shape[3]
     heads = [Component(layer, head) for layer in range(n_layers) for head in range(n_heads)]
     return heads + [Component(layer) for layer in range(-1, n_layers)]
 
 
-def outputs(found: Decomposition, which: Component) -> Float[Tensor, "image width"]:
+def outputs(decomposed: Decomposition, which: Component) -> Float[Tensor, "image width"]:
     """What one component adds to each embedding, its tokens summed.
 
     Raises: InputError if there is no such component.
     """
-    n_layers, n_heads = found.heads.shape[1], found.heads.shape[3]
+    n_layers, n_heads = decomposed.heads.shape[1], decomposed.heads.shape[3]
     if not -1 <= which.layer < n_layers or (which.head is not None and not 0 <= which.head < n_heads):
         raise InputError(f"There is no {which}: there are {n_layers} layers of {n_heads} heads.")
     if which.head is None:
-        return found.mlps[:, 1 + which.layer]
-    return found.heads[:, which.layer, :, which.head].sum(1)
+        return decomposed.mlps[:, 1 + which.layer]
+    return decomposed.heads[:, which.layer, :, which.head].sum(1)
 
 
 def ablate(
-    found: Decomposition,
+    decomposed: Decomposition,
     components: Iterable[Component],
-    how: How = "mean",
+    mode: Mode = "mean",
     *,
     means: Decomposition | None = None,
-    generator: torch.Generator | None = None,
+    seed: Seed = 0,
 ) -> Float[Tensor, "image width"]:
     """The embeddings with some components' direct effects replaced.
 
     By nothing ("zero"), by their mean over images ("mean"), or by those of other images, drawn without
-    return ("resample"). `means` is where mean or other images are taken from (None: `found` itself).
+    return ("resample"). `means` is where mean or other images are taken from (None: `decomposed` itself).
 
     Source: Gandelsman et al. 2024, arXiv 2310.05916, section 3 (mean ablation).
     """
-    if how not in ("zero", "mean", "resample"):
-        raise InputError(f"There is no ablation {how!r}; there is zero, mean and resample.")
-    source, total = means or found, found.total
+    if mode not in ("zero", "mean", "resample"):
+        raise InputError(f"There is no ablation {mode!r}; there is zero, mean and resample.")
+    source, total = means or decomposed, decomposed.total
     other = None
-    if how == "resample":
-        drawn = torch.randperm(len(source.own), generator=generator)
-        other = drawn.repeat(-(-len(total) // len(drawn)))[: len(total)].to(total.device)
+    if mode == "resample":
+        order = torch.randperm(len(source.own), generator=generator(seed))
+        other = order.repeat(-(-len(total) // len(order)))[: len(total)].to(total.device)
     for component in components:
-        total = total - outputs(found, component)
-        if how == "mean":
+        total = total - outputs(decomposed, component)
+        if mode == "mean":
             total = total + outputs(source, component).mean(0)
         elif other is not None:
             total = total + outputs(source, component)[other]
@@ -103,18 +104,21 @@ def accuracy(
 
 
 def ablation(
-    found: Decomposition,
+    decomposed: Decomposition,
     components: Iterable[Component],
     classes: Float[Tensor, "label width"],
     labels: Int[Tensor, " image"],
-    how: How = "mean",
+    mode: Mode = "mean",
     *,
     means: Decomposition | None = None,
-    generator: torch.Generator | None = None,
+    seed: Seed = 0,
 ) -> Ablation:
     """Zero-shot accuracy before and after components are ablated."""
     which = list(components)
-    after = ablate(found, which, how, means=means, generator=generator)
+    after = ablate(decomposed, which, mode, means=means, seed=seed)
     return Ablation(
-        accuracy(found.total, classes, labels), accuracy(after, classes, labels), tuple(map(str, which)), how
+        accuracy(decomposed.total, classes, labels),
+        accuracy(after, classes, labels),
+        tuple(map(str, which)),
+        mode,
     )

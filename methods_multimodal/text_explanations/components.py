@@ -9,6 +9,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.core.generators import Seed, generator
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.ablation import Component, components_of, outputs
 from methods_multimodal.text_explanations.decomposition import Decomposition
@@ -41,18 +42,18 @@ class Alignment(Record):
     bias: Float[Tensor, " joint"]
     cosine: float
 
-    def __call__(self, found: Decomposition) -> Float[Tensor, "image component joint"]:
+    def __call__(self, decomposed: Decomposition) -> Float[Tensor, "image component joint"]:
         """Every component's output, in the joint space."""
-        return einsum(stacked(found), self.maps, "n c w, c w j -> n c j")
+        return einsum(stacked(decomposed), self.maps, "n c w, c w j -> n c j")
 
 
-def stacked(found: Decomposition) -> Float[Tensor, "image component width"]:
+def stacked(decomposed: Decomposition) -> Float[Tensor, "image component width"]:
     """The outputs of all components, in the order of `components_of`."""
-    return torch.stack([outputs(found, c) for c in components_of(found)], 1)
+    return torch.stack([outputs(decomposed, c) for c in components_of(decomposed)], 1)
 
 
 def rank_components(
-    found: Decomposition,
+    decomposed: Decomposition,
     texts: Float[Tensor, "text joint"],
     *,
     alignment: Alignment | None = None,
@@ -60,14 +61,14 @@ def rank_components(
     """Ranks components by a property that texts describe.
 
     The texts' directions are made orthonormal; along each, a component's projections over images are
-    correlated with those of the sum of all, and weighted by the share of variance they have, so that a
-    component that says the same very quietly comes after one that says it aloud. `alignment` takes a model
-    that shares no space with the texts into one that does.
+    correlated with those of the sum of all, and weighted by the share of variance they have: of two
+    components that vary alike, the one that varies more comes first. `alignment` takes a model that
+    shares no space with the texts into one that does.
 
     Source: Balasubramanian et al. 2024, arXiv 2406.01583, section 4 (COMPALIGN and its scoring).
     Raises: InputError if widths do not fit or there are more texts than directions.
     """
-    parts = stacked(found) if alignment is None else alignment(found)
+    parts = stacked(decomposed) if alignment is None else alignment(decomposed)
     if texts.shape[1] != parts.shape[2]:
         raise InputError(
             f"Texts are {texts.shape[1]} wide and components {parts.shape[2]}; align the components first."
@@ -82,7 +83,7 @@ def rank_components(
     covariance = einsum(along, whole, "n c k, n k -> c k") / len(along)
     scores = (covariance / whole.square().mean(0).clamp_min(1e-30)).mean(1)
     order = scores.argsort(descending=True)
-    which = components_of(found)
+    which = components_of(decomposed)
     return Ranking(
         layers=tuple(which[i].layer for i in order.tolist()),
         heads=tuple(which[i].head for i in order.tolist()),
@@ -91,13 +92,13 @@ def rank_components(
 
 
 def align(
-    found: Decomposition,
+    decomposed: Decomposition,
     joint: Float[Tensor, "image joint"],
     *,
     orthogonal: float = 0.01,
     epochs: int = 300,
     learning_rate: float = 3e-3,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Alignment:
     """Learns one linear map a component, so that the mapped components sum to another model's embeddings.
 
@@ -106,24 +107,23 @@ def align(
 
     Source: Balasubramanian et al. 2024, arXiv 2406.01583, section 3 (COMPALIGN).
     """
-    if len(joint) != len(found.own):
-        raise InputError(f"{len(found.own)} images were decomposed and {len(joint)} embeddings given.")
-    parts = stacked(found).float()
+    if len(joint) != len(decomposed.own):
+        raise InputError(f"{len(decomposed.own)} images were decomposed and {len(joint)} embeddings given.")
+    parts = stacked(decomposed).float()
     scale = parts.std().clamp_min(1e-12)
-    wanted = torch.nn.functional.normalize(joint.float(), dim=1)
-    generator = torch.Generator().manual_seed(seed)
+    targets = torch.nn.functional.normalize(joint.float(), dim=1)
     width, wide = parts.shape[2], joint.shape[1]
-    start = torch.randn(parts.shape[1], width, wide, generator=generator).to(parts) / width**0.5
-    maps, bias = torch.nn.Parameter(start), torch.nn.Parameter(wanted.mean(0).clone())
+    start = torch.randn(parts.shape[1], width, wide, generator=generator(seed)).to(parts) / width**0.5
+    maps, bias = torch.nn.Parameter(start), torch.nn.Parameter(targets.mean(0).clone())
     optimiser = torch.optim.Adam([maps, bias], lr=learning_rate)
-    least = min(width, wide)
+    rank = min(width, wide)
     loss = torch.zeros(())
     with torch.enable_grad():
         for _ in range(epochs):
             summed = einsum(parts / scale, maps, "n c w, c w j -> n j") + bias
-            loss = 1 - torch.nn.functional.cosine_similarity(summed, wanted).mean()
+            loss = 1 - torch.nn.functional.cosine_similarity(summed, targets).mean()
             small = maps.mT @ maps if wide <= width else maps @ maps.mT
-            off = (small - torch.eye(least).to(small)).square().mean()
+            off = (small - torch.eye(rank).to(small)).square().mean()
             optimiser.zero_grad()
             (loss + orthogonal * off).backward()
             optimiser.step()

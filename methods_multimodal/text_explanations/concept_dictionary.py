@@ -13,7 +13,7 @@ from sklearn.decomposition import NMF, PCA, DictionaryLearning
 from torch import Tensor
 
 from methods_multimodal.core.record import Record
-from mm_adapters import HookedModel, InputError, Lens, Read
+from mm_adapters import InputError, Model, Read
 
 Method = Literal["semi_nmf", "kmeans", "pca", "nmf"]
 
@@ -22,7 +22,7 @@ Method = Literal["semi_nmf", "kmeans", "pca", "nmf"]
 class ConceptDictionary(Record):
     """Concepts of a set of token states: each a direction, with how much of it every image has.
 
-    `words` are the tokens that a concept, read by the model's own unembedding, speaks for most; `top_images`
+    `words` are the tokens that a concept, read by the model's own unembedding, raises most; `top_images`
     the images that have most of it.
     """
 
@@ -34,13 +34,12 @@ class ConceptDictionary(Record):
 
 
 def token_states(
-    model: HookedModel,
+    model: Model,
     inputs: Iterable[Mapping[str, Any]],
     layer: int,
     *,
     position: int = -1,
     tower: str = "language",
-    lens: Lens | None = None,
 ) -> Float[Tensor, "image d_model"]:
     """The residual stream after one layer at one position, for every batch of the model's inputs.
 
@@ -48,7 +47,7 @@ def token_states(
     """
     site = f"{tower}.blocks.{layer}.hook_resid_post"
     read = Read(site, reduce=lambda x: x[:, position].float())
-    return torch.cat([(lens or model).run(batch, read=[read])[site] for batch in inputs])
+    return torch.cat([model.run(batch, read=[read])[site] for batch in inputs])
 
 
 def concept_dictionary(
@@ -68,8 +67,18 @@ def concept_dictionary(
 
     "semi_nmf": non-negative, sparse amounts of directions of any sign (scikit-learn's DictionaryLearning);
     "kmeans": the centres, amounts 1 / (1 + distance); "pca"; "nmf" for states that are not negative.
-    `unembed` is what maps a state to logits (`model.language.W_U`), `tokens` their strings; without them
-    there are no words.
+
+    Args:
+        states: What `token_states` gives: one state for each image.
+        n_concepts: How many concepts are learned.
+        method: "semi_nmf", "kmeans", "pca" or "nmf".
+        unembed: What maps a state to logits: `model.towers["language"].unembedding`.
+        tokens: The string of each logit's token; without it and `unembed` there are no words.
+        n_words: How many words a concept has.
+        n_images: How many images a concept has.
+        alpha: How much sparse amounts count ("semi_nmf").
+        max_iter: The most rounds of "semi_nmf" and "nmf".
+        seed: Of what is random in the learning.
 
     Source: Parekh et al. 2024, arXiv 2406.08074, section 3.
     Raises: InputError if there are fewer states than concepts, or no such method.
@@ -103,12 +112,12 @@ def concept_dictionary(
         raise InputError(f"There is no method {method!r}; there is semi_nmf, kmeans, pca and nmf.")
     rebuilt = concepts[amounts.argmax(1)] if method == "kmeans" else amounts @ concepts + mean
     explained = 1 - float(((data - rebuilt) ** 2).sum() / ((data - data.mean(0)) ** 2).sum())
-    made, held = torch.tensor(concepts).float(), torch.tensor(amounts).float()
+    directions, amounts_of = torch.tensor(concepts).float(), torch.tensor(amounts).float()
     return ConceptDictionary(
-        concepts=made,
-        amounts=held,
-        top_images=held.topk(min(n_images, len(held)), dim=0).indices.T.contiguous(),
-        words=() if unembed is None or tokens is None else _words(made, unembed, tokens, n_words),
+        concepts=directions,
+        amounts=amounts_of,
+        top_images=amounts_of.topk(min(n_images, len(amounts_of)), dim=0).indices.T.contiguous(),
+        words=() if unembed is None or tokens is None else _words(directions, unembed, tokens, n_words),
         explained=explained,
     )
 
@@ -119,8 +128,8 @@ def _words(
     """The tokens each concept raises most beside the average concept; those without a letter are left out."""
     logits = concepts.to(unembed) @ unembed
     logits = logits - logits.mean(0) if len(concepts) > 1 else logits
-    found = []
+    words = []
     for row in logits.argsort(dim=1, descending=True).tolist():
         spoken = (str(tokens[i]).strip() for i in row)
-        found.append(tuple(dict.fromkeys(w for w in spoken if any(c.isalpha() for c in w)))[:n_words])
-    return tuple(found)
+        words.append(tuple(dict.fromkeys(w for w in spoken if any(c.isalpha() for c in w)))[:n_words])
+    return tuple(words)

@@ -14,7 +14,7 @@ from torch import Tensor
 from methods_multimodal.core.batches import batches
 from methods_multimodal.core.model import check_one
 from methods_multimodal.core.record import Record
-from methods_multimodal.text_explanations.pooled_run import PooledRun, folded
+from methods_multimodal.text_explanations.pooled_run import PooledRun, run_pooled
 from methods_multimodal.text_explanations.tower_parts import TowerParts, tower_parts
 from mm_adapters import InputError, Model
 
@@ -83,22 +83,27 @@ def decompose(
     the joint space. For a tower that pools by attention they go through that attention too. The sum
     is the model's un-normalised embedding, without approximation; `check()` says how closely.
 
-    `images` are prepared pixels [image, channel, height, width], or pictures, paths, or any iterable
-    of these; `texts` strings, or prepared arguments of the text tower. `onto`: directions, such as
-    those of a zero-shot classifier; what is kept is then only each component's part along them.
-    `shares`: with "exact" each component is centred by itself, and biases are a component of their
-    own; "uniform" gives every term an equal share of mean and biases, as published.
+    Args:
+        images: Prepared pixels [image, channel, height, width], or pictures, paths, a folder, or any
+            iterable of these.
+        texts: Strings, or prepared arguments of the text tower. Images or texts, one of the two.
+        tower: Which tower they are for: "vision" for images and "text" for texts if it is not said.
+        tokens: "keep" splits each head's output by the position it came from, "sum" does not.
+        shares: With "exact" each component is centred by itself, and biases are a component of their own;
+            "uniform" gives every term an equal share of mean and biases, as published.
+        onto: Directions, such as a zero-shot classifier's: only each component's part along them is kept.
+        batch_size: Rows of one run.
 
     Source: Gandelsman et al. 2024, arXiv 2310.05916, section 3 and appendix (uniform shares).
     Raises: MissingSiteError if the tower's summary is not linear in one stream of attention and MLPs.
     """
     options: dict[str, Any] = {"tower": tower, "tokens": tokens, "shares": shares, "onto": onto}
-    made = list(decompositions(model, images=images, texts=texts, batch_size=batch_size, **options))
-    if not made:
+    parts = list(decompositions(model, images=images, texts=texts, batch_size=batch_size, **options))
+    if not parts:
         raise InputError("There is nothing to decompose: no image or text was given.")
-    first = made[0]
+    first = parts[0]
     tensors = [f.name for f in fields(first) if isinstance(getattr(first, f.name), Tensor)]
-    return replace(first, **{name: torch.cat([getattr(d, name) for d in made]) for name in tensors})
+    return replace(first, **{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
 
 
 def decompositions(
@@ -112,7 +117,7 @@ def decompositions(
     onto: Float[Tensor, "direction width"] | None = None,
     batch_size: int = 16,
 ) -> Iterator[Decomposition]:
-    """`decompose`, one batch at a time: for more images than fit in memory."""
+    """`decompose`, one batch at a time: for more images than fit in memory. `Args` as there."""
     tower = tower or check_one(images, texts)
     if shares not in ("exact", "uniform"):
         raise InputError(f"There are no {shares!r} shares; there are 'exact' and 'uniform'.")
@@ -126,39 +131,35 @@ def decompositions(
             f"`onto` has directions of width {onto.shape[-1]}; the embedding's is {parts.width}."
         )
     for inputs in batches(model, parts.tower, images if texts is None else texts, batch_size):
-        yield split(parts, folded(model, parts, inputs, tokens=tokens == "keep"), shares, onto,
-                    _grid(parts, inputs))  # fmt: skip
+        run = run_pooled(model, parts, inputs, tokens=tokens == "keep")
+        yield split(parts, run, shares, onto, _grid(parts, inputs))
 
 
 def split(
     parts: TowerParts,
-    seen: PooledRun,
+    run: PooledRun,
     shares: Shares = "exact",
     onto: Float[Tensor, "direction width"] | None = None,
     grid: tuple[int, int] | None = None,
 ) -> Decomposition:
-    """The decomposition of one folded run."""
-    read, offset, own, pool = parts.readers, parts.offset, seen.own, seen.pool_mlp
+    """The decomposition of one run's embeddings."""
+    centred, offset, own, pool = parts.readers, parts.offset, run.embedding, run.pool_mlp
     plain = parts.uncentred
     length = own.norm(dim=-1)
     if onto is not None:
-        directions = onto.to(read).T
-        read, offset, own, plain = (
-            read @ directions,
-            offset @ directions,
-            own @ directions,
-            plain @ directions,
-        )
+        directions = onto.to(centred).T
+        centred, plain = centred @ directions, plain @ directions
+        offset, own = offset @ directions, own @ directions
         pool = None if pool is None else pool @ directions
-    reader = read if shares == "exact" else plain
-    heads = _heads(parts, seen, reader)
-    parts_of_stream = torch.cat([seen.embed.unsqueeze(1), seen.mlps], 1)
+    reader = centred if shares == "exact" else plain
+    heads = _heads(parts, run, reader)
+    parts_of_stream = torch.cat([run.embed.unsqueeze(1), run.mlps], 1)
     mlps = einsum(parts_of_stream, reader, "b l g m, g m w -> b l w")
-    biases = einsum(seen.mass, parts.out_bias, reader, "b g, l m, g m w -> b l w")
+    biases = einsum(run.mass, parts.out_bias, reader, "b g, l m, g m w -> b l w")
     if shares == "exact":
         bias = biases.sum(1) + offset
     else:
-        heads, mlps = _uniform(parts, seen, heads, mlps, biases, plain, offset)
+        heads, mlps = _uniform(parts, run, heads, mlps, biases, plain, offset)
         bias = torch.zeros_like(own)
     return Decomposition(
         heads=heads,
@@ -173,27 +174,27 @@ def split(
 
 
 def _heads(
-    parts: TowerParts, seen: PooledRun, reader: Float[Tensor, "pool d_model width"]
+    parts: TowerParts, run: PooledRun, reader: Float[Tensor, "pool d_model width"]
 ) -> Float[Tensor, "image layer token head width"]:
-    made = []
+    layers = []
     for layer in range(parts.n_layers):
         # One small matrix for each head; nothing is as wide as the stream for every token.
         each = einsum(parts.out[layer], reader, "h d m, g m w -> g h d w")
-        if seen.z is not None:
-            made.append(einsum(seen.z[:, layer], each, "b g h d, g h d w -> b h w").unsqueeze(1))
+        if run.z is not None:
+            layers.append(einsum(run.z[:, layer], each, "b g h d, g h d w -> b h w").unsqueeze(1))
             continue
-        assert seen.patterns is not None
-        assert seen.values is not None
-        weighted = einsum(seen.patterns[:, layer], seen.values[:, layer], "b g h n, b n h d -> h b n g d")
+        assert run.patterns is not None
+        assert run.values is not None
+        weighted = einsum(run.patterns[:, layer], run.values[:, layer], "b g h n, b n h d -> h b n g d")
         flat = rearrange(weighted, "h b n g d -> h (b n) (g d)")
         out = torch.bmm(flat, rearrange(each, "g h d w -> h (g d) w"))
-        made.append(rearrange(out, "h (b n) w -> b n h w", b=weighted.shape[1]))
-    return torch.stack(made, 1)
+        layers.append(rearrange(out, "h (b n) w -> b n h w", b=weighted.shape[1]))
+    return torch.stack(layers, 1)
 
 
 def _uniform(
     parts: TowerParts,
-    seen: PooledRun,
+    run: PooledRun,
     heads: Tensor,
     mlps: Tensor,
     biases: Tensor,
@@ -202,7 +203,7 @@ def _uniform(
 ) -> tuple[Tensor, Tensor]:
     n_terms = 2 * parts.n_layers + 1
     cells = heads.shape[2] * heads.shape[3]
-    mean = einsum(seen.mean, plain, "b g, g m w -> b w")
+    mean = einsum(run.mean, plain, "b g, g m w -> b w")
     own_share = (offset - mean) / n_terms
     shared = (biases + own_share.unsqueeze(1)) / cells
     return heads + rearrange(shared, "b l w -> b l 1 1 w"), mlps + own_share.unsqueeze(1)

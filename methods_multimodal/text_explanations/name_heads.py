@@ -16,7 +16,7 @@ from methods_multimodal.core.embed import embed_texts, unit
 from methods_multimodal.core.progress import all_images, fingerprint, name_of, run_pass
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.moments import Moments
-from methods_multimodal.text_explanations.pooled_run import PooledRun, folded
+from methods_multimodal.text_explanations.pooled_run import PooledRun, run_pooled
 from methods_multimodal.text_explanations.text_span import NothingVariesError, TextSpan, text_span
 from methods_multimodal.text_explanations.tower_parts import TowerParts, tower_parts
 from methods_multimodal.text_explanations.vocabulary import Vocabulary
@@ -71,11 +71,19 @@ def name_heads(
     """Names every head of the image tower from what it adds to the embeddings of these images.
 
     One pass gathers each head's mean and second moment, TextSpan names the heads from these, and a
-    second pass finds the images furthest along each text. `images` is a folder, or a sequence of
-    pictures, paths or prepared pixels. With a `folder` of its own the work is written down every so
-    many batches, and a run that was killed goes on there, to the same result.
+    second pass finds the images furthest along each text.
 
-    `centre_texts` takes the texts' mean off first, which the published method does not.
+    Args:
+        images: A folder, or a sequence of pictures, paths or prepared pixels.
+        words: The texts to name heads with.
+        n_texts: How many texts name a head.
+        rank: How many leading directions of a head's output the texts are projected on.
+        top: How many images are kept for each text of a head.
+        centre_texts: Takes the texts' mean off first, which the published method does not.
+        folder: Where the work is written down; a run that was killed goes on there, to the same result.
+        batch_size: Images of one run.
+        skip_unreadable: Leaves out images that cannot be read, instead of an error.
+        every: After how many batches the work is written down.
 
     Source: Gandelsman et al. 2024, arXiv 2310.05916, sections 4 and 5.
     Raises: InputError for an image that cannot be read, unless `skip_unreadable`; those skipped are
@@ -99,31 +107,35 @@ def name_heads(
     about = fingerprint(weights=parts.readers, out=parts.out, images=listed, size=batch_size)
     options = {"batch_size": batch_size, "skip_unreadable": skip_unreadable, "every": every}
 
-    def seen(chosen: list[Any]) -> PooledRun:
-        return folded(model, parts, prepared(model, parts.tower, chosen), tokens=False)
+    def run_on(batch: list[Any]) -> PooledRun:
+        return run_pooled(model, parts, prepared(model, parts.tower, batch), tokens=False)
 
-    def gather(state: dict[str, Tensor], chosen: list[Any], numbers: list[int]) -> dict[str, Tensor]:
-        run = seen(chosen)
+    def gather(state: dict[str, Tensor], batch: list[Any], numbers: list[int]) -> dict[str, Tensor]:
+        run = run_on(batch)
         moments = _moments(state, basis).plus(head_coordinates(parts, run))
-        return _state(moments, state["embeddings"] + unit(run.own).double().sum(0))
+        return _state(moments, state["embeddings"] + unit(run.embedding).double().sum(0))
 
     blank = Moments.none(parts.n_layers, parts.n_heads, basis.shape[2], device=basis.device)
     start = _state(blank, torch.zeros(parts.width, dtype=torch.float64, device=basis.device))
-    first = run_pass(items, gather, start, settings=about, label="what heads write",
-                     file=where and where / "moments.safetensors", **options)  # fmt: skip
+    file = where and where / "moments.safetensors"
+    first = run_pass(items, gather, start, settings=about, label="what heads write", file=file, **options)
     moments = _moments(first.state, basis)
-    spans = [[_span(moments[layer, head], texts, rank, n_texts, words) for head in range(parts.n_heads)]
-             for layer in range(parts.n_layers)]  # fmt: skip
+    spans = [
+        [_span(moments[layer, head], texts, rank, n_texts, words) for head in range(parts.n_heads)]
+        for layer in range(parts.n_layers)
+    ]
     table, explained, axes, middle = _tables(spans, basis, n_texts)
     settings = fingerprint(about=about, chosen=table.float(), top=top)
 
-    def best(state: dict[str, Tensor], chosen: list[Any], numbers: list[int]) -> dict[str, Tensor]:
-        along = einsum(head_coordinates(parts, seen(chosen)), axes, "n l h i, l h i t -> l h t n")
+    def best(state: dict[str, Tensor], batch: list[Any], numbers: list[int]) -> dict[str, Tensor]:
+        along = einsum(head_coordinates(parts, run_on(batch)), axes, "n l h i, l h i t -> l h t n")
         return _merged(state, (along - middle.unsqueeze(-1)).cpu(), torch.tensor(numbers), top)
 
     empty = {"scores": torch.zeros(*table.shape, 0), "images": torch.zeros(*table.shape, 0).long()}
-    second = run_pass(items, best, empty, settings=settings, label="who is furthest along",
-                      file=where and where / "top.safetensors", **options)  # fmt: skip
+    file = where and where / "top.safetensors"
+    second = run_pass(
+        items, best, empty, settings=settings, label="images furthest along", file=file, **options
+    )
     top_images = second.state["images"]
     used = sorted(set(top_images.flatten().tolist()))
     return HeadNames(
@@ -149,15 +161,15 @@ def head_basis(parts: TowerParts) -> Float[Tensor, "layer head coordinate width"
     return basis
 
 
-def head_coordinates(parts: TowerParts, seen: PooledRun) -> Float[Tensor, "image layer head coordinate"]:
+def head_coordinates(parts: TowerParts, run: PooledRun) -> Float[Tensor, "image layer head coordinate"]:
     """What each head adds to each embedding, of length one, in `head_basis`."""
-    assert seen.z is not None
-    narrow = rearrange(seen.z, "b l g h d -> b l h (g d)")
+    assert run.z is not None
+    narrow = rearrange(run.z, "b l g h d -> b l h (g d)")
     if narrow.shape[-1] > parts.width:
         layers = range(parts.n_layers)
-        each = [einsum(seen.z[:, i], parts.head_readers(i), "b g h d, g h d w -> b h w") for i in layers]
+        each = [einsum(run.z[:, i], parts.head_readers(i), "b g h d, g h d w -> b h w") for i in layers]
         narrow = torch.stack(each, 1)
-    return narrow / rearrange(seen.own.norm(dim=-1), "b -> b 1 1 1")
+    return narrow / rearrange(run.embedding.norm(dim=-1), "b -> b 1 1 1")
 
 
 def _state(moments: Moments, embeddings: Tensor) -> dict[str, Tensor]:

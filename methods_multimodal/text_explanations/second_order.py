@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.batches import batches
+from methods_multimodal.core.model import check_pool, check_sites
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.sparse_coding import solve
 from methods_multimodal.text_explanations.tower_parts import TowerParts, tower_parts
@@ -72,12 +73,15 @@ def second_order(
 
     Source: Gandelsman et al. 2024, arXiv 2406.04341, equation 5; the factoring is ours.
     Raises: InputError if there is no such layer, or none after it; MissingSiteError if the summary is
-    pooled from all positions.
+    not that of the first or the last position.
     """
+    view = model.check_tower(tower)
+    check_sites(model, [f"{tower}.blocks.0.{part}" for part in ("mlp.hook_post", "ln1.hook_scale")])
+    check_pool(view, "first", "last")
     parts = tower_parts(model, tower)
-    if parts.pool not in ("first", "last"):
+    if any("W_V" not in view.weights(i).names("attn") for i in range(parts.n_layers)):
         raise MissingSiteError(
-            f"{tower}: second-order effects are defined for one fixed position that is read."
+            f"{tower}: its blocks' attn has no W_V: one fused projection makes the values."
         )
     if not 0 <= layer < parts.n_layers - 1:
         raise InputError(f"Layer {layer} has no attention after it; layers 0 to {parts.n_layers - 2} have.")
@@ -95,12 +99,12 @@ def second_order(
     for inputs in batches(model, parts.tower, images, batch_size):
         run = model.run(inputs, read=reads)
         active = run[parts.site("mlp.hook_post", layer)]
-        seen = [
+        products = [
             (run[parts.site("attn.hook_pattern", i)] / run[parts.site("ln1.hook_scale", i)].unsqueeze(1))
             @ active
             for i in later
         ]
-        rows.append(torch.cat(seen, 1) / run[parts.site("ln_final.hook_scale")].unsqueeze(-1))
+        rows.append(torch.cat(products, 1) / run[parts.site("ln_final.hook_scale")].unsqueeze(-1))
     if not rows:
         raise InputError("There is no image.")
     return SecondOrder(torch.cat(rows), writes[span], paths, layer, tuple(which))
@@ -109,37 +113,35 @@ def second_order(
 def _weights(parts: TowerParts, layer: int, later: range) -> tuple[Tensor, Tensor]:
     """What each neuron writes, and what each later head makes of a residual: the norm's gain and centring,
     values, output, and the final reader."""
-    own = parts.tower.weights(layer).names("mlp")["W_out"]().detach().float()
+    writes = parts.tower.weights(layer).names("mlp")["W_out"]().detach().float()
     paths = []
     for i in later:
         block = parts.tower.weights(i)
-        gain, value = (
-            block.names("ln1")["w"]().detach().float(),
-            block.names("attn")["W_V"]().detach().float(),
-        )
+        gain = block.names("ln1")["w"]().detach().float()
+        value = block.names("attn")["W_V"]().detach().float()
         value = gain.reshape(1, -1, 1) * value
         if parts.tower.record.norm == "LN":
             value = value - value.mean(1, keepdim=True)
         paths.append(value @ parts.head_readers(i)[0])
-    return own, torch.cat(paths)
+    return writes, torch.cat(paths)
 
 
 @torch.no_grad()
-def principal_directions(found: SecondOrder, top: int = 100, at_once: int = 64) -> NeuronDirections:
+def principal_directions(effects: SecondOrder, top: int = 100, at_once: int = 64) -> NeuronDirections:
     """Each neuron's one direction: the first right singular vector of its `top` largest effects.
 
     Effects have their mean over images taken off first; the sign is that of most of the largest.
 
     Source: Gandelsman et al. 2024, arXiv 2406.04341, section 4.1.
     """
-    n_images, n_neurons = found.amounts.shape[0], found.amounts.shape[2]
+    n_images, n_neurons = effects.amounts.shape[0], effects.amounts.shape[2]
     directions, sizes, explained = [], [], []
     for start in range(0, n_neurons, at_once):
         which = slice(start, start + at_once)
-        amounts = rearrange(found.amounts[:, :, which], "b p n -> n b p")
+        amounts = rearrange(effects.amounts[:, :, which], "b p n -> n b p")
         amounts = amounts - amounts.mean(1, keepdim=True)
         # Orthonormal coordinates of a neuron's paths: everything but the last step is that narrow.
-        frame, triangle = torch.linalg.qr(found.directions(which).mT)
+        frame, triangle = torch.linalg.qr(effects.directions(which).mT)
         narrow = amounts @ triangle.mT
         size = narrow.norm(dim=-1)
         largest = size.topk(min(top, n_images), dim=1).indices
@@ -152,7 +154,7 @@ def principal_directions(found: SecondOrder, top: int = 100, at_once: int = 64) 
         sizes.append(size.T)
         explained.append(values[:, 0] ** 2 / values.square().sum(1).clamp_min(1e-30))
     return NeuronDirections(
-        torch.cat(directions), torch.cat(sizes, 1), torch.cat(explained), found.neurons, found.layer
+        torch.cat(directions), torch.cat(sizes, 1), torch.cat(explained), effects.neurons, effects.layer
     )
 
 

@@ -12,8 +12,12 @@ from jaxtyping import Bool, Float, Int
 from sklearn.metrics import average_precision_score, jaccard_score
 from torch import Tensor
 
+from methods_multimodal.core.batches import batches
 from methods_multimodal.core.record import Record
-from methods_multimodal.text_explanations.decomposition import decompositions
+from methods_multimodal.core.statistics import iou
+from methods_multimodal.text_explanations.decomposition import split
+from methods_multimodal.text_explanations.pooled_run import run_pooled
+from methods_multimodal.text_explanations.tower_parts import tower_parts
 from mm_adapters import InputError, Model
 
 
@@ -61,24 +65,25 @@ def segment(
     in each direction, and the maps are put back and averaged: finer than the grid of patches.
 
     Source: Gandelsman et al. 2024, arXiv 2310.05916, section 5.2 (without shifts).
-    Raises: InputError if the tower has no grid of patches, or pixels must be moved and are not given.
+    Raises: MissingSiteError if the tower cuts no patches or cannot be decomposed; InputError if pixels must
+    be moved and are not given.
     """
     against = texts - texts.mean(0)
     if shifts == 1:
-        return _seen(model, images, against, chosen, batch_size)
+        return _maps(model, images, against, chosen, batch_size)
     if not isinstance(images, Tensor) or images.ndim != 4:
         raise InputError("To see images moved by parts of a patch, pass them as prepared pixels.")
-    made, size = None, images.shape[-2:]
-    first = _seen(model, images, against, chosen, batch_size)
+    total, size = None, images.shape[-2:]
+    first = _maps(model, images, against, chosen, batch_size)
     patch = size[0] // first.grid[0]
     for down in range(shifts):
         for across in range(shifts):
             by = [round((i + 0.5) * patch / shifts - patch / 2) for i in (down, across)]
-            moved = _seen(model, _moved(images, by, patch), against, first.chosen, batch_size)
+            moved = _maps(model, _moved(images, by, patch), against, first.chosen, batch_size)
             back = _moved(moved.maps.flatten(0, 1).unsqueeze(1), [-by[0], -by[1]], patch)
-            made = back if made is None else made + back
-    assert made is not None
-    return Segmentation(made.reshape(first.maps.shape) / shifts**2, first.chosen, first.grid)
+            total = back if total is None else total + back
+    assert total is not None
+    return Segmentation(total.reshape(first.maps.shape) / shifts**2, first.chosen, first.grid)
 
 
 def above(
@@ -100,16 +105,16 @@ def segmentation_scores(
     threshold: float | None = None,
 ) -> SegmentationScores:
     """Pixel accuracy, IoU of object and background (their mean is mIoU), and average precision."""
-    said, true = above(maps, threshold).flatten().cpu().numpy(), truth.flatten().cpu().numpy()
-    own = [jaccard_score(true, said), jaccard_score(~true, ~said)]
+    marked, true = above(maps, threshold).flatten().cpu().numpy(), truth.flatten().cpu().numpy()
+    ious = [jaccard_score(true, marked), jaccard_score(~true, ~marked)]
     precision = [
         average_precision_score(t.flatten().cpu().numpy(), m.flatten().cpu().numpy())
         for m, t in zip(maps, truth, strict=True)
     ]
     return SegmentationScores(
-        pixel_accuracy=float((said == true).mean()),
-        mean_iou=float(np.mean(own)),
-        foreground_iou=float(own[0]),
+        pixel_accuracy=float((marked == true).mean()),
+        mean_iou=float(np.mean(ious)),
+        foreground_iou=float(ious[0]),
         average_precision=float(np.mean(precision)),
     )
 
@@ -119,49 +124,37 @@ def best_threshold(
 ) -> float | None:
     """The threshold with the largest mIoU on these maps, to be used on others."""
     options: list[float | None] = [None, *(round(0.1 * i, 1) for i in range(1, 10))]
-    true = truth.flatten()
+    true = truth.flatten(1)
 
     def mean_iou(option: float | None) -> float:
-        said = above(maps, option).flatten()
-        both, neither = (said & true).sum(), (~said & ~true).sum()
-        return float((both / (said | true).sum() + neither / (~said | ~true).sum()) / 2)
+        marked = above(maps, option).flatten(1)
+        return float((iou(marked, true) + iou(~marked, ~true)) / 2)
 
     return max(options, key=mean_iou)
 
 
-def _seen(model: Model, images: Any, against: Tensor, chosen: Tensor | None, batch_size: int) -> Segmentation:
+def _maps(model: Model, images: Any, against: Tensor, chosen: Tensor | None, batch_size: int) -> Segmentation:
+    """The maps of these images, each stretched to the size of the pixels that the model saw."""
+    parts = tower_parts(model, "vision")
+    if against.shape[-1] != parts.width:
+        raise InputError(f"The texts are {against.shape[-1]} wide; the embedding is {parts.width}.")
     maps, picked, grid, start = [], [], None, 0
-    for part in decompositions(model, images=images, onto=against, batch_size=batch_size):
-        grid = part.grid
-        if grid is None:
-            raise InputError("This tower does not cut images into patches, so there is no map.")
+    for inputs in batches(model, parts.tower, images, batch_size):
+        pixels = inputs[parts.tower.input_name]
+        grid = parts.tower.patch_grid(pixels)
+        part = split(parts, run_pooled(model, parts, inputs, tokens=True), onto=against, grid=grid)
         n = len(part.own)
-        which = (
-            part.own.argmax(1, keepdim=True)
-            if chosen is None
-            else chosen[start : start + n].to(part.own.device)
-        )
+        which = part.own.argmax(1, keepdim=True) if chosen is None else chosen[start : start + n]
+        which = which.to(part.own.device)
         start += n
         patches = part.heads.sum((1, 3))[:, -grid[0] * grid[1] :]
         taken = patches.gather(2, which.unsqueeze(1).expand(-1, patches.shape[1], -1))
-        maps.append(taken.mT.reshape(n, which.shape[1], *grid))
+        coarse = taken.mT.reshape(n, which.shape[1], *grid)
+        maps.append(F.interpolate(coarse, size=pixels.shape[-2:], mode="bilinear", align_corners=False))
         picked.append(which)
     if grid is None:
         raise InputError("There is no image to segment.")
-    flat = torch.cat(maps)
-    size = _size(model, images)
-    up = F.interpolate(flat, size=size, mode="bilinear", align_corners=False) if size else flat
-    return Segmentation(up, torch.cat(picked), grid)
-
-
-def _size(model: Model, images: Any) -> tuple[int, int] | None:
-    if isinstance(images, Tensor):
-        return int(images.shape[-2]), int(images.shape[-1])
-    tower = model.sitemap.towers["vision"]
-    cut: Any = tower.module.get_submodule(tower.record.patch or "")
-    inputs: Any = getattr(model, "inputs", None)
-    own = getattr(inputs, "image_size", None)
-    return own or getattr(cut, "image_size", None)
+    return Segmentation(torch.cat(maps), torch.cat(picked), grid)
 
 
 def _moved(x: Float[Tensor, "row channel height width"], by: list[int], margin: int) -> Tensor:

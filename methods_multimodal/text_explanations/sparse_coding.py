@@ -26,7 +26,7 @@ def solve(
     Raises: RuntimeError if a row does not settle.
     """
     half, width = penalty / 2, len(dictionary)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    finished: list[tuple[Tensor, Tensor, Tensor]] = []
     open_rows = torch.arange(len(targets), device=targets.device)
     sets = torch.empty(len(targets), 0, dtype=torch.long, device=targets.device)
     values, residual = targets.new_zeros(sets.shape), targets
@@ -38,10 +38,10 @@ def solve(
         still = (
             best[:, 0] > half + tolerance if best.shape[1] else torch.zeros_like(open_rows, dtype=torch.bool)
         )
-        found.append((open_rows[~still], sets[~still], values[~still]))
+        finished.append((open_rows[~still], sets[~still], values[~still]))
         open_rows = open_rows[still]
         if not len(open_rows):
-            return _table(found, targets, width)
+            return _table(finished, targets, width)
         sets, values = _trimmed(sets[still], values[still])
         sets = torch.cat([sets, joining[still]], 1)
         values = torch.cat([values, values.new_zeros(len(sets), joining.shape[1])], 1)
@@ -52,10 +52,10 @@ def solve(
 
 
 def _table(
-    found: list[tuple[Tensor, Tensor, Tensor]], like: Tensor, width: int
+    finished: list[tuple[Tensor, Tensor, Tensor]], targets: Tensor, width: int
 ) -> Float[Tensor, "row concept"]:
-    weights = like.new_zeros(len(like), width)
-    for rows, sets, values in found:
+    weights = targets.new_zeros(len(targets), width)
+    for rows, sets, values in finished:
         weights[rows.unsqueeze(1), sets] = values
     return weights
 
@@ -82,7 +82,7 @@ def _small(
     Source: Lawson & Hanson 1974, Solving Least Squares Problems, chapter 23 (NNLS).
     """
     gram = torch.bmm(atoms, atoms.mT).double()
-    wanted = torch.bmm(atoms, targets.unsqueeze(-1)).squeeze(-1).double() - half
+    linear = torch.bmm(atoms, targets.unsqueeze(-1)).squeeze(-1).double() - half
     w = values.double()
     active = w > 0
     # Two concepts may be one: the least bit of ridge keeps their system solvable.
@@ -92,7 +92,7 @@ def _small(
     settled = torch.ones(len(w), dtype=torch.bool, device=w.device)
     moved = settled.clone()
     for _ in range(12 * gram.shape[1] + 12):
-        slope = (wanted - (gram @ w.unsqueeze(-1)).squeeze(-1)).masked_fill(active, -torch.inf)
+        slope = (linear - (gram @ w.unsqueeze(-1)).squeeze(-1)).masked_fill(active, -torch.inf)
         asking = (slope > tolerance) & settled.unsqueeze(1)
         if not asking.any() and bool(settled.all()):
             break
@@ -106,7 +106,7 @@ def _small(
         active = active | asking
         both = active.unsqueeze(1) & active.unsqueeze(2)
         factor = torch.linalg.cholesky(torch.where(both, gram, eye) + ridge)
-        aim = torch.cholesky_solve(torch.where(active, wanted, 0.0).unsqueeze(-1), factor).squeeze(-1)
+        aim = torch.cholesky_solve(torch.where(active, linear, 0.0).unsqueeze(-1), factor).squeeze(-1)
         below = active & (aim <= 0)
         # Walk towards the aim until the first weight reaches zero; that concept leaves.
         ratio = torch.where(below, w / (w - aim).clamp_min(1e-300), torch.inf)

@@ -98,10 +98,10 @@ def splice(
     if target is not None:
         l1 = _penalty_for(targets, directions, target)
     weights = torch.cat([solve(part, directions, l1) for part in targets.split(_AT_ONCE)])
-    return _made(weights, embeddings, words, mean, l1)
+    return _splice_of(weights, embeddings, words, mean, l1)
 
 
-def intervene(found: Splice, words: Dictionary, changes: Mapping[str, float]) -> Splice:
+def intervene(split: Splice, words: Dictionary, changes: Mapping[str, float]) -> Splice:
     """The same embeddings with the weights of some concepts set to other values (0 removes one).
 
     Raises: InputError for a concept that is not in the vocabulary.
@@ -109,14 +109,14 @@ def intervene(found: Splice, words: Dictionary, changes: Mapping[str, float]) ->
     unknown = [name for name in changes if name not in words.concepts]
     if unknown:
         raise InputError(f"{', '.join(map(repr, unknown))}: no such concept in this vocabulary.")
-    weights = found.weights.clone()
+    weights = split.weights.clone()
     for name, value in changes.items():
         weights[:, words.concepts.index(name)] = value
-    changed = _made(weights, found.reconstruction, words, found.mean, found.l1)
-    return replace(changed, cosine=found.cosine)
+    changed = _splice_of(weights, split.reconstruction, words, split.mean, split.l1)
+    return replace(changed, cosine=split.cosine)
 
 
-def _made(weights: Tensor, embeddings: Tensor, words: Dictionary, mean: Tensor, l1: float) -> Splice:
+def _splice_of(weights: Tensor, embeddings: Tensor, words: Dictionary, mean: Tensor, l1: float) -> Splice:
     rebuilt = unit(unit(weights @ words.directions.to(weights)) + mean.to(weights))
     cosine = (rebuilt * unit(embeddings.float())).sum(-1)
     return Splice(weights, rebuilt, cosine, mean, l1, words.concepts)
@@ -127,9 +127,9 @@ def _penalty_for(targets: Tensor, directions: Tensor, target: float) -> float:
     sample = targets[:64]
     # Above this no concept has weight.
     high = float(2 * (sample @ directions.T).max())
-    low, most = high * 1e-2, float((solve(sample, directions, high * 1e-2) > 0).sum(1).float().mean())
-    if not 0 < target <= most:
-        raise InputError(f"{target} concepts each are out of reach here: it can be up to {most:.0f}.")
+    low, largest = high * 1e-2, float((solve(sample, directions, high * 1e-2) > 0).sum(1).float().mean())
+    if not 0 < target <= largest:
+        raise InputError(f"{target} concepts each are out of reach here: it can be up to {largest:.0f}.")
     for _ in range(18):
         middle = (low * high) ** 0.5
         many = float((solve(sample, directions, middle) > 0).sum(1).float().mean())

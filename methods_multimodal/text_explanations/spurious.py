@@ -45,7 +45,7 @@ class Repair(Record):
 
 
 def find_shortcut(
-    found: Decomposition,
+    decomposed: Decomposition,
     spurious: Float[Tensor, "text width"],
     core: Float[Tensor, "other width"],
     *,
@@ -63,10 +63,10 @@ def find_shortcut(
     """
     by_name: dict[Component, float] = {}
     for texts, sign in ((spurious, 1.0), (core, -1.0)):
-        ranking = rank_components(found, texts)
+        ranking = rank_components(decomposed, texts)
         for component, score in zip(ranking.components(), ranking.scores.tolist(), strict=True):
             by_name[component] = by_name.get(component, 0.0) + sign * score
-    able = [c for c in components_of(found) if c.head is not None or not heads_only]
+    able = [c for c in components_of(decomposed) if c.head is not None or not heads_only]
     able.sort(key=lambda c: -by_name[c])
     chosen = able[:n] if n is not None else [c for c in able if by_name[c] > 1 / len(by_name)]
     return Repair(
@@ -94,6 +94,6 @@ def group_accuracy(
     return Groups(sums / sizes.clamp_min(1), sizes, float(right.mean()))
 
 
-def repaired(found: Decomposition, repair: Repair, means: Decomposition) -> Float[Tensor, "image width"]:
+def repaired(decomposed: Decomposition, repair: Repair, means: Decomposition) -> Float[Tensor, "image width"]:
     """The embeddings with the shortcut's components at their mean over other images."""
-    return ablate(found, repair.components, "mean", means=means)
+    return ablate(decomposed, repair.components, "mean", means=means)

@@ -92,7 +92,7 @@ def text_span(
     if not chosen:
         raise NothingVariesError("None of the texts lies along what varies here; give other texts.")
     directions = torch.stack(axes) @ frame
-    found = TextSpan(
+    span = TextSpan(
         chosen=tuple(chosen),
         names=tuple(names[i] for i in chosen) if names is not None else tuple(f"text {i}" for i in chosen),
         directions=directions.float(),
@@ -101,10 +101,10 @@ def text_span(
         rank=len(frame),
     )
     if isinstance(heads, Moments):
-        return found
+        return span
     wide = heads.double() - moments.mean
     built = (moments.mean + wide @ directions.T @ directions).to(heads.dtype)
-    return TextSpan(**{**vars(found), "reconstruction": built})
+    return TextSpan(**{**vars(span), "reconstruction": built})
 
 
 def _leading(

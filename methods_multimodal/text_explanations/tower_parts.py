@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from mm_adapters import MissingSiteError, Model, TowerView
+from methods_multimodal.core.model import check_pool, check_sites, check_summary
+from mm_adapters import Model, TowerView
 
 NEEDED = ("hook_resid_pre", "attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_mlp_out")
 
@@ -69,24 +69,19 @@ def tower_parts(model: Model, tower: str = "vision") -> TowerParts:
     or gives no summary that is linear in that stream.
     """
     view = model.check_tower(tower)
-    if view.pool not in ("first", "last", "end", "attention"):
-        raise MissingSiteError(f"{tower}: its summary is pooled by {view.pool}, which is not split here.")
-    present = {site.part for site in model.sites(f"{tower}.blocks.0.*") if site.reason is None}
-    lacking = [part for part in NEEDED if part not in present]
-    if lacking:
-        raise MissingSiteError(
-            f"{tower}: a decomposition needs blocks that add attention and an MLP to one stream; "
-            f"{model.name} has no {tower}.blocks.0.{lacking[0]}."
-        )
+    check_sites(model, [f"{tower}.blocks.0.{part}" for part in NEEDED] + [f"{tower}.ln_final.hook_scale"])
+    check_pool(view, "first", "last", "end", "attention")
+    check_summary(model, view)
+    if view.pool == "attention":
+        check_sites(model, [f"{tower}.pool.attn.hook_pattern", f"{tower}.pool.hook_mlp_out"])
     norm = view.final_norm
-    if norm is None:
-        raise MissingSiteError(f"{tower}: it has no final norm to divide by, so no decomposition here.")
+    assert norm is not None
     blocks = [view.weights(i).names("attn") for i in range(view.n_layers())]
     out = torch.stack([b["W_O"]().detach().float() for b in blocks])
     out_bias = torch.stack([b["b_O"]().detach().float() for b in blocks])
     beta = norm.bias.detach().float().expand(out.shape[-1])
     gamma = norm.gain.detach().float().expand(out.shape[-1])
-    matrices, pool_bias = _summary_weights(model, view, out.shape[-1])
+    matrices, pool_bias = _summary_weights(view, out.shape[-1])
     uncentred = gamma[None, :, None] * matrices
     # Taking the mean off the reader takes it off whatever is read.
     readers = uncentred - uncentred.mean(1, keepdim=True) if norm.kind == "LN" else uncentred
@@ -95,11 +90,11 @@ def tower_parts(model: Model, tower: str = "vision") -> TowerParts:
 
 
 def _summary_weights(
-    model: Model, tower: TowerView, width: int
+    tower: TowerView, width: int
 ) -> tuple[Float[Tensor, "pool d_model width"], Float[Tensor, " width"]]:
     """What takes the normalised stream to the summary, and the summary's own bias."""
     if tower.pool == "attention":
-        return _pooling_weights(model, tower)
+        return _pooling_weights(tower)
     matrix, bias = tower.projection, tower.projection_bias
     if matrix is None:
         return torch.eye(width, device=tower.device)[None], torch.zeros(width, device=tower.device)
@@ -108,19 +103,10 @@ def _summary_weights(
 
 
 def _pooling_weights(
-    model: Model, tower: TowerView
+    tower: TowerView,
 ) -> tuple[Float[Tensor, "pool d_model width"], Float[Tensor, " width"]]:
-    sites = model.sites(f"{tower.name}.pool.attn.hook_pattern")
-    if not sites or sites[0].reason is not None:
-        raise MissingSiteError(
-            f"{tower.name}: its summary is pooled by attention, and no site shows that attention."
-        )
-    module: Any = model.wrapped.get_submodule(sites[0].module)
-    weight, bias = module.in_proj_weight.detach().float(), module.in_proj_bias.detach().float()
-    n_heads = module.num_heads
-    value = rearrange(weight.chunk(3)[2], "(g d) m -> g m d", g=n_heads)
-    value_bias = rearrange(bias.chunk(3)[2], "(g d) -> g d", g=n_heads)
-    out = rearrange(module.out_proj.weight.detach().float(), "w (g d) -> g d w", g=n_heads)
+    """Of each head that pools, what its values make of the stream; and the bias of all."""
+    weights = {name: get().detach().float() for name, get in tower.pool_weights.names("pool.attn").items()}
     # Attention weights sum to one, so the values' bias arrives whole.
-    own = einsum(value_bias, out, "g d, g d w -> w") + module.out_proj.bias.detach().float()
-    return value @ out, own
+    bias = einsum(weights["b_V"], weights["W_O"], "g d, g d w -> w") + weights["b_O"]
+    return weights["W_V"] @ weights["W_O"], bias

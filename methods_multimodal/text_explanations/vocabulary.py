@@ -27,14 +27,14 @@ class Vocabulary(Record):
 
     def of(self, groups: Iterable[str]) -> Vocabulary:
         """The texts of these groups. Raises: InputError for a group there is none of."""
-        wanted = set(groups)
-        unknown = wanted - set(self.groups)
+        asked = set(groups)
+        unknown = asked - set(self.groups)
         if unknown:
             known = ", ".join(dict.fromkeys(self.groups))
             raise InputError(
                 f"No words are about {', '.join(sorted(unknown))}; there are words about {known}."
             )
-        kept = [i for i, group in enumerate(self.groups) if group in wanted]
+        kept = [i for i, group in enumerate(self.groups) if group in asked]
         return Vocabulary(
             *(tuple(column[i] for i in kept) for column in (self.texts, self.words, self.groups))
         )
@@ -52,32 +52,32 @@ def vocabulary(source: str | Path | Sequence[str] = "general") -> Vocabulary:
     if isinstance(source, str | Path) and str(source) in SHIPPED:
         rows = _rows(files("methods_multimodal").joinpath(f"words/{source}.txt").read_text("utf-8"))
         if str(source) == "world":
-            return _made(rows)
+            return _unique(rows)
         templates = attribute_templates()
         texts = tuple(templates.get(group, templates[_ANY])[0].format(word) for group, word in rows)
         return Vocabulary(texts, tuple(w for _, w in rows), tuple(g for g, _ in rows))
     if not isinstance(source, str | Path):
-        return _made([("", text) for text in source])
+        return _unique([("", text) for text in source])
     path = Path(source)
     if not path.is_file():
         raise InputError(
             f"There is no vocabulary {source}: it is neither {' nor '.join(SHIPPED)}, nor a text file."
         )
     try:
-        return _made(_rows(path.read_text("utf-8")))
+        return _unique(_rows(path.read_text("utf-8")))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no text file in UTF-8: {error}") from None
 
 
 def attribute_templates() -> dict[str, tuple[str, ...]]:
     """The shipped templates by group; those of "any" serve a group without its own."""
-    found: dict[str, list[str]] = {}
+    templates: dict[str, list[str]] = {}
     for group, text in _rows(files("methods_multimodal").joinpath("words/templates.txt").read_text("utf-8")):
-        found.setdefault(group, []).append(text)
-    return {group: tuple(texts) for group, texts in found.items()}
+        templates.setdefault(group, []).append(text)
+    return {group: tuple(texts) for group, texts in templates.items()}
 
 
-def _made(rows: Sequence[tuple[str, str]]) -> Vocabulary:
+def _unique(rows: Sequence[tuple[str, str]]) -> Vocabulary:
     unique = list(dict.fromkeys(rows))
     if len(unique) < 2:
         raise InputError(f"A vocabulary needs at least two texts; this one has {len(unique)}.")

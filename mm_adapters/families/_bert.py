@@ -1,7 +1,6 @@
 """Blocks that normalise after they add, as BERT's (arXiv 1810.04805); names as TransformerLens' for it."""
 
-from mm_adapters.families._parts import attention, norm
-from mm_adapters.records import Input, Output
+from mm_adapters.records import Input, Output, attention, norm
 
 PARTS = (
     {"hook_resid_pre": Input("")}

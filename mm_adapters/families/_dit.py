@@ -1,7 +1,6 @@
 """Parts of diffusion transformers, whose branches are scaled by a gate before they are added."""
 
-from mm_adapters.families._parts import inside, norm
-from mm_adapters.records import Input, Output, Parts, Stream
+from mm_adapters.records import Input, Output, Parts, Stream, inside, norm
 
 # What attends is the two streams in one: q, k and v as the kernel is given them.
 JOINT_ATTENTION = inside("attn", "heads", "q", "k", "v", "attn_scores", "pattern", "pattern_text", "z")

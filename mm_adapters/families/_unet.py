@@ -1,7 +1,6 @@
 """Parts that the UNets of diffusers share."""
 
-from mm_adapters.families._parts import inside
-from mm_adapters.records import Input, Output, Parts, Stack
+from mm_adapters.records import Input, Output, Parts, Stack, inside
 
 RESNET: Parts = {
     "hook_in": Input("", is_map=True),

@@ -1,7 +1,6 @@
 """BART: an encoder, and a decoder that reads it; norms come after the branches (arXiv 1910.13461)."""
 
-from mm_adapters.families._parts import attention, norm
-from mm_adapters.records import Input, Output, Stack, Tower, register
+from mm_adapters.records import Input, Output, Stack, Tower, attention, norm, register
 
 SELF = (
     {"hook_resid_pre": Input("")}

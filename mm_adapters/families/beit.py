@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from mm_adapters.families import vit
-from mm_adapters.families._parts import norm
-from mm_adapters.records import ModelRecord, Output, Stream, Tower, TowerMount, register
+from mm_adapters.records import ModelRecord, Output, Stream, Tower, TowerMount, norm, register
 
 # A ViT's block whose branches are scaled before they are added.
 _SCALED = {
@@ -20,7 +19,10 @@ register(
         {"blocks": replace(vit.BLOCKS, parts={**vit.BLOCKS.parts, **_SCALED})},
         before={"hook_embed": Output("embeddings")},
         after=norm("layernorm", "ln_final") | norm("pooler.layernorm", "pool.ln"),
-        absent={"hook_pos_embed": "a bias on the scores, or a table added without a module; see W_pos"},
+        absent={
+            "hook_pos_embed": "a bias on the scores, or a table added without a module; see W_pos",
+            "ln_final.*": "the mean of the patches is normalised: pool.ln",
+        },
         gives="last_hidden_state",
         position="embeddings.position_embeddings",
         patch="embeddings.patch_embeddings.projection",

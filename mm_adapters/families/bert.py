@@ -14,6 +14,7 @@ BERT = register(
             "hook_pos_embed": Output("embeddings.position_embeddings", reference_site="hook_embed"),
             "hook_full_embed": Output("embeddings"),
         },
+        absent={"ln_final.*": "each block normalises its own result"},
         takes="input_ids",
         gives="last_hidden_state",
         embed="embeddings.word_embeddings.weight",

@@ -3,8 +3,17 @@
 
 from functools import partial
 
-from mm_adapters.families._parts import attention, norm
-from mm_adapters.records import Input, ModelRecord, Output, Stack, Tower, TowerMount, register
+from mm_adapters.records import (
+    Input,
+    ModelRecord,
+    Output,
+    Stack,
+    Tower,
+    TowerMount,
+    attention,
+    norm,
+    register,
+)
 
 BERT = partial(attention, q="query", k="key", v="value", heads="num_attention_heads")
 # Norms come after the branches, as BERT's do: each normalises the stream that a branch has joined.

@@ -1,7 +1,17 @@
 """BLIP-2 and InstructBLIP: a ViT, a Q-Former, one linear map, a language model (arXiv 2301.12597)."""
 
-from mm_adapters.families._parts import mlp, pre_norm, projector, qkv_attention, vlm
-from mm_adapters.records import Output, Queries, Stack, Tower, TowerMount, register
+from mm_adapters.families._parts import projector, vlm
+from mm_adapters.records import (
+    Output,
+    Queries,
+    Stack,
+    Tower,
+    TowerMount,
+    mlp,
+    pre_norm,
+    qkv_attention,
+    register,
+)
 
 BLOCKS = Stack(
     ("encoder.layers.*",),

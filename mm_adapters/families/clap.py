@@ -3,8 +3,18 @@
 from dataclasses import replace
 
 from mm_adapters.families import bert
-from mm_adapters.families._parts import attention, norm
-from mm_adapters.records import Input, ModelRecord, Output, Stack, Stream, Tower, TowerMount, register
+from mm_adapters.records import (
+    Input,
+    ModelRecord,
+    Output,
+    Stack,
+    Stream,
+    Tower,
+    TowerMount,
+    attention,
+    norm,
+    register,
+)
 
 register(
     Tower(

@@ -1,7 +1,18 @@
 """CLIP as transformers writes it (arXiv 2103.00020)."""
 
-from mm_adapters.families._parts import attention, mlp, norm
-from mm_adapters.records import Input, ModelRecord, Output, Residual, Stack, Tower, TowerMount, register
+from mm_adapters.records import (
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Tower,
+    TowerMount,
+    attention,
+    mlp,
+    norm,
+    register,
+)
 
 BLOCKS = Stack(
     ("encoder.layers.*",),

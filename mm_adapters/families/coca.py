@@ -1,8 +1,19 @@
 """CoCa: an open_clip dual tower whose patches a captioning decoder reads (arXiv 2205.01917)."""
 
-from mm_adapters.families._parts import fused_attention, mlp, norm
 from mm_adapters.families.open_clip import BLOCKS
-from mm_adapters.records import Input, ModelRecord, Output, Residual, Stack, Tower, TowerMount, register
+from mm_adapters.records import (
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Tower,
+    TowerMount,
+    fused_attention,
+    mlp,
+    norm,
+    register,
+)
 
 # A block of its own after each block of the decoder: the words read the image's queries, then an MLP.
 CROSS = Stack(
@@ -38,8 +49,12 @@ register(
         "contrastive",
         ("open_clip:CoCa",),
         {
-            "vision": TowerMount("visual", run="encode_image", takes="image", project="visual.proj"),
-            "text": TowerMount("text", run="encode_text", takes="text", project="text.text_projection"),
+            "vision": TowerMount(
+                "visual", run="encode_image", takes="image", project="visual.proj", unit=True
+            ),
+            "text": TowerMount(
+                "text", run="encode_text", takes="text", project="text.text_projection", unit=True
+            ),
             "decoder": TowerMount("text_decoder", project="text_decoder.text_projection"),
         },
         logit_scale="logit_scale",

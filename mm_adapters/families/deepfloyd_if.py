@@ -1,6 +1,6 @@
 """DeepFloyd IF: a cascade in pixels, each stage a pipeline of its own; T5 text, no autoencoder."""
 
-from mm_adapters.records import Guidance, ModelRecord, TowerMount, register
+from mm_adapters.records import Guidance, ModelRecord, Sampling, TowerMount, register
 
 register(
     ModelRecord(
@@ -11,5 +11,6 @@ register(
         {"text": TowerMount("text_encoder"), "denoiser": TowerMount("unet")},
         loop="denoiser",
         guidance=Guidance(flag=None),
+        sampling={"denoiser": Sampling(variance="always", signed=True)},
     )
 )  # fmt: skip

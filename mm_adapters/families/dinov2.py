@@ -1,7 +1,6 @@
 """DINOv2, with and without registers, as transformers writes it (arXiv 2304.07193, 2309.16588)."""
 
-from mm_adapters.families._parts import attention, norm
-from mm_adapters.records import Built, Input, Output, Residual, Stack, Tower, register
+from mm_adapters.records import Built, Input, Output, Residual, Stack, Tower, attention, norm, register
 
 # transformers 5.17 has another attention and another gated MLP in it than 5.22.
 _ATTENTION = attention("attention", q="q_proj|attention.query", k="k_proj|attention.key",

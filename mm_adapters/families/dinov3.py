@@ -1,7 +1,6 @@
 """DINOv3's vision transformer as transformers writes it (arXiv 2508.10104)."""
 
-from mm_adapters.families._parts import attention, norm
-from mm_adapters.records import Input, Output, Residual, Stack, Tower, register
+from mm_adapters.records import Input, Output, Residual, Stack, Tower, attention, norm, register
 
 register(
     Tower(

@@ -1,15 +1,18 @@
 """DiT: a diffusion transformer conditioned on a class (arXiv 2212.09748)."""
 
-from mm_adapters.families._parts import attention, mlp, norm
 from mm_adapters.records import (
     Guidance,
     Input,
     ModelRecord,
     Output,
+    Sampling,
     Stack,
     Stream,
     Tower,
     TowerMount,
+    attention,
+    mlp,
+    norm,
     register,
 )
 
@@ -47,5 +50,6 @@ register(
         loop="denoiser",
         # It lays the classes first, then the class of none.
         guidance=Guidance(flag=None, denoiser_rows=("cond", "uncond")),
+        sampling={"denoiser": Sampling(variance="wide")},
     )
 )

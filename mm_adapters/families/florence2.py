@@ -1,7 +1,7 @@
 """Florence-2: a DaViT, whose blocks attend among patches then among channels, and BART (arXiv 2311.06242)."""
 
-from mm_adapters.families._parts import davit_block, norm, vlm
-from mm_adapters.records import Input, Output, Stack, Tower, TowerMount, register
+from mm_adapters.families._parts import davit_block, vlm
+from mm_adapters.records import Input, Output, Stack, Tower, TowerMount, norm, register
 
 SKIP = "convolutions stand on the skip connection; read hook_resid_pre, hook_attn_out, hook_mlp_out"
 
@@ -18,7 +18,11 @@ register(
             "channel": Stack(("blocks.*.*.channel_block",), davit_block("channel_attn", "groups")),
         },
         before={"hook_embed": Output("convs.0", is_map=True)},
-        absent={"spatial.*.hook_resid_mid": SKIP, "channel.*.hook_resid_mid": SKIP},
+        absent={
+            "spatial.*.hook_resid_mid": SKIP,
+            "channel.*.hook_resid_mid": SKIP,
+            "blocks.*": "its blocks are of two kinds: spatial.* and channel.*",
+        },
         takes="hidden_states",
         gives="",
         pool="none",

@@ -1,16 +1,17 @@
 """Flux: blocks that keep text and image apart, then blocks that do not; text first."""
 
 from mm_adapters.families._dit import DOUBLE_END, DOUBLE_START, JOINT_ATTENTION
-from mm_adapters.families._parts import norm
 from mm_adapters.records import (
     Guidance,
     Input,
     Joint,
     ModelRecord,
     Output,
+    Sampling,
     Stack,
     Tower,
     TowerMount,
+    norm,
     register,
 )
 
@@ -53,7 +54,8 @@ register(
          "denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         # Two calls a step where there is a negative prompt and true_cfg_scale is above one.
-        guidance=Guidance(flag=None, denoiser_calls=("cond", "uncond")),
+        guidance=Guidance(flag=None, scale="true_cfg_scale", denoiser_calls=("cond", "uncond")),
+        sampling={"denoiser": Sampling(packed=True)},
         joint_text=("text_2",),
     )
 )  # fmt: skip

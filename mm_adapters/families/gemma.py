@@ -1,8 +1,8 @@
 """Gemma's language towers, whose norms store their gains less one (arXiv 2403.08295, 2503.19786)."""
 
-from mm_adapters.families._parts import decoder, gated_mlp, norm, pre_norm
+from mm_adapters.families._parts import decoder
 from mm_adapters.families.llama import ATTENTION
-from mm_adapters.records import Input, Output, Residual, Stack, register
+from mm_adapters.records import Input, Output, Residual, Stack, gated_mlp, norm, pre_norm, register
 
 MLP = gated_mlp("mlp")
 BLOCKS = Stack(

@@ -1,8 +1,8 @@
 """Gemma 3: SigLIP, patches averaged to fewer tokens, a Gemma decoder (arXiv 2503.19786)."""
 
-from mm_adapters.families._parts import norm, projector, vlm
+from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.llava import TOWERS
-from mm_adapters.records import register
+from mm_adapters.records import norm, register
 
 register(
     projector(

@@ -1,8 +1,20 @@
 """Idefics2: a perceiver reads each image with a few queries (arXiv 2405.02246)."""
 
-from mm_adapters.families._parts import attention, gated_mlp, norm, vlm
+from mm_adapters.families._parts import vlm
 from mm_adapters.families.idefics3 import LANGUAGE
-from mm_adapters.records import Input, Output, Queries, Residual, Stack, Tower, TowerMount, register
+from mm_adapters.records import (
+    Input,
+    Output,
+    Queries,
+    Residual,
+    Stack,
+    Tower,
+    TowerMount,
+    attention,
+    gated_mlp,
+    norm,
+    register,
+)
 
 PERCEIVER = Stack(
     ("perceiver_resampler.layers.*",),

@@ -1,8 +1,8 @@
 """Idefics3 and SmolVLM: tiles, their patches shuffled into fewer (arXiv 2408.12637, 2504.05299)."""
 
-from mm_adapters.families._parts import language, norm, projector, vlm
+from mm_adapters.families._parts import language, projector, vlm
 from mm_adapters.families.clip import BLOCKS
-from mm_adapters.records import Input, Output, Tiles, Tower, TowerMount, register
+from mm_adapters.records import Input, Output, Tiles, Tower, TowerMount, norm, register
 
 LANGUAGE = language("model.text_model")
 

@@ -1,8 +1,8 @@
 """InternVL: an InternViT on the image and its tiles, patches shuffled into fewer (arXiv 2404.16821)."""
 
-from mm_adapters.families._parts import attention, mlp, norm, projector, vlm
+from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.llava import TOWERS
-from mm_adapters.records import Input, Output, Stack, Stream, Tiles, Tower, register
+from mm_adapters.records import Input, Output, Stack, Stream, Tiles, Tower, attention, mlp, norm, register
 
 BLOCKS = Stack(
     ("encoder.layer.*",),
@@ -23,6 +23,7 @@ register(
         {"blocks": BLOCKS},
         before={"hook_embed": Output("embeddings")},
         after={"hook_out": Output("layernorm")},
+        absent={"ln_final.*": "the projector normalises: projector.ln"},
         gives="last_hidden_state",
         pool="none",
         position="embeddings.position_embeddings",

@@ -1,8 +1,8 @@
 """Janus: a SigLIP-like tower to see with, VQ codes to draw with (arXiv 2410.13848, 2501.17811)."""
 
-from mm_adapters.families._parts import attention, mlp, pre_norm, projector, vlm
+from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.llava import LANGUAGE
-from mm_adapters.records import Output, Stack, Tower, TowerMount, register
+from mm_adapters.records import Output, Stack, Tower, TowerMount, attention, mlp, pre_norm, register
 
 BLOCKS = Stack(
     ("encoder.layers.*",),

@@ -1,6 +1,13 @@
 """Kandinsky 2.1, whose decoder reads the text and an image's embedding, and 2.2, which reads the latter."""
 
-from mm_adapters.records import Guidance, ModelRecord, TowerMount, register
+from dataclasses import replace
+
+from mm_adapters.families.prior import PRIOR
+from mm_adapters.records import Guidance, ModelRecord, Sampling, TowerMount, register
+
+# Its autoencoder quantizes, unless it is told not to; the loop works on its latents as they are.
+MOVQ = Sampling(scaled=None, decode={"force_not_quantize": True}, signed=True)
+_SAMPLING = {"denoiser": replace(MOVQ, variance="always")}
 
 # A multilingual RoBERTa with a projection around it.
 register(
@@ -20,6 +27,7 @@ register(
         {"text": TowerMount("text_encoder"), "denoiser": TowerMount("unet"), "vae": TowerMount("movq")},
         loop="denoiser",
         guidance=Guidance(flag=None),
+        sampling=_SAMPLING,
     )
 )
 register(
@@ -36,6 +44,7 @@ register(
         {"denoiser": TowerMount("unet"), "vae": TowerMount("movq")},
         loop="denoiser",
         guidance=Guidance(flag=None),
+        sampling=_SAMPLING,
     )
 )
 # Prior and decoder in one call, as AutoPipelineForText2Image makes them.
@@ -57,5 +66,6 @@ register(
         loop="denoiser",
         guidance=Guidance(flag=None),
         more_loops={"prior": Guidance(flag=None, scale="prior_guidance_scale")},
+        sampling=_SAMPLING | {"prior": PRIOR},
     )
 )

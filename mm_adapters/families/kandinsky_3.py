@@ -3,8 +3,18 @@
 # pyright: reportArgumentType=false
 
 from mm_adapters.families._conv import maps
-from mm_adapters.families._parts import attention
-from mm_adapters.records import Guidance, Input, ModelRecord, Output, Stack, Tower, TowerMount, register
+from mm_adapters.families.kandinsky import MOVQ
+from mm_adapters.records import (
+    Guidance,
+    Input,
+    ModelRecord,
+    Output,
+    Stack,
+    Tower,
+    TowerMount,
+    attention,
+    register,
+)
 
 _NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "heads": "heads"}
 # A level's first attention is the map's to itself: before the others on the way down, after them up.
@@ -54,6 +64,7 @@ register(
         ("diffusers:Kandinsky3Pipeline", "diffusers:Kandinsky3Img2ImgPipeline"),
         {"text": TowerMount("text_encoder"), "denoiser": TowerMount("unet"), "vae": TowerMount("movq")},
         loop="denoiser",
-        guidance=Guidance(),
+        guidance=Guidance(from_zero=True),
+        sampling={"denoiser": MOVQ},
     )
 )

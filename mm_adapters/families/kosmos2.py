@@ -1,8 +1,21 @@
 """Kosmos-2: a CLIP tower, queries that read it, a decoder that grounds phrases (arXiv 2306.14824)."""
 
-from mm_adapters.families._parts import attention, mlp, norm, pre_norm, projector
+from mm_adapters.families._parts import projector
 from mm_adapters.families.clip import BLOCKS as VISION_BLOCKS
-from mm_adapters.records import Input, ModelRecord, Output, Queries, Stack, Tower, TowerMount, register
+from mm_adapters.records import (
+    Input,
+    ModelRecord,
+    Output,
+    Queries,
+    Stack,
+    Tower,
+    TowerMount,
+    attention,
+    mlp,
+    norm,
+    pre_norm,
+    register,
+)
 
 BLOCKS = Stack(
     ("model.layers.*",),

@@ -1,7 +1,7 @@
 """Decoder-only language towers that name their parts as Llama does."""
 
-from mm_adapters.families._parts import attention, decoder, gated_mlp, pre_norm
-from mm_adapters.records import ModelRecord, Stack, TowerMount, register
+from mm_adapters.families._parts import decoder
+from mm_adapters.records import ModelRecord, Stack, TowerMount, attention, gated_mlp, pre_norm, register
 
 ATTENTION = attention("self_attn", o="o_proj", heads="config.num_attention_heads",
                       kv_heads="config.num_key_value_heads", rotary=True)  # fmt: skip

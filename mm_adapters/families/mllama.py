@@ -1,8 +1,22 @@
 """Llama 3.2 Vision: some language blocks read an image's tiles through a gate (arXiv 2407.21783)."""
 
-from mm_adapters.families._parts import attention, decoder, gated_mlp, mlp, norm, pre_norm, vlm
+from mm_adapters.families._parts import decoder, vlm
 from mm_adapters.families.llava import LANGUAGE
-from mm_adapters.records import Input, Output, Queries, Stack, Stream, Tower, TowerMount, register
+from mm_adapters.records import (
+    Input,
+    Output,
+    Queries,
+    Stack,
+    Stream,
+    Tower,
+    TowerMount,
+    attention,
+    gated_mlp,
+    mlp,
+    norm,
+    pre_norm,
+    register,
+)
 
 VISION = pre_norm(ln1="input_layernorm", attn="self_attn", heads=attention("self_attn", o="o_proj"),
                   ln2="post_attention_layernorm", ff="mlp", neurons=mlp("mlp"))  # fmt: skip

@@ -3,9 +3,9 @@
 from functools import partial
 
 from mm_adapters.families import llama
-from mm_adapters.families._parts import attention, decoder, mlp, pre_norm, vlm
+from mm_adapters.families._parts import decoder, vlm
 from mm_adapters.families.llava import TOWERS
-from mm_adapters.records import Built, Input, Output, Stack, Tower, Views, register
+from mm_adapters.records import Built, Input, Output, Stack, Tower, Views, attention, mlp, pre_norm, register
 
 _attention = partial(
     attention, o="o_proj", heads="config.num_attention_heads", kv_heads="config.num_key_value_heads"

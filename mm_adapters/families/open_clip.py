@@ -1,6 +1,5 @@
 """open_clip's ViT towers, whose attention is nn.MultiheadAttention (arXiv 2212.07143)."""
 
-from mm_adapters.families._parts import fused_attention, mlp, norm
 from mm_adapters.records import (
     Built,
     Input,
@@ -10,6 +9,9 @@ from mm_adapters.records import (
     Stack,
     Tower,
     TowerMount,
+    fused_attention,
+    mlp,
+    norm,
     register,
 )
 
@@ -35,6 +37,7 @@ register(
         {"blocks": BLOCKS},
         before={"hook_embed": Output("ln_pre")},
         after=norm("ln_post", "ln_final"),
+        absent={"pool.*": "the attention that pools is not read by parts"},
         takes="x",
         gives="",
         pool=Built(

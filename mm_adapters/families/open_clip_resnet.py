@@ -1,8 +1,7 @@
 """CLIP's modified ResNet, as open_clip writes it (arXiv 2103.00020)."""
 
 from mm_adapters.families._conv import maps
-from mm_adapters.families._parts import fused_attention
-from mm_adapters.records import Input, Output, Stack, Tower, register
+from mm_adapters.records import Input, Output, Stack, Tower, fused_attention, register
 
 register(
     Tower(

@@ -1,7 +1,7 @@
 """OPT's language tower (arXiv 2205.01068)."""
 
-from mm_adapters.families._parts import attention, decoder, pre_norm
-from mm_adapters.records import Input, ModelRecord, Output, Stack, TowerMount, register
+from mm_adapters.families._parts import decoder
+from mm_adapters.records import Input, ModelRecord, Output, Stack, TowerMount, attention, pre_norm, register
 
 NEURONS = {"mlp.hook_pre": Output("fc1"), "mlp.hook_post": Input("fc2")}
 BLOCKS = Stack(

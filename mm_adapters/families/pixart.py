@@ -3,17 +3,20 @@
 
 # pyright: reportArgumentType=false
 
-from mm_adapters.families._parts import attention, mlp, norm
 from mm_adapters.records import (
     Guidance,
     Input,
     ModelRecord,
     Output,
     Residual,
+    Sampling,
     Stack,
     Stream,
     Tower,
     TowerMount,
+    attention,
+    mlp,
+    norm,
     register,
 )
 
@@ -55,5 +58,6 @@ register(
         {"text": TowerMount("text_encoder"), "denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         guidance=Guidance(flag=None),
+        sampling={"denoiser": Sampling(variance="wide")},
     )
 )

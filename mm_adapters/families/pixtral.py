@@ -1,8 +1,19 @@
 """Pixtral's tower, for images of any size, and Mistral 3, which merges patches (arXiv 2410.07073)."""
 
-from mm_adapters.families._parts import attention, gated_mlp, norm, pre_norm, projector, vlm
+from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.llava import TOWERS
-from mm_adapters.records import Input, Merged, Output, Stack, Tower, register
+from mm_adapters.records import (
+    Input,
+    Merged,
+    Output,
+    Stack,
+    Tower,
+    attention,
+    gated_mlp,
+    norm,
+    pre_norm,
+    register,
+)
 
 NEWLINES = ("[IMG_BREAK]", "[IMG_END]")
 BLOCKS = Stack(

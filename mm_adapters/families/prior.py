@@ -1,18 +1,26 @@
 """The prior of unCLIP and Kandinsky: a transformer that denoises an image's embedding (arXiv 2204.06125)."""
 
-from mm_adapters.families._parts import attention, mlp, norm
+from dataclasses import replace
+
 from mm_adapters.records import (
     Guidance,
     Input,
     ModelRecord,
     Output,
     Residual,
+    Sampling,
     Stack,
     Tower,
     TowerMount,
+    attention,
+    mlp,
+    norm,
     register,
 )
 
+# Of the loop that makes an embedding, in this pipeline and as the first of others.
+OWN_PRIOR = Sampling(prediction="hook_pooled", pictures=False)
+PRIOR = replace(OWN_PRIOR, scheduler="prior_scheduler", steps="prior_num_inference_steps")
 register(
     Tower(
         "prior_transformer",
@@ -31,6 +39,7 @@ register(
                 | {"hook_mlp_out": Output("ff"), "hook_resid_post": Output("")},
             )
         },
+        before={"hook_in": Input("", argument="hidden_states", axes=("batch", "d_embedding"))},
         after=norm("norm_out", "ln_final") | {"hook_pooled": Output("")},
         takes="hidden_states",
         gives="predicted_image_embedding",
@@ -45,5 +54,6 @@ register(
         {"text": TowerMount("text_encoder"), "denoiser": TowerMount("prior")},
         loop="denoiser",
         guidance=Guidance(flag=None),
+        sampling={"denoiser": OWN_PRIOR},
     )
 )

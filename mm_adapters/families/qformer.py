@@ -2,8 +2,7 @@
 
 from functools import partial
 
-from mm_adapters.families._parts import attention, norm
-from mm_adapters.records import Input, Output, Stack, Tower, register
+from mm_adapters.records import Input, Output, Stack, Tower, attention, norm, register
 
 BERT = partial(attention, q="query", k="key", v="value", heads="num_attention_heads")
 

@@ -1,8 +1,18 @@
 """Qwen2.5-VL: most blocks of its vision tower attend within windows (arXiv 2502.13923)."""
 
-from mm_adapters.families._parts import gated_mlp, norm, pre_norm, projector, qkv_attention, vlm
+from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.qwen2_vl import MERGER, PROMPT, TOWERS
-from mm_adapters.records import Input, Merged, Stack, Tower, register
+from mm_adapters.records import (
+    Input,
+    Merged,
+    Stack,
+    Tower,
+    gated_mlp,
+    norm,
+    pre_norm,
+    qkv_attention,
+    register,
+)
 
 BLOCKS = Stack(
     ("blocks.*",),

@@ -1,8 +1,20 @@
 """Qwen2-VL: packed patches, a merger, multi-axis rotary embedding (arXiv 2409.12191)."""
 
-from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention, vlm
+from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.llava import LANGUAGE
-from mm_adapters.records import Input, Merged, Output, Stack, Tower, TowerMount, register
+from mm_adapters.records import (
+    Input,
+    Merged,
+    Output,
+    Stack,
+    Tower,
+    TowerMount,
+    mlp,
+    norm,
+    pre_norm,
+    qkv_attention,
+    register,
+)
 
 BLOCKS = Stack(
     ("blocks.*",),

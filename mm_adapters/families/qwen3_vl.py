@@ -1,8 +1,19 @@
 """Qwen3-VL: features of several depths join the first language blocks (DeepStack; arXiv 2511.21631)."""
 
-from mm_adapters.families._parts import mlp, norm, pre_norm, projector, qkv_attention, vlm
+from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.qwen2_vl import PROMPT, TOWERS
-from mm_adapters.records import Input, Merged, Output, Stack, Tower, register
+from mm_adapters.records import (
+    Input,
+    Merged,
+    Output,
+    Stack,
+    Tower,
+    mlp,
+    norm,
+    pre_norm,
+    qkv_attention,
+    register,
+)
 
 BLOCKS = Stack(
     ("blocks.*",),

@@ -7,6 +7,7 @@ from mm_adapters.records import (
     Joint,
     ModelRecord,
     Output,
+    Sampling,
     Stack,
     Tower,
     TowerMount,
@@ -38,7 +39,10 @@ register(
          "denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         # Two calls a step where there is a negative prompt and true_cfg_scale is above one.
-        guidance=Guidance(flag=None, scale="true_cfg_scale", denoiser_calls=("cond", "uncond")),
+        guidance=Guidance(
+            flag=None, scale="true_cfg_scale", denoiser_calls=("cond", "uncond"), keeps_norm=True
+        ),
+        sampling={"denoiser": Sampling(packed=True, scaled="statistics")},
         joint_text=("text",),
         template=("prompt_template_encode", "prompt_template_encode_start_idx"),
     )

@@ -2,17 +2,19 @@
 
 # pyright: reportArgumentType=false
 
-from mm_adapters.families._parts import attention, norm
 from mm_adapters.records import (
     Guidance,
     Input,
     ModelRecord,
     Output,
     Residual,
+    Sampling,
     Stack,
     Stream,
     Tower,
     TowerMount,
+    attention,
+    norm,
     register,
 )
 
@@ -59,5 +61,6 @@ register(
         {"denoiser": TowerMount("transformer"), "vae": TowerMount("vae")},
         loop="denoiser",
         guidance=Guidance(),
+        sampling={"denoiser": Sampling(variance="wide")},
     )
 )

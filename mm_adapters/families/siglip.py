@@ -1,8 +1,7 @@
 """SigLIP as transformers writes it (arXiv 2303.15343)."""
 
-from mm_adapters.families._parts import fused_attention, norm
 from mm_adapters.families.clip import BLOCKS
-from mm_adapters.records import Input, ModelRecord, Output, Tower, TowerMount, register
+from mm_adapters.records import Input, ModelRecord, Output, Tower, TowerMount, fused_attention, norm, register
 
 # What reads the summary off the patches: one query attends to them, and an MLP follows.
 POOL = (

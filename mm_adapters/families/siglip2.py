@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from mm_adapters.families import siglip
-from mm_adapters.families._parts import norm
-from mm_adapters.records import Output, register
+from mm_adapters.records import Output, norm, register
 
 register(
     replace(
@@ -13,6 +12,7 @@ register(
         classes=("transformers:Siglip2VisionModel",),
         before={"hook_patches": Output("embeddings.patch_embedding"), "hook_embed": Output("embeddings")},
         after=norm("post_layernorm", "ln_final"),
+        absent={"pool.*": "the attention that pools is not read by parts"},
         patch=None,
         grids="spatial_shapes",
     )

@@ -1,7 +1,6 @@
 """Stable Diffusion 1, 2 and XL: text encoders, a UNet with cross-attention, an autoencoder
 (arXiv 2112.10752, 2307.01952)."""
 
-from mm_adapters.families._parts import attention, inside, norm
 from mm_adapters.families._unet import MAP_ATTENTION, RESNET, RESNETS
 from mm_adapters.records import (
     Guidance,
@@ -12,6 +11,9 @@ from mm_adapters.records import (
     Stack,
     Tower,
     TowerMount,
+    attention,
+    inside,
+    norm,
     register,
 )
 
@@ -95,7 +97,7 @@ register(
         ),
         TOWERS,
         loop="denoiser",
-        guidance=Guidance(),
+        guidance=Guidance(rescale="guidance_rescale"),
     )
 )
 register(
@@ -112,6 +114,6 @@ register(
         ),
         {"text": TowerMount("text_encoder"), "text_2": TowerMount("text_encoder_2")} | TOWERS,
         loop="denoiser",
-        guidance=Guidance(),
+        guidance=Guidance(rescale="guidance_rescale"),
     )
 )

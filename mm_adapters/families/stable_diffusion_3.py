@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and 3.5: text and image in one joint attention, image first (arXiv 2403.03206)."""
 
 from mm_adapters.families._dit import DOUBLE_END, DOUBLE_START
-from mm_adapters.families._parts import attention
 from mm_adapters.records import (
     Guidance,
     Input,
@@ -11,6 +10,7 @@ from mm_adapters.records import (
     Stack,
     Tower,
     TowerMount,
+    attention,
     register,
 )
 

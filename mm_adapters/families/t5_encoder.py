@@ -1,7 +1,6 @@
 """T5's encoder, the text tower of many pipelines (arXiv 1910.10683)."""
 
-from mm_adapters.families._parts import attention, norm
-from mm_adapters.records import Input, Output, Residual, Stack, Tower, register
+from mm_adapters.records import Input, Output, Residual, Stack, Tower, attention, norm, register
 
 _MLP = "layer.1.DenseReluDense"
 register(

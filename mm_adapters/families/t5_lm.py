@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from mm_adapters.families._parts import attention, norm, t5_mlp
-from mm_adapters.records import Input, Output, Residual, Stack, Tower, register
+from mm_adapters.families._parts import t5_mlp
+from mm_adapters.records import Input, Output, Residual, Stack, Tower, attention, norm, register
 
 T5_ATTENTION = partial(attention, q="q", k="k", v="v", o="o", heads="n_heads")
 
@@ -42,6 +42,7 @@ register(
         {"encoder": ENCODER, "decoder": DECODER},
         after=norm("encoder.final_layer_norm", "encoder_ln_final", "RMS")
         | norm("decoder.final_layer_norm", "ln_final", "RMS"),
+        absent={"blocks.*": "it has an encoder and a decoder: encoder.* and decoder.*"},
         norm="RMS",
         takes="input_ids",
         gives="logits",

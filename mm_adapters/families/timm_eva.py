@@ -1,8 +1,7 @@
 """timm's Eva: EVA, EVA-02 and EVA-CLIP's image tower (arXiv 2303.11331, 2303.15389)."""
 
-from mm_adapters.families._parts import inside, norm
 from mm_adapters.families.timm_vit import POOL
-from mm_adapters.records import Built, Input, Output, Stack, Stream, Tower, register
+from mm_adapters.records import Built, Input, Output, Stack, Stream, Tower, inside, norm, register
 
 _N = "attn:num_heads"
 register(
@@ -28,6 +27,10 @@ register(
         },
         before={"hook_embed": Output("norm_pre")},
         after=norm("norm", "ln_final") | norm("fc_norm", "ln_pooled"),
+        absent={
+            "ln_final.*": "what was pooled is normalised: ln_pooled",
+            "pool.*": "the attention that pools is not read by parts",
+        },
         takes="x",
         calls="patch_embed",  # Its wrappers call its methods, and not it.
         gives="",

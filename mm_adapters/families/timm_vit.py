@@ -1,7 +1,6 @@
 """timm's VisionTransformer: ViT, DeiT, AugReg, SigLIP's image tower and many more."""
 
-from mm_adapters.families._parts import inside, mlp, norm
-from mm_adapters.records import Built, Input, Output, Residual, Stack, Tower, register
+from mm_adapters.records import Built, Input, Output, Residual, Stack, Tower, inside, mlp, norm, register
 
 _N = "attn:num_heads"
 POOL = Built((("global_pool", "avg", "mean"), ("global_pool", "map", "attention"),
@@ -27,7 +26,11 @@ register(
         },
         before={"hook_embed": Output("norm_pre")},
         after=norm("norm", "ln_final") | norm("fc_norm", "ln_pooled"),
-        absent={"hook_pos_embed": "the position table is added without a module; see W_pos"},
+        absent={
+            "hook_pos_embed": "the position table is added without a module; see W_pos",
+            "ln_final.*": "what was pooled is normalised: ln_pooled",
+            "pool.*": "the attention that pools is not read by parts",
+        },
         takes="x",
         calls="patch_embed",  # Its wrappers call its methods, and not it.
         gives="",

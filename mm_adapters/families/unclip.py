@@ -1,8 +1,11 @@
 """unCLIP: a prior makes an image's embedding of the text, a decoder the image of both (arXiv 2204.06125);
 and Stable unCLIP, where Stable Diffusion's UNet is the decoder."""
 
+from dataclasses import replace
+
+from mm_adapters.families.prior import PRIOR
 from mm_adapters.families.stable_diffusion import TOWERS
-from mm_adapters.records import Guidance, ModelRecord, Output, Tower, TowerMount, register
+from mm_adapters.records import Guidance, ModelRecord, Output, Sampling, Tower, TowerMount, register
 
 register(
     Tower(
@@ -23,7 +26,8 @@ register(
     )
 )
 # One scale above one makes both loops run with unconditional rows.
-_BOTH = Guidance(flag=None, scale="prior_guidance_scale|decoder_guidance_scale")
+_BOTH = Guidance(flag=None, scale="decoder_guidance_scale|prior_guidance_scale")
+_OF_PRIOR = replace(_BOTH, scale="prior_guidance_scale|decoder_guidance_scale")
 register(
     ModelRecord(
         "unclip",
@@ -39,7 +43,13 @@ register(
         },
         loop="denoiser",
         guidance=_BOTH,
-        more_loops={"prior": _BOTH, "projector": _BOTH, "enlarger": None, "last_enlarger": None},
+        more_loops={"prior": _OF_PRIOR, "projector": _BOTH, "enlarger": None, "last_enlarger": None},
+        sampling={
+            "prior": PRIOR,
+            "denoiser": Sampling(
+                variance="always", scheduler="decoder_scheduler", steps="decoder_num_inference_steps"
+            ),
+        },
     )
 )
 register(
@@ -57,6 +67,7 @@ register(
         loop="denoiser",
         guidance=Guidance(flag=None),
         more_loops={"prior": Guidance(flag=None, scale="prior_guidance_scale")},
+        sampling={"prior": PRIOR},
     )
 )
 register(

@@ -1,6 +1,5 @@
 """ViT and DeiT as transformers writes them (arXiv 2010.11929, 2012.12877)."""
 
-from mm_adapters.families._parts import attention, mlp, norm
 from mm_adapters.records import (
     Built,
     Input,
@@ -10,6 +9,9 @@ from mm_adapters.records import (
     Stack,
     Tower,
     TowerMount,
+    attention,
+    mlp,
+    norm,
     register,
 )
 

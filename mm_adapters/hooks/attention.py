@@ -1,9 +1,9 @@
 """What happens between q, k, v and z, whichever kernel the model calls: one interceptor for all.
 
-While nobody watches a module's scores or pattern nothing here runs, and the model keeps its fused
-kernel. While somebody does, a TorchFunctionMode stands inside that module's forward alone, and
-takes the one call that attends: `scaled_dot_product_attention`, `multi_head_attention_forward` or,
-in modelling code that writes attention out, the softmax.
+While no hook is active on a module's scores or pattern nothing here runs, and the model keeps its fused
+kernel. While one is, a TorchFunctionMode is active in that module's forward alone, and takes the one
+call that attends: `scaled_dot_product_attention`, `multi_head_attention_forward` or, in modelling code
+that writes attention out, the softmax.
 """
 
 from __future__ import annotations
@@ -19,32 +19,38 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from mm_adapters.hooks.point import tracked
 from mm_adapters.hooks.text_attention import Fire, JointText, attend_onto_text, onto_text
 
-Wants = Callable[[str], bool]
+IsLive = Callable[[str], bool]
 
 
 def in_call(name: str, call: int) -> str:
-    """A value's name among those of all times that a module attends."""
+    """A value's name in the `call`-th of a module's attention calls."""
     return f"{name}.{call}" if call else name
 
 
 class AttentionInterceptor(TorchFunctionMode):
-    """Stands inside one attention module's forward and hands its values to `fire(name, value)`.
+    """Takes the attention calls in one module's forward and hands their values to `fire(name, value)`.
 
-    `wants(name)` says whether somebody listens. While nobody wants scores or a pattern the module's
-    own kernel is called.
+    While neither scores nor pattern are live the module's own kernel is called. `calls` counts the attention
+    calls taken. Code that cuts packed sequences apart, to attend to each alone, gets them back whole:
+    `lengths` are what it would have cut, and become a mask.
 
-    `calls` counts the attention calls it took, of `n_calls`: a module may attend more than once (to an
-    image prompt, beside the text), and the names of what is in later calls say so. Code that cuts
-    packed sequences apart, to attend to each alone, is given them back whole: `lengths` are what it
-    would have cut, and become a mask.
+    Args:
+        fire: Called with a value's name and the value; returns it or an edited one.
+        is_live: Whether a hook is active on the value of this name.
+        n_heads: How many heads the queries have.
+        n_kv_heads: How many heads the keys and values have.
+        joint: Where text stands in the sequence, if text and image attend together.
+        n_calls: How often the module attends (to an image prompt, beside the text); the names of what is in
+            later calls end with their number.
     """
 
     def __init__(
         self,
         fire: Fire,
-        wants: Wants,
+        is_live: IsLive,
         n_heads: int,
         n_kv_heads: int,
         joint: JointText | None = None,
@@ -52,7 +58,7 @@ class AttentionInterceptor(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._fire = fire
-        self._wants = wants
+        self._is_live = is_live
         self.n_calls = n_calls
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
@@ -67,7 +73,7 @@ class AttentionInterceptor(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.split and not self.calls and self._cuts_packed(*args, **(kwargs or {})):
+        if func is torch.split and not self.calls and self._splits_packed(*args, **(kwargs or {})):
             return (args[0],)
         if func not in KERNELS or self.calls >= self.n_calls:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -78,11 +84,11 @@ class AttentionInterceptor(TorchFunctionMode):
         """What a value of this call is replaced by."""
         return self._fire(in_call(name, self.calls - 1), x)
 
-    def wants(self, name: str) -> bool:
-        """Whether somebody listens to this value of this call."""
-        return self._wants(in_call(name, self.calls - 1))
+    def is_live(self, name: str) -> bool:
+        """Whether a hook is active on this value of this call."""
+        return self._is_live(in_call(name, self.calls - 1))
 
-    def _cuts_packed(self, tensor: Tensor, lengths: Any = None, dim: int = 0) -> bool:
+    def _splits_packed(self, tensor: Tensor, lengths: Any = None, dim: int = 0) -> bool:
         """Whether this is q, k or v [1, head, pos, d], cut along its positions."""
         if tensor.ndim != 4 or dim != 2 or not isinstance(lengths, list):
             return False
@@ -105,12 +111,24 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     joint: JointText | None = None,
-    own: Callable[[], Tensor] | None = None,
+    kernel: Callable[[], Tensor] | None = None,
 ) -> Float[Tensor, "batch head query d_value"]:
-    """Attention with its scores and pattern in the open. The softmax is taken in float32.
+    """Attention that fires its scores and its pattern. The softmax is taken in float32.
 
-    If nobody changed either and no gradient is wanted, the result is that of `own`, the model's own
-    kernel: who only looks moves no bit.
+    If neither was changed and autograd does not follow them, the result is that of the model's own kernel:
+    reading leaves the output bit-identical.
+
+    Args:
+        fire: Called with "attn_scores" or "pattern" and the value; returns it or an edited one.
+        query: Per head, as in `scaled_dot_product_attention`.
+        key: With as many heads, or a divisor of them.
+        value: As `key`.
+        attn_mask: Additive, or boolean with True where a query may attend.
+        dropout_p: The share of the pattern that is dropped.
+        is_causal: Whether later keys are masked.
+        scale: What scores are multiplied by; None is 1/sqrt(d_head).
+        joint: Where text stands, if the text's part of the pattern is fired too.
+        kernel: The model's own attention on the same arguments.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -133,14 +151,14 @@ def attend(
     pattern, moved_too = _shown(fire, "pattern", pattern)
     if joint is not None:
         pattern = onto_text(fire, pattern, joint)
-    elif own is not None and not (moved or moved_too or pattern.requires_grad):
+    elif kernel is not None and not (moved or moved_too or pattern.requires_grad):
         del pattern
-        return own()
+        return kernel()
     return F.dropout(pattern, dropout_p) @ value if dropout_p else pattern @ value
 
 
 def _shown(fire: Fire, name: str, x: Tensor) -> tuple[Tensor, bool]:
-    """What a site gives back, and whether it was changed: replaced, or written into."""
+    """What a site's point returns, and whether it changed: was replaced, or written into."""
     if x.is_inference() or isinstance(x, FakeTensor):  # They do not say if they were written into.
         return fire(name, x), True
     version = x._version
@@ -149,7 +167,7 @@ def _shown(fire: Fire, name: str, x: Tensor) -> tuple[Tensor, bool]:
 
 
 def _take_sdpa(
-    watch: AttentionInterceptor,
+    interceptor: AttentionInterceptor,
     func: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
@@ -160,42 +178,42 @@ def _take_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    query = _through(watch, "q", query)
-    key = _through_groups(watch, "k", key)
-    value = _through_groups(watch, "v", value)
-    query = _through(watch, "rot_q", query)
-    key = _through_groups(watch, "rot_k", key)
+    query = _through(interceptor, "q", query)
+    key = _through_groups(interceptor, "k", key)
+    value = _through_groups(interceptor, "v", value)
+    query = _through(interceptor, "rot_q", query)
+    key = _through_groups(interceptor, "rot_k", key)
 
-    def own() -> Tensor:
-        given = {"enable_gqa": True} if enable_gqa else {}
-        return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **given)
+    def kernel() -> Tensor:
+        grouped = {"enable_gqa": True} if enable_gqa else {}
+        return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped)
 
-    if watch.lengths and attn_mask is None:
-        attn_mask = watch.packed_mask(query)
-    joint = watch.joint if watch.wants("pattern_text") else None
-    tracked = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    if watch.wants("attn_scores") or watch.wants("pattern") or (joint and (tracked or dropout_p)):
-        z = attend(watch.fire, query, key, value, attn_mask, dropout_p, is_causal, scale, joint, own)
+    if interceptor.lengths and attn_mask is None:
+        attn_mask = interceptor.packed_mask(query)
+    joint = interceptor.joint if interceptor.is_live("pattern_text") else None
+    is_open = interceptor.is_live("attn_scores") or interceptor.is_live("pattern")
+    if is_open or (joint and (tracked(query) or tracked(key) or dropout_p)):
+        z = attend(interceptor.fire, query, key, value, attn_mask, dropout_p, is_causal, scale, joint, kernel)
     elif joint is not None:
-        z = attend_onto_text(watch.fire, query, key, value, attn_mask, is_causal, scale, joint)
+        z = attend_onto_text(interceptor.fire, query, key, value, attn_mask, is_causal, scale, joint)
     else:
-        z = own()
-    return _through(watch, "z", z)
+        z = kernel()
+    return _through(interceptor, "z", z)
 
 
 def _take_softmax(
-    watch: AttentionInterceptor, func: Callable[..., Tensor], scores: Tensor, *args: Any, **kw: Any
+    interceptor: AttentionInterceptor, func: Callable[..., Tensor], scores: Tensor, *args: Any, **kw: Any
 ):
     folded = scores.ndim == 3  # [(batch head), query, key]
     if folded:
-        scores = rearrange(scores, "(b h) q k -> b h q k", h=watch.n_heads)
-    if watch.lengths:
-        scores = scores.masked_fill(~watch.packed_mask(scores), -torch.inf)
-    pattern = watch.fire("pattern", func(watch.fire("attn_scores", scores), *args, **kw))
+        scores = rearrange(scores, "(b h) q k -> b h q k", h=interceptor.n_heads)
+    if interceptor.lengths:
+        scores = scores.masked_fill(~interceptor.packed_mask(scores), -torch.inf)
+    pattern = interceptor.fire("pattern", func(interceptor.fire("attn_scores", scores), *args, **kw))
     return rearrange(pattern, "b h q k -> (b h) q k") if folded else pattern
 
 
-def _take_mha(watch: AttentionInterceptor, func: Callable[..., Any], *args: Any, **kwargs: Any):
+def _take_mha(interceptor: AttentionInterceptor, func: Callable[..., Any], *args: Any, **kwargs: Any):
     call = dict(zip(_MHA_ARGUMENTS, args, strict=False)) | kwargs
     unusual = [n for n in ("bias_k", "bias_v", "static_k", "static_v") if call.get(n) is not None]
     if unusual or call.get("add_zero_attn"):
@@ -215,14 +233,14 @@ def _take_mha(watch: AttentionInterceptor, func: Callable[..., Any], *args: Any,
         "qkv", (call["query"], call["key"], call["value"]), weights, biases, strict=True
     ):
         heads = rearrange(F.linear(x, w, b), "n b (h d) -> b n h d", h=n_heads)
-        streams.append(rearrange(watch.fire(name, heads), "b n h d -> b h n d"))
+        streams.append(rearrange(interceptor.fire(name, heads), "b n h d -> b h n d"))
     z = attend(
-        watch.fire,
+        interceptor.fire,
         *streams,
         attn_mask=_mha_mask(call, n_heads),
         dropout_p=call.get("dropout_p", 0.0) if call.get("training", True) else 0.0,
     )
-    z = watch.fire("z", rearrange(z, "b h n d -> b n h d"))
+    z = interceptor.fire("z", rearrange(z, "b h n d -> b n h d"))
     out = F.linear(rearrange(z, "b n h d -> n b (h d)"), call["out_proj_weight"], call["out_proj_bias"])
     return out, None
 
@@ -245,22 +263,22 @@ def _mha_mask(call: Mapping[str, Any], n_heads: int) -> Tensor | None:
     return mask
 
 
-def _through(watch: AttentionInterceptor, name: str, x: Tensor) -> Tensor:
+def _through(interceptor: AttentionInterceptor, name: str, x: Tensor) -> Tensor:
     """Fires [batch, head, pos, d] as TransformerLens shapes it: [batch, pos, head, d]."""
-    if not watch.wants(name):
+    if not interceptor.is_live(name):
         return x
     shown = rearrange(x, "b h n d -> b n h d")
-    new = watch.fire(name, shown)
-    if new is shown and not (new.requires_grad and torch.is_grad_enabled()):
+    new = interceptor.fire(name, shown)
+    if new is shown and not tracked(new):
         return x
     return rearrange(new, "b n h d -> b h n d")
 
 
-def _through_groups(watch: AttentionInterceptor, name: str, x: Tensor) -> Tensor:
-    """As `_through`; the library may have repeated grouped heads already, each is shown once."""
-    repeated = x.shape[1] // watch.n_kv_heads
+def _through_groups(interceptor: AttentionInterceptor, name: str, x: Tensor) -> Tensor:
+    """As `_through`, each grouped head once: the library may have repeated them already."""
+    repeated = x.shape[1] // interceptor.n_kv_heads
     shown = x[:, ::repeated]
-    new = _through(watch, name, shown)
+    new = _through(interceptor, name, shown)
     return x if new is shown else repeat(new, "b h n d -> b (h g) n d", g=repeated)
 
 

@@ -1,4 +1,4 @@
-"""Taps on an untouched model: a torch hook is there only while somebody listens.
+"""Hooks on an untouched model: a torch hook is there only while a point that it feeds is live.
 
 A `ModuleHook` is one torch hook on one module; it hands the module's tensor to its readers in the order the
 sites come in.
@@ -13,9 +13,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mm_adapters._errors import AttentionUnreachableError
-from mm_adapters.hooks.attention import AttentionInterceptor, JointText
+from mm_adapters.hooks.attention import AttentionInterceptor, Fire, IsLive, JointText
+from mm_adapters.hooks.kept import Keep, Kept
 from mm_adapters.hooks.point import Point, tracked
-from mm_adapters.hooks.readers import KeepInput, Reader, TextLength
+from mm_adapters.hooks.readers import Reader, TextLength
 
 Side = Literal["input", "output", "inside"]
 Slot = int | str | None
@@ -24,20 +25,24 @@ Slot = int | str | None
 class ModuleHook:
     """One torch hook on one module, present only while a point that it feeds is live.
 
-    `packed`: the module's tensors have no batch axis; its readers are shown one row. `unfolds`: the
-    tap of the block's input, whose batch and positions this module's tensors have in one axis. Each
-    reader has a slot: which of the things that the module is given or returns is its own, a name or a
-    number; None is the first tensor.
+    Each reader has a slot, a name or a number: which of the module's arguments or outputs it reads. None is
+    the first tensor.
+
+    Args:
+        module: The module that is hooked.
+        side: Its input, its output, or (for an `AttentionHook`) what happens inside.
+        packed: Whether its tensors have no batch axis; its readers are shown one row.
     """
 
+    # Where a module folds batch and positions into one axis: the hook of the block's input, which has both.
     unfolds: ModuleHook | None = None
-    block_input: Tensor | None = None
 
     def __init__(self, module: nn.Module, side: Side, packed: bool = False) -> None:
         self.module = module
         self.side = side
         self.packed = packed
-        self.readers: list[Reader | KeepInput] = []
+        self.block_input: Kept[Tensor] = Kept()
+        self.readers: list[Reader | Keep[Any]] = []
         self.slots: list[Slot] = []
         self._n_live = 0
         self._handles: list[Any] = []
@@ -47,14 +52,14 @@ class ModuleHook:
         """Whether a point that it feeds is live."""
         return self._n_live > 0
 
-    def add(self, reader: Reader | KeepInput, slot: Slot = None, *, first: bool = False) -> None:
-        """Hands what is in a slot to one more reader, before the others if `first`."""
+    def add(self, reader: Reader | Keep[Any], slot: Slot = None, *, first: bool = False) -> None:
+        """Adds a reader of what is in a slot, before the other readers if `first`."""
         at = 0 if first else len(self.readers)
         self.readers.insert(at, reader)
         self.slots.insert(at, slot)
 
     def count(self, change: int) -> None:
-        """One more or one fewer live point: the hook goes on with the first and off with the last."""
+        """Counts live points up or down: the torch hook goes on with the first and off with the last."""
         self._n_live += change
         if self._n_live and not self._handles:
             self._handles = self._attach()
@@ -69,20 +74,21 @@ class ModuleHook:
     def _attach(self) -> list[Any]:
         # First in line: the host library captures hidden states with hooks of its own.
         if self.side == "input":
-            return [self.module.register_forward_pre_hook(self._given, with_kwargs=True, prepend=True)]
-        return [self.module.register_forward_hook(self._returned, prepend=True)]
+            return [self.module.register_forward_pre_hook(self.on_input, with_kwargs=True, prepend=True)]
+        return [self.module.register_forward_hook(self.on_output, prepend=True)]
 
     def shown(self, value: Any, slot: Slot) -> Tensor:
         """What a reader is shown of the module's output, or of its args and kwargs."""
         if self.side == "output":
-            at = _place_of(value, slot)
+            at = key_of_tensor(value, slot)
             return self._rows_apart(value if at is None else value[at])
         args, kwargs = value
         plain = slot is None and args and isinstance(args[0], Tensor)
         at = 0 if plain else self._argument(args, kwargs, slot)
         return self._rows_apart(args[at] if isinstance(at, int) else kwargs[at])
 
-    def _given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        """As a forward pre-hook: the arguments with what the readers changed, None if they are the same."""
         new = args, kwargs
         for reader, slot in zip(self.readers, self.slots, strict=True):
             if reader.live:
@@ -95,20 +101,21 @@ class ModuleHook:
                     new = new[0], {**new[1], at: y}
         return None if new[0] is args and new[1] is kwargs else new
 
-    def _returned(self, module: nn.Module, args: tuple[Any, ...], output: Any):
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any):
+        """As a forward hook: the output with what the readers changed, None if it is the same."""
         new = output
         for reader, slot in zip(self.readers, self.slots, strict=True):
             if reader.live:
-                at = _place_of(new, slot)
+                at = key_of_tensor(new, slot)
                 x = new if at is None else new[at]
                 y = self._read(reader, x)
                 if y is not x:
-                    new = _with_tensor(new, at, y)
+                    new = _replaced(new, at, y)
         return None if new is output else new
 
     def _argument(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> int | str:
         if not isinstance(slot, str):
-            return _first_tensor(args, kwargs)
+            return first_tensor(args, kwargs)
         if slot in kwargs:
             return slot
         names = list(inspect.signature(type(self.module).forward).parameters)
@@ -125,13 +132,14 @@ class ModuleHook:
 
     def _rows_apart(self, x: Tensor) -> Tensor:
         if self.unfolds is not None:
-            assert self.block_input is not None
-            return x.reshape(*self.block_input.shape[:2], -1)
+            block_input = self.block_input.value
+            assert block_input is not None
+            return x.reshape(*block_input.shape[:2], -1)
         return x.unsqueeze(0) if self.packed else x
 
 
 class AttentionHook(ModuleHook):
-    """Inside one attention module: a `AttentionInterceptor` that stands there while a point listens."""
+    """Puts an `AttentionInterceptor` around one attention module's forward while a point of it is live."""
 
     def __init__(self, module: nn.Module, n_heads: int) -> None:
         super().__init__(module, "inside")
@@ -141,7 +149,7 @@ class AttentionHook(ModuleHook):
         self.points: dict[str, Point] = {}
         self.text: TextLength | None = None
         self.text_first = False
-        self._watches: list[AttentionInterceptor] = []
+        self._interceptors: list[AttentionInterceptor] = []
 
     def _attach(self) -> list[Any]:
         return [
@@ -154,44 +162,45 @@ class AttentionHook(ModuleHook):
         self.unwind()
 
     def unwind(self) -> None:
-        """Takes down what an interrupted forward left standing."""
-        while self._watches:
-            self._watches.pop().__exit__(None, None, None)
+        """Leaves the interceptors that an interrupted forward has not left."""
+        while self._interceptors:
+            self._interceptors.pop().__exit__(None, None, None)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.unwind()
-        watch = self.watch(self._fire, self._wants)
-        self._watches.append(watch)
-        watch.__enter__()
+        interceptor = self.interceptor(self._fire, self._is_live)
+        self._interceptors.append(interceptor)
+        interceptor.__enter__()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._watches:
+        if not self._interceptors:
             return
-        watch = self._watches.pop()
-        watch.__exit__(None, None, None)
-        if not watch.calls and output is not None:
-            wanted = ", ".join(p.site.name for p in self.points.values() if p.live)
+        interceptor = self._interceptors.pop()
+        interceptor.__exit__(None, None, None)
+        if not interceptor.calls and output is not None:
+            live_sites = ", ".join(p.site.name for p in self.points.values() if p.live)
             raise AttentionUnreachableError(
-                f"{wanted}: {type(module).__name__} attended with a kernel that cannot be watched. "
+                f"{live_sites}: {type(module).__name__} attended with a kernel that cannot be watched. "
                 'Load the model with attn_implementation="sdpa" or "eager" (transformers), or set '
                 "its attention backend to native (diffusers)."
             )
 
-    def watch(self, fire: Any, wants: Any) -> AttentionInterceptor:
-        """What stands in this module while it attends."""
-        n_text = self.text.n_text if self.text is not None else None
+    def interceptor(self, fire: Fire, is_live: IsLive) -> AttentionInterceptor:
+        """What takes this module's attention calls, and hands their values to `fire`."""
+        n_text = self.text.n_text.value if self.text is not None else None
         joint = None if n_text is None else JointText(n_text, self.text_first)
-        return AttentionInterceptor(fire, wants, self.n_heads, self.n_kv_heads, joint, self.n_calls)
+        return AttentionInterceptor(fire, is_live, self.n_heads, self.n_kv_heads, joint, self.n_calls)
 
-    def _wants(self, name: str) -> bool:
+    def _is_live(self, name: str) -> bool:
         point = self.points.get(name)
         return point is not None and point.live
 
     def _fire(self, name: str, x: Tensor) -> Tensor:
-        return self.points[name](x) if self._wants(name) else x
+        return self.points[name](x) if self._is_live(name) else x
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    """The number or name of the first tensor among a module's arguments."""
     for i, value in enumerate(args):
         if isinstance(value, Tensor):
             return i
@@ -201,8 +210,10 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
     raise TypeError("The module was called without a tensor, so there is nothing to read at its input.")
 
 
-def _place_of(output: Any, slot: Slot) -> Any:
-    """The key or number of what is meant in an output; None if the output is it."""
+def key_of_tensor(output: Any, slot: Slot) -> Any:
+    """The key or number of a slot in a module's output, of None that of the first tensor; None if the output
+    is a tensor itself.
+    """
     if isinstance(output, Tensor):
         return None
     if slot is not None:
@@ -211,7 +222,7 @@ def _place_of(output: Any, slot: Slot) -> Any:
     return next(at for at, value in entries if isinstance(value, Tensor))
 
 
-def _with_tensor(output: Any, at: Any, new: Tensor) -> Any:
+def _replaced(output: Any, at: Any, new: Tensor) -> Any:
     if at is None:
         return new
     if isinstance(output, tuple):

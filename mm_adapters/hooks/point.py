@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_adapters.records.spec import Site
 
-if TYPE_CHECKING:
-    from mm_adapters.hooks.module_hooks import ModuleHook
+
+class PointHook(Protocol):
+    """A hook on the model that feeds points, and is on only while one of them is live."""
+
+    module: nn.Module
+
+    @property
+    def live(self) -> bool: ...
+
+    def count(self, change: int) -> None: ...
 
 
 @runtime_checkable
 class Point(Protocol):
-    """Where a site shows itself: called with a value, it returns the value or an edited one."""
+    """Where a site's values pass: called with one, it returns it or an edited one.
+
+    It is `live` while a hook is active on it; `module_hooks` are what feeds it.
+    """
 
     @property
     def site(self) -> Site: ...
@@ -24,27 +35,19 @@ class Point(Protocol):
     def live(self) -> bool: ...
 
     @property
-    def module_hooks(self) -> list[ModuleHook]: ...
+    def module_hooks(self) -> list[PointHook]: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
 def show(point: Point, x: Tensor) -> tuple[Tensor, bool]:
-    """What a point gives for a value, and whether that is another value: a hook may write into it."""
+    """What a point returns for a value, and whether it changed: a hook may write into the value."""
     version = None if x.is_inference() else x._version
     new = point(x)
     return new, new is not x or (version is not None and x._version != version)
 
 
-@runtime_checkable
-class Listener(Protocol):
-    """What a tensor is kept for: a reader, or a whole tap."""
-
-    @property
-    def live(self) -> bool: ...
-
-
 def tracked(x: Tensor) -> bool:
-    """Whether a gradient is wanted of it."""
+    """Whether autograd follows a tensor."""
     # A site must lie on the path to the output for its gradient to exist.
     return x.requires_grad and torch.is_grad_enabled()

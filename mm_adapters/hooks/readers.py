@@ -1,33 +1,34 @@
 """Readers: what a site shows of a module's tensor, and how an edit of it goes back.
 
-A reader turns the tensor that a tap hands it into the site's value (heads apart, one slice, a norm's
-scale), fires the site's point, and returns the tensor with any edit in it. One that a later reader needs
-something of keeps it, while that one listens.
+A reader turns the tensor that a module hook hands it into the site's value (heads apart, one slice, a
+norm's scale), fires the site's point, and returns the tensor with any edit in it. What it needs of an
+earlier module's tensor is in its `kept`.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mm_adapters.hooks.point import Listener, Point, show, tracked
-
-if TYPE_CHECKING:
-    pass
+from mm_adapters.hooks.kept import Kept
+from mm_adapters.hooks.point import Point, show, tracked
 
 
 class Reader:
-    """Fires `points` with what the site shows of a tensor, and returns the tensor with any edit in it."""
+    """Fires `points` with what the site shows of a tensor, and returns the tensor with any edit in it.
+
+    `kept` is what another module's tensor must leave for it before it is called, if it needs one.
+    """
+
+    kept: Kept[Tensor] | None = None
 
     def __init__(self, *points: Point) -> None:
         self.points = points
 
     @property
     def live(self) -> bool:
-        """Whether anybody listens."""
+        """Whether a hook is active on a point of it."""
         return self.points[0].live
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -94,14 +95,16 @@ class View(Reader):
 
 
 class ExpandBatch(Reader):
-    """What the model computes once for all rows, shown once for each."""
+    """Shows once for each row what the model computes once for all. Kept is a tensor that has all rows."""
 
-    like: Tensor | None = None
+    kept: Kept[Tensor]
+
+    def __init__(self, point: Point) -> None:
+        super().__init__(point)
+        self.kept = Kept()
 
     def __call__(self, x: Tensor) -> Tensor:
-        assert self.like is not None
-        like, self.like = self.like, None
-        shown = x.expand(like.shape[0], *x.shape[1:])
+        shown = x.expand(self.kept.take().shape[0], *x.shape[1:])
         new = self.points[0](shown)
         return x if new is shown and not tracked(new) else new
 
@@ -110,8 +113,10 @@ class NormReader(Reader):
     """A normalisation's denominator and its result before the affine map, both causal.
 
     Fired with a position axis even where the model normalises a pooled vector, as TransformerLens
-    shapes them.
+    shapes them. Kept is the normalisation's input.
     """
+
+    kept: Kept[Tensor]
 
     def __init__(
         self, scale: Point, normalized: Point, norm: nn.Module, kind: str, offset: float = 0.0
@@ -120,7 +125,7 @@ class NormReader(Reader):
         self.norm = norm
         self.kind = kind
         self.offset = offset
-        self.source: Tensor | None = None
+        self.kept = Kept()
 
     @property
     def live(self) -> bool:
@@ -128,8 +133,7 @@ class NormReader(Reader):
 
     def __call__(self, x: Tensor) -> Tensor:
         scale_point, normalized_point = self.points
-        assert self.source is not None
-        source, self.source = self.source, None
+        source = self.kept.take()
         pooled = source.ndim == 2
         wide = (source.unsqueeze(1) if pooled else source).float()
         eps = getattr(self.norm, "eps", None) or getattr(self.norm, "variance_epsilon", 0.0)
@@ -153,81 +157,55 @@ class NormReader(Reader):
         return (out.squeeze(1) if pooled else out).to(x.dtype)
 
 
-class KeepInput:
-    """Keeps a tensor for a later reader of the same forward, while that one listens."""
-
-    def __init__(self, reader: Listener, name: str) -> None:
-        self.reader = reader
-        self.name = name
-
-    @property
-    def live(self) -> bool:
-        return self.reader.live
-
-    def __call__(self, x: Tensor) -> Tensor:
-        setattr(self.reader, self.name, x)
-        return x
-
-
 class ResidualReader(Reader):
-    """The stream after a branch is added: fires base + branch, and moves the branch by the edit."""
+    """The stream after a branch is added: fires base + branch, and moves the branch by the edit.
 
-    base: Tensor | None = None
-    kept_for: list[ResidualReader]
+    Kept is the base. `next_in_stream` are the readers whose base this stream is.
+    """
+
+    kept: Kept[Tensor]
 
     def __init__(self, point: Point) -> None:
         super().__init__(point)
-        self.kept_for = []
+        self.kept = Kept()
+        self.next_in_stream: list[ResidualReader] = []
 
     @property
     def live(self) -> bool:
-        return super().live or any(r.live for r in self.kept_for)
+        return super().live or any(r.live for r in self.next_in_stream)
 
     def __call__(self, x: Tensor) -> Tensor:
-        assert self.base is not None
-        base, self.base = self.base, None
+        base = self.kept.take()
         stream = base + x
         new, changed = show(self.points[0], stream)
         if changed or (self.points[0].live and tracked(new)):
             x = new - base
-        for reader in self.kept_for:
-            reader.base = base + x
+        for reader in self.next_in_stream:
+            reader.kept.value = base + x
         return x
 
 
 class StreamReader(Reader):
     """The stream where a module is given it. `moved` is what an edit has yet to add where it comes out."""
 
-    moved: Tensor | None = None
+    def __init__(self, point: Point) -> None:
+        super().__init__(point)
+        self.moved: Kept[Tensor] = Kept()
 
     def __call__(self, x: Tensor) -> Tensor:
         shown = x.clone()  # What is written into it would be in the stream already.
         new, changed = show(self.points[0], shown)
-        self.moved = new - x if changed or tracked(new) else None
-        return x if self.moved is None else new
-
-
-class CarryResidual(KeepInput):
-    """Adds to the stream, where it comes out, what an edit has moved it by on the way."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        moved = getattr(self.reader, self.name)
-        setattr(self.reader, self.name, None)
-        return x if moved is None else x + moved
-
-
-class KeepLength(KeepInput):
-    """Keeps how many positions a tensor has."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        setattr(self.reader, self.name, x.shape[1])
-        return x
+        edited = changed or tracked(new)
+        self.moved.value = new - x if edited else None
+        return new if edited else x
 
 
 class TextLength(Reader):
     """Knows how much of a joint attention is text, while its pattern onto the text is live."""
 
-    n_text: int | None = None
+    def __init__(self, point: Point) -> None:
+        super().__init__(point)
+        self.n_text: Kept[int] = Kept()
 
 
 def _split(x: Tensor, n_heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The part of a joint attention that looks from the image at the text, without the rest of the pattern."""
+"""The part of a joint attention from image queries onto text keys, without the rest of the pattern."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
+
+from mm_adapters.hooks.point import tracked
 
 Fire = Callable[[str, Tensor], Tensor]
 
@@ -37,10 +39,20 @@ def attend_onto_text(
     scale: float | None,
     joint: JointText,
 ) -> Float[Tensor, "batch head query d_value"]:
-    """Attention with only its pattern from image onto text in the open.
+    """Attention that fires only its pattern from image onto text.
 
-    That part is exp(q k - logsumexp): the fused kernel gives each row's logsumexp, so the whole
+    That part is exp(q k - logsumexp): the fused kernel returns each row's logsumexp, so the whole
     pattern, which is (text + image)^2, is never formed.
+
+    Args:
+        fire: Called with "pattern_text" and the value; returns it or an edited one.
+        query: Per head, over text and image.
+        key: With as many heads, or a divisor of them.
+        value: As `key`.
+        attn_mask: Additive, or boolean with True where a query may attend.
+        is_causal: Must be False.
+        scale: What scores are multiplied by; None is 1/sqrt(d_head).
+        joint: Where text stands in the sequence.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -72,7 +84,7 @@ def fused(
     attn_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Float[Tensor, "batch head query"]]:
-    """What a fused kernel attends to, and each row's logsumexp of the scores, in float32."""
+    """A fused kernel's attention, and each row's logsumexp of the scores, in float32."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     if attn_mask is not None:
@@ -93,7 +105,16 @@ def fused(
 def by_rows(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float, size: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """As `fused`, where no kernel gives the logsumexp: some rows of the pattern at a time."""
+    """As `fused`, where no kernel returns the logsumexp: `size` rows of the pattern at a time.
+
+    Args:
+        query: [batch, head, query, d_head].
+        key: [batch, head, key, d_head].
+        value: [batch, head, key, d_value].
+        attn_mask: Additive, broadcast to the scores.
+        scale: What scores are multiplied by.
+        size: How many queries at a time.
+    """
     outs, totals = [], []
     for start in range(0, query.shape[-2], size):
         rows = slice(start, start + size)
@@ -106,11 +127,12 @@ def by_rows(
 
 
 def onto_text(fire: Fire, pattern: Tensor, joint: JointText) -> Tensor:
+    """A whole pattern whose part from image onto text was fired."""
     text, image = joint.split(pattern.shape[-1])
     block = pattern[:, :, image, text]
     new = fire("pattern_text", block)
-    # A view of the pattern is not on the path to the output, so what was seen is put back.
-    if new is block and not (new.requires_grad and torch.is_grad_enabled()):
+    # A view of the pattern is not on the path to the output, so the fired part is put back.
+    if new is block and not tracked(new):
         return pattern
     pattern = pattern.clone()
     pattern[:, :, image, text] = new

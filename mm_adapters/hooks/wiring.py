@@ -1,4 +1,4 @@
-"""Every site of a model as a point, wired to the taps that feed it."""
+"""Every site of a model as a point, wired to the module hooks that feed it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from mm_adapters.hooks.attention import in_call
+from mm_adapters.hooks.kept import CarryResidual, Keep, KeepInput, KeepLength
 from mm_adapters.hooks.module_hooks import AttentionHook, ModuleHook, Side, Slot
 from mm_adapters.hooks.point import Point
 from mm_adapters.hooks.readers import (
-    CarryResidual,
     Copy,
     ExpandBatch,
     Gain,
-    KeepInput,
-    KeepLength,
     NormReader,
     Reader,
     ResidualReader,
@@ -30,9 +28,9 @@ from mm_adapters.sites.site_map import SiteMap, resolve
 
 
 class Points:
-    """The points of one model by site name, and the taps behind them.
+    """The points of one model by site name, and the module hooks that feed them.
 
-    `make` builds a point: a SitePoint for TransformerLens, or what another engine has in its place.
+    `make` builds a point: a SitePoint for TransformerLens, a TracedPoint for nnsight.
     """
 
     def __init__(self, model: Any, sites: SiteMap, make: Callable[[Site], Any]) -> None:
@@ -46,16 +44,16 @@ class Points:
 
     @property
     def module_hooks(self) -> list[ModuleHook]:
-        """Every tap, in the order the sites come in."""
+        """Every module hook, in the order the sites come in."""
         return list(self._module_hooks.values())
 
     def n_heads(self, site: Site) -> int | None:
-        """How many heads a module's input or output is made of; None where heads are not apart."""
+        """How many heads a module's input or output holds; None where heads are not apart."""
         assert isinstance(site.location, Input | Output)
         return self._heads(site, site.location.heads)
 
     def unwind(self) -> None:
-        """Takes down what an interrupted forward left standing in attention modules."""
+        """Leaves the attention interceptors that an interrupted forward has not left."""
         for module_hook in self._module_hooks.values():
             if isinstance(module_hook, AttentionHook):
                 module_hook.unwind()
@@ -65,9 +63,9 @@ class Points:
         match location:
             case Output(reference_site=str() as reference_site):
                 reader = ExpandBatch(point)
-                first = self._module_hook(self.by_name[self._sibling(site, reference_site)].site, "output")
-                self._feed(first, KeepInput(reader, "like"), point)
-                self._feed(self._module_hook(site, "output"), reader, point, slot=_slot(location))
+                first = self._hook_of(self.by_name[self._sibling(site, reference_site)].site, "output")
+                self._feed(first, KeepInput(reader, reader.kept), point)
+                self._feed(self._hook_of(site, "output"), reader, point, slot=_slot(location))
             case Output() | Input():
                 side: Side = "output" if isinstance(location, Output) else "input"
                 n_heads = self._heads(site, location.heads)
@@ -76,12 +74,12 @@ class Points:
                 reader = Reader(point) if plain else View(point, n_heads, location.chunk, gain)
                 if isinstance(location, Output) and location.in_place:
                     reader = Copy(point)
-                self._feed(self._module_hook(site, side), reader, point, slot=_slot(location))
+                self._feed(self._hook_of(site, side), reader, point, slot=_slot(location))
             case Norm(value="normalized", kind=kind, offset=offset):
                 scale = self.by_name[self._sibling(site, site.part.replace("normalized", "scale"))]
                 reader = NormReader(scale, point, self._module(site), kind, offset)
-                self._feed(self._module_hook(site, "input"), KeepInput(reader, "source"), scale, point)
-                self._feed(self._module_hook(site, "output"), reader, scale, point)
+                self._feed(self._hook_of(site, "input"), KeepInput(reader, reader.kept), scale, point)
+                self._feed(self._hook_of(site, "output"), reader, scale, point)
             case Norm():
                 pass  # Wired with its partner, which comes after it.
             case Attention(value=value, heads=heads, call=call):
@@ -95,41 +93,42 @@ class Points:
                     self._wire_text(site, point, module_hook)
             case Stream(until=until, item=item):
                 reader = StreamReader(point)
-                self._feed(self._module_hook(site, "input"), reader, point)
-                end = self._tap_at(self._owner(site).get_submodule(until), "output", site)
+                self._feed(self._hook_of(site, "input"), reader, point)
+                end = self._hook_at(self._owner(site).get_submodule(until), "output", site)
                 # The skip joins before the block's own sites.
-                self._feed(end, CarryResidual(reader, "moved"), point, slot=item, first=not until)
+                self._feed(end, CarryResidual(reader, reader.moved), point, slot=item, first=not until)
             case Residual():
                 self._wire_residual(site, point, location)
             case None:
-                raise AssertionError(f"{site.name} has no place.")
+                raise AssertionError(f"{site.name} has no location.")
 
     def _wire_residual(self, site: Site, point: Point, location: Residual) -> None:
         reader = self._residuals[site.name] = ResidualReader(point)
         base = self.by_name[self._sibling(site, location.base)]
         branch = self.by_name[self._sibling(site, location.branch)]
         if base.site.name in self._residuals:
-            self._residuals[base.site.name].kept_for.append(reader)
+            self._residuals[base.site.name].next_in_stream.append(reader)
         else:
-            module_hook = self._module_hook(
+            module_hook = self._hook_of(
                 base.site, "input" if isinstance(base.site.location, Input | Stream) else "output"
             )
-            self._feed(module_hook, KeepInput(reader, "base"), point, slot=_slot(base.site.location))
+            self._feed(module_hook, KeepInput(reader, reader.kept), point, slot=_slot(base.site.location))
         point.module_hooks.extend(t for t in base.module_hooks if t not in point.module_hooks)
         assert getattr(branch.site.location, "gain", None) is None, "A gained branch takes Stream."
-        self._feed(self._module_hook(branch.site, "output"), reader, point, slot=_slot(branch.site.location))
+        self._feed(self._hook_of(branch.site, "output"), reader, point, slot=_slot(branch.site.location))
 
     def _wire_text(self, site: Site, point: Point, module_hook: AttentionHook) -> None:
         joint = self._sites.towers[site.tower].record.joint
         assert joint is not None, f"{site.name}: its tower has no `joint`."
-        module_hook.text, module_hook.text_first = TextLength(point), joint.first == "text"
-        given = self._tap_at(self._owner(site), "input", site)
-        self._feed(given, KeepLength(module_hook.text, "n_text"), point, slot=joint.argument)
+        text = TextLength(point)
+        module_hook.text, module_hook.text_first = text, joint.first == "text"
+        block_input = self._hook_at(self._owner(site), "input", site)
+        self._feed(block_input, KeepLength(text, text.n_text), point, slot=joint.argument)
 
     def _feed(
         self,
         module_hook: ModuleHook,
-        reader: Reader | KeepInput,
+        reader: Reader | Keep[Any],
         *points: Point,
         slot: Slot = None,
         first: bool = False,
@@ -140,8 +139,8 @@ class Points:
                 t for t in (module_hook.unfolds, module_hook) if t is not None and t not in point.module_hooks
             )
 
-    def _module_hook(self, site: Site, side: Side) -> ModuleHook:
-        module_hook = self._tap_at(self._module(site), side, site)
+    def _hook_of(self, site: Site, side: Side) -> ModuleHook:
+        module_hook = self._hook_at(self._module(site), side, site)
         if (
             site.stack is not None
             and module_hook.unfolds is None
@@ -149,11 +148,11 @@ class Points:
         ):
             stack = self._sites.towers[site.tower].record.stacks[site.stack]
             if site.location.path in stack.folded:
-                module_hook.unfolds = self._tap_at(self._owner(site), "input", site)
-                module_hook.unfolds.add(KeepInput(module_hook, "block_input"), first=True)
+                module_hook.unfolds = self._hook_at(self._owner(site), "input", site)
+                module_hook.unfolds.add(KeepInput(module_hook, module_hook.block_input), first=True)
         return module_hook
 
-    def _tap_at(self, module: nn.Module, side: Side, site: Site) -> ModuleHook:
+    def _hook_at(self, module: nn.Module, side: Side, site: Site) -> ModuleHook:
         packed = self._sites.towers[site.tower].record.packed
         return self._module_hooks.setdefault((id(module), side), ModuleHook(module, side, packed))
 
@@ -193,7 +192,7 @@ class Points:
 
 
 def _slot(location: Any) -> Slot:
-    """Which of the things a module is given or returns a place means."""
+    """Which of a module's arguments or outputs a location means."""
     return (
         location.item
         if isinstance(location, Output)

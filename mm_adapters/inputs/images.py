@@ -1,4 +1,7 @@
-"""Any picture a user may hold, as the 8-bit RGB image that image processors are made for."""
+"""Any picture a user may hold, as the 8-bit RGB image that image processors are made for.
+
+Public: `to_rgb`, `to_rgb_list`, `image_files`, `SUFFIXES`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from mm_adapters._errors import InputError
 
 ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | np.ndarray | Tensor"
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ACCEPTED = (
     "Accepted: a PIL image, the path of an image file, a numpy array [height, width] or "
     "[height, width, channel], or a torch tensor [channel, height, width]"
@@ -54,6 +58,34 @@ def to_rgb_list(images: Any) -> list[Image.Image]:
     if not many:
         raise InputError("images is empty. Pass at least one image, or leave images out.")
     return [_numbered(i, image) if len(many) > 1 else to_rgb(image) for i, image in enumerate(many)]
+
+
+def image_files(
+    folder: str | os.PathLike[str], *, recursive: bool = True, verify: bool = False, min_images: int = 1
+) -> list[Path]:
+    """The image files in a folder, in order of name: those that end as `SUFFIXES` say.
+
+    `recursive`: also those in its folders, and so on. `verify`: each is opened, so that a broken file is
+    named before anything is computed.
+
+    Raises: InputError if there is no such folder, it has fewer images than `min_images`, or a broken one.
+    """
+    where = Path(folder)
+    if not where.is_dir():
+        raise InputError(f"There is no folder {where}. Pass a folder of images.")
+    inside = where.rglob("*") if recursive else where.iterdir()
+    files = sorted(path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise InputError(f"{where} holds no image: nothing there ends in {', '.join(SUFFIXES)}.")
+    if len(files) < min_images:
+        raise InputError(f"{where} holds {len(files)} images, and at least {min_images} are needed.")
+    for path in files if verify else ():
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except (UnidentifiedImageError, OSError, SyntaxError):
+            raise InputError(f"{path} is no picture that can be read. Remove or replace it.") from None
+    return files
 
 
 def opened(images: Any) -> Any:

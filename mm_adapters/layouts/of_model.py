@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mm_adapters._errors import InputError
+from mm_adapters.layouts.of_stages import stage_layouts
 from mm_adapters.records.image_tokens import (
     Anyres,
     ImageTokens,
@@ -17,8 +18,10 @@ from mm_adapters.records.image_tokens import (
     Tiles,
     Views,
 )
+from mm_adapters.records.stages import Stages
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.tower_view import TowerView
+from mm_adapters.tokens.by_part import Layouts
 from mm_adapters.tokens.image_positions import ImagePosition, merged_grids, positions_of_images
 from mm_adapters.tokens.layout import (
     TokenLayout,
@@ -37,7 +40,7 @@ def _count(number: object) -> int:
 
 def layouts(
     model: Any, sites: SiteMap, tokenizer_of: Any, prepared: Mapping[str, Any], texts: Sequence[str] | None
-) -> dict[str, TokenLayout]:
+) -> Layouts:
     """The layout of every tower whose inputs are among `prepared`, the wrapped model's arguments.
 
     `texts` are what the tokens were made of, where that is known; they are decoded otherwise.
@@ -68,13 +71,13 @@ def layouts(
         by_tower[name] = language_layout(
             texts, tokenizer, ids, mask, image_id, places=images, newline_ids=newline_ids
         )
-    if (
-        vision is not None
-        and pixels is not None
-        and (of_vision := _vision(model, sites, vision, prepared, images))
-    ):
-        by_tower = {vision.name: of_vision} | by_tower
-    return by_tower
+    if vision is None or pixels is None:
+        return Layouts(by_tower)
+    order = vision.record.order
+    if isinstance(order, Stages):
+        return Layouts(stage_layouts(vision, order, pixels, vision.patch_grid(pixels)) | by_tower)
+    of_vision = _vision(model, sites, vision, prepared, images)
+    return Layouts(by_tower if of_vision is None else {vision.name: of_vision} | by_tower)
 
 
 def _image_tokens_of(sites: SiteMap, vision: TowerView | None) -> ImageTokens | None:

@@ -1,9 +1,9 @@
-"""Sends a traced block to an NDIF service and brings home what it saved; nothing is lost on the way.
+"""Sends a traced block to an NDIF service and returns what it saved; no job is lost silently.
 
-nnsight's backend, with what it leaves out: a look at the service before anything is sent, one clear
-error for each thing that goes wrong, and a job that outlives its connection. A blocking job waits on a
-websocket. If that breaks the job is sent again, as one whose result the service keeps until it is
-fetched; a job is therefore run at least once.
+nnsight's backend, with what it leaves out: the service is checked before anything is sent, each failure
+has its own error, and a job outlives its connection. A blocking job waits on a websocket. If that breaks
+the job is sent again, as one whose result the service keeps until it is fetched; a job is therefore run
+at least once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import websocket
@@ -34,9 +34,7 @@ from mm_adapters.ndif_client.errors import (
 )
 from mm_adapters.ndif_client.shipping import install_and_load, payload_with_sources
 from mm_adapters.ndif_client.stock_service import stock_service_key
-
-if TYPE_CHECKING:
-    from mm_adapters.ndif_client.remotable import ServedModel
+from mm_adapters.nnsight_engine.protocol import SiteModel
 
 OURS = ("mm_adapters", "methods_multimodal", "integrations")
 _LOST = (websocket.WebSocketException, ConnectionError)
@@ -44,7 +42,7 @@ _TIMEOUT = httpx.Timeout(10.0, read=600.0)
 
 
 class Envelope(RequestModel):
-    """What goes beside a payload. `trusted` is NDIF's: False asks for the sandbox, None leaves it open."""
+    """What is sent beside a payload. `trusted` is NDIF's: False asks for the sandbox, None leaves it open."""
 
     trusted: bool | None = None
 
@@ -55,22 +53,22 @@ class Envelope(RequestModel):
 class Dispatch(RemoteBackend):
     """A job for a service: sent when its block ends, waited for or polled.
 
-    `patience_s` is how long a service that does not answer is waited for once it has taken a job;
-    `grace_s` how long an accepted job may be without any status.
+    `reconnect_timeout_s` is how long a service that has taken a job may not answer; `grace_s` how long an
+    accepted job may be without any status.
     """
 
-    patience_s = 60.0
+    reconnect_timeout_s = 60.0
     grace_s = 20.0
     trusted: bool | None = None
 
-    def __init__(self, model: ServedModel, **options: Any) -> None:
+    def __init__(self, model: SiteModel, **options: Any) -> None:
         super().__init__(model.to_model_key(), env=model._remoteable_get_env(), **options)
         self._model = model
         self._sent: tuple[RequestModel, bytes] | None = None
         self._accepted_s = time.monotonic()
 
     def request(self, request: RequestModel, tracer: Any) -> Any:
-        """Sends a blocking job and waits. Raises: as the errors of `_remote_errors` say."""
+        """Sends a blocking job and waits. Raises: as the errors of `ndif_client.errors` say."""
         blob = self._serialize(tracer)
         request = self._envelope()
         try:
@@ -123,17 +121,17 @@ class Dispatch(RemoteBackend):
 
     def wait(self, timeout_s: float | None = None, *, every_s: float = 0.1) -> Any:
         """Polls until the job has ended. Raises: as `poll`; TimeoutError, and the job goes on."""
-        start = heard = time.monotonic()
+        start = answered = time.monotonic()
         while True:
             try:
-                found = self.poll()
-                heard = time.monotonic()
+                saved = self.poll()
+                answered = time.monotonic()
             except ServiceDownError:
-                if time.monotonic() - heard > self.patience_s:
+                if time.monotonic() - answered > self.reconnect_timeout_s:
                     raise
-                found = None
-            if found is not None:
-                return found
+                saved = None
+            if saved is not None:
+                return saved
             if timeout_s is not None and time.monotonic() - start > timeout_s:
                 raise TimeoutError(f"Job {self.job_id} has not ended after {timeout_s:g} s; it goes on.")
             time.sleep(every_s)
@@ -183,8 +181,9 @@ class Dispatch(RemoteBackend):
                 error: ServiceDownError = ServiceDownError(f"{self.host} answers {reply.status_code}.")
             except ServiceDownError as caught:
                 error = caught
-            if time.monotonic() - start > self.patience_s:
-                error.add_note(f"The connection broke in the middle of a job, {self.patience_s:g} s ago.")
+            if time.monotonic() - start > self.reconnect_timeout_s:
+                waited_s = self.reconnect_timeout_s
+                error.add_note(f"The connection broke in the middle of a job, {waited_s:g} s ago.")
                 raise error
             time.sleep(0.5)
 
@@ -207,7 +206,7 @@ class Dispatch(RemoteBackend):
         check_service(self._packages(), self.host)
         pull_env()
         if self.on_stock_service:
-            self.model_key = stock_service_key(self._model)  # type: ignore[arg-type]
+            self.model_key = stock_service_key(self._model)
             with by_reference(("mm_adapters",)), by_value(install_and_load.__module__):
                 blob = payload_with_sources(tracer, self._model, self.compress)
         else:
@@ -223,20 +222,20 @@ class Dispatch(RemoteBackend):
 
     def _packages(self) -> dict[str, str]:
         """What the service has installed; asked once for a model and host."""
-        known = self._model.__dict__.setdefault("_services", {})
-        if self.host not in known:
+        packages = self._model.service_packages
+        if self.host not in packages:
             reply = self._get("/env")
             if reply.status_code >= 400:
                 raise refused(reply.status_code, _detail(reply), self.host)
-            known[self.host] = reply.json().get("packages", {})
-        return known[self.host]
+            packages[self.host] = reply.json().get("packages", {})
+        return packages[self.host]
 
 
 class LocalCopy(LocalSimulationBackend):
-    """`remote="local"`: the block is serialised, read back without this machine's files, and run here.
+    """`remote="local"`: the block is serialised, deserialised without this machine's files, and run here.
 
-    nnsight's own (intervention/backends/local.py) hides every module but a few; this package is one
-    that a service has.
+    nnsight's own (intervention/backends/local.py) hides every module but a few; this package is not hidden,
+    for a service has it.
     """
 
     def __call__(self, tracer: Any) -> None:
@@ -256,12 +255,12 @@ class LocalCopy(LocalSimulationBackend):
 @contextmanager
 def by_reference(names: tuple[str, ...]) -> Iterator[None]:
     """These packages are named and not shipped: nnsight ships every one that runs from a checkout."""
-    taken = {m for m in _PICKLE_BY_VALUE_MODULES if m.partition(".")[0] in names}
-    _PICKLE_BY_VALUE_MODULES.difference_update(taken)
+    removed = {m for m in _PICKLE_BY_VALUE_MODULES if m.partition(".")[0] in names}
+    _PICKLE_BY_VALUE_MODULES.difference_update(removed)
     try:
         yield
     finally:
-        _PICKLE_BY_VALUE_MODULES.update(taken)
+        _PICKLE_BY_VALUE_MODULES.update(removed)
 
 
 @contextmanager
@@ -291,7 +290,7 @@ def check_service(packages: dict[str, str], host: str) -> None:
 
 
 def own_version() -> str:
-    """This package's version, "local" if it was never installed."""
+    """This package's version, "local" if it is not installed."""
     try:
         return version("mm-interp")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What can go wrong between this machine and a service, each with what to do about it."""
+"""The errors between this machine and a service, each with what to do about it."""
 
 from __future__ import annotations
 
@@ -61,14 +61,12 @@ def failed(description: str, model_key: str, host: str) -> Exception:
 
     One of this package's own is raised as what it is; the service's traceback comes with it.
     """
-    found = None
-    for found in _OURS.finditer(description):  # noqa: B007  The last one is the error.
-        pass
-    kind = getattr(_errors, found[1], None) if found else None
-    if kind in (_errors.CheckpointError, _errors.UnknownFamilyError) and found:
-        return NotServedError(f"{host} cannot serve {model_key}: {found[2].strip()}")
-    if found and isinstance(kind, type) and issubclass(kind, Exception):
-        error = kind(found[2].strip())
+    *_, last = (None, *_OURS.finditer(description))  # The last one is the error.
+    kind = getattr(_errors, last[1], None) if last else None
+    if kind in (_errors.CheckpointError, _errors.UnknownFamilyError) and last:
+        return NotServedError(f"{host} cannot serve {model_key}: {last[2].strip()}")
+    if last and isinstance(kind, type) and issubclass(kind, Exception):
+        error = kind(last[2].strip())
         error.add_note(f"In a job on {host}:\n{description.strip()}")
         return error
     # NDIF 0.1.2 says first what went wrong, then shows a traceback, which it cuts off.

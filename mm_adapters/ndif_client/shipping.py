@@ -1,21 +1,21 @@
-"""Riding on a service that does not have this package: it serves its own model, and we bring our code.
+"""This package's source as a part of a job, for a service that does not have the package.
 
 The hosted service serves nnsight's model classes. There a job names the model as those do, and its
-payload holds this package's source, which is put to work around the service's model when the payload
-is opened. As a trusted job everything works as at home. In the service's sandbox the model is in another
-process that has none of our code, so only sites that are a module's input or output can be reached.
+payload holds this package's source, which is installed when the payload is opened and makes a TracedModel
+of the service's model. As a trusted job everything works as on a service of one's own. In the service's
+sandbox the model is in another process that has none of our code, so only sites that are a module's input
+or output can be reached.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnsight.intervention.interleaver import Interleaver
 from nnsight.intervention.serialization import CustomCloudPickler
 
-if TYPE_CHECKING:
-    from mm_adapters.ndif_client.remotable import ServedModel
+from mm_adapters.nnsight_engine.protocol import SiteModel
 
 _LEFT_OUT = ("zoo", "hooked", "cli", "tl_engine")
 # A service need not have jaxtyping, which only annotates.
@@ -23,24 +23,24 @@ _NO_JAXTYPING = "class Float:\n    def __class_getitem__(cls, key):\n        ret
 
 
 class ShippedSource:
-    """Opens, on a service, as what `RequestModel.serialize` would have sent."""
+    """Unpickled on a service, it installs this package's source and is what `payload` unpickles to."""
 
-    def __init__(self, inner: bytes, names: list[str]) -> None:
-        self.content = sources(), inner, {name: ServiceObject(name) for name in names}
+    def __init__(self, payload: bytes, names: list[str]) -> None:
+        self.arguments = sources(), payload, {name: ServiceObject(name) for name in names}
 
     def __reduce__(self) -> Any:
-        return install_and_load, self.content
+        return install_and_load, self.arguments
 
 
 class ServiceObject:
-    """Stands in a payload for what the service has under this name."""
+    """A reference, in a payload, to an object that the service has under this name."""
 
     def __init__(self, name: str) -> None:
         self._persistent_id = name
 
 
 class ReferenceRecorder(CustomCloudPickler):
-    """A pickler that notes which of a service's objects are referred to."""
+    """A pickler that records which of a service's objects are referred to."""
 
     names: dict[str, None]
 
@@ -51,8 +51,8 @@ class ReferenceRecorder(CustomCloudPickler):
         return name
 
 
-def payload_with_sources(tracer: Any, model: ServedModel, compress: bool) -> bytes:
-    """A payload that brings this package along."""
+def payload_with_sources(tracer: Any, model: SiteModel, compress: bool) -> bytes:
+    """A job's payload that holds this package's source."""
     import io
 
     import zstandard
@@ -61,13 +61,13 @@ def payload_with_sources(tracer: Any, model: ServedModel, compress: bool) -> byt
     frame = tracer.info.frame
     block = reduce_block(tracer.node, frame.f_globals, dict(frame.f_locals))
     buffer = io.BytesIO()
-    notes = ReferenceRecorder(buffer, protocol=4)
-    notes.names = {"Interleaver": None, f"Module:{model.path}": None}
-    notes.dump((tracer, block))
-    if model.kind == "diffusion":  # type: ignore[attr-defined]
-        notes.names["Pipeline"] = None
-    notes.names.pop("TracedModel", None)
-    data = dumps(ShippedSource(buffer.getvalue(), list(notes.names)))
+    recorder = ReferenceRecorder(buffer, protocol=4)
+    recorder.names = {"Interleaver": None, f"Module:{model.path}": None}
+    recorder.dump((tracer, block))
+    if model.kind == "diffusion":
+        recorder.names["Pipeline"] = None
+    recorder.names.pop("TracedModel", None)
+    data = dumps(ShippedSource(buffer.getvalue(), list(recorder.names)))
     return zstandard.ZstdCompressor(level=6).compress(data) if compress else data
 
 
@@ -82,8 +82,12 @@ def sources() -> dict[str, str]:
     return files | {"jaxtyping": _NO_JAXTYPING}
 
 
-def install_and_load(files: dict[str, str], inner: bytes, held: dict[str, Any]) -> Any:
-    """Runs on the service, where this module is not; shipped by its source, it needs nothing of it."""
+def install_and_load(files: dict[str, str], payload: bytes, service_objects: dict[str, Any]) -> Any:
+    """Installs this package on a service, and unpickles a payload that uses it.
+
+    It is shipped by its source to where this module is missing, so it uses no name of this module, and
+    finds the package's by importlib once they are installed.
+    """
     import atexit
     import importlib.util
     import shutil
@@ -112,21 +116,19 @@ def install_and_load(files: dict[str, str], inner: bytes, held: dict[str, Any]) 
         if importlib.util.find_spec("jaxtyping") is None:
             Path(folder, "jaxtyping.py").write_text(files["jaxtyping"], encoding="utf-8")
         importlib.invalidate_caches()
-        import mm_adapters
+        package: Any = importlib.import_module("mm_adapters")
+        package.__shipped__ = stamp
+    traced_model = importlib.import_module("mm_adapters.traced").TracedModel
+    shipping = importlib.import_module("mm_adapters.ndif_client.shipping")
+    return loads(payload, shipping.with_traced_model(service_objects, traced_model))
 
-        mm_adapters.__dict__["__shipped__"] = stamp
-    from mm_adapters.ndif_client.shipping import with_traced_model
 
-    return loads(inner, with_traced_model(held))
-
-
-def with_traced_model(held: dict[str, Any]) -> dict[str, Any]:
-    """What a payload may refer to, with a TracedModel made of the service's model."""
-    from mm_adapters.traced import TracedModel
-
-    asked = held["Interleaver"]
-    wrapped = held["Pipeline"] if "Pipeline" in held else held["Module:model"]
-    model = TracedModel(wrapped)
+def with_traced_model(service_objects: dict[str, Any], traced_model: Any) -> dict[str, Any]:
+    """The objects that a payload may refer to, with a TracedModel made of the service's model."""
+    interleaver = service_objects["Interleaver"]
+    pipeline = service_objects.get("Pipeline")
+    model = traced_model(service_objects["Module:model"] if pipeline is None else pipeline)
     model.on_stock_service = True
-    in_process = type(asked) is Interleaver
-    return held | {"TracedModel": model, "Interleaver": model.interleaver if in_process else asked}
+    if type(interleaver) is Interleaver:  # Of the model's own process, not of a sandbox.
+        interleaver = model.interleaver
+    return service_objects | {"TracedModel": model, "Interleaver": interleaver}

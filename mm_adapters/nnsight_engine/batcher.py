@@ -1,4 +1,4 @@
-"""Which rows of a value are whose, when several invokes share one run.
+"""The rows of each invoke in a value, when several invokes share one run.
 
 nnsight 0.8.1 (intervention/batching.py) knows one row axis. Here images and texts are two, a
 denoiser's rows are its pictures once for each part of the guidance, and modelling code that folds
@@ -25,7 +25,7 @@ MIXED = "mixed"
 
 @dataclass(frozen=True)
 class Axis:
-    """The rows of what a module gives: of which axis, how many parts (guidance), how many heads."""
+    """The rows of a value: their axis, the parts that guidance makes of them, the heads folded into them."""
 
     name: str
     parts: Callable[[], int] = lambda: 1
@@ -55,7 +55,7 @@ class RowBatcher(Batcher):
         return [len(self.sizes) - 1, 1]
 
     def locate(self, location: str) -> None:
-        """Says where the next values are, of a run of several invokes."""
+        """Sets the location of the next values, in a run of several invokes."""
         self._where, self._axis = location, self.envoy.rows.axis(location)
 
     def check_rows(self, group: list[int] | None, location: str, what: str) -> None:
@@ -74,7 +74,7 @@ class RowBatcher(Batcher):
         return narrowed
 
     def widen(self, full: Any, group: Any, edited: Any) -> Any:
-        # What was only read goes back as it came: a copy would round a residual differently.
+        # A value that was only read goes back as the same object: a copy would round a residual differently.
         if edited is self._served[0] and full is self._served[1]:
             return full
         if self.batching and group is not None and _has_entries(full):
@@ -149,7 +149,7 @@ class RowBatcher(Batcher):
         return dim, [(start * fold, size * fold)]
 
     def _cuts_by_size(self, tensor: Tensor, group: list[int]) -> list[tuple[int, list[Span]]]:
-        """Where a value may be of either axis, its size says which; if that is not clear it is an error."""
+        """The cuts of a value of one of two axes. Its size tells which; if it does not, that is an error."""
         axes = list(self.sizes[group[0]])
         spans = {a: self._span(group, a) for a in axes}
         totals = {a: self._total(a) for a in axes}
@@ -196,8 +196,8 @@ def _rebuilt(value: Any, fn: Callable[[str, Any], Any]) -> Any:
     utils/outputs.py, BaseOutput).
     """
     if is_dataclass(value):
-        given = {f.name: getattr(value, f.name) for f in fields(value)}
-        return type(value)(**{k: v if v is None else fn(k, v) for k, v in given.items()})
+        entries = {f.name: getattr(value, f.name) for f in fields(value)}
+        return type(value)(**{k: v if v is None else fn(k, v) for k, v in entries.items()})
     new = value.copy()  # type: ignore[attr-defined]
     for key, item in value.items():
         new[key] = fn(key, item)

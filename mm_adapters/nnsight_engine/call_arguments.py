@@ -1,4 +1,4 @@
-"""What a traced call is given, by name: the model's own arguments, or raw text, images and messages."""
+"""The arguments of a traced call by name: the model's own, or raw text, images and messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mm_adapters._errors import InputError
 from mm_adapters.inputs.chat import is_chat, is_chats, spoken
 
-REMOTE_OPTIONS = ("remote", "blocking", "job_id", "verbose")  # What a call says of how it is run.
+REMOTE_OPTIONS = ("remote", "blocking", "job_id", "verbose")
 
 
 def by_name(
@@ -17,12 +17,12 @@ def by_name(
 ) -> dict[str, Any]:
     """One call's arguments by name, raw text and images as they are.
 
-    `takes` are the names of what the wrapped model is called with. The first positional argument may
+    `takes` are the names of the wrapped model's arguments. The first positional argument may
     also be text, pictures, messages of a chat, or a dictionary of arguments.
 
     Raises: InputError if something is given twice.
     """
-    first, given = (inputs[0], dict(kwargs)) if inputs else (None, dict(kwargs))
+    first = inputs[0] if inputs else None
     raw: dict[str, Any] = {}
     if kind != "diffusion" and first is not None:
         if isinstance(first, Mapping):
@@ -35,12 +35,12 @@ def by_name(
             raw = {"images": first}
     if raw:
         inputs = inputs[1:]
-    out = given | dict(zip(takes, inputs, strict=False))
-    for key in raw.keys() & out.keys():
+    arguments = dict(kwargs) | dict(zip(takes, inputs, strict=False))
+    for key in raw.keys() & arguments.keys():
         if key == "text":
             raise InputError("A prompt was given both positionally and as `text=`. Give it once.")
         raise InputError(f"{key} was given twice: in the first argument, and as {key}=. Give it once.")
-    return raw | out
+    return raw | arguments
 
 
 def is_text(value: Any) -> bool:

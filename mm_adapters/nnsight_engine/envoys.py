@@ -1,8 +1,8 @@
-"""One site as nnsight's users read and write it, and nnsight's envoys with the holes stopped."""
+"""A site as an envoy, and the envoys of a model's modules, which refuse to be run remotely by themselves."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
@@ -10,12 +10,11 @@ from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.tracer import ScanningTracer
 from torch import Tensor
 
+from mm_adapters.hooks.point import tracked
 from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
-from mm_adapters.nnsight_engine.points import TracedPoint, tracked
+from mm_adapters.nnsight_engine.points import TracedPoint
+from mm_adapters.nnsight_engine.protocol import SiteModel
 from mm_adapters.nnsight_engine.raw_values import raw_location, shown
-
-if TYPE_CHECKING:
-    from mm_adapters.traced import TracedModel
 
 
 class SiteEnvoy:
@@ -24,7 +23,7 @@ class SiteEnvoy:
     What is written into the value goes back into the model when the block moves on.
     """
 
-    def __init__(self, model: TracedModel, point: TracedPoint) -> None:
+    def __init__(self, model: SiteModel, point: TracedPoint) -> None:
         self.site = point.site
         self.path = point.path
         self.interleaver = model.interleaver
@@ -33,25 +32,25 @@ class SiteEnvoy:
         self._version: int | None = None
 
     def __reduce__(self) -> Any:
-        # As the model, a site is not shipped but found again where the job runs.
+        # As the model, a site is not shipped but looked up where the job runs.
         return type(self._model).envoy, (self._model, self.site.name)
 
     @property
     def output(self) -> Tensor:
         """The site's value, in TransformerLens' shape."""
-        if not self._model.is_here:
-            return self._from_afar()
-        self._ask()
+        if not self._model.in_process:
+            return self._from_sandbox()
+        self._check_request()
         return self.value  # type: ignore[return-value]
 
     @output.setter
     def output(self, new: Tensor) -> None:
-        if not self._model.is_here:
-            was = self._from_afar()
+        if not self._model.in_process:
+            was = self._from_sandbox()
             self._check(new, was)
             was.copy_(new)
             return
-        self._ask()
+        self._check_request()
         was = Mediator.value(self._point.location)
         self._check(new, was)
         Mediator.swap(self._point.location, new.to(was.device, was.dtype))
@@ -61,10 +60,10 @@ class SiteEnvoy:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise ValueError(f"{self.site.name} is {tuple(was.shape)} here and was set to {got}.")
 
-    def _from_afar(self) -> Tensor:
-        """The value in a service's sandbox, where what is written into it goes back by itself.
+    def _from_sandbox(self) -> Tensor:
+        """The value in a service's sandbox, which sends back what is written into it.
 
-        NDIF 0.1.2 (ray/sandbox/nns.py, writeback) sends back the very object that it gave.
+        NDIF 0.1.2 (ray/sandbox/nns.py, writeback) sends back the object that it gave, and no other.
         """
         if self._model.on_stock_service:
             raw = Mediator.value(raw_location(self._model.path, self.site))
@@ -73,22 +72,22 @@ class SiteEnvoy:
         served.data = served.data.contiguous()
         return served
 
-    def _ask(self) -> None:
+    def _check_request(self) -> None:
         if isinstance(self.interleaver, SiteInterleaver):
-            self.interleaver.ask(self._point)
+            self.interleaver.check_request(self._point)
 
     @eproperty(key="output")
     def value(self, served: Tensor) -> Any:
-        """What a block is given."""
+        """The value as a block gets it."""
         if tracked(served) or 0 in served.stride():
-            # Its own copy: what autograd has kept must not be written into.
+            # A copy: the block must not write into what autograd has kept.
             return served.clone()
         self._version = _version(served)
         return served
 
     @value.transform
     def value(self, view: Tensor, served: Tensor) -> Tensor:
-        """What goes back: the same object if nothing was written, for the model not to notice."""
+        """The value as the model gets it back: the same object if nothing was written into it."""
         if view is not served:
             return view if tracked(served) or view._version else served
         unchanged = self._version is not None and self._version == _version(served)

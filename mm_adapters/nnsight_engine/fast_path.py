@@ -1,4 +1,4 @@
-"""What a module costs in a trace where nobody waits at it: little more than its own forward."""
+"""The pass-through of a module in a trace: it costs little more than the module's own forward."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mm_adapters.nnsight_engine.points import SiteAtModule
 
 
 class LocationState:
-    """What there is to do at a location besides what nnsight does.
+    """What is done at a location besides what nnsight does.
 
-    Where nobody waits, the sites at `counted` are counted; `more` says whether that is not all.
+    In a pass-through the sites at `counted` are counted; `more` says whether that is not all.
     """
 
     __slots__ = ("at_module", "counted", "enters", "leaves", "more")
@@ -27,35 +27,31 @@ class LocationState:
         self.more = False
 
     def add(self, points: Any, more: bool) -> None:
-        """Counts these points too where nobody waits; `more`: and that is not all there is to do."""
+        """Counts these points too in a pass-through; `more` if that is not all that is done for them."""
         self.counted += [point.location for point in points]
         self.more = self.more or more
 
-    def feeds_only(self, other: LocationState | None) -> bool:
-        """Whether all that is done here is to keep something for readers at the other location, and all that
-        is done there where nobody waits is to let go of just that."""
-        here, there = self.at_module, None if other is None else other.at_module
-        if here is None or there is None or other is None or here.forgets or there.keeps:
+    def feeds_only(self, end: LocationState | None) -> bool:
+        """Whether all that is done here is to keep values for readers at `end`, the same module's output, and
+        all that a pass-through does there is to drop just those."""
+        here, there = self.at_module, None if end is None else end.at_module
+        if here is None or there is None or end is None or here.drops or there.keeps:
             return False
-        if any(
-            module_hook is not None for module_hook in (self.enters, self.leaves, other.enters, other.leaves)
-        ):
+        if any(module_hook is not None for module_hook in (self.enters, self.leaves, end.enters, end.leaves)):
             return False
-        kept = [keep.reader for keep, _ in here.keeps]
-        let_go = [reader for reader, _ in there.forgets]
-        return all(reader in there.readers for reader in kept) and all(reader in kept for reader in let_go)
+        return {keep.kept for keep, _ in here.keeps} == set(there.drops)
 
-    def pass_by(self, value: Any, entered: dict[int, AttentionHook]) -> None:
-        """Nobody waits here; but for what comes behind it somebody may."""
+    def pass_through(self, value: Any, entered: dict[int, AttentionHook]) -> None:
+        """Does what readers behind this location may need of a value that is not requested here."""
         if self.at_module is not None:
-            self.at_module.pass_by(value)
+            self.at_module.pass_through(value)
         if self.enters is not None:
             entered[id(self.enters)] = self.enters
         elif self.leaves is not None:
             entered.pop(id(self.leaves), None)
 
 
-# The locations that are counted when a module's side is passed, and what there is to do besides.
+# The locations that are counted when a module's side is passed, and what is done besides.
 Side = tuple[tuple[str, ...], LocationState | None]
 
 
@@ -66,14 +62,14 @@ def _side(locations: tuple[str, ...], location_state: LocationState | None) -> S
 
 
 class FastPathInterleaver(Interleaver):
-    """Notes by module what is passed where nobody waits, and counts it once somebody asks.
+    """Notes by module what is passed through, and counts it when a count is read.
 
     nnsight hands over a module's input, its gate and its output one by one, and counts each: that is most of
-    what a trace costs beside the model. `occupied` are the locations where more is to do than that.
+    what a trace costs beside the model. `active` are the locations where more is done than to count.
     """
 
     def __init__(self) -> None:
-        self.occupied: set[str] = set()
+        self.active: set[str] = set()
         self.location_states: dict[str, LocationState] = {}
         self.entered: dict[int, AttentionHook] = {}
         self.sides: dict[str, tuple[Side, Side, Side]] = {}
@@ -83,7 +79,7 @@ class FastPathInterleaver(Interleaver):
 
     @property
     def counts(self) -> dict[str, int]:  # type: ignore[override]
-        """How many times each location has been passed since the first block now at work was started."""
+        """How many times each location has been passed since the first of the running blocks started."""
         counts = self._counts
         if self.passed:
             for locations in self.passed:
@@ -98,7 +94,7 @@ class FastPathInterleaver(Interleaver):
         self._counts = counts
 
     def __enter__(self) -> FastPathInterleaver:
-        # A block counts from where it starts: where none has, nothing need be counted up to there.
+        # A block counts from where it starts; if none has started, earlier counts are of no use.
         if all(mediator.worker is None for mediator in self.mediators):
             self.counts = {}
         super().__enter__()
@@ -111,21 +107,21 @@ class FastPathInterleaver(Interleaver):
             envoy._module.__dict__["forward"] = FastPathController(envoy._module, forward.state)
 
     def sides_of(self, locations: tuple[str, str, str], is_leaf: bool) -> tuple[Side, Side, Side]:
-        """Those of a module, made when it is first called: before it, before it where a block waits for its
-        output, and after it."""
+        """What is passed at a module, made at its first call: before it, before it if its output is active,
+        and after it."""
         begin, gate, end = locations
         location_states = self.location_states.get(begin), self.location_states.get(end)
         before, after = _side((begin, gate), location_states[0]), _side((end,), location_states[1])
-        quiet = before
+        before_active = before
         if is_leaf and location_states[0] is not None and location_states[0].feeds_only(location_states[1]):
-            # While it runs nobody can come to wait for what is behind it: nothing of ours runs inside.
-            quiet, after = (before[0], None), (after[0], None)
-        self.sides[begin] = quiet, before, after
-        return quiet, before, after
+            # No request for its output can be made while it runs: none of our code runs inside a leaf.
+            before, after = (before[0], None), (after[0], None)
+        self.sides[begin] = before, before_active, after
+        return before, before_active, after
 
 
 class FastPathController(Controller):
-    """A module's forward in a trace: nnsight's, which asks whether anybody waits once, not three times."""
+    """A module's forward in a trace, as nnsight's: it checks once, not three times, whether it is active."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state, module = self.state, self.module_ref()
@@ -133,29 +129,29 @@ class FastPathController(Controller):
         if not isinstance(engine, FastPathInterleaver) or state.sourced:
             return super().__call__(*args, **kwargs)
         begin, gate, end = locations
-        occupied = engine.occupied
-        if begin in occupied or gate in occupied:
+        active = engine.active
+        if begin in active or gate in active:
             return super().__call__(*args, **kwargs)
         sides = engine.sides.get(begin)
         if sides is None:
             assert module is not None
             sides = engine.sides_of(locations, is_leaf=next(module.children(), None) is None)
-        passed, location_state = sides[1] if end in occupied else sides[0]
+        passed, location_state = sides[1] if end in active else sides[0]
         engine.passed.append(passed)
         if location_state is not None:
-            location_state.pass_by((args, kwargs), engine.entered)
+            location_state.pass_through((args, kwargs), engine.entered)
         output = run_body(state, module, args, kwargs)
-        if end in engine.occupied:
+        if end in engine.active:
             return engine.handle(end, output)
         passed, location_state = sides[2]
         engine.passed.append(passed)
         if location_state is not None:
-            location_state.pass_by(output, engine.entered)
+            location_state.pass_through(output, engine.entered)
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FastPathController:
-        made = super().__deepcopy__(memo)
-        return FastPathController(made.module_ref(), made.state)
+        copied = super().__deepcopy__(memo)
+        return FastPathController(copied.module_ref(), copied.state)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FastPathController, super().__reduce__()[1]

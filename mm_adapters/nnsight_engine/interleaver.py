@@ -9,10 +9,12 @@ from typing import Any
 from greenlet import getcurrent
 from nnsight.intervention.interleaver import Event, Mediator, OutOfOrderError
 
+from mm_adapters.hooks.kept import Kept
 from mm_adapters.hooks.module_hooks import AttentionHook, ModuleHook
 from mm_adapters.nnsight_engine.batcher import RowBatcher
 from mm_adapters.nnsight_engine.fast_path import FastPathInterleaver, LocationState
 from mm_adapters.nnsight_engine.points import ROOT, AttentionGate, SiteAtModule, TracedPoint
+from mm_adapters.nnsight_engine.protocol import ServedPoint
 
 STEP = "step"
 END = "the run has ended"
@@ -22,29 +24,29 @@ class SiteInterleaver(FastPathInterleaver):
     """An interleaver that knows sites: they are derived from the locations that nnsight hands it.
 
     nnsight gives every module a forward of its own, which hands input and output to `handle`. What a
-    `SiteAtModule` finds there is handed to `handle` again, as the site's location. Where nobody waits for
-    anything, which is nearly everywhere in most runs, values are let by.
+    `SiteAtModule` derives from them is handed to `handle` again, as the site's location. Where nothing is
+    requested, which is nearly everywhere in most runs, values pass through.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.points: dict[str, TracedPoint] = {}
         self.is_serving = False
-        self._never_idle: set[str] = set()
+        self._always_active: set[str] = set()
         self._gates: list[AttentionGate] = []
         self._loop = ""
         self._marks = {"result"}
         # Of each site, the modules' locations at which its value is taken.
         self._sources: dict[str, list[str]] = {}
-        self._kept: list[tuple[Any, str]] = []
-        # Where more is to do than to count: in this whole run, and until a block moves on.
+        self._kept: list[Kept[Any]] = []
+        # The points with hooks, and where more is done than to count in this whole run.
         self._hooked: set[str] = set()
-        self._watched = {"result"}
-        self.occupied.add("result")
-        self._waits_for_sites = False
+        self._active_all_run = {"result"}
+        self.active.add("result")
+        self._sites_parked = False
 
-    def serve(self, points: dict[str, TracedPoint], module_hooks: list[ModuleHook], loop: Any) -> None:
-        """Puts stations at the taps' modules; `loop` is the module that is called once a step."""
+    def attach_sites(self, points: dict[str, TracedPoint], module_hooks: list[ModuleHook], loop: Any) -> None:
+        """Derives sites at the hooks' modules; `loop` is the module that is called once a step."""
         self.points = {p.location: p for p in points.values()}
         for module_hook in module_hooks:
             path = self.envoys[id(module_hook.module)].path
@@ -61,9 +63,9 @@ class SiteInterleaver(FastPathInterleaver):
                 location_state = self.location_states.setdefault(ends[0], LocationState())
                 location_state.at_module = at_module
                 location_state.add(at_module.points, more=not at_module.only_counts)
-                self._kept += [(keep.reader, keep.name) for keep, _ in at_module.keeps]
-                if at_module.never_idle:
-                    self._never_idle.add(ends[0])
+                self._kept += [keep.kept for keep, _ in at_module.keeps]
+                if at_module.always_active:
+                    self._always_active.add(ends[0])
                 fed = at_module.points
             for point in fed:
                 self._sources.setdefault(point.location, []).extend(ends)  # type: ignore[attr-defined]
@@ -71,46 +73,46 @@ class SiteInterleaver(FastPathInterleaver):
             self._loop = self.envoys[id(loop)].path
             self._marks.add(f"{self._loop}.input")
         self.sides.clear()
-        self._watch(self._marks | self._never_idle)
+        self._activate(self._marks | self._always_active)
 
-    def watch(self, point: TracedPoint) -> None:
-        """A point was given a hook, or lost one."""
+    def update_hooks(self, point: ServedPoint) -> None:
+        """Notes whether a point has hooks; called when it was given one, or lost one."""
         if point.hooks:
             self._hooked.add(point.location)
-            self._watch(self._sources.get(point.location, ()))
+            self._activate(self._sources.get(point.location, ()))
         else:
             self._hooked.discard(point.location)
 
-    def _watch(self, locations: Iterable[str]) -> None:
-        self._watched.update(locations)
-        self.occupied.update(locations)
+    def _activate(self, locations: Iterable[str]) -> None:
+        self._active_all_run.update(locations)
+        self.active.update(locations)
 
     def reindex(self) -> None:
         super().reindex()
-        self._watched = self._marks | self._never_idle
+        self._active_all_run = self._marks | self._always_active
         for location in (*self.observers, *self._hooked):
-            self._watched.update((location, *self._sources.get(location, ())))
-        self._watched.update(self._exit(gate.module_hook) for gate in self._gates)
-        self.occupied |= self._watched
+            self._active_all_run.update((location, *self._sources.get(location, ())))
+        self._active_all_run.update(self._exit(gate.module_hook) for gate in self._gates)
+        self.active |= self._active_all_run
 
     def _reindex_parked(self) -> None:
         super()._reindex_parked()
-        self.occupied = self._watched | self.parked
-        self._waits_for_sites = not self._sources.keys().isdisjoint(self.parked)
-        if self._waits_for_sites:
+        self.active = self._active_all_run | self.parked
+        self._sites_parked = not self._sources.keys().isdisjoint(self.parked)
+        if self._sites_parked:
             for location in self.parked:
-                self.occupied.update(self._sources.get(location, ()))
+                self.active.update(self._sources.get(location, ()))
 
-    def pass_by(self, points: Iterable[TracedPoint]) -> None:
-        """Values that nobody waited for: they are counted, for a block may wait for later ones."""
+    def count_passed(self, points: Iterable[ServedPoint]) -> None:
+        """Counts values that were not requested: a block may request later ones by their number."""
         self.passed.append(tuple(point.location for point in points))
 
-    def awaits(self, location: str) -> bool:
-        """Whether a block waits for this visit of a location, or a cache keeps it."""
+    def is_requested(self, location: str) -> bool:
+        """Whether a block's request for this visit of a location is pending, or a cache keeps it."""
         return location in self.observers or (location in self.parked and bool(self._ready(location)))
 
-    def ask(self, point: TracedPoint) -> None:
-        """A block is about to wait for a site.
+    def check_request(self, point: TracedPoint) -> None:
+        """Checks a block's request for a site before it is made.
 
         Raises: OutOfOrderError if the model has come past it; ValueError outside a trace.
         """
@@ -122,7 +124,7 @@ class SiteInterleaver(FastPathInterleaver):
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """While the model stands still and somebody else's code runs."""
+        """The model waits inside, while a block's or a hook's own code runs."""
         was, self.is_serving = self.is_serving, True
         try:
             yield
@@ -130,7 +132,7 @@ class SiteInterleaver(FastPathInterleaver):
             self.is_serving = was
 
     def handle(self, provider: str, value: Any) -> Any:
-        if provider in self.occupied:
+        if provider in self.active:
             return self._handle(provider, value)
         location_state = self.location_states.get(provider)
         if location_state is None:
@@ -138,7 +140,7 @@ class SiteInterleaver(FastPathInterleaver):
             return value
         self.passed.append((provider, *location_state.counted))
         if location_state.more:
-            location_state.pass_by(value, self.entered)
+            location_state.pass_through(value, self.entered)
         return value
 
     def _handle(self, provider: str, value: Any) -> Any:
@@ -146,10 +148,10 @@ class SiteInterleaver(FastPathInterleaver):
         if provider == "result":
             self._end_loops()
         elif provider in self._marks:
-            self._serve(STEP, None)
+            self._offer(STEP, None)
         if location_state is not None and location_state.leaves is not None:
             self._leave(location_state.leaves)
-        value = self._serve(provider, value)
+        value = self._offer(provider, value)
         if location_state is None:
             return value
         if location_state.at_module is not None:
@@ -157,12 +159,12 @@ class SiteInterleaver(FastPathInterleaver):
         module_hook = location_state.enters
         if module_hook is not None:
             self.entered[id(module_hook)] = module_hook
-            if any(p.due for p in module_hook.points.values()):  # type: ignore[attr-defined]
+            if any(p.requested for p in module_hook.points.values()):  # type: ignore[attr-defined]
                 self._open(module_hook, late=False)
         return value
 
     def check_dangling_mediators(self) -> None:
-        """As nnsight's, where a block asked for what did not come; but it is always an error.
+        """As nnsight's, where a request was not met; but it is always an error.
 
         nnsight 0.8.1 (intervention/interleaver.py, dangling_unwind) only warns when that happened
         in a loop over steps, and what follows the loop in the block is not run.
@@ -170,7 +172,7 @@ class SiteInterleaver(FastPathInterleaver):
         for mediator in self.mediators:
             if not mediator.alive or mediator.pending is None or mediator.pending.provider is None:
                 continue
-            _throw(mediator, OutOfOrderError(self._why_not(mediator)))
+            _throw(mediator, OutOfOrderError(self._reason_unmet(mediator)))
         super().check_dangling_mediators()
 
     def __exit__(self, *exc: Any) -> bool:
@@ -178,11 +180,11 @@ class SiteInterleaver(FastPathInterleaver):
             self._gates.pop().__exit__(None, None, None)
         self.entered.clear()
         self.is_serving = False
-        for reader, name in self._kept:
-            setattr(reader, name, None)
+        for kept in self._kept:
+            kept.value = None
         return super().__exit__(*exc)
 
-    def _serve(self, provider: str, value: Any) -> Any:
+    def _offer(self, provider: str, value: Any) -> Any:
         if provider not in self.parked and provider not in self.observers:
             self.passed.append((provider,))
             return value
@@ -195,7 +197,7 @@ class SiteInterleaver(FastPathInterleaver):
             value = super().handle(provider, value)
         finally:
             self.is_serving = was
-        if self._waits_for_sites and self.entered:
+        if self._sites_parked and self.entered:
             self._open_late()
         for mediator in self.mediators:
             step, pending = mediator.__dict__.get("step"), mediator.pending
@@ -203,11 +205,11 @@ class SiteInterleaver(FastPathInterleaver):
                 continue
             if pending.iteration > step and self._in_loop(pending.provider):
                 # nnsight would take this for the next step's, and say nothing.
-                _throw(mediator, OutOfOrderError(_too_late(_shown(str(pending.provider)), mediator)))
+                _throw(mediator, OutOfOrderError(_too_late(_name_of(str(pending.provider)), mediator)))
         return value
 
     def _open_late(self) -> None:
-        """Opens an attention module that had begun when a block came to wait for what is inside."""
+        """Opens an attention module that had begun when a block requested a value inside it."""
         for mediator in self.mediators:
             pending = mediator.pending
             point = self.points.get(str(pending.provider)) if pending is not None else None
@@ -230,47 +232,47 @@ class SiteInterleaver(FastPathInterleaver):
         gate = AttentionGate(module_hook, self, late)
         self._gates.append(gate)
         gate.__enter__()
-        self._watch([self._exit(module_hook)])
+        self._activate([self._exit(module_hook)])
 
     def _exit(self, module_hook: ModuleHook) -> str:
         return f"{self.envoys[id(module_hook.module)].path}.output"
 
     def _leave(self, module_hook: AttentionHook) -> None:
         self.entered.pop(id(module_hook), None)
-        passed = module_hook.points
+        not_fired = module_hook.points
         if self._gates and self._gates[-1].module_hook is module_hook:
             fired = self._gates.pop().close()
-            passed = {name: point for name, point in passed.items() if name not in fired}
-        self.pass_by(passed.values())  # type: ignore[arg-type]
+            not_fired = {name: point for name, point in not_fired.items() if name not in fired}
+        self.count_passed(not_fired.values())  # type: ignore[arg-type]
 
     def _end_loops(self) -> None:
         moved = False
         for mediator in self.mediators:
             while mediator.alive and mediator.pending is not None and mediator.pending.provider == STEP:
                 # A sandbox hands back what it read, as if it had been written into.
-                told = (END,) if mediator.pending.event is Event.VALUE else ()
-                mediator.pending = mediator.switch(*told)
+                reply = (END,) if mediator.pending.event is Event.VALUE else ()
+                mediator.pending = mediator.switch(*reply)
                 moved = True
         if moved:
             self._reindex_parked()
 
-    def _why_not(self, mediator: Mediator) -> str:
+    def _reason_unmet(self, mediator: Mediator) -> str:
         assert mediator.pending is not None
         provider = str(mediator.pending.provider)
-        ran, wanted = mediator.occurrence(provider), mediator.pending.iteration or 0
-        name = _shown(provider)
+        ran, step = mediator.occurrence(provider), mediator.pending.iteration or 0
+        name = _name_of(provider)
         if not ran:
             return f"{name} was asked for, and this run never came by there. Do the inputs use it?"
-        if wanted:
+        if step:
             return (
-                f"{name} was asked for at step {wanted}, and it ran {_times(ran)} in this run. Ask for "
+                f"{name} was asked for at step {step}, and it ran {_times(ran)} in this run. Ask for "
                 "what does not run at every step before the loop over steps, or after it."
             )
         return _too_late(name, mediator)
 
 
 def current(what: str) -> Mediator:
-    """The worker that is asking. Raises: ValueError outside a trace."""
+    """The worker of the block that runs. Raises: ValueError outside a trace."""
     mediator: Callable[[], Mediator] | None = getattr(getcurrent(), "mediator", None)
     if mediator is None:
         raise ValueError(f"{what} has a value only inside `with model.trace(...):`.")
@@ -278,7 +280,7 @@ def current(what: str) -> Mediator:
 
 
 def _throw(mediator: Mediator, error: Exception) -> None:
-    """Raises `error` at the line of the block that is waiting."""
+    """Raises `error` at the block's line whose request is pending."""
     assert mediator.worker is not None
     mediator.worker.parent = getcurrent()
     mediator.pending = None
@@ -287,14 +289,14 @@ def _throw(mediator: Mediator, error: Exception) -> None:
 
 def _too_late(name: str, mediator: Mediator) -> str:
     last = mediator.__dict__.get("last")
-    came = f" This block had gone on to {_shown(last)}, which runs after it." if last else ""
+    since = f" This block had gone on to {_name_of(last)}, which runs after it." if last else ""
     return (
-        f"{name} had run already when it was asked for.{came} Ask in the order things run, or in a "
+        f"{name} had run already when it was asked for.{since} Ask in the order things run, or in a "
         "block of its own: `with tracer.invoke():`."
     )
 
 
-def _shown(provider: str) -> str:
+def _name_of(provider: str) -> str:
     is_site = provider.startswith(f"{ROOT}.")
     return provider.removeprefix(f"{ROOT}.").removesuffix(".output") if is_site else provider
 

@@ -1,4 +1,4 @@
-"""What the invokes of a run give, made one call; and which axis of rows each place of a model has."""
+"""The arguments of a run's invokes as one call, and the row axis of each location of a model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Rows:
         homes |= self._of_projections()
         self._homes = sorted(homes.items(), key=lambda item: -len(item[0]))
         self._known: dict[str, Axis] = {}
-        self._given: dict[str, Any] = {}
+        self._arguments: dict[str, Any] = {}
 
     def axis(self, location: str) -> Axis:
         """The axis of what is at a location."""
@@ -54,11 +54,11 @@ class Rows:
         """The axes of an entry of the model's output; None if its name does not tell."""
         if self._kind == "contrastive":
             names = [(key.find(w), a) for w, a in (("image", _IMAGES), ("vision", _IMAGES), ("text", _TEXTS))]
-            found = [axis for at, axis in sorted(names) if at >= 0]
-            if not found:
+            axes = [axis for at, axis in sorted(names) if at >= 0]
+            if not axes:
                 return None
-            other = _TEXTS if found[0] == _IMAGES else _IMAGES
-            return (found[0], other) if key.startswith("logits") else (found[0],)
+            other = _TEXTS if axes[0] == _IMAGES else _IMAGES
+            return (axes[0], other) if key.startswith("logits") else (axes[0],)
         if self._kind == "vlm":
             return (_IMAGES,) if key.startswith(_PICTURE_KEYS) else (_TEXTS,)
         if self._kind == "diffusion":
@@ -69,8 +69,8 @@ class Rows:
         """How many rows of each axis one invoke gives."""
         if self._kind == "diffusion":
             n = n_prompts(arguments)
-            self._given = {**options, **arguments}
-            each = self._given.get("num_images_per_prompt") or 1
+            self._arguments = {**options, **arguments}
+            each = self._arguments.get("num_images_per_prompt") or 1
             return {_PROMPTS: n, _PICTURES: n * each}
         tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim}
         if self._kind == "tower":
@@ -96,12 +96,12 @@ class Rows:
     def _of_projections(self) -> dict[str, Axis]:
         if self._kind != "contrastive":
             return {}
-        found = {}
+        axes = {}
         for name, tower in self._sites.towers.items():
-            path = (tower.mount.project or "").removesuffix(".T").rpartition(".")[0]
+            path = (tower.mount.project or "").rpartition(" @ ")[2].removesuffix(".T").rpartition(".")[0]
             if path and not path.startswith(tower.path or "?"):
-                found[f"{self._root}.{path}"] = self._of_tower(self._sites.towers[name])
-        return found
+                axes[f"{self._root}.{path}"] = self._of_tower(self._sites.towers[name])
+        return axes
 
     def _find(self, location: str) -> Axis:
         if location.startswith(f"{ROOT}."):
@@ -124,13 +124,13 @@ class Rows:
         if (
             guidance is None
             or guidance.denoiser_calls
-            or not is_guided(self._wrapped.pipeline, guidance, self._given)
+            or not is_guided(self._wrapped.pipeline, guidance, self._arguments)
         ):
             return 1
         return len(guidance.denoiser_rows)
 
 
-# What says how many pictures are made, where no prompt does.
+# The arguments that tell how many pictures are made, where no prompt does.
 _ROWS_OF = ("prompt_embeds", "class_labels", "image_embeds", "image", "batch_size")
 
 
@@ -155,14 +155,14 @@ def combine(invokes: list[dict[str, Any]], pad: int, pad_left: bool) -> dict[str
         invokes = _padded(invokes, pad, pad_left)
     out: dict[str, Any] = {}
     for key in dict.fromkeys(k for a in invokes for k in a):
-        given = [a[key] for a in invokes if a.get(key) is not None]
-        if all(isinstance(v, Tensor) and v.ndim for v in given):
-            widths = {tuple(v.shape[1:]) for v in given}
+        values = [a[key] for a in invokes if a.get(key) is not None]
+        if all(isinstance(v, Tensor) and v.ndim for v in values):
+            widths = {tuple(v.shape[1:]) for v in values}
             if len(widths) > 1:
                 raise InputError(f"{key} has the sizes {sorted(widths)} in the invokes of one run.")
-            out[key] = torch.cat(given)
-        elif given:
-            out[key] = _common(key, given)
+            out[key] = torch.cat(values)
+        elif values:
+            out[key] = _common(key, values)
     return out
 
 
@@ -174,20 +174,20 @@ def combine_prompts(invokes: list[dict[str, Any]]) -> dict[str, Any]:
     counts = [n_prompts(a) for a in invokes]
     out: dict[str, Any] = {}
     for key in dict.fromkeys(k for a in invokes for k in a):
-        given = [a.get(key) for a in invokes]
+        values = [a.get(key) for a in invokes]
         if key in _PER_PROMPT:
-            if key.startswith("prompt") and None in given:
+            if key.startswith("prompt") and None in values:
                 raise InputError(f"Some invokes give {key} and some do not. Give all of them one.")
-            rows = [_spread(v, n) for v, n in zip(given, counts, strict=True)]
+            rows = [_spread(v, n) for v, n in zip(values, counts, strict=True)]
             out[key] = [text for row in rows for text in row]
-        elif key in _EMBEDS and all(isinstance(v, Tensor) for v in given):
-            out[key] = torch.cat([v for v in given if v is not None])
+        elif key in _EMBEDS and all(isinstance(v, Tensor) for v in values):
+            out[key] = torch.cat([v for v in values if v is not None])
         elif key == "seed":
-            if None in given:
+            if None in values:
                 raise InputError("Some invokes give a seed and some do not. Give all of them one.")
-            out[key] = [s for v, n in zip(given, counts, strict=True) for s in _seeds(v, n)]
+            out[key] = [s for v, n in zip(values, counts, strict=True) for s in _seeds(v, n)]
         else:
-            out[key] = _common(key, given)
+            out[key] = _common(key, values)
     return out
 
 
@@ -205,9 +205,9 @@ def _seeds(value: Any, n: int) -> list[int]:
     return [value]
 
 
-def _common(key: str, given: list[Any]) -> Any:
-    first = given[0]
-    for other in given[1:]:
+def _common(key: str, values: list[Any]) -> Any:
+    first = values[0]
+    for other in values[1:]:
         same = torch.equal(first, other) if isinstance(first, Tensor) else first == other
         if not same:
             raise InputError(
@@ -223,13 +223,14 @@ def _padded(invokes: list[dict[str, Any]], pad: int, left: bool) -> list[dict[st
     if not ragged and len({"attention_mask" in a for a in invokes if "input_ids" in a}) < 2:
         return invokes
     out = []
-    for given in invokes:
-        if "input_ids" not in given:
-            out.append(given)
+    for arguments in invokes:
+        if "input_ids" not in arguments:
+            out.append(arguments)
             continue
-        ids = given["input_ids"]
-        mask = given.get("attention_mask", torch.ones_like(ids))
+        ids = arguments["input_ids"]
+        mask = arguments.get("attention_mask", torch.ones_like(ids))
         short = longest - ids.shape[1]
         sides = (short, 0) if left else (0, short)
-        out.append({**given, "input_ids": F.pad(ids, sides, value=pad), "attention_mask": F.pad(mask, sides)})
+        padded = {"input_ids": F.pad(ids, sides, value=pad), "attention_mask": F.pad(mask, sides)}
+        out.append(arguments | padded)
     return out

@@ -1,46 +1,34 @@
-"""A model that is named and not given, as nnsight's users do it: weights on demand, processor, pipeline."""
+"""A model made of a name, as nnsight's users make theirs: weights on demand, processor, pipeline."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, no_type_check
+from typing import Any, no_type_check
 
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.transformers import Generator
 from nnsight.tracing.tracer import WithBlockNotFoundError
+from torch import nn
 
 from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.fill_weights import load_weights_into
-from mm_adapters.ndif_client.remotable import ServedModel
+from mm_adapters.checkpoints.open import OpenedCheckpoint, open_checkpoint
 from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
 from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
 from mm_adapters.nnsight_engine.tasks import TASKS
-
-if TYPE_CHECKING:
-    from mm_adapters.checkpoints.origin import CheckpointRef
-    from mm_adapters.inputs.prepare import Inputs
+from mm_adapters.runs.base_model import BaseModel
 
 PARTS = ("processor", "tokenizer", "image_processor")
 
 
 @dataclass
 class Unread:
-    """A checkpoint whose weights are not here yet; a model and its edited copies share one."""
+    """A checkpoint whose weights are not read yet; a model and its edited copies share one."""
 
-    read: Callable[[], tuple[Any, Inputs]]
+    read: Callable[[], OpenedCheckpoint]
     is_done: bool = False
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What a name stands for: a model (on the meta device if `unread`), its inputs, and where it is from."""
-
-    model: Any
-    inputs: Inputs
-    origin: CheckpointRef | None
-    unread: Unread | None
 
 
 def open_named(
@@ -50,56 +38,55 @@ def open_named(
     device: Any = None,
     dtype: Any = None,
     **options: Any,
-) -> Opened:
-    """A checkpoint as `load` finds it; without `dispatch` its weights stay where they are.
+) -> tuple[OpenedCheckpoint, Unread | None]:
+    """A checkpoint as `load` finds it, and what is left to read of it.
 
-    `options` may hold a processor, tokenizer or image processor to take instead of the checkpoint's.
+    Without `dispatch` its model is on the meta device. `options` may hold a processor, tokenizer or image
+    processor to take instead of the checkpoint's.
     """
-    from mm_adapters.checkpoints.open import open_checkpoint
-
     parts = {k: options.pop(k) for k in PARTS if options.get(k) is not None}
-    device_wanted = device if dispatch else "meta"
-    model, inputs, origin, _ = open_checkpoint(os.fspath(name), device_wanted, dtype, options, **parts)
 
-    def read() -> tuple[Any, Inputs]:
-        return open_checkpoint(os.fspath(name), device, dtype, options, **parts)[:2]
+    def read(on: Any = device) -> OpenedCheckpoint:
+        return open_checkpoint(os.fspath(name), on, dtype, options, **parts)
 
-    return Opened(model, inputs, origin, None if dispatch or str(device) == "meta" else Unread(read))
+    if dispatch or str(device) == "meta":
+        return read(), None
+    return read("meta"), Unread(read)
 
 
-class NamedModel(ServedModel):
-    """A model that can be made of a name, and that has what nnsight's users look for on one.
+class NamedModel(BaseModel):
+    """A mixin for an nnsight model that may be made of a name: weights on demand, and what prepares inputs.
 
     Its weights are read when it first runs, or by `dispatch()`; scans and remote runs need none.
     """
 
+    path: str
+    interleaver: Any
+    trace: Any
+    interleave: Any
+    _module: nn.Module
     generator: Envoy | None = None
-    _inputs: Inputs | None
+    _pipeline: Any = None
     _unread: Unread | None = None
     _task: str | None = None
 
     @property
-    def kind(self) -> str:
-        """ "contrastive", "vlm", "diffusion" or "tower"."""
-        raise NotImplementedError
-
-    @property
     def dispatched(self) -> bool:
-        """Whether the weights are here."""
+        """Whether the weights are read."""
         return self._unread is None or self._unread.is_done
 
     @dispatched.setter
     def dispatched(self, value: bool) -> None:
-        """nnsight sets it as it builds a model; here it follows from what is left to read."""
+        """Does nothing: nnsight sets it as it builds a model; here it follows from what is left to read."""
 
     def dispatch(self) -> None:
-        """Reads the weights, if they are not here, into the modules that are.
+        """Reads the weights into the model's modules, if they are not read.
 
         Raises: CheckpointError if they cannot be read.
         """
         if self._unread is None or self._unread.is_done:
             return
-        model, self._inputs = self._unread.read()
+        model, self._inputs, *_ = self._unread.read()
         if isinstance(self._module, PipelineModule):
             self._module.take(model)
         else:
@@ -138,15 +125,15 @@ class NamedModel(ServedModel):
             raise InputError(
                 f"What is a {type(self._module).__name__} to do? Say it: TracedModel(..., task=...)."
             )
-        if "_pipeline" not in self.__dict__:
+        if self._pipeline is None:
             from transformers import pipeline
 
             parts = {k: v for k in PARTS if (v := getattr(self, k)) is not None}
             if "processor" in parts:
                 parts = {"processor": parts["processor"]}
-            made: Any = pipeline
-            self.__dict__["_pipeline"] = made(self.task, model=self._module, **parts)
-        return self.__dict__["_pipeline"]
+            make: Any = pipeline
+            self._pipeline = make(self.task, model=self._module, **parts)
+        return self._pipeline
 
     @no_type_check  # As `TracedModel.generate`.
     def pipe(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -174,18 +161,18 @@ class NamedModel(ServedModel):
 
 
 def generator_of(model: NamedModel) -> Envoy | None:
-    """Where a generation's tokens pass, as nnsight's; None for a model that writes none.
+    """The envoy that a generation's tokens pass, as nnsight's; None for a model that does not generate.
 
-    `model.generator.streamer.output` is, at each step of a loop, what the model was given: the prompt, then
-    the token that the step before wrote.
+    `model.generator.streamer.output` is, at each step of a loop, the step's input: the prompt, then the
+    token that the step before generated.
     """
     if not getattr(model._module, "can_generate", bool)():
         return None
-    return Envoy(Generator(), f"{model.path}.generator", interleaver=model.interleaver, parent=model)
+    return Envoy(Generator(), f"{model.path}.generator", interleaver=model.interleaver, parent=model)  # type: ignore[arg-type]
 
 
 def generated(model: NamedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the wrapped model generates, its tokens passed through `model.generator`."""
+    """The wrapped model's generation, its tokens passed through `model.generator`."""
     call: Any = model._module.generate
     if model.generator is None:
         return call(*args, **kwargs)

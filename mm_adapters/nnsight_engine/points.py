@@ -3,15 +3,15 @@
 nnsight hands every module's input and output to its interleaver. At those of them where a site can
 be read, a `SiteAtModule` turns the module's tensor into the site's value by the readers that the
 TransformerLens engine uses too, and offers it to the interleaver under the site's own location. It
-does so on demand, when a block or a hook waits for that value: what nobody waits for is only
-counted, and the model keeps its fused attention.
+does so on demand, when a request for that value is pending or a hook is active on it: a pass-through is
+only counted, and the model keeps its fused attention.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from mm_adapters._errors import AttentionUnreachableError
 from mm_adapters.hooks.attention import KERNELS
+from mm_adapters.hooks.kept import CarryResidual, Keep
 from mm_adapters.hooks.module_hooks import AttentionHook, ModuleHook
-from mm_adapters.hooks.readers import (
-    CarryResidual,
-    ExpandBatch,
-    KeepInput,
-    NormReader,
-    Reader,
-    ResidualReader,
-)
+from mm_adapters.hooks.point import PointHook
+from mm_adapters.hooks.readers import Reader, ResidualReader
+from mm_adapters.nnsight_engine.protocol import Interleaving
 from mm_adapters.records.spec import Site
-
-if TYPE_CHECKING:
-    from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
 
 Hook = Callable[..., Tensor | None]
 ROOT = "sites"
@@ -40,30 +33,31 @@ ROOT = "sites"
 class TracedPoint:
     """Where one site's values pass: nnsight's blocks are served first, then a run's hooks."""
 
-    # The readers fire a point only if it is live; one that nobody waits for is never asked.
+    # Readers fire a point only if it is live. Whether a value is requested is asked when it passes.
     live = True
 
-    def __init__(self, site: Site, engine: SiteInterleaver) -> None:
+    def __init__(self, site: Site, engine: Interleaving) -> None:
         self.site = site
         self.path = f"{ROOT}.{site.name}"
         self.location = f"{self.path}.output"
-        self.module_hooks: list[ModuleHook] = []
+        self.module_hooks: list[PointHook] = []
         self.hooks: dict[int, Hook] = {}
         self._engine = weakref.ref(engine)
 
     @property
-    def engine(self) -> SiteInterleaver:
+    def engine(self) -> Interleaving:
+        """The interleaver of its model."""
         engine = self._engine()
         assert engine is not None
         return engine
 
     @property
-    def due(self) -> bool:
-        """Whether somebody waits for this value."""
+    def requested(self) -> bool:
+        """Whether a request for this value is pending, or a hook is active on it."""
         if self.hooks:
             return True
         engine, location = self.engine, self.location
-        return (location in engine.parked or location in engine.observers) and engine.awaits(location)
+        return (location in engine.parked or location in engine.observers) and engine.is_requested(location)
 
     def __call__(self, value: Tensor) -> Tensor:
         value = self.engine.handle(self.location, value)
@@ -78,11 +72,11 @@ class TracedPoint:
         """As a module's: `hook(point, (value,), value)` may return a new value."""
         handle = Handle(self)
         self.hooks[id(handle)] = hook
-        self.engine.watch(self)
+        self.engine.update_hooks(self)
         return handle
 
     def refresh(self) -> None:
-        """Nothing: there is no torch hook to put on or take off."""
+        """Does nothing: there is no torch hook to put on or take off."""
 
 
 class Handle:
@@ -93,11 +87,11 @@ class Handle:
 
     def remove(self) -> None:
         self._point.hooks.pop(id(self), None)
-        self._point.engine.watch(self._point)
+        self._point.engine.update_hooks(self._point)
 
 
 class OnDemand:
-    """A reader that is run when one of its points is due, and else lets go what was kept for it."""
+    """Runs a reader if one of its points is requested, and else drops what was kept for it."""
 
     live = True
 
@@ -107,36 +101,30 @@ class OnDemand:
 
     def __call__(self, x: Tensor) -> Tensor:
         for point in self.points:
-            if point.due:
+            if point.requested:
                 return self.reader(x)
-        self.points[0].engine.pass_by(self.points)
-        match self.reader:
-            case NormReader():
-                self.reader.source = None
-            case ExpandBatch():
-                self.reader.like = None
-            case ResidualReader():
-                base, self.reader.base = self.reader.base, None
-                for other in self.reader.kept_for:
-                    assert base is not None
-                    other.base = base + x
+        self.points[0].engine.count_passed(self.points)
+        reader = self.reader
+        if reader.kept is None:
+            return x
+        base, reader.kept.value = reader.kept.value, None
+        if isinstance(reader, ResidualReader):
+            for other in reader.next_in_stream:
+                assert base is not None
+                other.kept.value = base + x
         return x
 
 
 class Always:
-    """A Keep or a Carry, run whether or not its reader is due."""
+    """Runs a `Keep` whether or not its consumer is requested."""
 
     live = True
 
-    def __init__(self, inner: KeepInput | CarryResidual) -> None:
-        self.inner = inner
+    def __init__(self, keep: Keep[Any]) -> None:
+        self.keep = keep
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.inner(x)
-
-
-# What was kept for a reader, by its kind.
-_KEPT = ((NormReader, "source"), (ExpandBatch, "like"), (ResidualReader, "base"))
+        return self.keep(x)
 
 
 class SiteAtModule:
@@ -145,44 +133,43 @@ class SiteAtModule:
     def __init__(self, module_hook: ModuleHook) -> None:
         self.module_hook = module_hook
         module_hook.readers = [  # type: ignore[assignment]
-            Always(r) if isinstance(r, KeepInput | CarryResidual) else OnDemand(r)
-            for r in module_hook.readers
+            Always(r) if isinstance(r, Keep) else OnDemand(r) for r in module_hook.readers
         ]
         self.points: list[TracedPoint] = [p for r in module_hook.readers for p in getattr(r, "points", ())]
         self.keeps = [
-            (r.inner, slot)
+            (r.keep, slot)
             for r, slot in zip(module_hook.readers, module_hook.slots, strict=True)
             if isinstance(r, Always)
         ]
         self.readers = [r.reader for r in module_hook.readers if isinstance(r, OnDemand)]
-        self.forgets = [(r, name) for r in self.readers for kind, name in _KEPT if isinstance(r, kind)]
-        self.only_counts = not (self.keeps or self.forgets)
-        # What moves on in the stream is carried out of a module, and added to a branch, whoever waits.
-        self.never_idle = any(isinstance(keep, CarryResidual) for keep, _ in self.keeps) or any(
-            isinstance(r, ResidualReader) and r.kept_for for r in self.readers
+        self.drops = [r.kept for r in self.readers if r.kept is not None]
+        self.only_counts = not (self.keeps or self.drops)
+        # What moves on in the stream is carried out of a module, and added to a branch, at every pass.
+        self.always_active = any(isinstance(keep, CarryResidual) for keep, _ in self.keeps) or any(
+            isinstance(r, ResidualReader) and r.next_in_stream for r in self.readers
         )
 
-    def __call__(self, value: Any, engine: SiteInterleaver) -> Any:
-        """The handed value (an output, or args and kwargs) with what was done to the sites in it."""
-        if not self.never_idle and not self._is_asked(engine):
-            engine.pass_by(self.points)
-            self.pass_by(value)
+    def __call__(self, value: Any, engine: Interleaving) -> Any:
+        """The value (an output, or args and kwargs) with the edits of the sites in it."""
+        if not self.always_active and not self._is_requested(engine):
+            engine.count_passed(self.points)
+            self.pass_through(value)
             return value
         if self.module_hook.side == "input":
             args, kwargs = value
-            new = self.module_hook._given(self.module_hook.module, args, kwargs)
+            new = self.module_hook.on_input(self.module_hook.module, args, kwargs)
         else:
-            new = self.module_hook._returned(self.module_hook.module, (), value)
+            new = self.module_hook.on_output(self.module_hook.module, (), value)
         return value if new is None else new
 
-    def pass_by(self, value: Any) -> None:
-        """Keeps of a value that nobody waits for what a reader behind this module would need."""
-        for reader, name in self.forgets:
-            setattr(reader, name, None)
+    def pass_through(self, value: Any) -> None:
+        """Keeps of a value that is not requested what a reader behind this module may need."""
+        for kept in self.drops:
+            kept.value = None
         for keep, slot in self.keeps:
             keep(self.module_hook.shown(value, slot))
 
-    def _is_asked(self, engine: SiteInterleaver) -> bool:
+    def _is_requested(self, engine: Interleaving) -> bool:
         parked, observers = engine.parked, engine.observers
         for point in self.points:
             if point.hooks or point.location in parked or point.location in observers:
@@ -191,58 +178,54 @@ class SiteAtModule:
 
 
 class AttentionGate(TorchFunctionMode):
-    """Stands inside one attention module's forward; lets a `AttentionInterceptor` take the call that attends.
+    """Active in one attention module's forward; lets an `AttentionInterceptor` take the attention call.
 
     `late` says that it was opened when the module had begun, at the request of a block.
     """
 
-    def __init__(self, module_hook: AttentionHook, engine: SiteInterleaver, late: bool) -> None:
+    def __init__(self, module_hook: AttentionHook, engine: Interleaving, late: bool) -> None:
         super().__init__()
         self.module_hook = module_hook
         self.engine = engine
         self.late = late
-        self.points: dict[str, Any] = module_hook.points  # TracedPoints, for that is what they were made as.
-        self.watch = module_hook.watch(self._fire, self._wants)
+        self.points: dict[str, Any] = module_hook.points  # Each is a TracedPoint, as this engine makes them.
+        self.interceptor = module_hook.interceptor(self._fire, self._is_requested)
         self.n_attended = 0
         self.fired: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A block's or a hook's own torch calls, made while the model stands still, are not the model's.
         if func is torch.split and not self.n_attended and not self.engine.is_serving:
-            return self.watch.__torch_function__(func, types, args, kwargs)
+            return self.interceptor.__torch_function__(func, types, args, kwargs)
         if func in KERNELS and self.n_attended < self.module_hook.n_calls and not self.engine.is_serving:
-            self.watch.calls = self.n_attended
+            self.interceptor.calls = self.n_attended
             self.n_attended += 1
-            if self.watch.lengths or any(p.due for p in self.points.values()):
-                return self.watch.__torch_function__(func, types, args, kwargs)
+            if self.interceptor.lengths or any(p.requested for p in self.points.values()):
+                return self.interceptor.__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
     def close(self) -> set[str]:
-        """Leaves; gives the names of the values that were shown.
+        """Leaves; returns the names of the values that were fired.
 
-        Raises: AttentionUnreachableError if something was waited for and no call could be watched.
+        Raises: AttentionUnreachableError if a value was requested and no attention call could be taken.
         """
         self.__exit__(None, None, None)
-        wanted = [p.site.name for p in self.points.values() if p.due]
-        if wanted and not self.n_attended and not self.late:
+        requested = [p.site.name for p in self.points.values() if p.requested]
+        if requested and not self.n_attended and not self.late:
+            kind = type(self.module_hook.module).__name__
             raise AttentionUnreachableError(
-                f"{', '.join(wanted)}: {type(self.module_hook.module).__name__} attended with a kernel that "
+                f"{', '.join(requested)}: {kind} attended with a kernel that "
                 'cannot be watched. Load the model with attn_implementation="sdpa" or "eager" '
                 "(transformers), or set its attention backend to native (diffusers)."
             )
         return self.fired
 
     def _fire(self, name: str, x: Tensor) -> Tensor:
-        if not self._wants(name):
+        if not self._is_requested(name):
             return x
         self.fired.add(name)
         return self.points[name](x)
 
-    def _wants(self, name: str) -> bool:
+    def _is_requested(self, name: str) -> bool:
         point = self.points.get(name)
-        return point is not None and point.due
-
-
-def tracked(x: Tensor) -> bool:
-    """Whether autograd follows this tensor."""
-    return x.requires_grad and torch.is_grad_enabled()
+        return point is not None and point.requested

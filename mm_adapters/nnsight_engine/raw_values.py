@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mm_adapters._errors import AttentionUnreachableError, MissingSiteError
-from mm_adapters.hooks.module_hooks import _first_tensor, _place_of
+from mm_adapters.hooks.module_hooks import first_tensor, key_of_tensor
 from mm_adapters.records.spec import Input, Output
 
 if TYPE_CHECKING:
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 def raw_location(root: str, site: Site) -> str:
-    """Where nnsight itself hands over what a site is made of.
+    """nnsight's own location of the value that a site is part of.
 
     Raises: AttentionUnreachableError or MissingSiteError if a site is not a module's input or output.
     """
     where = "This service does not have mm-interp and runs blocks in a sandbox, where only a module's input "
     where += "or output can be reached. Serve the model yourself: mm-interp ndif up."
-    if isinstance(site.location, Output | Input) and not getattr(site.location, "like", None):
-        side = "output" if isinstance(site.location, Output) else "input"
+    location = site.location
+    is_expanded = isinstance(location, Output) and location.reference_site is not None
+    if isinstance(location, Output | Input) and not is_expanded:
+        side = "output" if isinstance(location, Output) else "input"
         return f"{root}.{site.module}.{side}" if site.module else f"{root}.{side}"
     if site.part.endswith(("hook_pattern", "hook_attn_scores")):
         raise AttentionUnreachableError(f"{site.name} is inside a fused call. {where}")
@@ -41,14 +43,14 @@ def shown(site: Site, raw: Any, n_heads: int | None) -> Tensor:
                 f"{site.name} is read beside a key-value cache, which this service's sandbox cannot "
                 "hand over. Read what the block before gives, or serve the model yourself: mm-interp ndif up."
             )
-        slot = location.argument if location.argument in kwargs else _first_tensor(args, kwargs)
+        slot = location.argument if location.argument in kwargs else first_tensor(args, kwargs)
         x = args[slot] if isinstance(slot, int) else kwargs[slot]
     else:
         if location.gain is not None:
             raise MissingSiteError(
                 f"{site.name} is a branch times a parameter, which this service's sandbox cannot hand over."
             )
-        at = _place_of(raw, location.item)
+        at = key_of_tensor(raw, location.item)
         x = raw if at is None else raw[at]
     x.data = x.data.contiguous()
     if location.chunk is not None:

@@ -1,8 +1,8 @@
-"""One `run` of a traced model, written to work wherever its block runs.
+"""One `run` of a traced model, wherever its block runs.
 
-In the model's own process (here, or as a trusted job) the run's reads and edits hang on the model's
-points, as they do on a HookedModel's. In a service's sandbox the block runs in another process than
-the model: there each site is followed by a worker of its own, which asks for its values one by one.
+In the model's own process (on this machine, or as a trusted job) the run's reads and edits are hooks on the
+model's points, as they are on a HookedModel's. In a service's sandbox the block runs in another process than
+the model: there each site is followed by a worker of its own, which requests its values one by one.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 
 from mm_adapters.nnsight_engine.interleaver import current
+from mm_adapters.nnsight_engine.protocol import SiteModel
 from mm_adapters.runs.lens import Edit, Read
 from mm_adapters.runs.session import Session
-
-if TYPE_CHECKING:
-    from mm_adapters.traced import TracedModel
 
 
 class Recorder:
@@ -32,7 +30,7 @@ class Recorder:
 
     def __init__(
         self,
-        model: TracedModel,
+        model: SiteModel,
         read: list[Read],
         edit: list[Edit],
         grad_of: Callable[[Any], Tensor] | None,
@@ -41,32 +39,33 @@ class Recorder:
         self._model = model
         self._grad_of = grad_of
         self._arguments = arguments
-        keep = grad_of is not None
-        if keep and not model.is_here:
+        keep_graph = grad_of is not None
+        if keep_graph and not model.in_process:
             raise NotImplementedError(
                 "This service runs blocks in a sandbox, apart from the model, where there are no "
                 "gradients. Run it here, or as a trusted job on a service of your own."
             )
-        guided = None if model.is_here else (lambda guidance: model.is_guided(arguments, guidance))
-        self.session = Session(model.wrapped, model.sitemap, model.points, read, edit, keep, guided)
+        guided = None if model.in_process else (lambda guidance: model.is_guided(arguments, guidance))
+        self.session = Session(model.wrapped, model.sitemap, model.points, read, edit, keep_graph, guided)
+        self.session.arguments = arguments
 
     @property
     def followed(self) -> list[str]:
         """The sites that need a worker of their own."""
-        return [] if self._model.is_here else self.session.sites_used()
+        return [] if self._model.in_process else self.session.sites_used()
 
     def record(self, tracer: Any) -> dict[str, Any]:
-        """Waits for the run to end; then what `Run` is made of."""
-        here = self._model.is_here
+        """The fields of a `Run`, when the run has ended."""
+        in_process = self._model.in_process
         with (
-            grad_mode(self.session.keep_graph) if here else nullcontext(),
-            self.session.attached(self._arguments) if here else nullcontext(),
+            grad_mode(self.session.keep_graph) if in_process else nullcontext(),
+            self.session.attached(self._arguments) if in_process else nullcontext(),
         ):
             output = tracer.result
             return vars(self.session.result(output, self._grad_of))
 
     def follow(self, name: str) -> None:
-        """Asks for one site's values until the run ends, and does with each what the hooks would."""
+        """Requests one site's values until the run ends, and calls the hooks with each."""
         envoy, hooks = self._model.envoy(name), list(self.session.hooks(name))
         clock = self.session.clocks[self._model.sitemap[name].tower]
         mediator = current(name)
@@ -74,7 +73,7 @@ class Recorder:
         for call in count():
             mediator.iteration = call
             try:
-                value = was = envoy.output
+                value = served = envoy.output
             except OutOfOrderError:
                 return
             length = value.shape[1] if value.ndim > 1 else 0
@@ -84,12 +83,12 @@ class Recorder:
             for hook in hooks:
                 new = hook(None, (value,), value)
                 value = value if new is None else new
-            if value is not was:
+            if value is not served:
                 envoy.output = value
 
 
 @contextmanager
 def grad_mode(keep: bool) -> Iterator[None]:
-    """Gradients on or off for the model too: it runs while the block waits."""
+    """Gradients on or off for the model too, which runs while the block's request is pending."""
     with torch.set_grad_enabled(keep):
         yield

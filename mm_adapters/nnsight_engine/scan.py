@@ -1,7 +1,7 @@
 """A pipeline's sampling loop on tensors that have shapes and no values.
 
 Schedulers read values (which timestep is this?), so nnsight 0.8.1 cannot scan a pipeline. Here the
-timesteps are real, and a step gives back what a step gives back: a sample as large as the one before.
+timesteps are real, and a step returns what a real one does: a sample of the shape of the one before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SiteScanner(ScanningTracer):
 
 @contextmanager
 def shapes_only(pipeline: Any) -> Iterator[None]:
-    """While it lasts, the pipeline's scheduler makes real timesteps, and of samples only the shape.
+    """Inside, the pipeline's scheduler makes real timesteps, and of samples only the shape.
 
     Raises: NotImplementedError if the pipeline's own code branches on a value.
     """
@@ -59,9 +59,10 @@ def shapes_only(pipeline: Any) -> Iterator[None]:
 
 
 def for_shapes(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A pipeline's arguments without what needs values: a seed, and pictures as PIL's."""
-    kept = {k: v for k, v in arguments.items() if k not in ("seed", "generator")}
-    return kept if kept.get("output_type") == "latent" else kept | {"output_type": "pt"}
+    """A pipeline's arguments without a seed and without PIL pictures as output, which both need values."""
+    output_type = "latent" if arguments.get("output_type") == "latent" else "pt"
+    without_seed = {k: v for k, v in arguments.items() if k not in ("seed", "generator")}
+    return without_seed | {"output_type": output_type}
 
 
 def _replace(scheduler: Any, name: str, make: Any) -> None:
@@ -94,7 +95,7 @@ def _stepped(method: Any) -> Any:
 
 
 class _Step(SimpleNamespace):
-    """As diffusers' outputs, whose entries are found by number too."""
+    """As diffusers' outputs, whose entries have numbers too."""
 
     def __getitem__(self, index: int) -> Any:
         return list(vars(self).values())[index]

@@ -10,7 +10,18 @@ from mm_adapters.records.image_tokens import (
     Tiles,
     Views,
 )
+from mm_adapters.records.parts import (
+    attention,
+    fused_attention,
+    gated_mlp,
+    inside,
+    mlp,
+    norm,
+    pre_norm,
+    qkv_attention,
+)
 from mm_adapters.records.registry import records, register
+from mm_adapters.records.resolve import is_guided
 from mm_adapters.records.spec import (
     Attention,
     Built,
@@ -25,12 +36,14 @@ from mm_adapters.records.spec import (
     Output,
     Parts,
     Residual,
+    Sampling,
     Site,
     Stack,
     Stream,
     Tower,
     TowerMount,
 )
+from mm_adapters.records.stages import Stages
 
 __all__ = [
     "Anyres",
@@ -51,14 +64,25 @@ __all__ = [
     "Parts",
     "Queries",
     "Residual",
+    "Sampling",
     "Site",
     "Square",
     "Stack",
+    "Stages",
     "Stream",
     "Tiles",
     "Tower",
     "TowerMount",
     "Views",
+    "attention",
+    "fused_attention",
+    "gated_mlp",
+    "inside",
+    "is_guided",
+    "mlp",
+    "norm",
+    "pre_norm",
+    "qkv_attention",
     "records",
     "register",
 ]

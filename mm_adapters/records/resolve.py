@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from mm_adapters.records.spec import (
     Attention,
     Built,
+    Guidance,
     Input,
     Location,
     Norm,
@@ -70,6 +73,15 @@ def head_count(owner: nn.Module, where: str) -> int:
     raise AttributeError(
         f"{type(owner).__name__} has no {where}, which its family says is a number of heads."
     )
+
+
+def is_guided(model: Any, guidance: Guidance, arguments: Mapping[str, Any]) -> bool:
+    """Whether a pipeline's run with these arguments has unconditional parts; where the pipeline itself
+    says so, it says it while it runs."""
+    if guidance.flag is not None:
+        return bool(getattr(model, guidance.flag))
+    taken = inspect.signature(type(model).__call__).parameters
+    return any(arguments.get(scale, taken[scale].default) > 1 for scale in guidance.scale.split("|"))
 
 
 def _located(location: Location | tuple[Location, ...] | Built, owner: nn.Module) -> Location | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mm_adapters.records.image_tokens import ImageTokens
+from mm_adapters.records.stages import Stages
 
 Kind = Literal["contrastive", "vlm", "diffusion", "tower"]
 
@@ -195,7 +196,8 @@ class Tower:
             the patterns are blocks on a diagonal.
         any_size: It reads images of other sizes than its configuration names.
         order: The order of its patches: line by line, end to end (all images in one row), by cells that are
-            merged later, by windows of such cells, or by tiles (all tiles of an image in one row).
+            merged later, by windows of such cells, by tiles (all tiles of an image in one row), or another
+             one at each stage.
         images: How an image's features lie among the words.
     """
 
@@ -221,7 +223,7 @@ class Tower:
     grids: str | None = None
     packed: bool = False
     any_size: bool = False
-    order: Literal["lines", "end to end", "cells", "windows", "tiles"] = "lines"
+    order: Literal["lines", "end to end", "cells", "windows", "tiles"] | Stages = "lines"
     images: ImageTokens | None = None
 
 
@@ -236,7 +238,8 @@ class TowerMount:
         gives: The attribute of that callable's output that sums the tower up.
         takes: The argument of that callable.
         project: The tensor that maps the pooled residual to the summary, with ".T" at the end of its path if
-            it must be transposed.
+            it must be transposed; several, with " @ " between them, where one map follows another.
+        unit: Whether that callable divides the summary by its length.
     """
 
     path: str
@@ -245,6 +248,7 @@ class TowerMount:
     gives: str | None = None
     takes: str | None = None
     project: str | None = None
+    unit: bool = False
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,14 @@ class Guidance:
         denoiser_calls: The parts that the denoiser's calls within one step are for, in order, where a
             pipeline calls it once for each part and does not make them rows of one batch.
         text: The denoiser's argument by which such calls differ.
+        image_scale: The argument that scales what a part "image" adds.
+        from_zero: Whether a scale of zero, and not of one, is the conditional part alone.
+        keeps_norm: Whether the guided prediction keeps the norm of the conditional part, on the last axis.
+        rescale: The argument that draws the spread of a guided row towards that of the conditional one.
+
+    Of several `scale`s the first is the one this loop is guided by. The sampler is given
+    uncond + scale (cond - uncond), or with a part "image"
+    uncond + scale (cond - image) + image_scale (image - uncond).
     """
 
     flag: str | None = "do_classifier_free_guidance"
@@ -267,6 +279,41 @@ class Guidance:
     scale: str = "guidance_scale"
     denoiser_calls: tuple[str, ...] = ()
     text: str = "encoder_hidden_states"
+    image_scale: str = "image_guidance_scale"
+    from_zero: bool = False
+    keeps_norm: bool = False
+    rescale: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a sampling loop denoises, and how its latents become a picture.
+
+    Args:
+        latents: The denoiser's site that is given the latents; what comes with them follows them.
+        prediction: The denoiser's site with its prediction.
+        variance: Whether variances follow the prediction, in as many channels: "always", "never", or "wide":
+            where it has twice the channels that the denoiser is given.
+        scheduler: The pipeline's attribute with the sampler.
+        steps: The pipeline's argument with the number of steps.
+        packed: Whether a position holds the latents of a cell of 2 x 2.
+        scaled: What the autoencoder's config says that latents were scaled by: a "factor" and a shift, or
+            "statistics" of each channel; None if they were not.
+        decode: Arguments of the autoencoder's decoding. Without an autoencoder latents are pixels in -1..1.
+        signed: Whether pictures with `output_type="pt"` are from -1 to 1.
+        pictures: Whether the loop makes pictures, and not embeddings.
+    """
+
+    latents: str = "hook_in"
+    prediction: str = "hook_out"
+    variance: Literal["always", "never", "wide"] = "never"
+    scheduler: str = "scheduler"
+    steps: str = "num_inference_steps"
+    packed: bool = False
+    scaled: Literal["factor", "statistics"] | None = "factor"
+    decode: Mapping[str, Any] = field(default_factory=dict)
+    signed: bool = False
+    pictures: bool = True
 
 
 @dataclass(frozen=True)
@@ -282,6 +329,7 @@ class ModelRecord:
         guidance: How that loop is guided.
         more_loops: Towers that loops of their own call before or after it (a prior, a stage that enlarges
             the picture), and what is called once with a loop's rows; each with its guidance.
+        sampling: What a loop denoises, by tower; the loop of one that is not here as in Stable Diffusion.
         image_token: The config's attribute with the token in whose place image features go.
         images: How they lie among the words; the vision tower's `images` if None.
         prompt: What a text has in an image's place, written with the processor's own attributes; None if the
@@ -299,6 +347,7 @@ class ModelRecord:
     loop: str | None = None
     guidance: Guidance | None = None
     more_loops: Mapping[str, Guidance | None] = field(default_factory=dict)
+    sampling: Mapping[str, Sampling] = field(default_factory=dict)
     image_token: str | None = None
     images: ImageTokens | None = None
     prompt: str | None = "{image_token}"
@@ -324,6 +373,12 @@ class Site:
     module: str
     axes: tuple[str, ...]
     reason: str | None = None
+
+    @property
+    def n_heads(self) -> int | None:
+        """How many heads its value has apart; None if it has none."""
+        sizes = (axis.removeprefix("head=") for axis in self.axes if axis.startswith("head="))
+        return next(map(int, sizes), None)
 
     def __str__(self) -> str:
         shown = f"absent: {self.reason}" if self.reason else f"[{', '.join(self.axes)}]"

@@ -17,6 +17,7 @@ from mm_adapters.layouts.of_prompt import prompt_layout, prompt_layouts
 from mm_adapters.records.spec import Guidance, Kind, ModelRecord, Site
 from mm_adapters.sites.site_map import SiteMap, SiteTable
 from mm_adapters.sites.tower_view import TowerView
+from mm_adapters.tokens.by_part import Layouts
 from mm_adapters.tokens.layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class BaseModel:
             ready = self._inputs.prepare(text=text, images=images)
             return {k: self._placed(v) if isinstance(v, Tensor) else v for k, v in ready.items()}
 
-    def layout(self, *, text: Any = None, images: Any = None, **prepared: Any) -> dict[str, TokenLayout]:
+    def layout(self, *, text: Any = None, images: Any = None, **prepared: Any) -> Layouts:
         """What each position of each tower is: class, patch (row, column), word, image, padding.
 
         Takes raw text and images, or the wrapped model's own tensors. For a pipeline, the prompt's, and
@@ -106,14 +107,17 @@ class BaseModel:
         the "image_prompt" is made of.
         """
         texts = None
+        if isinstance(text, Tensor):  # open_clip's argument of tokens has this name.
+            prepared, text = prepared | {"text": text}, None
         if text is not None or images is not None:
             if self._inputs is not None and text is not None:
                 texts = self._inputs.prompts(text, images)
             if self.sitemap.model_record.loop is None:
-                prepared = self.prepare(text=text, images=images)
+                prepared = prepared | self.prepare(text=text, images=images)
         if self.sitemap.model_record.loop is not None:
             prompts = texts if text is None or texts else as_texts(text)
-            return prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, prompts or [], prepared)
+            by_tower = prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, prompts or [], prepared)
+            return Layouts(by_tower)
         return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:

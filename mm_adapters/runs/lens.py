@@ -59,7 +59,8 @@ class Run:
     """What a run gave. `values` and `grads` are keyed by site name.
 
     A value is [batch, ...]; at the sites of a sampling loop it is [step, batch, ...]. `rows` says
-    which rows of each tower are conditional under classifier-free guidance.
+    which rows of each tower are which part of classifier-free guidance, `guidance` by which numbers the
+    pipeline was guided, by its arguments' names.
     """
 
     output: Any
@@ -67,6 +68,7 @@ class Run:
     grads: Mapping[str, Tensor] = field(default_factory=dict)
     receipts: tuple[Receipt, ...] = ()
     rows: Mapping[str, Mapping[str, slice]] = field(default_factory=dict)
+    guidance: Mapping[str, float] = field(default_factory=dict)
 
     def __getitem__(self, site: str) -> Tensor:
         return self.values[site]

@@ -12,6 +12,7 @@ from mm_adapters.records.spec import Guidance, Kind, ModelRecord, Site
 from mm_adapters.runs.lens import Lens
 from mm_adapters.sites.site_map import SiteTable
 from mm_adapters.sites.tower_view import TowerView
+from mm_adapters.tokens.by_part import Layouts
 from mm_adapters.tokens.layout import TokenLayout
 
 
@@ -79,8 +80,8 @@ class Model(Lens, Protocol):
         """Raw text and images as the wrapped model's own arguments, on its device, in its dtype."""
         ...
 
-    def layout(self, *, text: Any = None, images: Any = None, **prepared: Any) -> dict[str, TokenLayout]:
-        """What each position of each tower is, for raw or prepared inputs."""
+    def layout(self, *, text: Any = None, images: Any = None, **prepared: Any) -> Layouts:
+        """What each position of each tower is, for raw or prepared inputs; `.at(site)`, of a site."""
         ...
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:

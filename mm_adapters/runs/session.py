@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mm_adapters._errors import EditNeverFiredError, InputError
 from mm_adapters.hooks.wiring import Points
+from mm_adapters.records.resolve import is_guided
 from mm_adapters.records.spec import Guidance
 from mm_adapters.runs.lens import Edit, Read, Rows, Run
 from mm_adapters.runs.meter import Meter
@@ -134,7 +134,7 @@ class Session:
         }
         if self.keep_graph:
             values = {k: v.detach() for k, v in values.items()}
-        return Run(output, values, grads, receipts, self._rows_seen())
+        return Run(output, values, grads, receipts, self._rows_seen(), self._guidance_numbers())
 
     def _gradients(self, output: Any, grad_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
         scalar = grad_of(output)
@@ -154,7 +154,15 @@ class Session:
 
     def _join(self, index: int, item: Read, parts: list[Tensor]) -> Tensor:
         if self.sites[item.site].tower in self.sites.loops:
-            return torch.stack(_by_step(parts, self.parts[index]))
+            steps = _by_step(parts, self.parts[index])
+            shapes = {tuple(step.shape): None for step in steps}
+            if len(shapes) > 1:
+                listed = " and ".join(str(list(shape)) for shape in shapes)
+                raise InputError(
+                    f"{item.site} has the shapes {listed} at different steps: guidance adds or drops rows on "
+                    "the way. Read steps= that are alike, or reduce them to one shape."
+                )
+            return torch.stack(steps)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _on(self, stack: ExitStack, site: str, hook: Callable[..., Tensor | None]) -> None:
@@ -247,6 +255,18 @@ class Session:
         found = {name: self._rows_of(name, g) for name, g in self.sites.loops.items() if g is not None}
         return {name: rows for name, rows in found.items() if rows}
 
+    def _guidance_numbers(self) -> dict[str, float]:
+        """What the run was guided by, by the pipeline's arguments."""
+        taken = inspect.signature(type(self.model).__call__).parameters if self.sites.loops else {}
+        names = {
+            name
+            for guidance in self.sites.loops.values()
+            if guidance is not None
+            for name in (*guidance.scale.split("|"), guidance.image_scale, guidance.rescale or "")
+        }
+        numbers = {n: self.arguments.get(n, taken[n].default) for n in sorted(taken.keys() & names)}
+        return {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
+
     def _rows_of(self, loop: str, guidance: Guidance) -> dict[str, slice]:
         if not guidance.denoiser_calls and not self._guided(guidance):
             return {"cond": slice(None)}
@@ -263,14 +283,6 @@ class Session:
 def guidance_text_argument(guidance: Guidance | None) -> str | None:
     """The argument that tells the calls of one step apart, where guidance makes several."""
     return guidance.text if guidance is not None and guidance.denoiser_calls else None
-
-
-def is_guided(model: Any, guidance: Guidance, arguments: Mapping[str, Any]) -> bool:
-    """Whether a run with these arguments has unconditional parts."""
-    if guidance.flag is not None:
-        return bool(getattr(model, guidance.flag))
-    taken = inspect.signature(type(model).__call__).parameters
-    return any(arguments.get(scale, taken[scale].default) > 1 for scale in guidance.scale.split("|"))
 
 
 def _by_step(values: list[Tensor], parts: list[int]) -> list[Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
 from torch import nn
+
+from mm_adapters.records import parts
 
 _NAMES = {
     "q": r"(q|query|q_proj|to_q|q_lin|wq|query_proj)",
@@ -46,10 +49,15 @@ def block_lines(block: nn.Module) -> list[str]:
         lines += [f'| fused_attention("{fused}")']
     elif projections is not None:
         word = "qkv_attention" if "qkv" in projections.parts else "attention"
-        named = "".join(f', {n}="{p}"' for n, p in projections.parts.items())
+        plain = inspect.signature(getattr(parts, word)).parameters
+        named = "".join(f', {n}="{p}"' for n, p in projections.parts.items() if p != plain[n].default)
         heads = f'heads="{projections.heads}"' if projections.heads else 'heads="???"'
         lines += [f'| {word}("{projections.path}"{named}, {heads})']
-    if path:
+    windows = [name for name in vars(block) if re.search("window|shift", name)]
+    if windows:
+        lines += [f"# check: it attends within windows: {', '.join(windows)}. See Stages.",
+                  "# hook_attn_out is what comes back in the order of the stream."]  # fmt: skip
+    elif path:
         lines += [f'| {{"hook_attn_out": Output("{path}")}}',
                   '| {"hook_resid_mid": Residual("hook_resid_pre", "hook_attn_out")}']  # fmt: skip
     lines += [f"| {_norm(block, second, 'ln2')}"] if second else []
@@ -164,7 +172,8 @@ def _mlp(block: nn.Module, attention: str | None) -> list[str]:
         local = [p.removeprefix(f"{path}.") if path else p for p in (*ups, down)]
         out = f'| {{"hook_mlp_out": Output("{path or down}")}}'
         if not path:
-            return [f'| {{"mlp.hook_pre": Output("{ups[0]}"), "mlp.hook_post": Input("{down}")}}', out]
+            pre, post = f'| {{"mlp.hook_pre": Output("{ups[0]}")}}', f'| {{"mlp.hook_post": Input("{down}")}}'
+            return [pre, post, out]
         if len(ups) > 1:
             return [f'| gated_mlp("{path}", gate="{local[0]}", up="{local[1]}", down="{local[-1]}")', out]
         return [f'| mlp("{path}", up="{local[0]}", down="{local[-1]}")', out]

@@ -29,7 +29,7 @@ def unknown(model: Any, kind: type) -> UnknownFamilyError:
 
     The record is read off the model; without its modules (a class alone) only its outline is shown.
     """
-    from mm_adapters.sites.draft import draft
+    from mm_adapters.sites.draft import draft, outline
     from mm_adapters.sites.nearest import nearest
 
     key = key_of(type(model))
@@ -39,14 +39,7 @@ def unknown(model: Any, kind: type) -> UnknownFamilyError:
         close = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or known
         near = f"The nearest by name are {', '.join(close)}."
     if not record:
-        outline = (
-            f'ModelRecord("mine", "contrastive", ("{key}",), '
-            '{"vision": TowerMount("path.to.vision"), "text": TowerMount("path.to.text")})'
-            if kind is ModelRecord
-            else f'Tower("mine", "vision", ("{key}",), {{"blocks": Stack(("layers.*",), {{}})}})'
-        )
-        imports = "from mm_adapters.records import ModelRecord, Stack, Tower, TowerMount, register"
-        record = f"{imports}\n\nregister({outline})"
+        record = outline(model, kind)
     return UnknownFamilyError(
         f"No family covers {key}. {near} Describe it in a record, as mm_adapters/families/README.md "
         "says, and run that before you load the model. As far as it can be read off the model:\n\n"

@@ -89,7 +89,11 @@ class SiteMap:
             tower = TowerView(name, settled, mount, module, path, stacks, parts, *ends, model)
             self.towers[name] = tower
             for site in _tower_sites(tower):
-                (self.absent if site.reason else self.sites)[site.name] = site
+                if site.reason is None:
+                    self.sites[site.name] = site
+                elif not any(fnmatchcase(present, site.name) for present in self.sites):
+                    # A family's reason is for those of its models that were built without the site.
+                    self.absent[site.name] = site
 
     def __getitem__(self, name: str) -> Site:
         return self.check(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from mm_adapters._errors import InputError, MissingSiteError
 from mm_adapters.records.spec import Location, Norm, Tower, TowerMount
+from mm_adapters.records.stages import Stages
 from mm_adapters.sites.weights import BlockWeights, norm_bias, norm_weight, tensor_at
 from mm_adapters.tokens.image_positions import Grid
 from mm_adapters.tokens.layout import TokenLayout, cut_layout, vision_layout
@@ -121,15 +124,57 @@ class TowerView:
                 f"{self.name}: its summary is pooled by {self.pool}, so no single matrix reads it "
                 "off the residual stream."
             )
-        return tensor_at(self.model, self.mount.project) if self.mount.project else None
+        maps = self._projections()
+        return reduce(torch.matmul, (matrix for matrix, _ in maps)) if maps else None
 
     @property
     def projection_bias(self) -> Float[Tensor, " d_out"] | None:
         """What the projection adds; None if it adds nothing."""
-        if not self.mount.project:
-            return None
-        owners = [one.removesuffix(".T").removesuffix(".weight") for one in self.mount.project.split("|")]
-        return tensor_at(self.model, "|".join(f"{one}.bias" for one in owners))
+        total: Tensor | None = None
+        for matrix, bias in self._projections():
+            carried = None if total is None else total @ matrix
+            total = carried if bias is None else bias if carried is None else carried + bias
+        return total
+
+    @property
+    def pool_weights(self) -> BlockWeights:
+        """The weights of what pools the sequence by attention: `pool_weights.names("pool.attn")`.
+
+        They have no names where no site shows that attention.
+        """
+        return BlockWeights(self.module, self.after)
+
+    @property
+    def unembedding(self) -> Float[Tensor, "d_model token"]:
+        """What maps a language tower's normalised residual to its logits.
+
+        Raises: MissingSiteError if the tower writes no words.
+        """
+        matrix = self.projection if self.role == "language" else None
+        if matrix is None:
+            raise MissingSiteError(
+                f"The {self.name} tower has no unembedding: it is a {self.role} tower"
+                f"{' without a head of words' if self.role == 'language' else ''}."
+            )
+        return matrix
+
+    @property
+    def unembedding_bias(self) -> Float[Tensor, " token"]:
+        """What the final norm's bias and the unembedding's own add to every logit.
+
+        Raises: MissingSiteError if the tower writes no words.
+        """
+        matrix, norm, own = self.unembedding, self.final_norm, self.projection_bias
+        own = matrix.new_zeros(matrix.shape[1]) if own is None else own
+        return own if norm is None else norm.bias @ matrix + own
+
+    def token_directions(self, tokens: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        """The direction of the residual that raises each token's logit: the final norm's gain is in it.
+
+        Raises: MissingSiteError if the tower writes no words.
+        """
+        columns = self.unembedding[:, tokens].T
+        return columns if self.final_norm is None else columns * self.final_norm.gain
 
     def pooled_output(self, output: Any) -> Any:
         """The tensor that sums the tower up, out of what its run gave."""
@@ -143,13 +188,18 @@ class TowerView:
         pooled = self.pooled_output(output)
         return pooled[:, 0] if pooled.ndim == 3 and self.pool == "first" else pooled
 
+    def embed(self, **arguments: Any) -> Float[Tensor, "row width"]:
+        """Its embeddings of prepared inputs, by a call without hooks: gradients reach the arguments."""
+        path = self.mount.run
+        alone = self.module if path is None else attrgetter(path)(self.model) if path else self.model
+        return self.summary(alone(**arguments))
+
     def vocabulary_logits(self, output: Any) -> Float[Tensor, "row pos token"]:
         """A language tower's logits, out of what the whole model's run gave.
 
         Raises: MissingSiteError if the tower writes no words.
         """
-        if self.role != "language":
-            raise MissingSiteError(f"The {self.name} tower has no vocabulary: it is a {self.role} tower.")
+        _ = self.unembedding
         for name in (self.mount.gives or "logits").split("."):
             output = getattr(output, name)
         return output
@@ -157,12 +207,14 @@ class TowerView:
     def patch_grid(self, pixels: Float[Tensor, "*_ height width"]) -> Grid:
         """How many patches these pixels are cut into, down and across.
 
-        Raises: InputError if the tower cuts no patches.
+        Raises: MissingSiteError if the tower cuts no patches.
         """
         if self.record.patch is None:
-            raise InputError(f"The {self.name} tower has no patches.")
+            raise MissingSiteError(f"The {self.name} tower's layout has no 'patch' role: it cuts no patches.")
         cut: Any = self.module.get_submodule(self.record.patch)
         down, across = cut.stride
+        if isinstance(self.record.order, Stages):  # It pads its pixels to whole patches.
+            return -(-pixels.shape[-2] // down), -(-pixels.shape[-1] // across)
         return pixels.shape[-2] // down, pixels.shape[-1] // across
 
     def patch_layout(
@@ -173,8 +225,14 @@ class TowerView:
         `grids` are each image's rows and columns of patches, where images come cut into patches and
         padded to the same number.
 
-        Raises: InputError if the tower does not cut images into patches, or wants grids.
+        Raises: MissingSiteError if the tower does not cut images into patches, or has another layout at
+        each stage; InputError if it wants grids.
         """
+        if isinstance(self.record.order, Stages):
+            raise MissingSiteError(
+                f"The {self.name} tower's layout has no 'patch' role for all of it: its grid is halved "
+                "from stage to stage. model.layout(images=...).at(site) is that of a site."
+            )
         if self.record.grids is not None:
             if grids is None:
                 raise InputError(
@@ -185,6 +243,16 @@ class TowerView:
         assert isinstance(n_class, int)
         assert isinstance(n_register, int)
         return vision_layout(len(pixels), self.patch_grid(pixels), n_class, n_register)
+
+    def _projections(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The maps from the pooled residual to the summary, in order, each with what it adds."""
+        maps = []
+        for path in self.mount.project.split(" @ ") if self.mount.project else ():
+            owners = [one.removesuffix(".T").removesuffix(".weight") for one in path.split("|")]
+            matrix = tensor_at(self.model, path)
+            if matrix is not None:
+                maps.append((matrix, tensor_at(self.model, "|".join(f"{one}.bias" for one in owners))))
+        return maps
 
     def _check_layer(self, layer: int, stack: str) -> None:
         if stack not in self.stacks:

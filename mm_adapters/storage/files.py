@@ -7,7 +7,8 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -96,16 +97,47 @@ class Mapped:
         pages.madvise(mmap.MADV_WILLNEED, first, last - first)
 
 
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], *, keep_suffix: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder at, which then takes its place as a whole.
+
+    The name ends in ".tmp", or as `path` does if `keep_suffix`, for writers that read the format off it.
+
+    A reader sees the old file or the new one; if the block raises, the old one stays. (An old folder is
+    gone for the moment between its removal and the new one's renaming.)
+    """
+    target = Path(path)
+    draft = target.with_name(f".part-{target.name}" if keep_suffix else f"{target.name}.tmp")
+    _remove(draft)
+    try:
+        yield draft
+        for file in [p for p in draft.rglob("*") if p.is_file()] if draft.is_dir() else [draft]:
+            _sync(file)
+    except BaseException:
+        _remove(draft)
+        raise
+    if draft.is_dir():
+        _remove(target)
+    os.replace(draft, target)
+    sync_folder(target.parent)
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replaces the file as a whole: a reader sees the old one or the new one."""
-    tmp = path.with_suffix(".tmp")
-    with tmp.open("w", encoding="utf-8") as opened:
-        json.dump(value, opened, indent=1, sort_keys=True)
-        opened.write("\n")
-        opened.flush()
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as opened:
         os.fsync(opened.fileno())
-    os.replace(tmp, path)
-    sync_folder(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

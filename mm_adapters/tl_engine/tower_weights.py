@@ -96,8 +96,7 @@ class TowerWeights:
     @property
     def b_U(self) -> Float[Tensor, " logit"]:
         """The unembedding's bias; zeros if it has none."""
-        path = (self._mounted.mount.project or "").replace(".weight.T", ".bias")
-        bias = tensor_at(self._root.wrapped, path) if path.endswith(".bias") else None
+        bias = self._mounted.projection_bias
         if bias is None or self._class_directions is not None:
             extra = 0 if bias is None else bias @ self._class_directions.to(bias).T  # type: ignore[union-attr]
             return self.W_U.new_zeros(self.W_U.shape[1]) + extra

@@ -105,6 +105,18 @@ class TokenLayout:
         size = f"the grid is {self.grid[0]} x {self.grid[1]}" if self.grid else "no single grid"
         raise ValueError(f"Row {row} has no patch ({patch_row}, {patch_col}) of image {image}: {size}.")
 
+    def row_and_position_of(self, patch_row: int, patch_col: int, *, image: int = 0) -> tuple[int, int]:
+        """The row and the position of a patch of an image, where the rows are windows or tiles of images.
+
+        Raises: ValueError if that image has no such patch.
+        """
+        for row in range(self.n_rows):
+            places = zip(self.patches[row], self.image_index[row], strict=True) if self.patches else ()
+            for pos, place in enumerate(places):
+                if place == ((patch_row, patch_col), image):
+                    return row, pos
+        raise ValueError(f"No row has a patch ({patch_row}, {patch_col}) of image {image}: {self.grid}.")
+
     def where(self, word: str, row: int = 0, occurrence: int | None = None) -> list[int]:
         """The positions of a word or phrase, in upper or lower case: of each time it occurs, or of
         the time counted by `occurrence`, from 0.

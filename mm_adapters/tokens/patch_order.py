@@ -8,6 +8,7 @@ from mm_adapters.tokens.image_positions import Grid, ImagePosition, raster
 from mm_adapters.tokens.layout import Position, TokenLayout, layout_of_positions
 
 CLASS, PAD = Position("class"), Position("pad")
+_PADDED = Position("pad", image=None)
 
 
 def _patch(position: ImagePosition, image: int) -> Position:
@@ -58,6 +59,28 @@ def by_cell(grids: Sequence[Grid], merge: int, window: int | None = None) -> Tok
                 for j in range(merge):
                     positions.append(Position("patch", (r * merge + i, c * merge + j), grid, 0, image))
     return layout_of_positions([positions])
+
+
+def by_window(grid: Grid, n_images: int, side: int, shift: int) -> TokenLayout:
+    """A row for each window of each image: patches line by line, and padding.
+
+    The grid is padded below and at the right to whole windows of `side` patches a side, and rolled up and
+    left by `shift`: what it loses there comes back at the other end. The layout says of which image of the
+    batch a window is.
+    """
+    down, across = (-(-n // side) * side for n in grid)
+    rows = []
+    for image in range(n_images):
+        positions = {
+            (r, c): Position("patch", (r, c), grid, 0, image) if r < grid[0] and c < grid[1] else _PADDED
+            for r in range(down)
+            for c in range(across)
+        }
+        for top in range(shift, down + shift, side):
+            for left in range(shift, across + shift, side):
+                cells = [(top + i, left + j) for i in range(side) for j in range(side)]
+                rows.append([positions[r % down, c % across] for r, c in cells])
+    return layout_of_positions(rows)
 
 
 def all_tiles(side: Grid, n_class: int, cuts: Sequence[Grid], n_tiles: int, multiple: int = 8) -> TokenLayout:

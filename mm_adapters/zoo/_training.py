@@ -63,12 +63,12 @@ class _FullAttention(TorchFunctionMode):
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         args = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        given = {
+        moved = {
             k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
             for k, v in (kwargs or {}).items()
         }
         with torch.autocast(device().type, enabled=False):
-            return func(*args, **given)
+            return func(*args, **moved)
 
 
 @contextmanager

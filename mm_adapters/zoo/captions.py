@@ -49,7 +49,7 @@ class Phrase:
     shape: str | None = None
     position: str | None = None
 
-    def said(self) -> list[str]:
+    def named(self) -> list[str]:
         """The attributes that are mentioned."""
         return [f.name for f in fields(self) if getattr(self, f.name) is not None]
 
@@ -108,15 +108,15 @@ def truth(scenes: Sequence[Scene], claims: Sequence[Claim]) -> NDArray[np.bool_]
                 related[i, -1, o, other] = o != other
                 for r, relation in enumerate(RELATIONS):
                     related[i, r, o, other] = holds(relation, thing, second)
-    said = np.full((len(claims), 2, len(VALUES)), -1, np.int8)
+    claimed = np.full((len(claims), 2, len(VALUES)), -1, np.int8)
     for j, claim in enumerate(claims):
         for p, phrase in enumerate(claim.phrases):
             for a, (name, values) in enumerate(VALUES.items()):
                 value = getattr(phrase, name)
-                said[j, p, a] = -1 if value is None else values.index(value)
+                claimed[j, p, a] = -1 if value is None else values.index(value)
     present = things[:, None, None, :, 0] != -2
-    wanted = said[None, :, :, None, :]
-    match = ((wanted == -1) | (wanted == things[:, None, None, :, :])).all(-1) & present
+    claimed_values = claimed[None, :, :, None, :]
+    match = ((claimed_values == -1) | (claimed_values == things[:, None, None, :, :])).all(-1) & present
 
     out = match[:, :, 0].any(-1)
     for j, claim in enumerate(claims):
@@ -187,7 +187,7 @@ def foil(claim: Claim, rng: np.random.Generator) -> Claim:
         changes.append(replace(claim, background=_other(tuple(BACKGROUNDS), claim.background, rng)))
     which = int(rng.integers(len(claim.phrases)))
     phrase = claim.phrases[which]
-    for name in phrase.said():
+    for name in phrase.named():
         changed = replace(phrase, **{name: _other(VALUES[name], getattr(phrase, name), rng)})
         phrases = (*claim.phrases[:which], changed, *claim.phrases[which + 1 :])
         changes.append(replace(claim, phrases=phrases))

@@ -120,13 +120,13 @@ def loss(
     texts = [c.text(**w) for c, w in zip(claims + foils, wordings, strict=True)]
     tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device())
     allowed = ~torch.from_numpy(captions.truth(scenes, claims + foils)).to(device())
-    own = torch.arange(batch, device=allowed.device)
-    allowed[own, own] = True
+    diagonal = torch.arange(batch, device=allowed.device)
+    allowed[diagonal, diagonal] = True
 
     image, text, by_patch = _embed(student, scenes, tokens)
     scores = (_scale(student) * image @ text.T).masked_fill(~allowed, float("-inf"))
-    by_image = nn.functional.cross_entropy(scores, own)
-    by_text = nn.functional.cross_entropy(scores[:, :batch].T, own)
+    by_image = nn.functional.cross_entropy(scores, diagonal)
+    by_text = nn.functional.cross_entropy(scores[:, :batch].T, diagonal)
     return (by_image + by_text) / 2 + patch_weight * by_patch
 
 
@@ -153,23 +153,23 @@ def twin_loss(
         texts += [claim.text(**wording), counter.text(**wording)]
     tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device())
     allowed = ~torch.from_numpy(captions.truth(scenes, claims)).to(device())
-    own = torch.arange(len(scenes), device=allowed.device)
-    allowed[own, own] = True
+    diagonal = torch.arange(len(scenes), device=allowed.device)
+    allowed[diagonal, diagonal] = True
     image, text, by_patch = _embed(student, scenes, tokens)
     scores = (_scale(student) * image @ text.T).masked_fill(~allowed, float("-inf"))
-    by_image = nn.functional.cross_entropy(scores, own)
-    by_text = nn.functional.cross_entropy(scores.T, own)
+    by_image = nn.functional.cross_entropy(scores, diagonal)
+    by_text = nn.functional.cross_entropy(scores.T, diagonal)
     return (by_image + by_text) / 2 + patch_weight * by_patch
 
 
 def _embed(student: Student, scenes: list[world.Scene], tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors of the images and of the texts, and the loss of the heads."""
     model = student.clip
-    seen = model.vision_model(pixels(scenes), output_hidden_states=True)
-    image = model.visual_projection(seen.pooler_output)
+    vision = model.vision_model(pixels(scenes), output_hidden_states=True)
+    image = model.visual_projection(vision.pooler_output)
     text = model.get_text_features(**tokens).pooler_output
     # The layer that tiny-llava reads.
-    by_patch = patch_loss(student, seen.hidden_states[-2][:, 1:], scenes)
+    by_patch = patch_loss(student, vision.hidden_states[-2][:, 1:], scenes)
     return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1), by_patch
 
 
@@ -185,8 +185,8 @@ def patch_loss(student: Student, patches: Tensor, scenes: list[world.Scene]) -> 
         for thing in scene.things:
             near = np.hypot(middle[None, :] - thing.x, middle[:, None] - thing.y) < thing.radius
             rows += [number * 64 + int(i) for i in np.flatnonzero(near)]
-            said = [values.index(getattr(thing, name)) for name, values in captions.VALUES.items()]
-            labels += [said] * int(near.sum())
+            classes = [values.index(getattr(thing, name)) for name, values in captions.VALUES.items()]
+            labels += [classes] * int(near.sum())
     chosen = patches.flatten(0, 1)[torch.tensor(rows, device=patches.device)]
     targets = torch.tensor(labels, device=patches.device).unbind(1)
     losses = [
@@ -200,8 +200,8 @@ def eye_loss(student: Student, step: int, seed: int) -> Tensor:
     """How badly the heads name the objects in this step's images."""
     first = EYE_START + step * EYE_BATCH
     scenes = [world.scene(first + i, "train", seed) for i in range(EYE_BATCH)]
-    seen = student.clip.vision_model(pixels(scenes), output_hidden_states=True)
-    return len(student.heads) * patch_loss(student, seen.hidden_states[-2][:, 1:], scenes)
+    vision = student.clip.vision_model(pixels(scenes), output_hidden_states=True)
+    return len(student.heads) * patch_loss(student, vision.hidden_states[-2][:, 1:], scenes)
 
 
 def finishing_loss(student: Student, tokenizer, step: int, seed: int, patch_weight: float) -> Tensor:

@@ -36,14 +36,14 @@ def judge(image: NDArray[np.uint8]) -> Seen:
         return Seen("", "", background, "", "")
     # Pixels at the edge are mixtures; those far from the background are the object's own.
     far = np.linalg.norm(pixels - ground, axis=-1)
-    own = pixels[mask & (far >= np.quantile(far[mask], 0.4))]
+    inner_pixels = pixels[mask & (far >= np.quantile(far[mask], 0.4))]
     top, bottom, left, right = box(mask)
     x, y = (left + right) / 2, (top + bottom) / 2
     column, row = (int(np.digitize(v, (24.0, 40.0))) for v in (x, y))
     size = "large" if max(bottom - top, right - left) / 2 > 9.9 else "small"
     return Seen(
         shape=nearest_shape(mask),
-        colour=nearest(np.median(own, axis=0), world.COLOURS),
+        colour=nearest(np.median(inner_pixels, axis=0), world.COLOURS),
         background=background,
         position=world.POSITIONS[3 * row + column],
         size=size,

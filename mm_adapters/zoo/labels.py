@@ -27,21 +27,21 @@ def masks_of(one: Scene, size_px: int = 64) -> dict[str, NDArray[np.bool_]]:
 
     An object's attributes cover the object; the background's colour covers the rest.
     """
-    found: dict[str, Any] = {}
+    masks: dict[str, Any] = {}
     covered = world.masks(one, size_px)
     for thing, mask in zip(one.things, covered, strict=True):
         for name in (thing.shape, thing.colour, thing.position, thing.size, thing.texture):
-            found[name] = np.asarray(found[name] | mask if name in found else mask)
-    found[one.background] = ~covered.any(0) if len(covered) else np.ones((size_px, size_px), bool)
-    return found
+            masks[name] = np.asarray(masks[name] | mask if name in masks else mask)
+    masks[one.background] = ~covered.any(0) if len(covered) else np.ones((size_px, size_px), bool)
+    return masks
 
 
 def caption_of(name: str) -> str:
     """A text that says this concept and nothing else, for a judge like tiny-clip."""
     category = MEMBER_OF[NAMES.index(name)]
-    said = {
+    phrases = {
         "shape": f"a {name}",
         "background": f"an object on a {name} background",
         "position": f"an object in the {name}",
     }
-    return "a photo of " + said.get(category, f"{'an' if name[0] in 'aeiou' else 'a'} {name} object")
+    return "a photo of " + phrases.get(category, f"{'an' if name[0] in 'aeiou' else 'a'} {name} object")

@@ -99,8 +99,10 @@ def measure_clip(model: Any, processor: Any, n: int = 2000) -> list[Measure]:
         scenes = [world.scene(i, split, kind="one") for i in range(n if split == "test" else n // 4)]
         images = images_of(scenes)
         for attribute in ATTRIBUTES:
-            said = classify(model, processor, images, attribute)
-            right = [word == value_of(scene, attribute) for word, scene in zip(said, scenes, strict=True)]
+            answers_given = classify(model, processor, images, attribute)
+            right = [
+                word == value_of(scene, attribute) for word, scene in zip(answers_given, scenes, strict=True)
+            ]
             name = f"{attribute}, zero-shot" + (", unseen shape-colour pairs" if split == "novel" else "")
             out.append(Measure(name, float(np.mean(right)), len(right), bound))
     out += [
@@ -175,9 +177,9 @@ def answers(
             return_tensors="pt",
         )
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        made = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-        stopped = (made == processor.tokenizer.eos_token_id).any(-1).tolist()
-        texts = processor.tokenizer.batch_decode(made, skip_special_tokens=True)
+        written = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        stopped = (written == processor.tokenizer.eos_token_id).any(-1).tolist()
+        texts = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
         out += [text.strip() if stop else "" for text, stop in zip(texts, stopped, strict=True)]
     return out
 
@@ -186,8 +188,8 @@ def measure_llava(model: Any, processor: Any, n: int = 2000) -> list[Measure]:
     """Accuracy overall and by kind; what guessing reaches; what is left with another image."""
     cases = [questions.question(i, "test") for i in range(n)]
     images, asked = images_of([scene for scene, _ in cases]), [q for _, q in cases]
-    said = answers(model, processor, images, asked)
-    right = np.array([word == q.answer for word, q in zip(said, asked, strict=True)])
+    answers_given = answers(model, processor, images, asked)
+    right = np.array([word == q.answer for word, q in zip(answers_given, asked, strict=True)])
     out = [Measure("all questions", float(right.mean()), n, 0.95)]
     for kind in questions.KINDS:
         rows = [i for i, q in enumerate(asked) if q.kind == kind]
@@ -218,25 +220,25 @@ def draw(
 ) -> list[Image.Image]:
     """One picture for each text; the picture with number i always starts from the same noise."""
     pipeline.set_progress_bar_config(disable=True)
-    made: list[Image.Image] = []
+    pictures: list[Image.Image] = []
     for start in range(0, len(texts), 50):
         part = list(texts[start : start + 50])
         noise = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(part))]
-        made += pipeline(part, num_inference_steps=steps, guidance_scale=guidance, generator=noise).images
-    return made
+        pictures += pipeline(part, num_inference_steps=steps, guidance_scale=guidance, generator=noise).images
+    return pictures
 
 
 def measure_sd(pipeline: Any, clip: Any, processor: Any, n: int = 300) -> list[Measure]:
     """How often each attribute of the prompt is in the picture, by tiny-clip and by exact rules."""
     cases = prompts_to_draw(n)
     images = draw(pipeline, [text for _, text in cases])
-    seen = [judges.judge(np.asarray(image)) for image in images]
+    judged = [judges.judge(np.asarray(image)) for image in images]
     out = []
     for attribute in ATTRIBUTES:
-        wanted = [value_of(scene, attribute) for scene, _ in cases]
+        expected = [value_of(scene, attribute) for scene, _ in cases]
         by_clip = classify(clip, processor, images, attribute)
-        by_rule = [getattr(what, attribute) for what in seen]
-        for judge, said in (("tiny-clip", by_clip), ("rules on pixels", by_rule)):
-            value = float(np.mean([a == b for a, b in zip(said, wanted, strict=True)]))
+        by_rule = [getattr(what, attribute) for what in judged]
+        for judge, values_read in (("tiny-clip", by_clip), ("rules on pixels", by_rule)):
+            value = float(np.mean([a == b for a, b in zip(values_read, expected, strict=True)]))
             out.append(Measure(f"{attribute}, judged by {judge}", value, n, 0.9))
     return out

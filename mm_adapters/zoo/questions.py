@@ -89,12 +89,12 @@ def _pointer(about: Scene, thing, names: Sequence[str], rng: np.random.Generator
 
 
 def _fits(phrase: Phrase, about: Scene) -> int:
-    return sum(all(getattr(t, n) == getattr(phrase, n) for n in phrase.said()) for t in about.things)
+    return sum(all(getattr(t, n) == getattr(phrase, n) for n in phrase.named()) for t in about.things)
 
 
 def _absent(claim: Claim, about: Scene, rng: np.random.Generator) -> Claim:
     """A claim that is false of the scene though part of it is true of one of its objects."""
-    pair = {"colour", "shape"} <= set(claim.phrases[0].said())
+    pair = {"colour", "shape"} <= set(claim.phrases[0].named())
     if pair and about.kind == "two" and rng.random() < 0.4:
         a, b = about.things
         mixed = Claim((Phrase(colour=a.colour, shape=b.shape),))

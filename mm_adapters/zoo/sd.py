@@ -126,15 +126,15 @@ class Student(nn.Module):
 
     def forward(self, noisy: Tensor, times: Tensor, states: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The predicted velocity, and each head's scores [row, shape or none, place, place]."""
-        seen: list[Tensor] = []
+        features: list[Tensor] = []
         watched = (self.unet.mid_block, self.unet.up_blocks[0])
-        hooks = [part.register_forward_hook(lambda _, __, out: seen.append(out)) for part in watched]
+        hooks = [part.register_forward_hook(lambda _, __, out: features.append(out)) for part in watched]
         try:
             velocity = self.unet(noisy, times, states).sample
         finally:
             for hook in hooks:
                 hook.remove()
-        return velocity.float(), [head(x).float() for head, x in zip(self.heads, seen, strict=True)]
+        return velocity.float(), [head(x).float() for head, x in zip(self.heads, features, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,11 @@ def loss(student: Student, noising: DDIMScheduler, data: Encoded, step: int, see
     latents = data.latents[rows]
     states = torch.where(dropped[:, None, None], data.empty, data.states[rows])
     noisy = noising.add_noise(latents, noise, times)
-    wanted = noising.get_velocity(latents, noise, times)
+    target = noising.get_velocity(latents, noise, times)
     with mixed():
         velocity, named = student(noisy, times, states)
     weight = data.weight[rows]
-    off = (weight / weight.mean() * (velocity - wanted).square()).mean()
+    off = (weight / weight.mean() * (velocity - target).square()).mean()
     for scores, shown in zip(named, data.shown, strict=True):
         labels = shown[rows].masked_fill(dropped[:, None, None], UNNAMED)
         off = off + HEADS_WEIGHT * nn.functional.cross_entropy(scores, labels, ignore_index=UNNAMED)

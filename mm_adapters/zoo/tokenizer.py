@@ -37,11 +37,11 @@ _FUNCTION_WORDS = (
 
 def words() -> list[str]:
     """Every word the world's captions, questions and answers are made of."""
-    said = [*world.SHAPES, *world.COLOURS, *world.BACKGROUNDS, *world.SIZES, *world.TEXTURES]
-    said += [captions.Phrase(shape=s).words(plural=True) for s in world.SHAPES]
-    said += [word for phrase in (*world.POSITIONS, *world.RELATIONS) for word in phrase.split()]
-    said += [*captions.NUMBERS, *captions.NOUNS, *(n + "s" for n in captions.NOUNS), "background"]
-    return sorted({*said, *_FUNCTION_WORDS})
+    vocabulary = [*world.SHAPES, *world.COLOURS, *world.BACKGROUNDS, *world.SIZES, *world.TEXTURES]
+    vocabulary += [captions.Phrase(shape=s).words(plural=True) for s in world.SHAPES]
+    vocabulary += [word for phrase in (*world.POSITIONS, *world.RELATIONS) for word in phrase.split()]
+    vocabulary += [*captions.NUMBERS, *captions.NOUNS, *(n + "s" for n in captions.NOUNS), "background"]
+    return sorted({*vocabulary, *_FUNCTION_WORDS})
 
 
 def byte_alphabet() -> list[str]:

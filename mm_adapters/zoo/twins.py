@@ -43,12 +43,12 @@ def _change_one(scene: Scene, changed: str, rng: np.random.Generator) -> Scene:
     if changed == "colour":
         thing = replace(thing, colour=new, rgb=world.COLOURS[new])
     elif changed in ("position", "size"):
-        wanted = {"position": thing.position, "size": thing.size, changed: new}
+        kept = {"position": thing.position, "size": thing.size, changed: new}
         old = world.thing(thing.shape, thing.colour, position=thing.position, size=thing.size)
-        middle = world.thing(thing.shape, thing.colour, **wanted)
+        middle = world.thing(thing.shape, thing.colour, **kept)
         x, y = middle.x + thing.x - old.x, middle.y + thing.y - old.y
         radius = thing.radius if changed == "position" else middle.radius
-        thing = replace(thing, x=x, y=y, radius=radius, position=wanted["position"], size=wanted["size"])
+        thing = replace(thing, x=x, y=y, radius=radius, position=kept["position"], size=kept["size"])
     else:
         thing = replace(thing, **{changed: new})
     if (thing.shape, thing.colour) in world.HELD_OUT_PAIRS:

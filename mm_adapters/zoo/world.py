@@ -227,9 +227,9 @@ def _radius(rng: np.random.Generator, size: str) -> float:
     return float(rng.uniform(12.5, 14.0) if size == "large" else rng.uniform(7.0, 8.5))
 
 
-def _place_one(rng: np.random.Generator, wanted: str | None) -> tuple[str, str, float, float, float]:
+def _place_one(rng: np.random.Generator, size_wanted: str | None) -> tuple[str, str, float, float, float]:
     size, cell = _choose(rng, SIZES), int(rng.integers(9))
-    size = wanted or size
+    size = size_wanted or size
     step = 15.0 if size == "large" else 18.0
     x = 32.0 + step * (cell % 3 - 1) + rng.uniform(-2, 2)
     y = 32.0 + step * (cell // 3 - 1) + rng.uniform(-2, 2)

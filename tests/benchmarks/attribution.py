@@ -24,7 +24,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from methods_multimodal.data_attribution import Task, diffusion_task
+from methods_multimodal.data_attribution import Task, denoiser_task
 from methods_multimodal.data_attribution.features import Features, featurise
 from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.scorers import top_k
@@ -49,7 +49,7 @@ def denoiser(device: str) -> Task:
         norm_num_groups=8, attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    return diffusion_task(net.eval().to(device), scheduler=DDPMScheduler(), timesteps=N_STEPS)
+    return denoiser_task(net.eval().to(device), DDPMScheduler(), timesteps=N_STEPS)
 
 
 def ours(task: Task, examples: dict[str, Tensor], dim: int, kind: Any, folder: Path) -> Store:

@@ -32,7 +32,7 @@ def make(folder: Path) -> dict[str, str]:
 
 
 def _llava(folder: Path) -> None:
-    """tiny-llava, which here goes on writing until it is told to stop."""
+    """tiny-llava, which here has no end token, so that it generates as many tokens as it may."""
     _copy("tiny-llava", folder)
     _change(folder / "generation_config.json", eos_token_id=None)
 

@@ -40,6 +40,7 @@ class Named:
     def __init__(self, key: str) -> None:
         self.to_model_key = lambda: key
         self._remoteable_get_env = dict
+        self.service_packages: dict[str, dict[str, str]] = {}
 
 
 class Backend(Dispatch):

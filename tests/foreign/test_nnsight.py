@@ -33,7 +33,7 @@ EXCEPTIONS = {
     ),
     "test_diffusion.py::TestRemoteSimulation::test_pipeline_is_a_persistent_object": (
         "KeyError: 'pipeline'",
-        "How nnsight's model travels: part by part. Ours is one reference (_traced_remote.py).",
+        "How nnsight's model travels: part by part. Ours is one reference (ndif_client/remotable.py).",
     ),
 }
 
@@ -71,13 +71,13 @@ def test_nnsights_own_tests_pass_with_our_classes(tests: Path, tmp_path: Path) -
     command += [str(tests / f"{name}.py") for name in FILES]
     done = subprocess.run(command, env=env, cwd=tests.parent, capture_output=True, text=True, check=False)
     assert outcomes.is_file(), done.stdout[-3000:] + done.stderr[-3000:]
-    told = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines()]
-    failed = {name: why for name, outcome, why in told if outcome == "failed"}
+    reported = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines()]
+    failed = {name: why for name, outcome, why in reported if outcome == "failed"}
     unexpected = {name: why for name, why in failed.items() if name not in EXCEPTIONS}
     assert not unexpected, json.dumps(unexpected, indent=1)
     for name, (says, _) in EXCEPTIONS.items():
         assert name in failed, f"{name} passes now: it is an exception no more."
         assert re.search(says, failed[name]), failed[name]
-    passed = [name for name, outcome, _ in told if outcome == "passed"]
+    passed = [name for name, outcome, _ in reported if outcome == "passed"]
     assert len(passed) >= 150  # 155 of 158 in nnsight 0.8.1; fewer were not all found.
     assert {name.partition(".py")[0] for name in passed} == set(FILES)

@@ -168,7 +168,7 @@ def test_its_hooks_are_causal_and_leave_nothing_behind(name: str) -> None:
 
 # --- TransformerLens' own benchmarks ----------------------------------------------------------
 
-VISION = [n for n in tl.architectures() if "Vision" in n or n.startswith(("Beit", "DINO", "Dino"))]
+VISION = [n for n in tl.architectures() if "Vision" in n or n.startswith(("Beit", "DINO", "Dino", "IJepa"))]
 WHOLE = [n for n in tl.architectures() if "ForConditionalGeneration" in n]
 # What they give a tower is pixels and nothing else, one image of [3, height, width].
 NOT_BY_PIXELS_ALONE = {

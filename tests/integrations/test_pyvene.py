@@ -247,3 +247,172 @@ def test_what_pyvene_cannot_reach_is_said(tmp_path: Path) -> None:
     found = made(CASES["clip"](), SITES["clip"], pv.VanillaIntervention)
     with pytest.raises(InputError, match="anything to train"):
         mm_pv.align(found, [], lambda out, batch: out, progress=False)
+
+
+# ---- what would be ignored -----------------------------------------------------------------------
+
+
+class Zero(pv.ConstantSourceIntervention):
+    def forward(self, base: Any, source: Any = None, subspaces: Any = None, **kwargs: Any) -> Any:
+        return torch.zeros_like(base)
+
+
+@pytest.mark.parametrize(
+    ("rows", "zeroed"),
+    [("all", [0, 1, 2]), (slice(1, 2), [1]), (slice(-1, None), [2]), ([0, -1], [0, 2]), ((1,), [1])],
+)
+def test_a_gate_acts_on_its_rows_in_its_steps(rows: Any, zeroed: list[int]) -> None:
+    gate = mm_pv.StepGate(Zero(embed_dim=3), [1], rows=rows)
+    base = torch.arange(1.0, 10).reshape(3, 3)
+    want = base.clone()
+    want[zeroed] = 0
+    assert torch.equal(gate(base), base)
+    assert torch.equal(gate(base), want)
+    assert torch.equal(gate(base), base)
+
+
+def sd_run(gate: Any, site: str = "denoiser.resnets.1.hook_out", **options: Any) -> tuple[Any, Any, Any]:
+    """A pipeline's picture with a gate, and what our own edits need to be compared with it."""
+    case = CASES["stable_diffusion"]()
+    inputs = {k: v for k, v in case.inputs.items() if k != "seed"} | {"num_inference_steps": 3} | options
+    one = made(case, site, mm_pv.MapIntervention(gate))
+    _, output = one.generate(inputs | {"generator": torch.Generator().manual_seed(0)}, unit_locations=None)
+    return case, case.head(output), inputs | {"seed": 0}
+
+
+@pytest.mark.parametrize("rows", ["cond", "uncond", "all"])
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_a_gate_knows_the_parts_of_guidance_by_their_names(rows: str, scale: float) -> None:
+    gate = mm_pv.StepGate(Zero(embed_dim=32), [0, 2], rows=rows)
+    if rows == "uncond" and scale == 1.0:  # Nothing is unconditional.
+        with pytest.raises(mm.EditNeverFiredError, match=r"steps \[0, 2\] with rows='uncond'"):
+            sd_run(gate, guidance_scale=scale)
+        return
+    case, found, inputs = sd_run(gate, guidance_scale=scale)
+    edit = Edit("denoiser.resnets.1.hook_out", torch.zeros_like, steps=[0, 2], rows=rows)  # type: ignore[arg-type]
+    want = mm.wrap(case.model).run(inputs, edit=[edit])
+    torch.testing.assert_close(found, case.head(want.output), rtol=0, atol=1e-5)
+
+
+def test_a_gate_that_cannot_act_is_said() -> None:
+    zero = Zero(embed_dim=32)
+    for options in (
+        {"steps": []},
+        {"steps": [-1]},
+        {"steps": [0], "rows": []},
+        {"steps": [0], "rows": ["a"]},
+    ):
+        with pytest.raises(InputError, match=r"steps=|rows="):
+            mm_pv.StepGate(zero, **options)
+    with pytest.raises(InputError, match=r"no option 'half'\. Did you mean 'rows'"):
+        mm_pv.StepGate(zero, [0], half=slice(1, 2))
+    with pytest.raises(InputError, match="known inside an MMIntervenableModel"):
+        mm_pv.StepGate(zero, [0], rows="cond")(torch.ones(2, 3))
+    with pytest.raises(InputError, match="the batch has 2 rows"):
+        mm_pv.StepGate(zero, [0], rows=[2])(torch.ones(2, 3))
+    with pytest.raises(InputError, match=r"'prior' at denoiser.* there is uncond, cond, all"):
+        sd_run(mm_pv.StepGate(zero, [0], rows="prior"))
+    with pytest.raises(mm.EditNeverFiredError, match=r"steps \[7\].*the run had 3 steps"):
+        sd_run(mm_pv.StepGate(zero, [0, 7]))
+    with pytest.raises(InputError, match="CollectIntervention does not work inside a StepGate"):
+        mm_pv.StepGate(pv.CollectIntervention(embed_dim=32), [0])
+    with pytest.raises(InputError, match="'cond' at vision"):
+        made(CASES["clip"](), SITES["clip"], mm_pv.StepGate(zero, [0], rows="cond"))
+
+
+def test_a_gate_counts_the_steps_of_each_run_anew() -> None:
+    case = CASES["stable_diffusion"]()
+    inputs = {k: v for k, v in case.inputs.items() if k != "seed"}
+    one = made(case, "denoiser.resnets.1.hook_out", mm_pv.MapIntervention(mm_pv.StepGate(Zero(), [0])))
+    outputs = [
+        case.head(
+            one.generate(inputs | {"generator": torch.Generator().manual_seed(0)}, unit_locations=None)[1]
+        )
+        for _ in range(2)
+    ]
+    assert torch.equal(*outputs)
+
+
+def test_positions_of_a_pipeline_are_intervened_on_at_every_step() -> None:
+    case = CASES["stable_diffusion"]()
+    inputs = {k: v for k, v in case.inputs.items() if k != "seed"} | {"num_inference_steps": 3}
+    site = "denoiser.blocks.1.hook_resid_post"
+    want = mm.wrap(case.model).run(inputs | {"seed": 0}, edit=[Edit(site, torch.zeros_like, positions=[2])])
+    one = made(case, site, pv.ZeroIntervention)
+    n_rows = 2 * len(case.inputs["prompt"])
+    generator = torch.Generator().manual_seed(0)
+    _, output = one.generate(inputs | {"generator": generator}, unit_locations={"base": [[[2]] * n_rows]})
+    torch.testing.assert_close(case.head(output), case.head(want.output), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="use a StepGate"):
+        one.generate(inputs, unit_locations=None, intervene_on_prompt=False)
+
+
+def test_options_that_would_be_ignored_are_errors(tmp_path: Path) -> None:
+    case, site = CASES["clip"](), SITES["clip"]
+    base, source = swapped(case)
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64))
+    at = lambda kind, **options: mm_pv.intervention(case.model, site, kind, **options)  # noqa: E731
+    with pytest.raises(InputError, match=r"no option 'low_rank_dim'\. Did you mean 'low_rank_dimension'"):
+        at(pv.LowRankRotatedSpaceIntervention, low_rank_dim=4)
+    with pytest.raises(InputError, match="is made already"):
+        at(pv.VanillaIntervention(embed_dim=32), use_fast=True)
+    with pytest.raises(InputError, match=r"set by the site: .* embed_dim=32"):
+        at(pv.VanillaIntervention, embed_dim=31)
+    with pytest.raises(InputError, match=r"unit='h': .* has pos"):
+        at(pv.VanillaIntervention, unit="h")
+    with pytest.raises(InputError, match="at least one"):
+        at(pv.VanillaIntervention, max_number_of_units=0)
+    with pytest.raises(InputError, match="latents 0 to 63"):
+        mm_pv.SAEInterchange(sae, [64])
+    with pytest.raises(InputError, match="no option 'latent'"):
+        mm_pv.SAEIntervention(sae, latent=3)
+    with pytest.raises(InputError, match="keep_last_dim is True"):
+        mm_pv.SAEIntervention(sae, keep_last_dim=False)
+    with pytest.raises(InputError, match="does not use subspace_partition"):
+        mm_pv.SAEInterchange(sae, [0], subspace_partition=[[0, 4], [4, 32]])
+    for kind in (mm_pv.SAEInterchange(sae, [0]), pv.BoundlessRotatedSpaceIntervention):
+        with pytest.raises(InputError, match="takes no subspaces"):
+            made(case, site, kind)(base, [source], {"sources->base": 1}, subspaces=[0])
+    with pytest.raises(InputError, match=r"pyvene's forward: .*'subspace'"):
+        made(case, site, pv.VanillaIntervention)(base, [source], {"sources->base": 1}, subspace=0)
+    config = pv.IntervenableConfig([at(pv.VanillaIntervention)])
+    with pytest.raises(InputError, match=r"no option 'fast'\. Did you mean 'use_fast'"):
+        mm_pv.MMIntervenableModel(config, case.model, fast=True)
+    with pytest.raises(InputError, match="no option 'save_to_hf_hub'"):
+        mm_pv.MMIntervenableModel(config, case.model).save(tmp_path, save_to_hf_hub=True)
+    with pytest.raises(InputError, match="no option 'from_huggingface_hub'"):
+        mm_pv.MMIntervenableModel.load(tmp_path, case.model, from_huggingface_hub=True)
+    linked = at(pv.VanillaIntervention)._replace(intervention_link_key=0)
+    with pytest.raises(InputError, match="intervention_link_key cannot be saved"):
+        mm_pv.MMIntervenableModel(pv.IntervenableConfig([linked]), case.model).save(tmp_path)
+    with pytest.raises(InputError, match="2 positions are read at 1"):
+        mm_pv.units([1, 2], 2, [3])
+    with pytest.raises(InputError, match="count from 0"):
+        mm_pv.units([-1], 2)
+
+
+def test_what_training_would_ignore_is_an_error() -> None:
+    case = CASES["clip"]()
+    base, source = swapped(case)
+    batch = {"base": base, "sources": [source], "unit_locations": mm_pv.units([1], 2)}
+    rotated = made(case, SITES["clip"], pv.RotatedSpaceIntervention)
+    boundless = made(case, SITES["clip"], pv.BoundlessRotatedSpaceIntervention)
+    loss = lambda output, _: case.head(output).square().mean()  # noqa: E731
+    for model, batches, options, said in (
+        (rotated, [batch], {"temperature": (5.0, 1.0)}, "none of these interventions has one"),
+        (rotated, [batch], {"boundary_weight": 1.0}, "has a boundary"),
+        (boundless, iter([batch]), {"temperature": (5.0, 1.0)}, "over a known n_steps"),
+        (boundless, [batch], {"n_steps": 2}, "n_steps=2 of 1 batches"),
+        (boundless, iter([batch]), {"n_steps": 2}, "ended after 1"),
+    ):
+        with pytest.raises(InputError, match=said):
+            mm_pv.align(model, batches, loss, progress=False, **options)  # type: ignore[arg-type]
+
+
+def test_a_boundless_subspace_inside_a_wrapper_is_trained_as_one_outside() -> None:
+    case = CASES["stable_diffusion"]()
+    inner = pv.BoundlessRotatedSpaceIntervention(embed_dim=32, keep_last_dim=True)
+    one = made(case, "denoiser.resnets.1.hook_out", mm_pv.MapIntervention(mm_pv.StepGate(inner, [0])))
+    one.set_temperature(torch.tensor(0.25))
+    assert float(inner.temperature.detach()) == 0.25
+    assert {id(p) for p in one.get_trainable_parameters()} >= {id(p) for p in inner.parameters()}

@@ -145,7 +145,7 @@ def test_retrieval_is_recovered_by_a_perfect_sae_and_not_by_zeros(clip: Any) -> 
     texts = [f"a {s.things[0].colour} {s.things[0].shape}" for s in scenes]
     site = "vision.blocks.3.hook_resid_post"
     report = mm_sae.evaluate(
-        perfect(site, 128), clip, pictures, inputs={"text": texts}, score=mm_sae.retrieval(), batch_size=4
+        clip, perfect(site, 128), pictures, inputs={"text": texts}, score=mm_sae.retrieval(), batch_size=4
     )
     found = report.recovered
     assert found is not None
@@ -168,7 +168,7 @@ def test_answers_are_recovered_by_a_perfect_sae_and_not_by_zeros(llava: Any) -> 
     score = mm_sae.answer_likelihood(llava.inputs.tokenizer, answers)
     site = "language.blocks.0.hook_resid_post"
     report = mm_sae.evaluate(
-        perfect(site, 128), llava, items, tokens="all", score=score, inputs={}, batch_size=3
+        llava, perfect(site, 128), items, tokens="all", score=score, inputs={}, batch_size=3
     )
     found = report.recovered
     assert found is not None
@@ -194,7 +194,7 @@ def test_scores_of_a_loop_are_those_of_each_step() -> None:
     inputs = {"num_inference_steps": 3, "output_type": "pt"}
     run = lens.run(inputs | {"prompt": ["a cat"], "seed": [0]}, read=[mm.Read(site, rows="cond")])
     sae = sae_at(site, run[site].shape[-1])
-    report = mm_sae.evaluate(sae, lens, ["a cat"], inputs=inputs, steps=[0, 2])
+    report = mm_sae.evaluate(lens, sae, ["a cat"], inputs=inputs, steps=[0, 2])
     assert sorted(report.by_step) == [0, 2]
     for step, scores in report.by_step.items():
         x = run[site][step, 0]

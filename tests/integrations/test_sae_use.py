@@ -329,7 +329,7 @@ def test_of_a_sampling_loop_the_conditional_rows_of_the_chosen_steps_are_taken(t
 @torch.no_grad()
 def test_scores_are_those_of_the_definitions(clip: Any, images: list[Any]) -> None:
     sae = sae_at(SITE, 128, 200)
-    report = mm_sae.evaluate(sae, clip, images[:7], tokens=["class", "patch"], batch_size=3)
+    report = mm_sae.evaluate(clip, sae, images[:7], tokens=["class", "patch"], batch_size=3)
     x = clip.run({"images": images[:7], "text": ["."]}, read=[SITE])[SITE]
     for scores, rows in ((report.overall, x.flatten(0, 1)), (report.by_role["class"], x[:, 0])):
         acts = sae.encode(rows)
@@ -349,7 +349,7 @@ def test_a_perfect_sae_recovers_everything_and_zeros_nothing(clip: Any, images: 
         sae.b_enc.zero_()
     inputs = {"text": ["a picture on a white background", "a picture on a black background"]}
     plain = clip.run({"images": images[:12]} | inputs).output.logits_per_image.argmax(-1)
-    report = mm_sae.evaluate(sae, clip, images[:12], inputs=inputs, score=mm_sae.zero_shot(plain.tolist()))
+    report = mm_sae.evaluate(clip, sae, images[:12], inputs=inputs, score=mm_sae.zero_shot(plain.tolist()))
     assert report.overall.explained == pytest.approx(1, abs=1e-5)
     assert report.recovered is not None
     assert report.recovered.plain == report.recovered.sae == 1
@@ -365,12 +365,12 @@ def test_noise_is_recovered_by_a_perfect_sae_at_each_step() -> None:
     n = width(lens, case, place)
     inputs = {"num_inference_steps": 2, "output_type": "pt"}
     sae = sae_at(place, n, 2 * n)
-    rough = mm_sae.noise_recovered(sae, lens, ["a cat"], [0, 1], inputs=inputs)
+    rough = mm_sae.noise_recovered(lens, sae, ["a cat"], [0, 1], inputs=inputs)
     with torch.no_grad():
         eye = torch.eye(n)
         sae.W_enc.copy_(torch.cat([eye, -eye], 1))
         sae.W_dec.copy_(torch.cat([eye, -eye]))
-    found = mm_sae.noise_recovered(sae, lens, ["a cat"], [0, 1], inputs=inputs)
+    found = mm_sae.noise_recovered(lens, sae, ["a cat"], [0, 1], inputs=inputs)
     assert list(found) == [0, 1]
     assert all(v > 0.999 for v in found.values())
     assert all(rough[s] < found[s] for s in found)
@@ -413,7 +413,7 @@ def test_a_planted_concept_is_found_and_chance_is_low() -> None:
 
 def test_top_images_are_those_of_one_big_pass(clip: Any, images: list[Any], tmp_path: Path) -> None:
     sae = sae_at(SITE, 128)
-    found = mm_sae.top_images(sae, clip, images, [2, 9], n=4, words=["red", "blue", "green"], batch_size=5)
+    found = mm_sae.top_images(clip, sae, images, [2, 9], n=4, words=["red", "blue", "green"], batch_size=5)
     x = clip.run({"images": images, "text": ["."]}, read=[SITE])[SITE]
     acts = sae.encode(x[:, 1:])
     for latent, one in zip([2, 9], found, strict=True):

@@ -97,3 +97,18 @@ def test_inputs_of_different_shape_are_refused_before_a_run() -> None:
     shorter = {k: v[:, :-1] for k, v in corrupted.items()}
     with pytest.raises(mm.InputError, match=r"input_ids is \(1, 6\).*\(1, 5\)"):
         patch_heads(mm.HookedModel(built.model), clean, shorter, first_number, tower="language", layers=[0])
+
+
+def test_images_that_lie_end_to_end_in_one_row_are_patched_one_by_one() -> None:
+    built = tiny.CASES["pixtral"]()
+    model = mm.HookedModel(built.model)
+    first = {k: v[[0]] for k, v in built.inputs.items()}
+    second = first | {"pixel_values": first["pixel_values"] + 1}
+
+    def metric(output: Any) -> Tensor:
+        return output.logits[:, -1, 0]
+
+    found = patch_heads(model, first, second, metric, tower="vision", layers=[0])
+    alone = patch_heads(model, first, second, metric, tower="vision", layers=[0], stacked=())
+    assert torch.equal(found.patched, alone.patched)
+    assert bool((found.patched != found.corrupted[:, None, None]).any())

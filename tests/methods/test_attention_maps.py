@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import tiny
 import torch
 
@@ -71,3 +72,12 @@ def test_a_mosaic_has_layers_downwards_and_heads_across() -> None:
     found = head_maps(model, built.inputs, layout, tower="vision", layers=range(3))
     mosaic = found.mosaic(1)
     assert torch.equal(mosaic[2:4, 6:8], found.maps[1, 1, 3])
+
+
+def test_a_sequence_without_patches_is_refused_before_the_model_runs() -> None:
+    built = tiny.llava()
+    for module in built.model.modules():
+        module.register_forward_pre_hook(lambda *_: pytest.fail("The model ran."))
+    layout = mm.TokenLayout((("start", "word"), ("start", "word")))
+    with pytest.raises(mm.MissingSiteError, match="no 'patch' role"):
+        head_maps(mm.HookedModel(built.model), built.inputs, layout, tower="language", layers=[0])

@@ -69,7 +69,7 @@ def test_a_head_that_means_colour_retrieves_by_colour_and_not_by_shape() -> None
     scenes = [world.scene(i, "test", kind="one") for i in range(200)]
     pixels = model.prepare(images=images_of(scenes))["pixel_values"]
     found = decompose(model, images=pixels, tokens="sum", batch_size=100).unit()
-    near = retrieve(found, Component(1, 0), like=found, n=6)
+    near = retrieve(found, Component(1, 0), images=found, n=6)
     assert near.images[:, 0].tolist() == list(range(200))  # Nothing is more like an image than itself.
 
     def agreement(images: torch.Tensor, attribute: str) -> float:
@@ -78,7 +78,7 @@ def test_a_head_that_means_colour_retrieves_by_colour_and_not_by_shape() -> None
 
     assert agreement(near.images, "colour") > 0.8
     assert agreement(near.images, "shape") < 0.4
-    by_shape = retrieve(found, Component(3, 1), like=found, n=6)
+    by_shape = retrieve(found, Component(3, 1), images=found, n=6)
     assert agreement(by_shape.images, "shape") > agreement(near.images, "shape") + 0.3
     words = vocabulary("world").of(["colour"])
     texts = embed_texts(model, words.texts)
@@ -93,4 +93,4 @@ def test_a_head_that_means_colour_retrieves_by_colour_and_not_by_shape() -> None
     with pytest.raises(mm.InputError, match="one of the two"):
         retrieve(found, Component(1, 0))
     with pytest.raises(mm.InputError, match="Name a component"):
-        retrieve(found, [], like=found)
+        retrieve(found, [], images=found)

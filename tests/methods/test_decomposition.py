@@ -281,3 +281,31 @@ def test_what_cannot_be_decomposed_is_said() -> None:
     unet = tiny.unet()
     with pytest.raises(mm.MissingSiteError, match="denoiser"):
         decompose(mm.HookedModel(unet.model), images=unet.inputs["sample"], tower="denoiser")
+
+
+@pytest.mark.parametrize("engine", [mm.HookedModel, TracedModel])
+@pytest.mark.parametrize(
+    ("name", "side", "reason"),
+    [
+        ("coca", "images", r"vision.pool.attn.hook_pattern is out of reach"),
+        ("coca", "texts", "divides its summary by its length"),
+        ("open_clip_timm_siglip", "images", r"vision.pool.attn.hook_pattern is out of reach"),
+        ("siglip2", "images", r"vision.pool.attn.hook_pattern is out of reach"),
+        ("altclip", "texts", r"text.ln_final.hook_scale is out of reach: each block normalises"),
+        ("chinese_clip", "texts", r"text.ln_final.hook_scale is out of reach: each block normalises"),
+        ("open_clip_average", "images", "pooled by mean"),
+        ("open_clip_resnet", "images", r"vision.blocks.0.attn.hook_v is out of reach"),
+        ("align", "images", r"vision.blocks.0.attn.hook_v is out of reach"),
+        ("timm_vit_average", "images", r"vision.ln_final.hook_scale is out of reach.*ln_pooled"),
+        ("beit_classifier", "images", r"vision.ln_final.hook_scale is out of reach.*pool.ln"),
+    ],
+)
+def test_a_tower_that_is_no_sum_is_refused_before_it_runs(
+    name: str, side: str, reason: str, engine: Any
+) -> None:
+    built = tiny.CASES[name]()
+    for module in built.model.modules():
+        module.register_forward_pre_hook(lambda *_: pytest.fail("The model ran."))
+    inputs = {k: v for k, v in built.inputs.items() if (k in TEXT_ARGUMENTS) == (side == "texts")}
+    with pytest.raises(mm.MissingSiteError, match=reason):
+        decompose(engine(built.model), **{side: inputs})

@@ -25,20 +25,20 @@ def engines(name: str) -> tuple[tiny.Case, mm.HookedModel, TracedModel]:
 
 def test_attribution_and_maps_of_images_and_texts() -> None:
     built, model, traced = engines("clip")
-    ours, theirs = attribute_logits(model, built.inputs), attribute_logits(model, built.inputs, lens=traced)
+    ours, theirs = (attribute_logits(one, built.inputs) for one in (model, traced))
     assert torch.equal(ours.heads, theirs.heads)
     assert torch.equal(ours.logit, theirs.logit)
     layout = image_layout(model, built.inputs["pixel_values"])
     every: dict[str, Any] = {"tower": "vision", "layers": range(3)}
-    maps = [head_maps(lens, built.inputs, layout, **every).maps for lens in (model, traced)]
+    maps = [head_maps(one, built.inputs, layout, **every).maps for one in (model, traced)]
     assert torch.equal(*maps)
 
 
 def test_attribution_and_lens_of_answers() -> None:
     built, model, traced = engines("llava")
-    ours, theirs = (attribute_tokens(model, built.inputs, [5], lens=lens) for lens in (None, traced))
+    ours, theirs = (attribute_tokens(one, built.inputs, [5]) for one in (model, traced))
     assert torch.equal(ours.heads, theirs.heads)
-    ours, theirs = (logit_lens(model, built.inputs, final_norm=True, lens=lens) for lens in (None, traced))
+    ours, theirs = (logit_lens(one, built.inputs, final_norm=True) for one in (model, traced))
     assert torch.equal(ours.logits, theirs.logits)
 
 
@@ -47,8 +47,8 @@ def test_patching() -> None:
     clean, corrupted = ({"pixel_values": built.inputs["pixel_values"][[i]]} for i in (0, 1))
     for patch in (patch_heads, patch_positions):
         ours, theirs = (
-            patch(lens, clean, corrupted, lambda o: o.pooler_output[:, 0], tower="vision", layers=[0, 2])
-            for lens in (model, traced)
+            patch(one, clean, corrupted, lambda o: o.pooler_output[:, 0], tower="vision", layers=[0, 2])
+            for one in (model, traced)
         )
         assert torch.equal(ours.patched, theirs.patched)
 

@@ -91,7 +91,7 @@ def test_a_tower_pooled_by_attention_says_why_it_has_no_attribution() -> None:
         attribute_logits(mm.HookedModel(built.model), built.inputs)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_siglip_qwen"])
+@pytest.mark.parametrize("name", ["llava", "llava_siglip_qwen", "gemma3", "blip_2"])
 def test_token_shares_sum_to_the_models_own_logit(name: str) -> None:
     built = tiny.CASES[name]()
     found = attribute_tokens(mm.HookedModel(built.model), built.inputs, [5, 9, 30])

@@ -37,3 +37,20 @@ def test_top_tokens_are_sorted_by_probability() -> None:
     likely, ids = found.top(4, row=1)
     assert bool((likely.diff(dim=-1) <= 0).all())
     torch.testing.assert_close(found.logits[1].softmax(-1).gather(-1, ids), likely)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("llama", "no unembedding: it is a language tower without a head of words"),
+        ("blip_2_t5", r"language.blocks.0.hook_resid_pre is out of reach: it has an encoder and a decoder"),
+        ("florence2", r"language.ln_final.hook_scale is out of reach: each block normalises"),
+        ("clip", "no site 'language'"),
+    ],
+)
+def test_a_tower_without_a_stream_of_words_is_refused_before_it_runs(name: str, reason: str) -> None:
+    built = tiny.CASES[name]()
+    for module in built.model.modules():
+        module.register_forward_pre_hook(lambda *_: pytest.fail("The model ran."))
+    with pytest.raises(mm.MissingSiteError, match=reason):
+        logit_lens(mm.HookedModel(built.model), built.inputs, final_norm=True)

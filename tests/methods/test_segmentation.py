@@ -16,6 +16,7 @@ from methods_multimodal.text_explanations.segmentation import (
     segmentation_scores,
 )
 from mm_adapters.traced import TracedModel
+from mm_adapters.zoo import sample_images
 
 
 def test_maps_are_the_patches_parts_of_the_cosine_with_the_text() -> None:
@@ -62,3 +63,18 @@ def test_scores_are_counted_over_all_pixels() -> None:
 def test_moving_needs_pixels() -> None:
     with pytest.raises(mm.InputError, match="prepared pixels"):
         segment(mm.HookedModel(tiny.clip().model), ["a.png"], torch.randn(3, 16), shifts=2)
+
+
+def test_both_engines_stretch_raw_images_to_what_the_model_saw() -> None:
+    texts, picture = torch.randn(3, 128), sample_images()["red_circle"]
+    hooked, traced = (mm.load("tiny-clip", engine=engine) for engine in ("hooked", "nnsight"))
+    ours, theirs = (segment(model, [picture], texts) for model in (hooked, traced))
+    assert torch.equal(ours.maps, theirs.maps)
+    (pixels,) = hooked.prepare(images=[picture]).values()
+    assert torch.equal(ours.maps, segment(hooked, pixels, texts).maps)
+    assert ours.maps.shape[-2:] == pixels.shape[-2:]
+
+
+def test_texts_of_another_width_are_refused() -> None:
+    with pytest.raises(mm.InputError, match="texts are 8 wide; the embedding is 16"):
+        segment(mm.HookedModel(tiny.clip().model), tiny.pixels(), torch.randn(3, 8))

@@ -103,8 +103,8 @@ def test_ablations_are_what_they_say() -> None:
     torch.testing.assert_close(ablate(found, which, "zero"), found.total - parts, rtol=1e-4, atol=1e-4)
     mean = ablate(found, which, "mean")
     torch.testing.assert_close(mean.mean(0), found.total.mean(0), rtol=1e-4, atol=1e-4)
-    one = ablate(found, which, "resample", generator=torch.Generator().manual_seed(1))
-    two = ablate(found, which, "resample", generator=torch.Generator().manual_seed(1))
+    one = ablate(found, which, "resample", seed=torch.Generator().manual_seed(1))
+    two = ablate(found, which, "resample", seed=1)
     assert torch.equal(one, two)
     torch.testing.assert_close((one - found.total + parts).mean(0), parts.mean(0), rtol=1e-4, atol=1e-4)
     everything = stacked(found).sum(1) + found.bias + found.pool

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ndif"):
             item.add_marker(pytest.mark.xdist_group("ndif"))  # One service, so one worker.
-    items.sort(key=ends_the_service)  # Last, so that what they may break is nobody else's.
+    items.sort(key=ends_the_service)  # Last, so that no other test meets what they break.
 
 
 class Standin:
@@ -62,7 +62,7 @@ class Standin:
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_logging_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", False)
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", None)
@@ -77,14 +77,14 @@ def standin() -> Iterator[Standin]:
 
 @pytest.fixture
 def make_standin() -> Iterator[Callable[..., Standin]]:
-    made: list[Standin] = []
+    servers: list[Standin] = []
 
     def make(*options: str) -> Standin:
-        made.append(Standin(*options))
-        return made[-1]
+        servers.append(Standin(*options))
+        return servers[-1]
 
     yield make
-    for server in made:
+    for server in servers:
         server.kill()
 
 
@@ -116,16 +116,16 @@ def service(installed: list[str]) -> str:
     from integrations.ndif.commands import state
 
     assert not installed, installed[0]
-    found = state()
-    if found is None or not found["ready"] or not answers(f"{found['address']}/connected"):
+    info = state()
+    if info is None or not info["ready"] or not answers(f"{info['address']}/connected"):
         command("down")
         done = command("up", "--port", str(free_ports("one")["one"]), "--gpus", "0")
         if done.returncode:
             installed.append(done.stdout + done.stderr)
         assert not installed, installed[0]
-        found = state()
-    assert found is not None
-    return found["address"]
+        info = state()
+    assert info is not None
+    return info["address"]
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:

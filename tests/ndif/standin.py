@@ -171,9 +171,9 @@ def forget() -> None:
 
 @app.get("/env")
 def env() -> Any:
-    found = get_local_env()
-    found["packages"].pop(options.without, None)
-    return found
+    info = get_local_env()
+    info["packages"].pop(options.without, None)
+    return info
 
 
 @app.get("/status")

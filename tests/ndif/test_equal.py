@@ -49,15 +49,15 @@ def test_a_run_of_clip(host: str, load: Load) -> None:
 
 def test_a_block_of_clip(host: str, load: Load) -> None:
     model = load("tiny-clip")
-    given = INPUTS["tiny-clip"]
+    inputs = INPUTS["tiny-clip"]
     z, layer, out = (torch.empty(0),) * 3
-    with torch.no_grad(), model.trace(**given):
+    with torch.no_grad(), model.trace(**inputs):
         z = model.site("vision.blocks.1.attn.hook_z").save()
         model.site("vision.blocks.2.attn.hook_pattern")[:] = 0
         layer = model.vision_model.encoder.layers[2].output.save()
         out = model.output.logits_per_image.save()
     expected = z, layer, out
-    with model.trace(**given, remote=host):
+    with model.trace(**inputs, remote=host):
         z = model.site("vision.blocks.1.attn.hook_z").save()
         model.site("vision.blocks.2.attn.hook_pattern")[:] = 0
         layer = model.vision_model.encoder.layers[2].output.save()
@@ -72,9 +72,9 @@ def test_images_alone_and_texts_alone(host: str, load: Load) -> None:
         ("images", "vision.blocks.1.hook_resid_post"),
         ("text", "text.blocks.1.hook_resid_post"),
     ):
-        given = {part: INPUTS["tiny-clip"][part]}
+        inputs = {part: INPUTS["tiny-clip"][part]}
         there = torch.empty(0)
-        with model.trace(**given, remote=host):
+        with model.trace(**inputs, remote=host):
             there = model.site(site).detach().save()
         close(model.run(INPUTS["tiny-clip"], read=[site])[site], there)
 
@@ -124,10 +124,10 @@ def test_each_step_of_stable_diffusion(host: str, load: Load) -> None:
 
 def test_a_block_over_the_steps(host: str, load: Load) -> None:
     model = load("tiny-sd")
-    given = INPUTS["tiny-sd"] | {"num_inference_steps": 3}
-    here, there = model.run(given, read=["denoiser.hook_out"])["denoiser.hook_out"], []
+    inputs = INPUTS["tiny-sd"] | {"num_inference_steps": 3}
+    here, there = model.run(inputs, read=["denoiser.hook_out"])["denoiser.hook_out"], []
     after = 0
-    with model.generate(**given, remote=host) as tracer:
+    with model.generate(**inputs, remote=host) as tracer:
         there = nnsight.save([])
         for _ in tracer.iter[:]:
             there.append(model.site("denoiser.hook_out").detach().clone())
@@ -138,13 +138,13 @@ def test_a_block_over_the_steps(host: str, load: Load) -> None:
 
 def test_a_session_carries_one_trace_into_the_next(host: str, load: Load) -> None:
     model = load("tiny-clip")
-    given, site = INPUTS["tiny-clip"], "vision.blocks.2.hook_resid_post"
-    images = {"images": given["images"][::-1], "text": given["text"]}
+    inputs, site = INPUTS["tiny-clip"], "vision.blocks.2.hook_resid_post"
+    images = {"images": inputs["images"][::-1], "text": inputs["text"]}
     out = torch.empty(0)
     with model.session(remote=host):
         with model.trace(**images):
             other = model.site(site).save()
-        with model.trace(**given):
+        with model.trace(**inputs):
             model.site(site, other)
             out = model.output.logits_per_image.detach().save()
     close(model.run(images).output.logits_per_image, out)

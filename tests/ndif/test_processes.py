@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from integrations.ndif.commands import state
-from integrations.ndif.nursery import Runner
+from integrations.ndif.fork_server import Runner
 from integrations.ndif.processes import MARK, end, mark, marked, new_run, parent_of
 from tests.ndif.conftest import command
 
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from integrations.ndif.processes import Ended, end, guarded, mark, new_run
 
-told, token = Path(sys.argv[1]), sys.argv[2]
+info, token = Path(sys.argv[1]), sys.argv[2]
 run = new_run()
 
 def start(script, env):
@@ -39,8 +39,8 @@ def serve():
     # One that, when it is asked, leaves another.
     start(f"trap 'sleep {token} & exit' TERM; while :; do sleep 0.1; done", mark(run))
     start(f"sleep {token} & exit", mark(run))
-    told.with_suffix(".new").write_text(f"{os.getppid()} {os.getpid()} {run}")
-    told.with_suffix(".new").rename(told)
+    info.with_suffix(".new").write_text(f"{os.getppid()} {os.getpid()} {run}")
+    info.with_suffix(".new").rename(info)
     try:
         while True:
             time.sleep(0.1)
@@ -49,77 +49,75 @@ def serve():
     finally:
         end(run, 0.5, below=os.getpid())
 
-raise SystemExit(guarded(run, serve, after=lambda: told.with_suffix(".after").touch()))
+raise SystemExit(guarded(run, serve, after=lambda: info.with_suffix(".after").touch()))
 """
 
 
 def with_token(token: str) -> set[int]:
-    found = set()
+    pids = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if token.encode() in (entry / "cmdline").read_bytes():
-                found.add(int(entry.name))
+                pids.add(int(entry.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 @pytest.fixture
 def run_of_its_own(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path, str]]:
     token = f"600.{time.time_ns()}{os.getpid()}"
-    command = [sys.executable, "-c", RUN, str(tmp_path / "told"), token]
+    command = [sys.executable, "-c", RUN, str(tmp_path / "info"), token]
     guard = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    yield guard, tmp_path / "told", token
+    yield guard, tmp_path / "info", token
     guard.kill()
     guard.wait()
     for pid in with_token(token):
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("how", ["asked", "the service killed", "the guard killed"])
+@pytest.mark.parametrize("ended_by", ["asked", "the service killed", "the guard killed"])
 def test_whatever_ends_first_every_process_of_a_run_ends(
-    run_of_its_own: tuple[subprocess.Popen[bytes], Path, str], how: str
+    run_of_its_own: tuple[subprocess.Popen[bytes], Path, str], ended_by: str
 ) -> None:
-    guard, told, token = run_of_its_own
-    while not told.exists() or len(with_token(token)) != 5:  # These three, the service and its guard.
+    guard, info, token = run_of_its_own
+    while not info.exists() or len(with_token(token)) != 5:  # These three, the service and its guard.
         assert guard.poll() is None
         time.sleep(0.05)
-    pids = [int(p) for p in told.read_text().split()[:2]]
+    pids = [int(p) for p in info.read_text().split()[:2]]
     assert pids[0] == guard.pid
-    if how == "asked":
+    if ended_by == "asked":
         os.kill(pids[0], signal.SIGTERM)
     else:
-        os.kill(pids[how == "the service killed"], signal.SIGKILL)
+        os.kill(pids[ended_by == "the service killed"], signal.SIGKILL)
     deadline = time.monotonic() + 60
     while left := with_token(token):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
-    assert (
-        guard.wait()
-        == {"asked": 7, "the service killed": 128 + signal.SIGKILL, "the guard killed": -signal.SIGKILL}[how]
-    )
-    assert told.with_suffix(".after").exists() == (how != "the guard killed")
+    codes = {"asked": 7, "the service killed": 128 + signal.SIGKILL, "the guard killed": -signal.SIGKILL}
+    assert guard.wait() == codes[ended_by]
+    assert info.with_suffix(".after").exists() == (ended_by != "the guard killed")
 
 
 def test_every_process_with_a_runs_mark_is_found_and_ended() -> None:
     run = new_run()
     child = "import subprocess, sys, time; subprocess.Popen(['sleep', '600'], env={}); time.sleep(600)"
     first = subprocess.Popen([sys.executable, "-c", child], env=os.environ | {MARK: run})
-    while len(found := marked(run)) < 2:  # Its child has no mark.
+    while len(pids := marked(run)) < 2:  # Its child has no mark.
         time.sleep(0.05)
-    assert first.pid in found
-    (second,) = found - {first.pid}
+    assert first.pid in pids
+    (second,) = pids - {first.pid}
     assert parent_of(second) == first.pid
-    end(run, patience_s=0.0)
+    end(run, timeout_s=0.0)
     first.wait()
     assert not marked(run)
-    assert [parent_of(pid) for pid in found] == [None, None]
+    assert [parent_of(pid) for pid in pids] == [None, None]
 
 
 def test_those_to_be_left_alone_are() -> None:
     run = new_run()
     one, other = (subprocess.Popen(["sleep", "600"], env=os.environ | mark(run)) for _ in range(2))
-    end(run, patience_s=10.0, but=[one.pid])
+    end(run, timeout_s=10.0, but=[one.pid])
     try:
         assert marked(run) == {one.pid}
         assert parent_of(other.pid) is None
@@ -129,12 +127,12 @@ def test_those_to_be_left_alone_are() -> None:
         other.wait()
 
 
-def test_an_ended_process_that_nobody_waited_for_counts_as_ended() -> None:
+def test_a_zombie_counts_as_ended() -> None:
     child = os.fork()
     if child == 0:
         os._exit(0)
     try:
-        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # It has ended, and is left as it is.
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # It has ended, and is not reaped.
         assert Path(f"/proc/{child}").exists()
         assert parent_of(child) is None
     finally:
@@ -150,7 +148,7 @@ def test_what_is_left_of_a_service_killed_with_its_guard_is_ended_by_down(
     temp.mkdir()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    told = {
+    info = {
         "pid": gone.pid,
         "service": gone.pid,
         "run": run,
@@ -158,7 +156,7 @@ def test_what_is_left_of_a_service_killed_with_its_guard_is_ended_by_down(
         "address": "x",
         "ready": True,
     }
-    (tmp_path / "service.json").write_text(json.dumps(told))
+    (tmp_path / "service.json").write_text(json.dumps(info))
     left = subprocess.Popen(["sleep", "600"], env=os.environ | mark(run))
     assert state() is None
     assert "Ended what a killed service left" in command("down").stdout
@@ -171,14 +169,14 @@ def test_a_number_that_is_another_programs_by_now_is_no_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MM_INTERP_NDIF_HOME", str(tmp_path))
-    told = {"run": "none", "temp": str(tmp_path / "none"), "address": "x", "ready": True}
-    told |= {"pid": os.getpid(), "service": os.getppid()}
-    (tmp_path / "service.json").write_text(json.dumps(told))
+    info = {"run": "none", "temp": str(tmp_path / "none"), "address": "x", "ready": True}
+    info |= {"pid": os.getpid(), "service": os.getppid()}
+    (tmp_path / "service.json").write_text(json.dumps(info))
     assert state() is None
     assert command("status").returncode == 1
 
 
-def test_a_runner_whose_parent_has_ended_is_given_to_nobody() -> None:
+def test_a_runner_whose_parent_has_ended_is_given_to_no_job() -> None:
     parent = subprocess.Popen(["sleep", "60"])
     child = subprocess.Popen(["sleep", "60"])
     runner = Runner(child.pid, parent)
@@ -187,7 +185,7 @@ def test_a_runner_whose_parent_has_ended_is_given_to_nobody() -> None:
         parent.kill()
         parent.wait()
         assert runner.orphaned
-        assert runner.poll() is None  # Nor has it ended yet: the kernel tells it last of all.
+        assert runner.poll() is None  # The kernel signals it after its parent has ended.
     finally:
         child.kill()
         child.wait()

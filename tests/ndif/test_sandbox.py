@@ -1,4 +1,4 @@
-"""A job that is not trusted has a process of its own, in which nobody was before it."""
+"""A job that is not trusted has a process of its own, in which no job ran before it."""
 
 # ruff: noqa: SIM117  A traced block stands alone.
 from __future__ import annotations
@@ -44,16 +44,16 @@ def job(load: Load, service: str) -> tuple[list[int], list[float]]:
 
 
 def test_each_job_has_a_fresh_process_of_its_own_and_draws_for_itself(service: str, load: Load) -> None:
-    (one, parent, seen), drawn = job(load, service)
-    (other, same_parent, seen_later), drawn_later = job(load, service)
+    (one, parent, n_jobs), drawn = job(load, service)
+    (other, same_parent, n_jobs_later), drawn_later = job(load, service)
     assert one != other
     assert parent == same_parent
-    assert b"integrations.ndif.nursery" in Path(f"/proc/{parent}/cmdline").read_bytes()
-    assert seen == seen_later == 1
+    assert b"integrations.ndif.fork_server" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    assert n_jobs == n_jobs_later == 1
     assert not set(drawn) & set(drawn_later)
-    found = state()
-    assert found is not None
-    assert parent in marked(found["run"])
+    info = state()
+    assert info is not None
+    assert parent in marked(info["run"])
 
 
 def test_a_process_that_dies_fails_its_own_job_and_no_other(service: str, load: Load) -> None:
@@ -61,11 +61,11 @@ def test_a_process_that_dies_fails_its_own_job_and_no_other(service: str, load: 
     with pytest.raises(RemoteError):
         with model.trace(**CLIP, remote=service):
             __import__("os").kill(__import__("os").getpid(), 9)
-    (_, nursery, seen), _ = job(load, service)
-    assert seen == 1
-    handle = os.pidfd_open(nursery)
-    os.kill(nursery, signal.SIGKILL)
+    (_, fork_server, n_jobs), _ = job(load, service)
+    assert n_jobs == 1
+    handle = os.pidfd_open(fork_server)
+    os.kill(fork_server, signal.SIGKILL)
     assert select.select([handle], [], [], 60)[0]  # Its memory goes first, its children then.
     os.close(handle)
     again = [job(load, service)[0] for _ in range(2)]  # The one that was ready for the first is gone too.
-    assert all(parent != nursery and seen == 1 for _, parent, seen in again)
+    assert all(parent != fork_server and n_jobs == 1 for _, parent, n_jobs in again)

@@ -81,8 +81,8 @@ def clients(service: str, *more: str) -> Iterator[subprocess.Popen[str]]:
             started.kill()  # Of no effect where it has ended.
 
 
-def told(sending: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """What each client says became of its jobs."""
+def reports(sending: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """Each client's report of its jobs."""
     out = sending.communicate("\n", timeout=900)[0]
     assert sending.returncode == 0
     return json.loads(out.strip().splitlines()[-1])
@@ -91,53 +91,53 @@ def told(sending: subprocess.Popen[str]) -> list[dict[str, Any]]:
 @pytest.mark.ndif
 def test_fifty_jobs_of_five_clients_are_answered_and_none_mixed_up(service: str) -> None:
     with clients(service) as sending:
-        told_by = told(sending)
-    assert [t["answered"] for t in told_by] == [10] * 5
-    assert not [wrong for t in told_by for wrong in t["wrong"]]
-    assert len({name for t in told_by for name in t["ids"]}) == 50
+        reported = reports(sending)
+    assert [t["answered"] for t in reported] == [10] * 5
+    assert not [wrong for t in reported for wrong in t["wrong"]]
+    assert len({name for t in reported for name in t["ids"]}) == 50
 
 
 @pytest.mark.ndif(ends_it=True)
-@pytest.mark.parametrize("how", ["asked", "killed"])
-def test_a_service_that_ends_leaves_nothing_and_loses_no_job_silently(service: str, how: str) -> None:
-    found = state()
-    assert found is not None
-    address = found["address"]
+@pytest.mark.parametrize("ended_by", ["asked", "killed"])
+def test_a_service_that_ends_leaves_nothing_and_loses_no_job_silently(service: str, ended_by: str) -> None:
+    info = state()
+    assert info is not None
+    address = info["address"]
     model = mm.load("tiny-clip", engine="nnsight", device="meta")
     model.run(INPUTS["tiny-clip"], remote=address)  # The model is there.
     with clients(address, "2") as sending:
         assert sending.stdout is not None
         assert sending.stdout.readline() == "accepted\n"
-        raylet, others = named("raylet/raylet", found["run"]), named("ray::", found["run"])
-        processes = {found["pid"], found["service"], *marked(found["run"])}
+        raylet, others = named("raylet/raylet", info["run"]), named("ray::", info["run"])
+        processes = {info["pid"], info["service"], *marked(info["run"])}
         assert len(raylet) == 1
         assert len(others) > 3
         assert len(processes) > 10
         # In the middle: two jobs of each are answered, eight are not asked after yet.
-        if how == "killed":
+        if ended_by == "killed":
             # Ray's agents carry other names and no longer have a parent that leads to the service.
             os.kill(*raylet, signal.SIGKILL)
-            os.kill(found["service"], signal.SIGKILL)
+            os.kill(info["service"], signal.SIGKILL)
         else:
-            os.kill(found["pid"], signal.SIGTERM)
+            os.kill(info["pid"], signal.SIGTERM)
         deadline = time.monotonic() + 60
         while (left := [pid for pid in processes if parent_of(pid) is not None]) or state() is not None:
             assert time.monotonic() < deadline, left
             time.sleep(0.2)
-        assert not marked(found["run"])
-        assert not Path(found["temp"]).exists()
+        assert not marked(info["run"])
+        assert not Path(info["temp"]).exists()
         with pytest.raises(remote.ServiceDownError):
             model.run(INPUTS["tiny-clip"], remote=address)
         started = command("up", "--port", address.rpartition(":")[2], "--gpus", "0")
         assert f"READY {address}" in started.stdout, started.stderr
-        told_by = told(sending)
-    for t in told_by:
+        reported = reports(sending)
+    for t in reported:
         # None is silent: what was lost was said to be, and sent again.
         assert t["answered"] + t["lost"] == 10
         assert t["answered"] >= 2
         assert not t["wrong"]
-    assert sum(t["lost"] for t in told_by) > 0
-    assert len({name for t in told_by for name in t["ids"]}) == 50
+    assert sum(t["lost"] for t in reported) > 0
+    assert len({name for t in reported for name in t["ids"]}) == 50
     assert f"READY {address}" in command("status").stdout
 
 

@@ -37,13 +37,14 @@ SITE = "vision.blocks.1.attn.hook_z"
 def test_a_model_is_named_and_not_sent(name: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(name)
     sent: list[bytes] = []
+    saved = {"run_fields": {}}
     monkeypatch.setattr(Dispatch, "_packages", lambda self: {"nnsight": "0.8.1", "mm_adapters": "local"})
-    monkeypatch.setattr(Dispatch, "_await", lambda self, request, blob: sent.append(blob) or {"found": {}})
+    monkeypatch.setattr(Dispatch, "_await", lambda self, request, blob: sent.append(blob) or saved)
     site = next(iter(model.sitemap.sites))
-    held = model.envoy(site)
+    envoy = model.envoy(site)
     with model.trace(**{k: v for k, v in INPUTS[name].items() if k != "images"}, remote=True):
         model.site(site).save()
-        held.output.save()
+        envoy.output.save()
         model.sitemap[site]
         model.rows.count({}, {})
     assert len(sent[0]) < 20_000

@@ -43,20 +43,20 @@ def test_nnsight_runs_here_what_it_was_told_to_run_remotely() -> None:
         out = theirs.vision_model.output.pooler_output.save()
     with theirs.trace(**built.inputs, remote=True):
         whole = theirs.output.logits_per_image.save()
-    assert out.shape[0] == whole.shape[0] == 2  # There is no service: it was computed here, in silence.
+    assert out.shape[0] == whole.shape[0] == 2  # There is no service: it was computed here, without an error.
 
 
 def test_v4_nnsight_breaks_anyios_attribute_sets() -> None:
     """mm_adapters/nnsight_engine/import_order.py; nnsight 0.8.1, __init__.py, pymount."""
-    assert "is missing its type annotation" in alone("import nnsight, anyio._core._sockets")
-    assert not alone(
+    assert "is missing its type annotation" in fails_with("import nnsight, anyio._core._sockets")
+    assert not fails_with(
         """
         import mm_adapters.traced
         import anyio.to_thread
         assert anyio.run(anyio.to_thread.run_sync, int) == 0
         """
     )
-    assert not alone(
+    assert not fails_with(
         """
         import mm_adapters.remote
         import anyio.streams.file, anyio.streams.tls, anyio.abc
@@ -104,10 +104,10 @@ def test_s1_a_class_that_nnsight_ships_by_its_source_loses_super() -> None:
     try:
         assert module.B().f() == 1
         with by_value(name):
-            sent = serialization.dumps(module.B())
-        arrived = serialization.loads(sent, {})
+            payload = serialization.dumps(module.B())
+        unpickled = serialization.loads(payload, {})
         with pytest.raises(RuntimeError, match="__class__ cell not found"):
-            arrived.f()
+            unpickled.f()
     finally:
         del sys.modules[name], linecache.cache[module.__file__]
 
@@ -116,12 +116,12 @@ def test_s2_a_block_without_a_source_is_an_error_that_says_so() -> None:
     """Nothing is worked around: nnsight needs a block's text, and says so for our models too."""
     traced = TracedModel(tiny.CASES["clip"]().model)
     block = "with traced.trace(**inputs):\n    traced.output.save()\n"
-    given = {"traced": traced, "inputs": tiny.CASES["clip"]().inputs}
+    names = {"traced": traced, "inputs": tiny.CASES["clip"]().inputs}
     with pytest.raises((WithBlockNotFoundError, OSError), match=r"source|with"):
-        exec(compile(block, "<stdin>", "exec"), given)
+        exec(compile(block, "<stdin>", "exec"), names)
 
 
-def alone(source: str) -> str:
+def fails_with(source: str) -> str:
     """What a Python of its own says on its error stream when it runs this and fails; "" if it does not."""
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -140,7 +140,7 @@ def test_nnsights_simulation_hides_this_package() -> None:
 
 
 def test_nnsights_pipelines_take_no_dtype_and_no_object() -> None:
-    """mm_adapters/nnsight_engine/invokes.py, PipelineModule; nnsight 0.8.1, modeling/diffusion.py, _load."""
+    """mm_adapters/nnsight_engine/pipeline_module.py; nnsight 0.8.1, modeling/diffusion.py, _load."""
     source = inspect.getsource(diffusion.DiffusionModel._load)
     assert "torch_dtype" not in source
     assert "from_pretrained" in source
@@ -169,8 +169,8 @@ def test_nnsight_reads_trust_remote_code_off_the_key() -> None:
     ],
 )
 def test_ndif_reads_as_it_did(service: str, file: str, text: str) -> None:
-    """actors.py, nursery.py, patience.py, processes.py and service.py of integrations/ndif, and
+    """actors.py, fork_server.py, ray_timeouts.py, processes.py and service.py of integrations/ndif, and
     mm_adapters/ndif_client/remotable.py, name these places of NDIF 0.1.2 and Ray 2.60."""
     folder = environment.home() / "env"
-    (found,) = folder.glob(f"lib/python*/site-packages/{file}")
-    assert text.encode() in Path(found).read_bytes()
+    (path,) = folder.glob(f"lib/python*/site-packages/{file}")
+    assert text.encode() in path.read_bytes()

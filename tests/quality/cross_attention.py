@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import sem
 from torch import Tensor
 
 import mm_adapters as mm
 from methods_multimodal.cross_attention import Case, WordEdit, edit_words, segment, word_maps
-from methods_multimodal.cross_attention.tracing import drawn, knocked_out, patched
+from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits, patch_edits
 from mm_adapters.zoo import judges, measures, world
 
 STEPS, GUIDANCE = 20, 3.0
@@ -92,7 +93,7 @@ def measure_maps(model: Any, n: int, batch: int = 20) -> dict[str, Any]:
     out |= {
         "IoU, shuffled": float(wrong.iou[k].mean()),
         "IoU, chance": float(chance.iou[k].mean()),
-        "shuffled - chance, standard error": float(gap.std() / len(gap) ** 0.5),
+        "shuffled - chance, standard error": float(sem(gap.double().numpy())),
     }
     return out
 
@@ -127,19 +128,19 @@ def _swap(text: str, word: str, new: str) -> str:
 def measure_patching(model: Any, attribute: str, n: int) -> dict[str, Any]:
     """How often patching a word's keys and values flips its attribute, and leaves the others."""
     cases = pairs(attribute, n)
-    how = {"word": "word", "to its noun": None, "after": "after"}
-    table: dict[str, list[tuple[bool, list[bool]]]] = {k: [] for k in ("goal", *how, "random word")}
+    at = {"word": "word", "to its noun": None, "after": "after"}
+    table: dict[str, list[tuple[bool, list[bool]]]] = {k: [] for k in ("goal", *at, "random word")}
     rng = np.random.default_rng(1)
     for case, scene in cases:
         noun = scene.things[0].shape if attribute in ("colour", "size") else case.word
         noun = "background" if attribute == "background" else noun
         changes = []
-        for row, reach in enumerate(how.values(), start=2):
-            changes += patched(model, case, row, 1, reach=reach or noun)
-        spare = str(rng.choice([w for w in case.prompt.split() if w not in (case.word, "a", "an")]))
-        changes += patched(model, Case(case.prompt, spare, case.other, spare), 5, 1, reach="word")
+        for row, positions in enumerate(at.values(), start=2):
+            changes += patch_edits(model, case, row, 1, positions=positions or noun)
+        unused = str(rng.choice([w for w in case.prompt.split() if w not in (case.word, "a", "an")]))
+        changes += patch_edits(model, Case(case.prompt, unused, case.other, unused), 5, 1, positions="word")
         rows = [case.prompt, case.other, *[case.prompt] * 4]
-        images = drawn(model, rows, case.seed, changes, OPTIONS)
+        images = generate_checked(model, rows, case.seed, changes, OPTIONS)
         base, *others = [seen(image) for image in images]
         for name, got in zip(table, others, strict=True):
             kept = [getattr(got, a) == getattr(base, a) for a in ATTRIBUTES if a != attribute]
@@ -160,13 +161,13 @@ def measure_knockout(model: Any, attribute: str, n: int) -> dict[str, Any]:
     gone: dict[str, list[bool]] = {"word": [], "pixels only": [], "random word": []}
     for case, _ in cases:
         said = {case.word, "a", "an"}
-        spare = str(rng.choice([w for w in case.prompt.split() if w not in said]))
+        unused = str(rng.choice([w for w in case.prompt.split() if w not in said]))
         changes = [
-            *knocked_out(model, case, 1),
-            *knocked_out(model, case, 2, text=False),
-            *knocked_out(model, Case(case.prompt, spare), 3),
+            *knockout_edits(model, case, 1),
+            *knockout_edits(model, case, 2, text=False),
+            *knockout_edits(model, Case(case.prompt, unused), 3),
         ]
-        images = drawn(model, [case.prompt] * 4, case.seed, changes, OPTIONS)
+        images = generate_checked(model, [case.prompt] * 4, case.seed, changes, OPTIONS)
         base, *others = [getattr(seen(image), attribute) for image in images]
         if base != case.word:
             continue  # What was never drawn cannot be taken away.

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 import mm_adapters as mm
+from methods_multimodal.core.statistics import auroc
 from methods_multimodal.dissection import Concepts, Units
 from methods_multimodal.dissection.concepts import Masks, presence
-from methods_multimodal.dissection.scores import auroc
 from methods_multimodal.dissection.survey import survey
 from mm_adapters.zoo import judges, labels, measures, world
 from tests.quality.cross_attention import region

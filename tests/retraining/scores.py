@@ -1,8 +1,8 @@
 """Every scorer on the small model: what is compared with what retraining found.
 
-    python -m tests.retraining.scores [--readme] [--picture FILE]
+    python -m tests.retraining.scores [--write] [--picture FILE]
 
-prints the table of linear datamodeling scores, and with --readme writes it there. Minutes on one core.
+prints the table of linear datamodeling scores, and with --write writes it into docs/methods/gradient_attribution.md. Minutes on one core.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import mm_adapters as mm
 from methods_multimodal.data_attribution.counterfactual import top
-from methods_multimodal.data_attribution.diffusion import diffusion_task
+from methods_multimodal.data_attribution.diffusion import denoiser_task
 from methods_multimodal.data_attribution.evaluation import Chosen, choose_damping
 from methods_multimodal.data_attribution.features import Features, featurise, query_features
 from methods_multimodal.data_attribution.kronecker import kronecker_scores
@@ -43,8 +43,8 @@ from tests.retraining.pictures import N_TRAIN, Pictures
 from tests.retraining.subsets import LEFT_OUT_QUERIES, LEFT_OUT_SHARE, SEEDS
 from tests.retraining.truth import Truth
 
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- lds: python -m tests.retraining.scores --readme -->", "<!-- /lds -->"
+PAGE = Path(__file__).parents[2] / "docs" / "methods" / "gradient_attribution.md"
+BEGIN, END = "<!-- lds: python -m tests.retraining.scores --write -->", "<!-- /lds -->"
 TIMESTEPS = 20
 PROJECTION = Projection("sparse", 2048)
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -84,10 +84,14 @@ class Subject:
         self, timesteps: int, measures: Sequence[str] = ("loss",), parameters: str | Sequence[str] = "all"
     ) -> Task:
         """The denoiser's measures, all pictures under the same noise."""
-        return diffusion_task(
-            self.model, measure=measures, timesteps=timesteps, noise="one",
-            scheduler=scheduler(), parameters=parameters,
-        )  # fmt: skip
+        return denoiser_task(
+            self.model,
+            scheduler(),
+            measure=measures,
+            timesteps=timesteps,
+            noise="one",
+            parameters=parameters,
+        )
 
     def methods(self) -> dict[str, Method]:
         """All of them, by the name the table has."""
@@ -166,7 +170,7 @@ def compare(
 
 
 def table(found: dict[str, tuple[Chosen, Chosen]]) -> str:
-    """The table of the README."""
+    """The table of the docs."""
     rows = ["| scorer | held-out pictures | pictures the model drew |", "|---|---|---|"]
     for name, parts in found.items():
         cells = " | ".join(f"{p.mean:.2f} ({p.low:.2f} to {p.high:.2f})" for p in parts)
@@ -207,11 +211,11 @@ def _lds(truth: Truth, subject: Subject, scorer: Trak, queries: list[int]) -> fl
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table; writes it into the README if asked."""
+    """Prints the table; writes it into the docs if asked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("--picture", type=Path, default=None, help="where bars of it go")
     parser.add_argument("--folder", type=Path, default=None, help="where gradient features are kept")
     options = parser.parse_args(argv)
@@ -227,9 +231,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             title="64 models retrained on random halves",
         )  # fmt: skip
         figure.savefig(options.picture, dpi=100)
-    if options.readme:
-        head, rest = README.read_text().split(BEGIN)
-        README.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    if options.write:
+        head, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import sem
 
+from methods_multimodal.core.statistics import spearman
 from methods_multimodal.data_attribution.counterfactual import LeftOut, top
-from methods_multimodal.data_attribution.evaluation import source_recall, spearman
+from methods_multimodal.data_attribution.evaluation import source_recall
 from methods_multimodal.data_attribution.scorers import scores
 from methods_multimodal.data_attribution.trak import Trak
 from tests.retraining import subsets
 from tests.retraining.model import losses, train, train_together
-from tests.retraining.scores import BEGIN, END, README, Subject, compare, named, table
+from tests.retraining.scores import BEGIN, END, PAGE, Subject, compare, named, table
 from tests.retraining.truth import FOLDER, Truth
 
 CROSS_ATTENTION = ("*.attn2.to_k.weight", "*.attn2.to_v.weight")
@@ -205,15 +207,15 @@ def test_of_a_tenth_only_what_dtrak_and_clip_both_name_matters(
         rises([a - b for a, b in zip(own, clip, strict=True)]),
         rises([b - a for a, b in zip(own, clip, strict=True)]),
     ):
-        error = float(alone.std() / len(asked) ** 0.5)
+        error = float(sem(alone.double().numpy()))
         assert abs(float(alone.mean())) < 2 * error
         assert float(shared.mean()) > float(alone.mean()) + 3 * error
     firsts = [rises([set(row[q].topk(2).indices.tolist()) for q in asked]) for row in both]
     assert float(firsts[0].mean()) > float(firsts[1].mean())
 
 
-def test_the_table_in_the_readme_is_what_is_found(compared: dict) -> None:
-    shown = README.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
+def test_the_table_in_the_docs_is_what_is_found(compared: dict) -> None:
+    shown = PAGE.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
     assert len(shown) == len(compared) + 2
 
     def numbers(line: str) -> list[float]:
@@ -225,7 +227,7 @@ def test_the_table_in_the_readme_is_what_is_found(compared: dict) -> None:
         assert old.split("|")[1] == new.split("|")[1]
         # Two hundredths: sums are made in another order elsewhere.
         assert numbers(old) == pytest.approx(numbers(new), abs=0.021), (
-            "python -m tests.retraining.scores --readme"
+            "python -m tests.retraining.scores --write"
         )
 
 

@@ -191,14 +191,14 @@ def test_one_move_goes_downhill() -> None:
     mover = _Mover(lens, [got.where("red"), got.where("cat")], [(0, 1)], 5.0, range(2))
     unet = lens.wrapped.unet
     states = torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(0))
-    mover.called = {"encoder_hidden_states": states}
+    mover.arguments = {"encoder_hidden_states": states}
     latents = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1))
 
     def loss(x: Tensor) -> float:
         patterns = {}
         read = [mm.Read(a.site("pattern")) for a in mover.attention]
-        run = mover.alone.run({"sample": x, "timestep": torch.tensor(500), "encoder_hidden_states": states},
-                              read=read)  # fmt: skip
+        inputs = {"sample": x, "timestep": torch.tensor(500), "encoder_hidden_states": states}
+        run = mover.denoiser.run(inputs, read=read)
         patterns = {r.site: run[r.site] for r in read}
         return float(binding_loss(mover._maps(patterns), mover.pairs))
 

@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {"num_inference_steps": 2, "height": 16, "width": 24, 
 CASES = [Case("a big cat", "big", "a red cat", "red", seed=0)]
 
 
-def lenses() -> tuple[mm.HookedModel, TracedModel]:
+def both() -> tuple[mm.Model, mm.Model]:
     return mm.HookedModel(tiny.stable_diffusion().model), TracedModel(tiny.stable_diffusion().model)
 
 
@@ -40,50 +40,40 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def test_word_maps() -> None:
-    model, traced = lenses()
+    models = both()
     inputs = {**OPTIONS, "prompt": ["a big cat", "dog"], "seed": [0, 1], "output_type": "pt"}
-    found = [word_maps(model, inputs, keep=("head",), spread=True, lens=lens) for lens in (model, traced)]
+    found = [word_maps(model, inputs, keep=("head",), spread=True) for model in models]
     for recipe in ("mean", "daam", "spread"):
         assert torch.equal(*(maps.at(recipe) for maps, _ in found))
     assert torch.equal(*(output.images for _, output in found))
 
 
 def test_tracing() -> None:
-    model, traced = lenses()
-    parts = [Part(), *grid(model, steps=((0,), (1,)))[:3]]
+    models = both()
+    parts = [Part(), *grid(models[0], steps=((0,), (1,)))[:3]]
     for trace in (patch_words, knock_out_words, ablate_heads):
-        ours, theirs = (
-            trace(model, CASES, brightness, parts, options=OPTIONS, lens=lens) for lens in (model, traced)
-        )
+        ours, theirs = (trace(model, CASES, brightness, parts, options=OPTIONS) for model in models)
         assert torch.equal(ours.changed, theirs.changed)
         assert torch.equal(ours.goal, theirs.goal)
-    ours, theirs = (restore_text(model, CASES, brightness, options=OPTIONS, lens=x) for x in (model, traced))
+    ours, theirs = (restore_text(model, CASES, brightness, options=OPTIONS) for model in models)
     assert torch.equal(ours.changed, theirs.changed)
-    ours, theirs = (
-        attribute_patching(model, CASES, brightness, options=OPTIONS, lens=lens) for lens in (model, traced)
-    )
+    ours, theirs = (attribute_patching(model, CASES, brightness, options=OPTIONS) for model in models)
     assert torch.equal(ours.effects, theirs.effects)
 
 
 def test_control() -> None:
-    model, traced = lenses()
+    models = both()
     edits = [
         WordEdit("a red cat", "replace", blend=LocalBlend(("cat",))),
         WordEdit("a big fat cat", "refine", weights={"fat": 2.0}),
     ]
     options = {k: v for k, v in OPTIONS.items() if k != "num_inference_steps"}
-    found = [
-        edit_words(model, "a big cat", edits, n_steps=3, options=options, lens=lens)
-        for lens in (model, traced)
-    ]
+    found = [edit_words(model, "a big cat", edits, n_steps=3, options=options) for model in models]
     assert torch.equal(*found)
     found = [
-        bind_attributes(model, "red cat big dog", [("red", "cat")], n_steps=3, options=options, lens=lens)
-        for lens in (model, traced)
+        bind_attributes(model, "red cat big dog", [("red", "cat")], n_steps=3, options=options)
+        for model in models
     ]
     assert torch.equal(*found)
-    scores = [
-        memorisation_score(model, "a cat", [(0, 1)], seeds=[0, 1], options=OPTIONS, lens=lens)
-        for lens in (model, traced)
-    ]
+    scores = [memorisation_score(model, "a cat", [(0, 1)], seeds=[0, 1], options=OPTIONS) for model in models]
     assert scores[0] == scores[1]

@@ -27,8 +27,8 @@ from methods_multimodal.cross_attention import (
     step_groups,
 )
 from methods_multimodal.cross_attention import _knockout as knockout
-from methods_multimodal.cross_attention.cases import aligned, reached
-from methods_multimodal.cross_attention.tracing import drawn, knocked_out
+from methods_multimodal.cross_attention.cases import align_positions, positions_of_word
+from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "height": 16, "width": 24, "guidance_scale": 3.0}
 CASES = [Case("a big cat", "big", "a red cat", "red", seed=0), Case("cat", "cat", "dog", "dog", seed=1)]
@@ -49,7 +49,7 @@ def picture(lens: mm.HookedModel, prompt: str, seed: int, **run: Any) -> Tensor:
 def test_patching_a_word_and_all_that_follows_it_draws_the_other_prompt() -> None:
     # Nothing before the word knows of it, so its keys and values and all later ones are the prompt.
     lens = model()
-    found = patch_words(lens, CASES, brightness, reach="after", options=OPTIONS)
+    found = patch_words(lens, CASES, brightness, positions="after", options=OPTIONS)
     for i, case in enumerate(CASES):
         torch.testing.assert_close(found.base[i], brightness(picture(lens, case.prompt, case.seed))[0])
         torch.testing.assert_close(found.goal[i], brightness(picture(lens, case.other, case.seed))[0])
@@ -60,7 +60,9 @@ def test_patching_a_word_and_all_that_follows_it_draws_the_other_prompt() -> Non
 def test_a_part_equals_one_run_with_one_edit() -> None:
     lens, case = model(), CASES[0]
     part = Part(layers=(1,), heads=(2,), steps=(0, 2))
-    found = patch_words(lens, [case], brightness, [part, Part(layers=(3,))], reach="word", options=OPTIONS)
+    found = patch_words(
+        lens, [case], brightness, [part, Part(layers=(3,))], positions="word", options=OPTIONS
+    )
     names = [f"denoiser.blocks.1.cross_attn.hook_{x}" for x in "kv"]
     inputs = {**OPTIONS, "prompt": case.other, "seed": case.seed, "output_type": "pt"}
     donor = lens.run(inputs, read=[mm.Read(n, rows="cond") for n in names])
@@ -110,18 +112,18 @@ def test_a_window_of_layers_at_every_position_is_locogen() -> None:
 
 def test_blocked_attention_is_gone_and_a_block_that_does_nothing_is_an_error() -> None:
     lens, case = model(), CASES[0]
-    changes = knocked_out(lens, case, 1)
-    watched = knockout.watch(lens, changes)
+    changes = knockout_edits(lens, case, 1)
+    watched = knockout.watch(changes)
     reads = [mm.Read(site, reduce=left, rows="cond") for site, left in watched.items()]
-    from methods_multimodal.cross_attention._rows import draw
+    from methods_multimodal.cross_attention._rows import generate
 
-    draw(lens, [case.prompt] * 2, [0, 0], changes, read=reads, options=OPTIONS)
+    generate(lens, [case.prompt] * 2, [0, 0], changes, read=reads, options=OPTIONS)
     assert {left.most for left in watched.values()} == {0.0}
     assert any(site.startswith("text.") for site in watched)
     # The same looks at a run in which nobody blocked anything.
-    watched = knockout.watch(lens, changes)
+    watched = knockout.watch(changes)
     reads = [mm.Read(site, reduce=left, rows="cond") for site, left in watched.items()]
-    draw(lens, [case.prompt] * 2, [0, 0], read=reads, options=OPTIONS)
+    generate(lens, [case.prompt] * 2, [0, 0], read=reads, options=OPTIONS)
     with pytest.raises(RuntimeError, match="not blocked"):
         knockout.verify(watched)
 
@@ -130,12 +132,15 @@ def test_a_blocked_word_changes_nothing_any_more() -> None:
     lens = model()
     # Two prompts that differ in one word give one picture where nobody attends to it.
     one, two = (Case(f"a {word} cat", word) for word in ("big", "red"))
-    pictures = [drawn(lens, [c.prompt] * 2, 0, knocked_out(lens, c, 1), OPTIONS) for c in (one, two)]
+    pictures = [
+        generate_checked(lens, [c.prompt] * 2, 0, knockout_edits(lens, c, 1), OPTIONS) for c in (one, two)
+    ]
     torch.testing.assert_close(pictures[0][1], pictures[1][1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(pictures[0][0], pictures[1][0], atol=1e-4)
     # The words after it carry it, if they may look at it.
     pictures = [
-        drawn(lens, [c.prompt] * 2, 0, knocked_out(lens, c, 1, text=False), OPTIONS) for c in (one, two)
+        generate_checked(lens, [c.prompt] * 2, 0, knockout_edits(lens, c, 1, text=False), OPTIONS)
+        for c in (one, two)
     ]
     assert not torch.allclose(pictures[0][1], pictures[1][1], atol=1e-4)
 
@@ -249,13 +254,13 @@ def test_a_metric_of_the_wrong_shape_is_refused() -> None:
 def test_words_of_other_lengths_are_aligned() -> None:
     lens = model()
     own, other = (lens.prompt_layout("text", [p]) for p in ("a big cat", "a tiger cat"))
-    ours, theirs = aligned(own, other, "big", "tiger", "after")
+    ours, theirs = align_positions(own, other, "big", "tiger", "after")
     assert ours == list(range(2, 16))
     # Three tokens over five, then what follows is shifted by two; the last stays the last.
     assert theirs == [2, 4, 6, *range(7, 16), 15, 15]
-    assert reached(own, "big", "cat") == [2, 3, 4, 5, 6, 7]
+    assert positions_of_word(own, "big", "cat") == [2, 3, 4, 5, 6, 7]
     with pytest.raises(mm.InputError, match="comes before"):
-        reached(own, "cat", "big")
+        positions_of_word(own, "cat", "big")
 
 
 def test_intervals_cover_a_known_mean() -> None:

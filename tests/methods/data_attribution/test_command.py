@@ -50,13 +50,14 @@ def refused(at: Path, *arguments: str) -> str:
 
 def test_its_scores_are_those_of_the_library_and_features_are_made_once(tmp_path: Path) -> None:
     told = found(tmp_path)
-    pipe: Any = mm.load("tiny-sd").wrapped
+    model = mm.load("tiny-sd")
+    pipe: Any = model.wrapped
     drawn = pipe("a red circle", num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images[0]
     known = read_pictures("zoo:6")
-    examples = diffusion_examples(pipe, known.images(), list(known.captions))
-    asked = diffusion_examples(pipe, [drawn], ["a red circle"])
+    examples = diffusion_examples(model, known.images(), list(known.captions))
+    asked = diffusion_examples(model, [drawn], ["a red circle"])
     task, width = (
-        diffusion_task(pipe, measure="output_norm", timesteps=2, noise="one"),
+        diffusion_task(model, measure="output_norm", timesteps=2, noise="one"),
         Projection("sparse", 64),
     )
     store = featurise(task, examples, tmp_path / "own", projection=width)

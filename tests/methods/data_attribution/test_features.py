@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tiny_attribution import denoiser, pictures, pixel_unet
 from torch import Tensor
 
-from methods_multimodal.data_attribution import _signs, diffusion_task, module_task
+from methods_multimodal.data_attribution import _signs, denoiser_task, module_task
 from methods_multimodal.data_attribution.features import featurise, query_features
 from methods_multimodal.data_attribution.gradients import per_example_gradients
 from methods_multimodal.data_attribution.projection import Projection, _Dense
@@ -255,7 +255,7 @@ def test_a_store_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
 
 
 def _reseeded() -> Task:
-    return diffusion_task(pixel_unet(), scheduler=DDPMScheduler(), timesteps=[5, 300], seed=1)
+    return denoiser_task(pixel_unet(), scheduler=DDPMScheduler(), timesteps=[5, 300], seed=1)
 
 
 def test_features_that_do_not_fit_their_dtype_or_are_not_finite_are_refused(tmp_path: Path) -> None:

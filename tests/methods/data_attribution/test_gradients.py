@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from methods_multimodal.data_attribution import (
     Task,
     contrastive_task,
+    denoiser_task,
     diffusion_examples,
     diffusion_task,
     module_task,
 )
-from methods_multimodal.data_attribution._layers import Seen, _has_windows, rule_of
+from methods_multimodal.data_attribution._layers import LayerCall, _has_windows, rule_for
 from methods_multimodal.data_attribution.gradients import Gradients, per_example_gradients
 from methods_multimodal.data_attribution.task import Batch, batch_of
 from mm_adapters import InputError, wrap
@@ -41,7 +42,7 @@ def loop(task: Task, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def check(task: Task, batch: Batch, how: Any) -> None:
-    made, expected = per_example_gradients(task, batch, how=how, max_rows=6), loop(task, batch)
+    made, expected = per_example_gradients(task, batch, mode=how, max_rows=6), loop(task, batch)
     for measure in task.measures:
         for name in task.parameters:
             a, b = made[measure][name], expected[measure][name]
@@ -50,7 +51,7 @@ def check(task: Task, batch: Batch, how: Any) -> None:
 
 @pytest.mark.parametrize("how", ["layers", "vmap"])
 def test_gradients_of_a_pixel_denoiser_equal_a_loop(how: str) -> None:
-    task = diffusion_task(
+    task = denoiser_task(
         pixel_unet(), scheduler=DDPMScheduler(), timesteps=[5, 300, 800], measure=["loss", "output_norm"]
     )
     check(task, batch_of({"latents": torch.randn(3, 3, 8, 8)}, 0, 3), how)
@@ -60,26 +61,26 @@ def test_gradients_of_a_pixel_denoiser_equal_a_loop(how: str) -> None:
 @pytest.mark.parametrize("engine", ["hooked", "nnsight"])
 def test_gradients_of_a_pipeline_equal_a_loop_through_both_engines(engine: str, how: str) -> None:
     pipe = tiny.stable_diffusion().model
-    examples = diffusion_examples(pipe, torch.rand(3, 3, 16, 16), ["a cat", "a dog", "cat"])
+    examples = diffusion_examples(wrap(pipe), torch.rand(3, 3, 16, 16), ["a cat", "a dog", "cat"])
     batch = batch_of(examples, 0, 3)
-    bare = diffusion_task(pipe, timesteps=2)
-    expected = per_example_gradients(bare, batch, how=how)["loss"]  # type: ignore[arg-type]
+    bare = denoiser_task(pipe.unet, pipe.scheduler, timesteps=2)
+    expected = per_example_gradients(bare, batch, mode=how)["loss"]  # type: ignore[arg-type]
     task = diffusion_task(wrap(pipe, engine=engine), timesteps=2)
     check(task, batch, how)
-    made = per_example_gradients(task, batch, how=how)["loss"]  # type: ignore[arg-type]
+    made = per_example_gradients(task, batch, mode=how)["loss"]  # type: ignore[arg-type]
     assert all(torch.equal(made[name], expected[name]) for name in bare.parameters)
 
 
 def test_gradients_of_a_contrastive_pair_equal_a_loop() -> None:
     case = tiny.clip()
-    task = contrastive_task(case.model, case.inputs, scale=10.0, parameters=["*mlp*", "*projection*"])
+    task = contrastive_task(wrap(case.model), case.inputs, scale=10.0, parameters=["*mlp*", "*projection*"])
     batch = {**case.inputs, "index": torch.arange(2)}
     for how in ("layers", "loop"):
         check(task, batch, how)
     # A position's embedding is looked up once for all rows, so layers cannot tell rows apart there.
-    everything = contrastive_task(case.model, case.inputs, scale=10.0)
+    everything = contrastive_task(wrap(case.model), case.inputs, scale=10.0)
     # Its code looks at the mask's values, so vmap cannot run it.
-    assert Gradients(everything, batch).how == "loop"
+    assert Gradients(everything, batch).mode == "loop"
     check(everything, batch, "auto")
 
 
@@ -123,9 +124,9 @@ def test_a_convolutions_rule_equals_a_backward_pass_for_each_row(name: str) -> N
     conv = nn.Conv2d(4, out, **CONVOLUTIONS[name]).double()
     given = torch.randn(6, 4, 7, 6, dtype=torch.float64)
     gradient = torch.randn_like(conv(given))
-    seen = Seen(given, gradient)
+    seen = LayerCall(given, gradient)
     assert _has_windows(conv, seen) == (name not in ("stride", "wide margins"))
-    rule = rule_of(conv)
+    rule = rule_for(conv)
     assert rule is not None
     found = rule(conv, seen, 2)  # Two examples of three rows each.
     for example in range(2):
@@ -136,8 +137,8 @@ def test_a_convolutions_rule_equals_a_backward_pass_for_each_row(name: str) -> N
 
 
 def test_a_convolution_with_lopsided_padding_has_no_rule() -> None:
-    assert rule_of(nn.Conv2d(4, 4, 2, padding="same")) is None
-    assert rule_of(nn.Conv2d(4, 4, 2, padding="same", dilation=2)) is not None
+    assert rule_for(nn.Conv2d(4, 4, 2, padding="same")) is None
+    assert rule_for(nn.Conv2d(4, 4, 2, padding="same", dilation=2)) is not None
 
 
 def odd_task(net: nn.Module) -> Task:
@@ -154,25 +155,25 @@ def test_weights_that_are_used_elsewhere_are_noticed() -> None:
     net = Odd().eval()
     net.use_tied = True
     task, batch = odd_task(net), batch_of({"ids": torch.randint(0, 7, (5, 24))}, 0, 5)
-    assert Gradients(task, batch).how == "vmap"
+    assert Gradients(task, batch).mode == "vmap"
     check(task, batch, "auto")
     with pytest.raises(InputError, match="away from a backward pass"):
-        Gradients(task, batch, how="layers")
+        Gradients(task, batch, mode="layers")
 
 
 def test_gradients_of_a_checkpoint_are_those_of_a_module_with_its_weights() -> None:
     net, other = Odd().eval(), Odd().eval()
     batch = batch_of({"ids": torch.randint(0, 7, (3, 24))}, 0, 3)
     for how in ("layers", "vmap"):
-        made = per_example_gradients(odd_task(net), batch, other.state_dict(), how=how)["square"]  # type: ignore[arg-type]
-        expected = per_example_gradients(odd_task(other), batch, how=how)["square"]  # type: ignore[arg-type]
+        made = per_example_gradients(odd_task(net), batch, other.state_dict(), mode=how)["square"]  # type: ignore[arg-type]
+        expected = per_example_gradients(odd_task(other), batch, mode=how)["square"]  # type: ignore[arg-type]
         assert all(torch.equal(made[n], expected[n]) for n in made)
 
 
 def test_a_unit_mean_averages_directions() -> None:
-    task = diffusion_task(pixel_unet(), scheduler=DDPMScheduler(), timesteps=[5, 300])
+    task = denoiser_task(pixel_unet(), scheduler=DDPMScheduler(), timesteps=[5, 300])
     batch = batch_of({"latents": torch.randn(2, 3, 8, 8)}, 0, 2)
-    single = [diffusion_task(task.module, scheduler=DDPMScheduler(), timesteps=[t]) for t in (5, 300)]
+    single = [denoiser_task(task.module, scheduler=DDPMScheduler(), timesteps=[t]) for t in (5, 300)]
     parts = [Gradients(s, batch).full(batch)[0]["loss"] for s in single]
     expected = torch.stack([F.normalize(p, dim=1) for p in parts]).mean(0)
     torch.testing.assert_close(Gradients(task, batch).unit(batch)[0]["loss"], expected, rtol=1e-4, atol=1e-6)

@@ -15,7 +15,7 @@ from tiny_attribution import denoiser, pictures, pixel_unet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods_multimodal.data_attribution import Task, diffusion_task, module_task
+from methods_multimodal.data_attribution import Task, denoiser_task, module_task
 from methods_multimodal.data_attribution.features import Features, featurise, query_features
 from methods_multimodal.data_attribution.gradients import per_example_gradients
 from methods_multimodal.data_attribution.kronecker import kronecker_scores
@@ -121,7 +121,7 @@ def test_retrac_averages_directions_of_each_timestep(tmp_path: Path) -> None:
     expected = torch.zeros(M, N)
     parts: dict[str, list[Tensor]] = {"train": [], "query": []}
     for t in (5, 300):
-        one = diffusion_task(task.module, scheduler=DDPMScheduler(), timesteps=[t])
+        one = denoiser_task(task.module, scheduler=DDPMScheduler(), timesteps=[t])
         for side, batch in (
             ("train", batch_of({"latents": every[:N]}, 0, N)),
             ("query", {"latents": every[N:], "index": torch.arange(100, 100 + M)}),
@@ -226,7 +226,7 @@ def test_logra_uses_each_layers_own_kernel(tmp_path: Path) -> None:
         kernel += 0.1 * kernel.diagonal().mean() * torch.eye(b - a)
         expected = expected + asked[:, a:b] @ torch.linalg.inv(kernel) @ phi[:, a:b].T
     torch.testing.assert_close(
-        scores(Trak(by="module"), store, queries), expected.float(), rtol=1e-3, atol=1e-4
+        scores(Trak(blocks="module"), store, queries), expected.float(), rtol=1e-3, atol=1e-4
     )
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from methods_multimodal.data_attribution import (
     contrastive_task,
+    denoiser_task,
     diffusion_examples,
     diffusion_task,
     module_task,
@@ -22,7 +23,7 @@ from mm_adapters import InputError, wrap
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
 def test_the_loss_is_what_the_scheduler_trains(predicts: str) -> None:
     net, scheduler = pixel_unet(), DDPMScheduler(prediction_type=predicts)
-    task = diffusion_task(net, scheduler=scheduler, timesteps=[10, 700], n_noises=2)
+    task = denoiser_task(net, scheduler=scheduler, timesteps=[10, 700], n_noises=2)
     clean = torch.randn(2, 3, 8, 8)
     batch = batch_of({"latents": clean}, 0, 2)
     rows = task.rows(batch, range(4))
@@ -42,7 +43,7 @@ def test_the_loss_is_what_the_scheduler_trains(predicts: str) -> None:
 
 
 def test_noise_belongs_to_the_example_and_not_to_its_batch() -> None:
-    task = diffusion_task(
+    task = denoiser_task(
         pixel_unet(), scheduler=DDPMScheduler(), timesteps=3, measure=["loss", "output_norm"]
     )
     examples = {"latents": torch.randn(5, 3, 8, 8)}
@@ -53,7 +54,7 @@ def test_noise_belongs_to_the_example_and_not_to_its_batch() -> None:
             torch.testing.assert_close(alone[name][0], together[name][i], rtol=1e-4, atol=1e-6)
     rows = task.rows(batch_of(examples, 0, 5), range(3))["target"]
     assert len({float(r.sum()) for r in rows}) == 15
-    one = diffusion_task(pixel_unet(), scheduler=DDPMScheduler(), timesteps=3, noise="one")
+    one = denoiser_task(pixel_unet(), scheduler=DDPMScheduler(), timesteps=3, noise="one")
     shared = one.rows(batch_of(examples, 0, 5), range(3))["target"].unflatten(0, (5, 3))
     assert (shared == shared[:1]).all()
 
@@ -61,8 +62,8 @@ def test_noise_belongs_to_the_example_and_not_to_its_batch() -> None:
 def test_a_trajectory_brings_its_own_timesteps() -> None:
     net, scheduler = pixel_unet(), DDPMScheduler()
     latents = torch.randn(2, 3, 8, 8)
-    fixed = diffusion_task(net, scheduler=scheduler, timesteps=[5, 90])
-    own = diffusion_task(net, scheduler=scheduler, timesteps=None)
+    fixed = denoiser_task(net, scheduler=scheduler, timesteps=[5, 90])
+    own = denoiser_task(net, scheduler=scheduler, timesteps=None)
     values = fixed.per_example(batch_of({"latents": latents}, 0, 2))["loss"]
     parts = [
         own.per_example({"latents": latents, "timestep": torch.full((2,), t), "index": torch.arange(2)})[
@@ -71,7 +72,7 @@ def test_a_trajectory_brings_its_own_timesteps() -> None:
         for t in (5, 90)
     ]
     torch.testing.assert_close(values, torch.stack(parts).mean(0))
-    trajectory = diffusion_task(net, scheduler=scheduler, timesteps=None, n_own=2)
+    trajectory = denoiser_task(net, scheduler=scheduler, timesteps=None, n_own=2)
     batch = {
         "latents": torch.stack([latents, latents], 1),
         "timestep": torch.tensor([[5, 90], [5, 90]]),
@@ -95,7 +96,7 @@ def test_a_pipeline_encodes_its_own_examples(engine: str) -> None:
     task = diffusion_task(lens, timesteps=2, parameters="cross_attention_kv")
     assert task.parameters
     assert all("attn2.to_k" in n or "attn2.to_v" in n for n in task.parameters)
-    bare = diffusion_task(pipe, timesteps=2).per_example(batch_of(examples, 0, 2))
+    bare = denoiser_task(pipe.unet, pipe.scheduler, timesteps=2).per_example(batch_of(examples, 0, 2))
     assert torch.equal(task.per_example(batch_of(examples, 0, 2))["loss"], bare["loss"])
     with pytest.raises(InputError, match="needs a prompt"):
         diffusion_examples(lens, pixels)
@@ -103,7 +104,7 @@ def test_a_pipeline_encodes_its_own_examples(engine: str) -> None:
 
 def test_a_contrastive_pair_is_measured_among_fixed_others() -> None:
     case = tiny.clip()
-    task = contrastive_task(case.model, case.inputs, scale=10.0, measure=["loss", "similarity"])
+    task = contrastive_task(wrap(case.model), case.inputs, scale=10.0, measure=["loss", "similarity"])
     got = task.per_example({**case.inputs, "index": torch.arange(2)})
     out = case.model(**case.inputs)
     image, text = F.normalize(out.image_embeds, dim=-1), F.normalize(out.text_embeds, dim=-1)
@@ -130,13 +131,13 @@ def test_any_module_and_any_checkpoint() -> None:
 def test_what_cannot_be_measured_is_said_first() -> None:
     net = pixel_unet()
     with pytest.raises(InputError, match="scheduler="):
-        diffusion_task(net)
+        denoiser_task(net, None)
     with pytest.raises(InputError, match="no measure 'l0'; there is loss"):
-        diffusion_task(net, scheduler=DDPMScheduler(), measure="l0")
+        denoiser_task(net, scheduler=DDPMScheduler(), measure="l0")
     with pytest.raises(InputError, match="Timesteps are 0 to 999"):
-        diffusion_task(net, scheduler=DDPMScheduler(), timesteps=[1000])
+        denoiser_task(net, scheduler=DDPMScheduler(), timesteps=[1000])
     with pytest.raises(InputError, match="No parameter of UNet2DModel is 'lora'"):
-        diffusion_task(net, scheduler=DDPMScheduler(), parameters="lora")
+        denoiser_task(net, scheduler=DDPMScheduler(), parameters="lora")
     with pytest.raises(InputError, match="one length"):
         batch_of({"x": torch.zeros(2), "y": torch.zeros(3)}, 0, 1)
     with pytest.raises(InputError, match="does not fit"):

@@ -123,8 +123,8 @@ def test_both_engines_give_the_same_dissection(name: str) -> None:
         "stable_diffusion": "denoiser.resnets.1.hook_out",
     }[name]
     found: list[NetworkDissection] = []
-    for lens in (None, traced):
-        units = Units(model, site, lens=lens)
+    for one in (model, traced):
+        units = Units(one, site)
         found.append(network_dissection(units, [inputs], made_masks(2), CONCEPTS, share=0.3, progress=False))
     assert torch.equal(found[0].iou, found[1].iou)
     assert found[0].iou.max() > 0
@@ -160,7 +160,7 @@ def test_what_cannot_be_dissected_says_so() -> None:
         Units(model, "vision.blocks.0.mlp.hook_post", steps=[1])
     whole = mm.load("tiny-clip")
     units = Units(whole, "text.blocks.0.mlp.hook_post")
-    with pytest.raises(InputError, match=r"do not lie on one grid.*Towers with a grid: vision"):
+    with pytest.raises(MissingSiteError, match=r"layout has no 'patch' role"):
         units.maps({"text": ["a red circle"], "images": [sample_images()["red_circle"]]})
     units = Units(model, "vision.blocks.0.mlp.hook_post")
     batch = [{"pixel_values": tiny.pixels(2)}]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from methods_multimodal.core.statistics import auroc, correlation
 from methods_multimodal.dissection import (
     agreement,
     chance,
@@ -16,7 +17,7 @@ from methods_multimodal.dissection import (
     selectivity,
 )
 from methods_multimodal.dissection.neurons import contribution
-from methods_multimodal.dissection.scores import auroc, cell_iou, correlation
+from methods_multimodal.dissection.scores import cell_iou
 from methods_multimodal.dissection.similarity import cosine
 from mm_adapters import InputError
 
@@ -103,7 +104,7 @@ def test_multimodal_neurons_need_both_the_picture_and_the_word() -> None:
     on_images = torch.stack([shown[:, 0].float(), shown[:, 1].float(), torch.rand(120)], 1)
     on_texts = torch.stack([said[:, 0].float(), torch.rand(90), said[:, 1].float()], 1)
     found = multimodal_neurons(on_images, shown, on_texts, said, ["red", "circle"])
-    assert [(unit, name) for unit, name, _ in found.found(0.9)] == [(0, "red")]
+    assert [(unit, name) for unit, name, _ in found.pairs(0.9)] == [(0, "red")]
 
 
 def test_contribution_is_what_the_unit_writes_along_the_direction() -> None:

@@ -2,11 +2,11 @@
 
 NDIF 0.1.2 (ray/sandbox/host.py, Pool) gives each job a Python of its own, which first imports torch and
 nnsight and builds the model without weights: ten seconds of a processor. Here that is done once for each
-model, by a process that runs nobody's block; what a job gets is still a process of its own, and fresh.
+model, by a process that runs no block; a job still gets a process of its own, in which no job ran before.
 
-Where there is no card: a process that has touched CUDA cannot be forked.
+Used only without a GPU: a process that has initialised CUDA cannot be forked.
 
-python -m integrations.ndif.nursery MODEL_KEY TRUST_REMOTE_CODE: reads "SOCKET PEERS" and answers "PID".
+python -m integrations.ndif.fork_server MODEL_KEY TRUST_REMOTE_CODE: reads "SOCKET PEERS" and answers "PID".
 """
 
 # pyright: reportMissingImports=false
@@ -25,7 +25,7 @@ import uuid
 from integrations.ndif.processes import MARK, die_with_parent
 
 WARM_WITHIN_S = 300.0
-# Beside what NDIF lets a runner inherit: what the service finds its processes and their files again by.
+# A runner inherits these too, by which the service finds its processes and their files.
 _INHERITED = (MARK, "SPT_NOENV", "TMPDIR")
 
 
@@ -41,7 +41,7 @@ class Runner:
 
     @property
     def orphaned(self) -> bool:
-        """It dies with its parent: where that has ended, it has or is about to."""
+        """Whether its parent has ended, so that it has ended too, or is about to."""
         return self.parent.poll() is not None
 
     def poll(self) -> int | None:
@@ -74,7 +74,7 @@ class ForkServer:
     """The process that runners of one model are forked from, started again if it should end."""
 
     def __init__(self, model_key: str, trust_remote_code: bool, env: dict[str, str]) -> None:
-        self.command = [sys.executable, "-m", "integrations.ndif.nursery", model_key]
+        self.command = [sys.executable, "-m", "integrations.ndif.fork_server", model_key]
         self.command.append(str(int(trust_remote_code)))
         inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         # As NDIF's: a block's sets are in the order that its host's are in.
@@ -91,7 +91,7 @@ class ForkServer:
         with self.lock:
             pid = self._ask(f"{path} {peers}\n")
             if not pid:
-                self.close()  # What it would still answer is for nobody.
+                self.close()  # A late answer would be taken for the next one's.
                 self.process = self._start()
                 pid = self._ask(f"{path} {peers}\n")
         if not pid:
@@ -103,7 +103,7 @@ class ForkServer:
         self.process.wait()
 
     def _ask(self, line: str) -> bytes:
-        """Its answer; nothing if it has ended or takes too long."""
+        """The server's answer to a line; empty if it has ended or takes too long."""
         asked, answers = self.process.stdin, self.process.stdout
         assert asked is not None
         assert answers is not None
@@ -119,9 +119,9 @@ class ForkServer:
 
 
 def main(model_key: str, trust_remote_code: str) -> None:
-    """Forks a runner for each line, until there are none: then whoever wanted them has ended."""
+    """Forks a runner for each line of stdin, until it is closed: then the model's actor has ended."""
     answers = os.dup(1)
-    os.dup2(2, 1)  # What an import prints is no answer.
+    os.dup2(2, 1)  # An import may print, and that is no answer.
     import numpy as np
     import torch
     from ndif.services.ray.sandbox import nns, runner
@@ -129,8 +129,8 @@ def main(model_key: str, trust_remote_code: str) -> None:
     try:
         nns.load_meta_model(model_key, trust_remote_code=trust_remote_code == "1")
     except Exception as error:  # noqa: BLE001  As NDIF's: what a block names of the model is then None.
-        sys.stderr.write(f"nursery: no model without weights for {model_key!r}: {error!r}\n")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Nobody waits for a runner.
+        sys.stderr.write(f"fork server: no model without weights for {model_key!r}: {error!r}\n")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # The kernel reaps the runners.
     gc.collect()
     gc.freeze()  # A collection in a runner leaves these pages shared.
     while line := sys.stdin.buffer.readline():
@@ -146,9 +146,9 @@ def main(model_key: str, trust_remote_code: str) -> None:
         if os.getppid() != here:
             os._exit(1)
         os.close(answers)
-        nothing = os.open(os.devnull, os.O_RDWR)
-        os.dup2(nothing, 0)
-        os.dup2(nothing, 1)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # Two jobs that draw are to draw differently.
         torch.seed()

@@ -1,8 +1,13 @@
-"""A stock service, which does not have this package: the same block, with our code sent along."""
+"""A stock service, which does not have this package: the same block, with our source sent along."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import nnsight
@@ -15,6 +20,7 @@ from mm_adapters import zoo
 from mm_adapters.ndif_client.backend import Dispatch
 from mm_adapters.ndif_client.shipping import sources
 from mm_adapters.ndif_client.stock_service import stock_service_key
+from mm_adapters.nnsight_engine.raw_values import raw_location
 
 Load = Callable[[str], Any]
 
@@ -36,7 +42,7 @@ def stock() -> Iterator[Any]:
     ]
 )
 def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A service that serves nnsight's own classes only. The real one is told not to look at our package."""
+    """A service that serves nnsight's own classes only. The real one's package list is not asked for."""
     if request.param == "standin":
         return request.getfixturevalue("stock").host
     monkeypatch.setattr(Dispatch, "trusted", request.param == "trusted")
@@ -58,6 +64,44 @@ def test_what_is_sent_along_is_source_and_small() -> None:
     assert "mm_adapters/traced.py" in files
     assert not any("zoo" in name or "hooked" in name for name in files)
     assert sum(map(len, files.values())) < 600_000
+
+
+def test_only_a_modules_input_or_output_is_read_off_nnsights_values(load: Load) -> None:
+    model = load("tiny-clip")
+
+    def location(name: str) -> str:
+        return raw_location("model", model.sitemap[name])
+
+    layer = "model.vision_model.encoder.layers.1"
+    assert location("vision.blocks.1.hook_resid_pre") == f"{layer}.input"
+    assert location("vision.blocks.1.attn.hook_q") == f"{layer}.self_attn.q_proj.output"
+    with pytest.raises(mm.AttentionUnreachableError, match="inside a fused call"):
+        location("vision.blocks.1.attn.hook_pattern")
+    # Each is made of two modules' values: a sum, and what is expanded to the rows of another.
+    for name in ("vision.blocks.1.hook_resid_mid", "text.hook_pos_embed"):
+        with pytest.raises(mm.MissingSiteError, match="computed from several values"):
+            location(name)
+
+
+def test_the_source_sent_along_imports_without_transformer_lens(tmp_path: Path) -> None:
+    for name, text in sources().items():
+        if name != "jaxtyping":
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text, encoding="utf-8")
+    script = """
+    import sys
+    sys.modules["transformer_lens"] = None  # Importing it fails.
+    import pathlib, importlib, mm_adapters
+    root = pathlib.Path(mm_adapters.__file__).parent
+    assert str(root.parent) == sys.argv[1], root
+    for path in sorted(root.rglob("*.py")):
+        name = ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__")
+        importlib.import_module(name)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
 
 
 def test_clip(host: str, load: Load) -> None:

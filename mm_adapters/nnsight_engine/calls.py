@@ -1,0 +1,83 @@
+"""The calls of a traced model: arguments by name, raw inputs prepared, several invokes as one call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_adapters.inputs.images import opened
+from mm_adapters.nnsight_engine.call_arguments import by_name
+from mm_adapters.nnsight_engine.invokes import combine, combine_prompts, n_prompts
+from mm_adapters.runs.base_model import BaseModel
+
+_RAW = ("text", "images")
+
+
+class CallsModel(BaseModel):
+    """A mixin for an nnsight model that is called with its own arguments, or with raw text and images."""
+
+    dtype: Any
+
+    def named(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """One call's arguments by name, raw text and images as they are."""
+        if not inputs:
+            return dict(kwargs)
+        processor = getattr(self._inputs, "processor", None) or getattr(self._inputs, "tokenizer", None)
+        return by_name(self.kind, self._takes(), processor, inputs, kwargs)
+
+    def arguments(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """One call's arguments by name, with raw text and images prepared."""
+        kwargs = self.named(inputs, kwargs)
+        raw = {k: kwargs.pop(k) for k in _RAW if kwargs.get(k) is not None and not _is_own(k, kwargs[k])}
+        return {**self.prepare(**raw), **kwargs} if raw else kwargs
+
+    def _for_another_machine(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments with pictures for paths, and tensors on the CPU."""
+        out = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        if out.get("images") is not None:
+            out["images"] = opened(out["images"])
+        return out
+
+    def _one_step(self) -> dict[str, int]:
+        """A pipeline's own arguments for one step; one of several loops has several."""
+        return {name: 1 for name in self._takes() if name.endswith("num_inference_steps")}
+
+    def _takes(self) -> list[str]:
+        """The names of the wrapped model's or pipeline's arguments, in its order."""
+        function = self.wrapped.__call__ if self.kind == "diffusion" else type(self.wrapped).forward
+        return [name for name in inspect.signature(function).parameters if name != "self"]
+
+    def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
+        if inputs or any(kwargs.get(k) is not None for k in (*_RAW, "pipe")):
+            return 1
+        if self.kind == "diffusion":
+            return n_prompts(kwargs, by_text="prompt" in self._takes())
+        return int(any(isinstance(v, Tensor) for v in kwargs.values()))
+
+    def _batch(self, invokes: list[Any], fn: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        calls = [self._in_dtype(arguments) for _, arguments in invokes]
+        if len(calls) < 2:
+            return (), dict(calls[0]) if calls else {}
+        if self.kind == "diffusion":
+            return (), combine_prompts(calls)
+        tokenizer = getattr(self._inputs, "tokenizer", None)
+        config = getattr(self.wrapped, "config", None)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        pad = getattr(config, "pad_token_id", None) if pad is None else pad
+        left = self.kind == "vlm" and getattr(tokenizer, "padding_side", "right") == "left"
+        return (), combine(calls, 0 if pad is None else pad, left)
+
+    def _in_dtype(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Pixels in the dtype of the weights, which a sandbox that prepared them does not know."""
+        floats = [k for k, v in arguments.items() if isinstance(v, Tensor) and v.dtype == torch.float32]
+        if not floats or self.kind == "diffusion" or (dtype := self.dtype) == torch.float32:
+            return arguments
+        return arguments | {k: arguments[k].to(dtype) for k in floats}
+
+
+def _is_own(name: str, value: Any) -> bool:
+    # open_clip's own argument is called text too, and is a tensor of tokens.
+    return name == "text" and isinstance(value, Tensor)

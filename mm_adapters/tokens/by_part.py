@@ -1,0 +1,36 @@
+"""The layouts of one batch by tower, and by part of a tower whose positions change on the way."""
+
+from __future__ import annotations
+
+from mm_adapters._errors import InputError
+from mm_adapters.tokens.layout import TokenLayout
+
+
+class Layouts(dict[str, TokenLayout]):
+    """The layout of each tower, by its name.
+
+    A tower whose positions change on the way has none of its own: it has one for each of its parts, by
+    the beginning of their sites' names ("vision.blocks.3", "vision.blocks.3.attn"). `at` knows both.
+    """
+
+    def at(self, site: str) -> TokenLayout:
+        """The layout of the positions at one site ("vision.blocks.3.attn.hook_pattern").
+
+        Raises: InputError if it is not known what they are.
+        """
+        steps = site.split(".")
+        for n in range(len(steps), 0, -1):
+            if (name := ".".join(steps[:n])) in self:
+                return self[name]
+        raise InputError(f"There is no layout of the positions of {site}. There is {self._known()}.")
+
+    def __missing__(self, name: str) -> TokenLayout:
+        if any(part.startswith(f"{name}.") for part in self):
+            raise InputError(
+                f"The positions of {name} change on the way, so it has no one layout. Ask for a site's: "
+                f'layout.at("{name}...hook_resid_post"). There is {self._known()}.'
+            )
+        raise KeyError(name)
+
+    def _known(self) -> str:
+        return ", ".join(self) or "none"

@@ -1,0 +1,163 @@
+"""The generated parts of README and docs.
+
+python -m tests.write_docs
+
+writes what stands between `<!-- generated: NAME -->` and `<!-- /generated -->`; `tests/test_docs.py` compares.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {
+    "commands": (ROOT / "README.md", DOCS / "commands.md"),
+    "methods": (ROOT / "README.md", DOCS / "methods" / "index.md"),
+    "families": (DOCS / "families.md",),
+    "overrides": (DOCS / "developing" / "overrides.md",),
+}
+# The libraries whose classes this project's classes extend.
+HOSTS = ("nnsight", "transformer_lens", "cloudpickle", "sae_lens", "pyvene")
+PACKAGES = ("mm_adapters", "methods_multimodal", "integrations")
+
+
+def marked(name: str) -> re.Pattern[str]:
+    """The part of a page of this name, its marks in groups 1 and 3."""
+    return re.compile(rf"(<!-- generated: {name} -->\n)(.*?)(<!-- /generated -->)", re.DOTALL)
+
+
+def commands(page: Path) -> str:
+    """Every command with the first sentence of its help."""
+    from typer.main import get_command
+
+    from mm_adapters import cli
+
+    rows: list[str] = []
+
+    def add(command: Any, name: str) -> None:
+        for child_name, child in getattr(command, "commands", {}).items():
+            add(child, f"{name} {child_name}")
+        if not getattr(command, "commands", None):
+            said = " ".join((command.help or "").split("\n\n")[0].split())
+            rows.append(f"| `{name}` | {said} |")
+
+    add(get_command(cli.build()), "mm-interp")
+    return "\n".join(["| command | what it does |", "|---|---|", *sorted(rows)])
+
+
+def method_pages() -> list[Path]:
+    return [path for path in sorted((DOCS / "methods").glob("*.md")) if path.stem != "index"]
+
+
+def front_matter(page: Path) -> dict[str, str]:
+    """The `name: value` lines at the top of a page."""
+    lines = page.read_text(encoding="utf-8").split("---\n")[1].splitlines()
+    pairs = (line.partition(":") for line in lines)
+    return {name: value.strip().strip('"') for name, _, value in pairs}
+
+
+def methods(page: Path) -> str:
+    """The methods by room: in README with the paper's number, in docs with its names and a link."""
+    order = {
+        room: i
+        for i, room in enumerate(
+            ("text_explanations", "lenses", "patching", "relevance", "cross_attention", "diffusion", "dissection",
+             "data_attribution", "integrations.sae_lens", "integrations.pyvene")
+        )
+    }  # fmt: skip
+    about = sorted(
+        ((front_matter(path), path) for path in method_pages()), key=lambda pair: order.get(pair[0]["room"], 99)
+    )
+    short = page.name == "README.md"
+    rows = ["| question | arXiv | call |", "|---|---|---|"] if short else ["| question | paper | call |", "|---|---|---|"]
+    for said, path in about:
+        link = path.relative_to(page.parent).as_posix()
+        if short:
+            rows.append(f"| {said['question']} | {said['arxiv'] or said['paper']} | [`{said['call'].partition('(')[0]}`]({link}) |")
+        else:
+            paper = f"[{said['paper']}](https://arxiv.org/abs/{said['arxiv']})" if said["arxiv"] else said["paper"]
+            rows.append(f"| [{said['question']}]({link}) | {paper} | `{said['room']}`: `{said['call']}` |")
+    return "\n".join(rows)
+
+
+def families(page: Path) -> str:
+    """The families, from the records and a tiny model of each."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import tiny
+
+    import mm_adapters as mm
+
+    rows = ["| family | kind | towers | sites of a tiny one | classes |", "|---|---|---|---|---|"]
+    for name, make in tiny.CASES.items():
+        model = mm.HookedModel(make().model)
+        towers = ", ".join(f"{t} ({m.record.name})" for t, m in model.towers.items())
+        classes = ", ".join(f"`{c}`" for c in model.record.classes)
+        rows.append(f"| {name} | {model.kind} | {towers} | {len(model.sitemap)} | {classes} |")
+    return "\n".join(rows)
+
+
+def our_classes() -> list[type]:
+    """Every class of this project that can be imported here (a service's own needs Ray)."""
+    found: dict[type, None] = {}
+    for package in map(importlib.import_module, PACKAGES):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if ".zoo." in info.name or info.name == "integrations.ndif.actors":
+                continue
+            module = importlib.import_module(info.name)
+            for value in vars(module).values():
+                if inspect.isclass(value) and value.__module__ == module.__name__:
+                    found[value] = None
+    return list(found)
+
+
+def overrides(page: Path) -> str:
+    """Each private member of a host's class that a class of ours overrides, with the host's signature."""
+    rows = []
+    for cls in our_classes():
+        for base in cls.__mro__[1:]:
+            if base.__module__.partition(".")[0] not in HOSTS:
+                continue
+            for name in vars(cls):
+                if name.startswith("_") and not name.startswith("__") and name != "_abc_impl" and name in vars(base):
+                    rows.append(f"| `{base.__module__}.{base.__qualname__}.{name}` | `{shape(base, name)}` | `{cls.__module__}.{cls.__qualname__}` |")
+    return "\n".join(["| theirs | its signature | ours |", "|---|---|---|", *sorted(set(rows))])
+
+
+def shape(base: type, name: str) -> str:
+    """A host's member as it is called, without types."""
+    value = inspect.getattr_static(base, name)
+    function = getattr(value, "__func__", getattr(value, "fget", value))
+    if not callable(function) or inspect.isclass(function):
+        return type(value).__name__
+    return "(" + ", ".join(
+        {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(p.kind.name, "") + p.name
+        for p in inspect.signature(function).parameters.values()
+    ) + ")"  # fmt: skip
+
+
+WRITERS: dict[str, Callable[[Path], str]] = {
+    "commands": commands, "methods": methods, "families": families, "overrides": overrides,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Writes every part into its pages."""
+    import beartype  # noqa: F401  Before nnsight, whose `.save` on every object it cannot be imported after.
+
+    for name, pages in PAGES.items():
+        for page in pages:
+            text = page.read_text(encoding="utf-8")
+            made = WRITERS[name](page)
+            page.write_text(marked(name).sub(lambda m, made=made: f"{m[1]}{made}\n{m[3]}", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
