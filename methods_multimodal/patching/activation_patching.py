@@ -167,7 +167,8 @@ def _stacks(
     model: Model, site: str, inputs: Mapping[str, Any], stacked: Collection[str] | None, n_rows: int
 ) -> bool:
     """Whether copies of the inputs can share a run."""
-    if model.check_tower(site.partition(".")[0]).record.packed:  # All images lie end to end in one row.
+    tower = model.check_tower(site.partition(".")[0]).record
+    if tower.packed or tower.order == "end to end":  # The patches of all images are one row.
         return False
     if stacked is not None:
         return bool(stacked)

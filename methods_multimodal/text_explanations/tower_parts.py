@@ -71,9 +71,9 @@ def tower_parts(model: Model, tower: str = "vision") -> TowerParts:
     view = model.check_tower(tower)
     check_sites(model, [f"{tower}.blocks.0.{part}" for part in NEEDED] + [f"{tower}.ln_final.hook_scale"])
     check_pool(view, "first", "last", "end", "attention")
-    check_summary(model, view)
     if view.pool == "attention":
         check_sites(model, [f"{tower}.pool.attn.hook_pattern", f"{tower}.pool.hook_mlp_out"])
+    check_summary(model, view)
     norm = view.final_norm
     assert norm is not None
     blocks = [view.weights(i).names("attn") for i in range(view.n_layers())]

@@ -104,6 +104,6 @@ def test_what_has_no_second_order_effect_is_said() -> None:
         second_order(model, images=tiny.pixels(), layer=2)
     with pytest.raises(mm.MissingSiteError, match=r"pooled by attention.*first position"):
         second_order(mm.HookedModel(tiny.siglip().model), images=tiny.pixels(), layer=0)
+    fused = mm.HookedModel(tiny.CASES["open_clip_eva"]().model)
     with pytest.raises(mm.MissingSiteError, match="attn has no W_V"):
-        built = tiny.CASES["open_clip_eva"]()
-        second_order(mm.HookedModel(built.model), images=tiny.pixels(), layer=0)
+        second_order(fused, images=tiny.pixels(), layer=0)
