@@ -21,10 +21,10 @@ def named_heads(model: Any, given: Given) -> Any:
     return name_heads(model, given.pictures, vocabulary(list(WORDS)), n_texts=2, rank=3, batch_size=2)
 
 
-def pair_gradients(model: Any, given: Given) -> Any:
-    """The gradients of a contrastive loss by one part of the weights, of each pair."""
-    task = da.contrastive_task(model, given.inputs)
-    return da.per_example_gradients(task, batch_of(given.inputs, 0, 2))
+def pair_losses(model: Any, given: Given) -> Any:
+    """The contrastive loss and the similarity of each pair."""
+    task = da.contrastive_task(model, given.inputs, measure=["loss", "similarity"])
+    return task.per_example(batch_of(given.inputs, 0, 2))
 
 
 def examples(model: Any, given: Given) -> Any:
@@ -33,10 +33,10 @@ def examples(model: Any, given: Given) -> Any:
     return da.diffusion_examples(model, given.drawn_size, prompts)
 
 
-def denoising_gradients(model: Any, given: Given) -> Any:
-    """The gradients of the denoiser's loss, of each picture."""
+def denoising_losses(model: Any, given: Given) -> Any:
+    """The denoiser's loss of each picture."""
     task = da.diffusion_task(model, timesteps=1)
-    return da.per_example_gradients(task, batch_of(examples(model, given), 0, 2))
+    return task.per_example(batch_of(examples(model, given), 0, 2))
 
 
 def journey(model: Any, given: Given) -> Any:
@@ -44,34 +44,34 @@ def journey(model: Any, given: Given) -> Any:
     task = da.diffusion_task(model, timesteps=1)
     projection = da.Projection(dim=8)
     store = da.featurise(task, examples(model, given), given.folder / "s", projection=projection, progress=False)
-    return da.journey_trak(model, store, [given.prompt], inputs={"n_steps": 2, "n_own": 1, **given.options})
+    return da.journey_trak(model, store, [given.prompt], inputs={"n_steps": 2, "n_own": 1, **given.options()})
 
 
 def read_words(model: Any, given: Given) -> Any:
     """The maps that a reader makes of a run."""
-    reader = ca.word_reader(model, given.prompt, n_steps=given.family.n_steps, options=given.sizes)
+    reader = ca.word_reader(model, given.prompt, n_steps=given.family.n_steps, options=given.sizes())
     return reader.maps(model.run(given.drawing, read=reader.reads()))
 
 
 def neurons(model: Any, given: Given) -> Any:
     """What a prompt's neurons are, beside two others'."""
-    statistics = ca.neuron_statistics(model, given.texts, options=given.options)
+    statistics = ca.neuron_statistics(model, given.texts, options=given.options(2))
     seen: Any = {"seeds": (0, 1), "thetas": (1.0,)}
-    return ca.find_neurons(model, given.prompt, statistics, threshold=0.1, options=given.options, **seen)
+    return ca.find_neurons(model, given.prompt, statistics, threshold=0.1, options=given.options(2), **seen)
 
 
 def read_steps(model: Any, given: Given) -> Any:
-    """The pictures of a run of two steps."""
-    reader = diffusion.StepReader(2)
+    """The predictions and pictures of a run of two steps."""
+    reader = diffusion.step_reader(model, 2)
     run = model.run(reader.inputs(given.drawing), read=reader.reads())
-    return reader.pictures(model, run)
+    return reader.step_predictions(model, run), reader.pictures(model, run)
 
 
 def unit_maps(model: Any, given: Given) -> Any:
     """The maps of one residual stream's units, where the model has it."""
     tower = "denoiser" if "num_inference_steps" in given.inputs else given.tower
     units = dissection.Units(model, f"{tower}.blocks.0.hook_resid_post")
-    return units.maps(given.inputs)
+    return units.maps(given.first if tower != "denoiser" else given.inputs)
 
 
 def probed(model: Any, given: Given) -> Any:
@@ -79,7 +79,7 @@ def probed(model: Any, given: Given) -> Any:
     units = dissection.Units(model, "vision.blocks.0.hook_resid_post")
     batches = [(given.pixels, given.pictures)]
     store = dissection.collect([units], batches, model, given.folder / "s", progress=False)
-    return {name: store.column(name) for name in store.columns}
+    return store.rows()
 
 
 def retrieved(model: Any, given: Given) -> Any:

@@ -129,10 +129,9 @@ def what_is_missing(tiny_family: Family, model: Any, error: Exception) -> str | 
     """
     message = str(error)
     for site in _SITE.findall(message):
-        known = model.sites(site)
-        reasons = [one.reason for one in known if one.reason is not None]
-        if reasons or not known:
-            return f"{site}: {reasons[0] if reasons else 'no such site'}"
+        missing = _why_no_site(model, site)
+        if missing is not None:
+            return f"{site}: {missing}"
     for quoted in _QUOTED.findall(message):
         if quoted in get_args(Role):
             layouts = model.layout(**layout_inputs(tiny_family))
@@ -140,6 +139,20 @@ def what_is_missing(tiny_family: Family, model: Any, error: Exception) -> str | 
                 return f"no position is {quoted!r}"
         elif quoted not in model.towers and re.search(rf"no (?:tower|site) '{quoted}'", message):
             return f"no tower {quoted!r}"
+    return None
+
+
+def _why_no_site(model: Any, site: str) -> str | None:
+    """Why there is no site of this name, or of this pattern; None if there is one."""
+    if "*" in site:
+        found = model.sites(site)
+        present = [one for one in found if one.reason is None]
+        return None if present else next((str(one.reason) for one in found), "no such site")
+    try:
+        model.check_site(site)
+    except mm.MissingSiteError as error:
+        _, is_absent, reason = str(error).partition(" is out of reach: ")
+        return reason.rstrip(".") if is_absent else "no such site"
     return None
 
 

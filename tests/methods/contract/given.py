@@ -30,6 +30,11 @@ class Given:
         return self.family.inputs
 
     @property
+    def first(self) -> dict[str, Any]:
+        """The model's own arguments, the first row alone."""
+        return first_row(self.inputs)
+
+    @property
     def pixels(self) -> dict[str, Tensor]:
         """The arguments that are of images."""
         return {k: v for k, v in self.inputs.items() if k not in TEXT_INPUTS}
@@ -61,8 +66,9 @@ class Given:
         return self.family.case.head(output).flatten(1)[:, -1]
 
     def layout(self, tower: str) -> Any:
-        """What each position of one tower is."""
-        return self.model.layout(**self.inputs)[tower]
+        """What each position of one tower is, in the first row."""
+        layout = self.model.layout(**self.first).get(tower)
+        return self.model.check_tower(tower).patch_layout(self.first["pixel_values"]) if layout is None else layout
 
     @property
     def patched(self) -> tuple[Any, ...]:
@@ -71,8 +77,8 @@ class Given:
 
     @property
     def first_layer(self) -> dict[str, Any]:
-        """Where to patch: the tower's first layer; runs are not stacked, for not every input can be."""
-        return {"tower": self.tower, "layers": [0], "stacked": ()}
+        """Where to patch: the tower's first layer."""
+        return {"tower": self.tower, "layers": [0]}
 
     @property
     def site(self) -> str:
@@ -93,21 +99,20 @@ class Given:
 
     prompt = "a cat"
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the pipeline takes beside the prompt and the seed, for any number of rows."""
+    def options(self, rows: int = 1) -> dict[str, Any]:
+        """What the pipeline takes beside the prompts and the seeds, for so many rows."""
         left_out = ("prompt", "seed", "negative_prompt", "true_cfg_scale", "output_type")
-        return {k: v for k, v in self.inputs.items() if k not in left_out}
+        given = {k: v for k, v in self.inputs.items() if k not in left_out}
+        return {k: v[:1].repeat_interleave(rows, 0) if isinstance(v, Tensor) else v for k, v in given.items()}
 
-    @property
-    def sizes(self) -> dict[str, Any]:
+    def sizes(self, rows: int = 1) -> dict[str, Any]:
         """The options without the number of steps, for methods that say it themselves."""
-        return {k: v for k, v in self.options.items() if k != "num_inference_steps"}
+        return {k: v for k, v in self.options(rows).items() if k != "num_inference_steps"}
 
     @property
     def drawing(self) -> dict[str, Any]:
         """The arguments with which one picture is drawn."""
-        return {**self.options, "prompt": self.prompt, "seed": 0, "output_type": "pt"}
+        return {**self.options(), "prompt": self.prompt, "seed": 0, "output_type": "pt"}
 
     @property
     def cases(self) -> list[Case]:
@@ -119,5 +124,16 @@ class Given:
     @property
     def latents(self) -> Tensor:
         """One latent, as the pipeline's autoencoder takes it."""
-        channels = getattr(getattr(self.model.wrapped, "vae", None), "config", {}).get("latent_channels", 4)
-        return torch.randn(1, channels, 4, 4, generator=torch.Generator().manual_seed(7))
+        sampling = self.model.record.sampling.get("denoiser")
+        shape = (1, 4, 16) if sampling is not None and sampling.packed else (1, 4, 4, 4)
+        if "vae" not in self.model.towers:
+            shape = (1, 3, 4, 4)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+def first_row(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The first row of a model's arguments."""
+    rows = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
+    if "image_grid_thw" in inputs:  # The patches of all images are one row.
+        rows["pixel_values"] = inputs["pixel_values"][: int(inputs["image_grid_thw"][0].prod())]
+    return rows

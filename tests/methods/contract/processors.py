@@ -38,17 +38,17 @@ def of(name: str, sites: mm.SiteMap, case: tiny.Case) -> dict[str, Any]:
         return {}
     parts: dict[str, Any] = {}
     if "vision" in sites.towers:
-        pixels = case.inputs[sites.towers["vision"].input_name]
-        parts["image_processor"] = _images(name, pixels.shape[-1], "image" in case.inputs)
+        key = sites.towers["vision"].input_name
+        parts["image_processor"] = _images(name, case.inputs[key].shape[-1], key)
     if kind != "vision":
         parts["tokenizer"] = OpenClipLetters() if "text" in case.inputs else letters()
     return parts
 
 
-def _images(name: str, size: int, is_open_clip: bool) -> Any:
+def _images(name: str, size: int, key: str) -> Any:
     if name == "siglip2":
         return hf.Siglip2ImageProcessor(patch_size=4, max_num_patches=6)
-    if is_open_clip:
+    if key != "pixel_values":  # Of open_clip, timm or torchvision, which transform pictures.
         return transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor()])
     square = {"height": size, "width": size}
     return hf.CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False)

@@ -39,8 +39,8 @@ def test_a_method_gives_the_same_numbers_under_both_engines_or_says_what_is_miss
     if result.refusal is not None:
         check_refusal(method, name, engine, result)
         return
-    values = {k: v for k, v in result.numbers.items() if v.is_floating_point()}
-    assert values, "it gave no number"
+    assert result.numbers, "it gave no number"
+    values = result.numbers
     unsound = [k for k, v in values.items() if not torch.isfinite(v).all()]
     assert not unsound, f"NaN or infinite: {unsound}"
     together = torch.cat([v.flatten().double() for v in values.values()])
