@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import mm_adapters as mm
 from methods_multimodal.cross_attention import word_maps
-from methods_multimodal.diffusion.denoising import to_array
+from methods_multimodal.diffusion import pictures_of, to_array
 from methods_multimodal.plots import overlay, picture
 
 
@@ -37,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "output_type": "pt",
     }
     maps, output = word_maps(model, inputs, words=args.word)
-    drawn = to_array(output.images[0].float())
+    pixels = to_array(pictures_of(model, output)[0].float())
 
     figure = Figure(figsize=(2.8 * (len(maps.words_of()) + 1), 3), layout="constrained")
     axes = figure.subplots(1, len(maps.words_of()) + 1)
-    picture(drawn, axes[0], title=args.prompt if len(args.prompt) < 30 else "the picture")
+    picture(pixels, axes[0], title=args.prompt if len(args.prompt) < 30 else "the picture")
     for ax, word, values in zip(axes[1:], maps.words_of(), maps.at()[0], strict=True):
-        overlay(values, drawn, ax, unit="attention weight", title=f"“{word}”", smooth=True)
+        overlay(values, pixels, ax, unit="attention weight", title=f"“{word}”", smooth=True)
     figure.savefig(args.out, dpi=110)
     print(args.out)
     return args.out

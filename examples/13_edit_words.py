@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import mm_adapters as mm
 from methods_multimodal.cross_attention import WordEdit, edit_words
-from methods_multimodal.diffusion.denoising import to_array
+from methods_multimodal.diffusion import to_array
 from methods_multimodal.plots import picture
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any
 
@@ -83,6 +83,10 @@ def build(points: Iterable[EntryPoint] | None = None) -> typer.Typer:
     return app
 
 
-def main() -> None:
-    """The console command."""
-    build()()
+def main(argv: Sequence[str] | None = None, points: Iterable[EntryPoint] | None = None) -> int:
+    """The console command: its exit code. `argv` is what follows `mm-interp` (None: the process's own)."""
+    try:
+        build(points)(args=None if argv is None else list(argv))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0

@@ -187,8 +187,9 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         return SiteEditor(self, inplace=inplace, backend=backend)
 
     @no_type_check  # nnsight finds its `with` block by counting frames; a checker would add some.
-    def generate(self, *inputs: Any, read: Iterable[str | Read] = (), edit: Iterable[Edit] = (),
-                 **kwargs: Any) -> Any:  # fmt: skip
+    def generate(
+        self, *inputs: Any, read: Iterable[str | Read] = (), edit: Iterable[Edit] = (), **kwargs: Any
+    ) -> Any:
         """`with model.generate(...):` traces the wrapped model's generation, or a pipeline's loop with
         all its steps; called without `with` it runs it, and returns a `Run` if sites are read or edited.
         """

@@ -231,3 +231,27 @@ def test_every_error_of_ours_is_a_mistake_the_command_line_knows() -> None:
 
     ours = {e for e in vars(_errors).values() if isinstance(e, type) and e.__module__ == _errors.__name__}
     assert all(issubclass(e, cli.MISTAKES) for e in ours)
+
+
+def test_main_takes_its_arguments_and_gives_its_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sites", "tiny-clip", "vision.blocks.0.attn.hook_pattern"], (METHODS,)) == 0
+    assert "vision.blocks.0.attn.hook_pattern" in capsys.readouterr().out
+    assert cli.main(["words", "--out", str(tmp_path / "words.txt")], (METHODS,)) == 2
+    assert "mm-interp: --out" in capsys.readouterr().err
+    assert cli.main(["--help"], (METHODS,)) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("report", "attribute", "dissect", "heads", "words", "trace"))
+
+
+@pytest.mark.parametrize("command", ["report", "attribute", "dissect", "heads", "words", "trace"])
+def test_every_command_takes_a_model_a_device_and_where_to_write(command: str) -> None:
+    options = {o for p in click_command(command).params for o in p.opts}
+    assert {"--model", "--device", "--out"} <= options
+
+
+def click_command(name: str) -> Any:
+    import typer.main
+
+    return typer.main.get_command(cli.build((METHODS,))).commands[name]  # type: ignore[attr-defined]

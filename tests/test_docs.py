@@ -70,7 +70,9 @@ def test_every_number_that_was_measured_names_a_command_that_there_is() -> None:
 
 
 def test_every_error_has_a_paragraph_and_every_paragraph_an_error() -> None:
-    ours = {e.__name__ for e in vars(_errors).values() if isinstance(e, type) and e.__module__ == _errors.__name__}
+    ours = {
+        e.__name__ for e in vars(_errors).values() if isinstance(e, type) and e.__module__ == _errors.__name__
+    }
     assert set(re.findall(r"^## (\w+)$", (DOCS / "errors.md").read_text(), re.MULTILINE)) == ours
 
 
@@ -88,25 +90,29 @@ def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+def defined(tree: ast.Module) -> set[str]:
+    """Every name that a module gives to a function, class, variable or attribute of its own."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if getattr(node.value, "id", "") in ("self", "cls") else set()
+    return names
+
+
 def test_every_private_name_of_a_library_that_we_touch_is_on_the_page() -> None:
     """Private names that our code imports from a host, or reads off an object and defines nowhere itself."""
     trees = sources()
-    defined: set[str] = set()
-    for _, tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                defined.add(node.name)
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                defined.add(node.id)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
-                    defined.add(node.attr)
+    ours = set().union(*(defined(tree) for _, tree in trees))
     text = OVERRIDES.read_text()
     for path, tree in trees:
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in HOSTS:
                 touched = [alias.name for alias in node.names if private(alias.name)]
-            elif isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in defined:
+            elif isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in ours:
                 touched = [node.attr]
             else:
                 continue

@@ -37,7 +37,7 @@ def test_a_block_that_continues_another_says_so_and_follows_it() -> None:
     for page in pages():
         python = [block for block in blocks(page, "python") if not block.needs_service]
         assert not python or not python[0].continues, page
-    # Only what a reader is told needs a service is not run here; `tests/ndif/test_docs_code.py` runs it.
+    # Only what a reader is told needs a service is not run here; `tests/ndif/test_docs_service.py` runs it.
     assert sum(block.needs_service for page in pages() for block in blocks(page, "python")) <= 2
 
 

@@ -158,9 +158,9 @@ def test_every_patch_of_every_image_is_once_in_each_layout_of_its_stage() -> Non
 
 def test_a_tower_of_stages_has_no_one_layout() -> None:
     _, _, layouts = staged("swin")
-    with pytest.raises(mm.InputError, match=r"vision change on the way.*vision\.blocks\.0\.attn"):
+    with pytest.raises(mm.MissingSiteError, match=r"vision change on the way.*vision\.blocks\.0\.attn"):
         layouts["vision"]
-    with pytest.raises(mm.InputError, match=r"no layout of the positions of text\.blocks\.0"):
+    with pytest.raises(mm.MissingSiteError, match=r"no layout of the positions of text\.blocks\.0"):
         layouts.at("text.blocks.0")
     with pytest.raises(KeyError):
         layouts["text"]

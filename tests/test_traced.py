@@ -31,8 +31,11 @@ def once(name: str, built: tiny.Case) -> dict[str, Any]:
     loop = both(name)[1].sitemap.model_record.loop
     taken = inspect.signature(type(built.model).__call__).parameters if loop else {}
     # The prior's scheduler divides by the steps less one, and so do unCLIP's.
-    fewest = {k: 2 if name == "kandinsky_prior" or k != "num_inference_steps" else 1
-              for k in taken if k.endswith("num_inference_steps")}  # fmt: skip
+    fewest = {
+        k: 2 if name == "kandinsky_prior" or k != "num_inference_steps" else 1
+        for k in taken
+        if k.endswith("num_inference_steps")
+    }
     return built.inputs | fewest | {k: 1.0 for k in taken if k.endswith(("guidance_scale", "true_cfg_scale"))}
 
 
@@ -71,9 +74,21 @@ def same(a: mm.Run, b: mm.Run) -> None:
 def some(name: str) -> list[str]:
     """A few sites of every sort."""
     sites = list(both(name)[1].sitemap.sites)
-    ends = ("hook_q", "hook_attn_scores", "hook_pattern", "hook_rot_k", "hook_z", "hook_resid_mid",
-            "hook_resid_mid_cross", "hook_scale", "hook_normalized", "mlp.hook_pre", "hook_pos_embed",
-            "resid_post", "hook_out")  # fmt: skip
+    ends = (
+        "hook_q",
+        "hook_attn_scores",
+        "hook_pattern",
+        "hook_rot_k",
+        "hook_z",
+        "hook_resid_mid",
+        "hook_resid_mid_cross",
+        "hook_scale",
+        "hook_normalized",
+        "mlp.hook_pre",
+        "hook_pos_embed",
+        "resid_post",
+        "hook_out",
+    )
     return [matching[-1] for end in ends if (matching := [s for s in sites if s.endswith(end)])]
 
 
@@ -125,11 +140,16 @@ def test_gradients_are_bit_equal_to_the_hooked_model(name: str) -> None:
 def test_steps_rows_and_positions_are_bit_equal_to_the_hooked_model() -> None:
     built, hooked, traced = both("stable_diffusion")
     pattern, text = "denoiser.blocks.0.cross_attn.hook_pattern", "text.blocks.1.hook_resid_post"
-    read = [mm.Read(pattern, steps=[1], rows="cond"), mm.Read(text, rows="uncond"),
-            mm.Read("denoiser.hook_out", reduce=lambda x: x.mean((2, 3)))]  # fmt: skip
+    read = [
+        mm.Read(pattern, steps=[1], rows="cond"),
+        mm.Read(text, rows="uncond"),
+        mm.Read("denoiser.hook_out", reduce=lambda x: x.mean((2, 3))),
+    ]
     pre = "denoiser.blocks.0.hook_resid_pre"
-    edit = [mm.Edit(pre, lambda x: x * 2, steps=[0], rows="cond", positions=[3]),
-            mm.Edit(text, lambda x: x + 1, rows="cond", positions=[0, 2])]  # fmt: skip
+    edit = [
+        mm.Edit(pre, lambda x: x * 2, steps=[0], rows="cond", positions=[3]),
+        mm.Edit(text, lambda x: x + 1, rows="cond", positions=[0, 2]),
+    ]
     same(hooked.run(built.inputs, read=read, edit=edit), traced.run(built.inputs, read=read, edit=edit))
 
 
@@ -217,11 +237,11 @@ def test_every_site_by_name_in_one_trace_is_bit_equal_to_a_run(name: str) -> Non
     order = [site for site in order if not site.endswith("hook_pattern_text")]
     run = hooked.run(inputs, read=list(order))
     with torch.no_grad(), traced.trace(**inputs):
-        got = nnsight.save({})
+        values = nnsight.save({})
         for site in order:
-            got[site] = traced.site(site)
-    assert set(got) == {s for s in hooked.sitemap.sites if not s.endswith("hook_pattern_text")}
-    for site, value in got.items():
+            values[site] = traced.site(site)
+    assert set(values) == {s for s in hooked.sitemap.sites if not s.endswith("hook_pattern_text")}
+    for site, value in values.items():
         expected = run[site]
         if hooked.sitemap[site].tower in hooked.sitemap.loops:
             expected = expected[0]
@@ -235,12 +255,12 @@ def test_the_texts_part_of_a_joint_pattern_is_bit_equal_to_a_run(name: str) -> N
     sites = [site for site in in_order(name) if site.endswith("hook_pattern_text")]
     run = hooked.run(built.inputs | once, read=sites)
     with torch.no_grad(), traced.trace(**built.inputs | once):
-        got = nnsight.save({})
+        values = nnsight.save({})
         for site in sites:
-            got[site] = traced.site(site)
+            values[site] = traced.site(site)
     for site in sites:
         expected = run[site][0] if hooked.sitemap.model_record.loop else run[site]
-        assert torch.equal(got[site], expected), site
+        assert torch.equal(values[site], expected), site
 
 
 @each_family
@@ -346,8 +366,8 @@ def test_an_envoy_of_a_site_is_read_assigned_and_cached() -> None:
     name = "vision.blocks.1.attn.hook_pattern"
     with torch.no_grad(), traced.trace(**built.inputs) as tracer:
         cache = tracer.cache(modules=[traced.envoy(name), traced.vision_model])
-        was = traced.envoy(name).output
-        traced.envoy(name).output = torch.full_like(was, 0.2)
+        before = traced.envoy(name).output
+        traced.envoy(name).output = torch.full_like(before, 0.2)
         logits = traced.output.logits_per_image.save()
     assert torch.equal(cache[f"sites.{name}"].output, torch.full((2, 4, 5, 5), 0.2))
     expected = hooked.run(built.inputs, edit=[mm.Edit(name, lambda x: torch.full_like(x, 0.2))])

@@ -84,11 +84,11 @@ def test_what_nnsights_users_look_for_is_there() -> None:
 
 def test_renamed_modules_and_the_sites_in_them() -> None:
     model = TracedModel(tiny.CASES["clip"]().model, rename={"vision_model": "eye"})
-    given = tiny.CASES["clip"]().inputs
-    with torch.no_grad(), model.trace(**given):
+    inputs = tiny.CASES["clip"]().inputs
+    with torch.no_grad(), model.trace(**inputs):
         site = model.site("vision.blocks.1.hook_resid_post").save()
         native = model.eye.encoder.layers[2].output.save()
-    run = model.run(given, read=["vision.blocks.1.hook_resid_post", "vision.blocks.2.hook_resid_post"])
+    run = model.run(inputs, read=["vision.blocks.1.hook_resid_post", "vision.blocks.2.hook_resid_post"])
     assert torch.equal(site, run["vision.blocks.1.hook_resid_post"])
     assert torch.equal(native, run["vision.blocks.2.hook_resid_post"])
 
@@ -110,16 +110,17 @@ def test_messages_a_dictionary_and_an_encoding_are_what_text_and_images_are(llav
     expected = llava.run({"text": prompt, "images": [picture]}).output.logits
     encoding = llava.prepare(text=prompt, images=[picture])
     plain = [{"role": "user", "content": "is there a circle?"}]
-    for given in ((chat,), ([chat],), ({"text": prompt, "images": [picture]},), (encoding,)):
-        with torch.no_grad(), llava.trace(*given):
+    for call in ((chat,), ([chat],), ({"text": prompt, "images": [picture]},), (encoding,)):
+        with torch.no_grad(), llava.trace(*call):
             logits = llava.output.logits.save()
-        assert torch.equal(logits, expected), given
+        assert torch.equal(logits, expected), call
     with torch.no_grad(), llava.trace(plain):
         logits = llava.output.logits.save()
     text = llava.processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "text", "text": "is there a circle?"}]}],
-        add_generation_prompt=True, tokenize=False,
-    )  # fmt: skip
+        add_generation_prompt=True,
+        tokenize=False,
+    )
     assert torch.equal(logits, llava.run({"text": text}).output.logits)
     with pytest.raises(mm.InputError, match="Give the picture or its path"):
         with llava.trace([{"role": "user", "content": [{"type": "image", "url": "x"}]}]):
@@ -145,10 +146,10 @@ def test_several_raw_invokes_of_a_vlm_see_what_each_alone_sees(llava: Any) -> No
             values.append([llava.site(sites[0]), llava.site(sites[1])])
         with tracer.invoke(rows[2]["text"]):
             values.append([llava.site(sites[1])])
-    for row, got in zip(rows, values, strict=True):
+    for row, seen_values in zip(rows, values, strict=True):
         used = sites if "images" in row else sites[1:]
         alone = llava.run(row, read=used)
-        for site, value in zip(used, got, strict=True):
+        for site, value in zip(used, seen_values, strict=True):
             assert len(value) == 1
             n = alone[site].shape[1]
             padded = value[:, -n:] if llava.tokenizer.padding_side == "left" else value[:, :n]
@@ -174,11 +175,11 @@ def test_pictures_by_position() -> None:
 
 
 def test_each_steps_tokens_pass_the_generator(llava: Any) -> None:
-    given = INPUTS["tiny-llava"] | {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    call = INPUTS["tiny-llava"] | {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     plain = llava.wrapped.generate(
         **llava.prepare(**INPUTS["tiny-llava"]), max_new_tokens=3, min_new_tokens=3, do_sample=False
     )
-    with llava.generate(**given) as tracer:
+    with llava.generate(**call) as tracer:
         steps = nnsight.save([])
         for _ in tracer.iter[:]:
             steps.append(llava.generator.streamer.output)
@@ -201,8 +202,8 @@ def test_pipe_is_transformers_whole_pipeline_with_the_block_in_it(llava: Any) ->
     theirs: Any = pipeline("image-text-to-text", model=llava.wrapped, processor=llava.processor)
     expected = theirs(**call)
     with llava.pipe(**call) as tracer:
-        got = nnsight.save(tracer.result)
-    assert got == expected == llava.pipe(**call)
+        output = nnsight.save(tracer.result)
+    assert output == expected == llava.pipe(**call)
     with llava.pipe(**call) as tracer:
         llava.site("projector.hook_out")[:] = 0
         blind = nnsight.save(tracer.result)
@@ -221,15 +222,21 @@ def test_another_pipeline_of_the_same_weights_by_its_name_or_class() -> None:
     from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline
 
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    given = {"prompt": "a red circle", "image": picture, "strength": 0.5, "num_inference_steps": 4,
-             "seed": 0, "output_type": "pt"}  # fmt: skip
+    call = {
+        "prompt": "a red circle",
+        "image": picture,
+        "strength": 0.5,
+        "num_inference_steps": 4,
+        "seed": 0,
+        "output_type": "pt",
+    }
     hooked = mm.load("tiny-sd", automodel=StableDiffusionImg2ImgPipeline)
     assert type(hooked.wrapped) is StableDiffusionImg2ImgPipeline
-    expected = hooked.run(given, read=["denoiser.hook_out"])["denoiser.hook_out"]
+    expected = hooked.run(call, read=["denoiser.hook_out"])["denoiser.hook_out"]
     assert len(expected) == 2  # Half of the steps.
     lazy = TracedModel("tiny-sd", automodel=AutoPipelineForImage2Image)
     assert type(lazy.pipeline).__name__ == "StableDiffusionPipeline"
-    assert torch.equal(lazy.run(given, read=["denoiser.hook_out"])["denoiser.hook_out"], expected)
+    assert torch.equal(lazy.run(call, read=["denoiser.hook_out"])["denoiser.hook_out"], expected)
     assert type(lazy.pipeline) is StableDiffusionImg2ImgPipeline
     assert lazy.origin == CheckpointRef("tiny-sd", {"automodel": "AutoPipelineForImage2Image"})
     both_of_them = torch.cat([picture, picture])
@@ -291,8 +298,8 @@ def test_a_scan_that_needs_a_value_says_so() -> None:
 
 @pytest.mark.parametrize("name", list(INPUTS))
 def test_layouts_are_those_of_the_hooked_model_with_and_without_weights(name: str) -> None:
-    given = {k: v for k, v in INPUTS[name].items() if k in ("text", "images")} or {"text": ["a red circle"]}
-    expected = mm.load(name).layout(**given)
+    raw = {k: v for k, v in INPUTS[name].items() if k in ("text", "images")} or {"text": ["a red circle"]}
+    expected = mm.load(name).layout(**raw)
     assert expected
     for model in (mm.load(name, engine="nnsight"), mm.load(name, engine="nnsight", device="meta")):
-        assert model.layout(**given) == expected
+        assert model.layout(**raw) == expected

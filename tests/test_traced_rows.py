@@ -57,8 +57,9 @@ def test_ragged_invokes_of_images_and_texts_see_their_own_rows() -> None:
             native = traced.text_model.encoder.layers[1].output.save()
             o1 = nnsight.save(tracer.result)
     for i, (pixel, z, o) in enumerate(((pixels[:3], z0, o0), (pixels[3:], z1, o1))):
-        alone = traced.run({"pixel_values": pixel, **texts[i]},
-                           read=[Z_VISION, Z_TEXT, "text.blocks.1.hook_resid_post"])  # fmt: skip
+        alone = traced.run(
+            {"pixel_values": pixel, **texts[i]}, read=[Z_VISION, Z_TEXT, "text.blocks.1.hook_resid_post"]
+        )
         close(z, alone[Z_VISION])
         for key in ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds"):
             close(o[key], alone.output[key])
@@ -125,8 +126,11 @@ def test_raw_texts_and_images_are_prepared_for_each_invoke() -> None:
 
     built = tiny.CASES["clip"]()
     side = {"height": 28, "width": 28}
-    inputs = Inputs("contrastive", tokenizer=tiny.letter_tokenizer(16),
-                    image_processor=CLIPImageProcessor(size=side, crop_size=side))  # fmt: skip
+    inputs = Inputs(
+        "contrastive",
+        tokenizer=tiny.letter_tokenizer(16),
+        image_processor=CLIPImageProcessor(size=side, crop_size=side),
+    )
     traced = TracedModel(built.model, inputs=inputs)
     images = [Image.new("RGB", (28, 28), c) for c in ("red", "lime", "blue")]
     with torch.no_grad(), traced.trace() as tracer:
@@ -149,7 +153,7 @@ def test_raw_texts_and_images_are_prepared_for_each_invoke() -> None:
 def test_rows_that_cannot_be_told_apart_are_an_error() -> None:
     built, traced = model("open_clip")
     image, text = tiny.pixels(3), torch.cat([built.inputs["text"], built.inputs["text"][:1]])
-    was, built.model.output_dict = built.model.output_dict, False
+    output_dict, built.model.output_dict = built.model.output_dict, False
     try:
         with pytest.raises(mm.InputError, match="divided otherwise"):
             with torch.no_grad(), traced.trace() as tracer:
@@ -164,7 +168,7 @@ def test_rows_that_cannot_be_told_apart_are_an_error() -> None:
                 second = nnsight.save(tracer.result)
         assert [len(x) for x in (*first[:2], *second[:2])] == [2, 2, 1, 1]
     finally:
-        built.model.output_dict = was
+        built.model.output_dict = output_dict
     z = "vision.blocks.0.attn.hook_z"
     with torch.no_grad(), traced.trace() as tracer:
         with tracer.invoke(image=image[:2], text=text[:1]):
@@ -196,8 +200,8 @@ def test_two_invokes_equal_two_runs(name: str) -> None:
             a = traced.site(site).save()
         with tracer.invoke(**rows[1]):
             b = traced.site(site).save()
-    for got, row in zip((a, b), rows, strict=True):
-        close(got, traced.run(row, read=[site])[site])
+    for value, row in zip((a, b), rows, strict=True):
+        close(value, traced.run(row, read=[site])[site])
 
 
 # -- images and text in one sequence -------------------------------------------------------------
@@ -220,16 +224,17 @@ def test_ragged_invokes_of_a_vlm_see_their_own_rows() -> None:
         with tracer.invoke(input_ids=text_only):
             l2 = traced.site("language.blocks.0.attn.hook_pattern").save()
     assert [len(x) for x in (v0, p0, l0, v1, logits, l2)] == [1, 1, 1, 2, 1, 1]
-    alone = traced.run({"input_ids": short, "pixel_values": pixels[:1]},
-                       read=["vision.blocks.1.attn.hook_z", "projector.hook_out",
-                             "language.blocks.1.hook_resid_post"])  # fmt: skip
+    alone = traced.run(
+        {"input_ids": short, "pixel_values": pixels[:1]},
+        read=["vision.blocks.1.attn.hook_z", "projector.hook_out", "language.blocks.1.hook_resid_post"],
+    )
     close(v0, alone["vision.blocks.1.attn.hook_z"])
     close(p0, alone["projector.hook_out"])
     close(l0[:, : short.shape[1]], alone["language.blocks.1.hook_resid_post"])
     close(logits, traced.run({"input_ids": two, "pixel_values": pixels[1:]}).output.logits)
     n = text_only.shape[1]
-    own = traced.run({"input_ids": text_only}, read=["language.blocks.0.attn.hook_pattern"])
-    close(l2[..., :n, :n], own["language.blocks.0.attn.hook_pattern"])
+    alone = traced.run({"input_ids": text_only}, read=["language.blocks.0.attn.hook_pattern"])
+    close(l2[..., :n, :n], alone["language.blocks.0.attn.hook_pattern"])
     assert long.shape == (1, 10)
 
 
@@ -244,14 +249,14 @@ def generation(**more: Any) -> dict[str, Any]:
 def test_a_loop_over_all_steps_ends_and_what_follows_it_runs() -> None:
     _, traced = model("llava")
     with traced.generate(**generation()) as tracer:
-        seen = nnsight.save([])
+        steps = nnsight.save([])
         projected = traced.site("projector.hook_out").save()
         for step in tracer.iter[:]:
-            seen.append((step, traced.site("language.blocks.1.hook_resid_post").shape[1]))
+            steps.append((step, traced.site("language.blocks.1.hook_resid_post").shape[1]))
         ids_ = nnsight.save(tracer.result)
         after = nnsight.save("ran")
-    assert [s for s, _ in seen] == [0, 1, 2, 3]
-    assert [n for _, n in seen] == [10, 1, 1, 1]
+    assert [s for s, _ in steps] == [0, 1, 2, 3]
+    assert [n for _, n in steps] == [10, 1, 1, 1]
     assert torch.equal(ids_, traced.generate(**generation()))
     assert after == "ran"
     assert projected.shape[0] == 2
@@ -260,12 +265,12 @@ def test_a_loop_over_all_steps_ends_and_what_follows_it_runs() -> None:
 def test_a_slice_past_the_last_step_ends_with_it_and_an_index_there_is_an_error() -> None:
     _, traced = model("llava")
     with traced.generate(**generation()) as tracer:
-        seen = nnsight.save([])
+        steps_made = nnsight.save([])
         for step in tracer.iter[1:9]:
             traced.site("language.hook_embed")
-            seen.append(step)
+            steps_made.append(step)
         after = nnsight.save("ran")
-    assert seen == [1, 2, 3]
+    assert steps_made == [1, 2, 3]
     assert after == "ran"
     for steps in (7, [0, 2, 7]):
         with pytest.raises(IndexError, match="Step 7 was asked for"):
@@ -333,8 +338,12 @@ def test_d1_a_pipeline_and_its_parts_can_be_scanned() -> None:
 @pytest.mark.parametrize("per_prompt", [1, 2])
 def test_d2_each_invoke_of_a_pipeline_sees_its_own_rows(guidance: float, per_prompt: int) -> None:
     _, traced = model("stable_diffusion")
-    options = {"guidance_scale": guidance, "num_images_per_prompt": per_prompt, "num_inference_steps": 2,
-               "output_type": "pt"}  # fmt: skip
+    options = {
+        "guidance_scale": guidance,
+        "num_images_per_prompt": per_prompt,
+        "num_inference_steps": 2,
+        "output_type": "pt",
+    }
     seeds = [[7, 8, 9, 10][: 2 * per_prompt], [20, 21][:per_prompt]]
     first = {"prompt": ["a cat", "a dog"], "seed": seeds[0]}
     second = {"prompt": ["a mouse"], "seed": seeds[1]}

@@ -2,7 +2,8 @@
 
 python -m tests.write_docs
 
-writes what stands between `<!-- generated: NAME -->` and `<!-- /generated -->`; `tests/test_docs.py` compares.
+writes what stands between `<!-- generated: NAME -->` and `<!-- /generated -->`. `tests/test_docs.py`
+compares.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ PAGES = {
 # The libraries whose classes this project's classes extend.
 HOSTS = ("nnsight", "transformer_lens", "cloudpickle", "sae_lens", "pyvene")
 PACKAGES = ("mm_adapters", "methods_multimodal", "integrations")
+# In the order of the tables; a method's page names its room.
+ROOMS = (
+    "text_explanations", "lenses", "patching", "relevance", "cross_attention", "diffusion", "dissection",
+    "data_attribution", "integrations.sae_lens", "integrations.pyvene",
+)  # fmt: skip
 
 
 def marked(name: str) -> re.Pattern[str]:
@@ -66,24 +72,18 @@ def front_matter(page: Path) -> dict[str, str]:
 
 def methods(page: Path) -> str:
     """The methods by room: in README with the paper's number, in docs with its names and a link."""
-    order = {
-        room: i
-        for i, room in enumerate(
-            ("text_explanations", "lenses", "patching", "relevance", "cross_attention", "diffusion", "dissection",
-             "data_attribution", "integrations.sae_lens", "integrations.pyvene")
-        )
-    }  # fmt: skip
-    about = sorted(
-        ((front_matter(path), path) for path in method_pages()), key=lambda pair: order.get(pair[0]["room"], 99)
-    )
+    about = [(front_matter(path), path) for path in method_pages()]
+    about.sort(key=lambda pair: ROOMS.index(pair[0]["room"]))
     short = page.name == "README.md"
-    rows = ["| question | arXiv | call |", "|---|---|---|"] if short else ["| question | paper | call |", "|---|---|---|"]
+    rows = ["| question | arXiv | call |" if short else "| question | paper | call |", "|---|---|---|"]
     for said, path in about:
-        link = path.relative_to(page.parent).as_posix()
+        link, number = path.relative_to(page.parent).as_posix(), said["arxiv"]
         if short:
-            rows.append(f"| {said['question']} | {said['arxiv'] or said['paper']} | [`{said['call'].partition('(')[0]}`]({link}) |")
+            name = said["call"].partition("(")[0]
+            rows.append(f"| {said['question']} | {number or said['paper'] or '–'} | [`{name}`]({link}) |")
         else:
-            paper = f"[{said['paper']}](https://arxiv.org/abs/{said['arxiv']})" if said["arxiv"] else said["paper"]
+            paper = said["paper"] or "–"
+            paper = f"[{paper}](https://arxiv.org/abs/{number})" if number else paper
             rows.append(f"| [{said['question']}]({link}) | {paper} | `{said['room']}`: `{said['call']}` |")
     return "\n".join(rows)
 
@@ -120,15 +120,17 @@ def our_classes() -> list[type]:
 
 def overrides(page: Path) -> str:
     """Each private member of a host's class that a class of ours overrides, with the host's signature."""
-    rows = []
+    rows = set()
     for cls in our_classes():
         for base in cls.__mro__[1:]:
             if base.__module__.partition(".")[0] not in HOSTS:
                 continue
-            for name in vars(cls):
-                if name.startswith("_") and not name.startswith("__") and name != "_abc_impl" and name in vars(base):
-                    rows.append(f"| `{base.__module__}.{base.__qualname__}.{name}` | `{shape(base, name)}` | `{cls.__module__}.{cls.__qualname__}` |")
-    return "\n".join(["| theirs | its signature | ours |", "|---|---|---|", *sorted(set(rows))])
+            for name in set(vars(cls)) & set(vars(base)):
+                if name.startswith("_") and not name.startswith("__") and name != "_abc_impl":
+                    theirs = f"{base.__module__}.{base.__qualname__}.{name}"
+                    ours = f"{cls.__module__}.{cls.__qualname__}"
+                    rows.add(f"| `{theirs}` | `{shape(base, name)}` | `{ours}` |")
+    return "\n".join(["| theirs | its signature | ours |", "|---|---|---|", *sorted(rows)])
 
 
 def shape(base: type, name: str) -> str:
@@ -156,7 +158,9 @@ def main() -> None:
         for page in pages:
             text = page.read_text(encoding="utf-8")
             made = WRITERS[name](page)
-            page.write_text(marked(name).sub(lambda m, made=made: f"{m[1]}{made}\n{m[3]}", text), encoding="utf-8")
+            page.write_text(
+                marked(name).sub(lambda m, made=made: f"{m[1]}{made}\n{m[3]}", text), encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

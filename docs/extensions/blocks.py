@@ -54,7 +54,9 @@ class Block:
 def pages() -> list[Path]:
     """README, and every page of docs that is written by hand."""
     built = ("_build", "_generated", "examples")
-    docs = [p for p in sorted((ROOT / "docs").rglob("*.md")) if p.relative_to(ROOT / "docs").parts[0] not in built]
+    docs = [
+        p for p in sorted((ROOT / "docs").rglob("*.md")) if p.relative_to(ROOT / "docs").parts[0] not in built
+    ]
     return [ROOT / "README.md", *docs]
 
 
@@ -132,13 +134,15 @@ def show(page: Path, pictures: Path) -> list[dict[str, Any]]:
                 made = sorted(p for p in Path(scratch).glob("*.png") if p not in before)
                 for picture in made:
                     (pictures / picture.name).write_bytes(picture.read_bytes())
-                shown.append({"line": block.line, "printed": printed, "pictures": [p.name for p in made]})
+                shown.append({"printed": printed, "pictures": [p.name for p in made]})
     return shown
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the pages' blocks and writes PAGE.json and pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pages", nargs="+", type=Path)
     parser.add_argument("--folder", type=Path, required=True)
     options = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Docstrings as this project writes them, for autodoc: Markdown's backticks, `Source:` and `Raises:` as paragraphs."""
+"""Docstrings as this project writes them, for autodoc: single backticks are code, `Source:` is prose."""
 
 from __future__ import annotations
 

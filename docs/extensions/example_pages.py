@@ -31,7 +31,11 @@ def page(example: Path) -> str:
     prose = "\n\n".join(part for part in rest if "python examples/" not in part)
     code = source.split('"""', 2)[2].split('\nif __name__ == "__main__":')[0].strip()
     out = "hooks.txt" if "hooks.txt" in source else f"{example.stem}.png"
-    show = f'Image(main(["--out", "{out}"]))' if out.endswith(".png") else f'print(main(["--out", "{out}"]).read_text())'
+    show = (
+        f'Image(main(["--out", "{out}"]))'
+        if out.endswith(".png")
+        else f'print(main(["--out", "{out}"]).read_text())'
+    )
     first = "from IPython.display import Image\n\n" if out.endswith(".png") else ""
     return (
         f"{HEADER}# {example.stem[:2]}. {question}\n\n{prose}\n\n"

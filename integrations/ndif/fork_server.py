@@ -104,11 +104,11 @@ class ForkServer:
 
     def _ask(self, line: str) -> bytes:
         """The server's answer to a line; empty if it has ended or takes too long."""
-        asked, answers = self.process.stdin, self.process.stdout
-        assert asked is not None
+        requests, answers = self.process.stdin, self.process.stdout
+        assert requests is not None
         assert answers is not None
         try:
-            asked.write(line.encode())
+            requests.write(line.encode())
         except BrokenPipeError:
             return b""
         return answers.readline() if select.select([answers], [], [], WARM_WITHIN_S)[0] else b""

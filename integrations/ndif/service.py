@@ -131,14 +131,26 @@ class Service:
     def _start_ray(self) -> None:
         ports = self.ports
         self._part(
-            "ray", self._tool("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-            f"--port={ports['gcs']}", f"--ray-client-server-port={ports['client']}", "--num-cpus=2",
-            f"--num-gpus={self.gpus or 1}", f"--resources={self._resources()}",
-            "--object-store-memory=150000000", "--min-worker-port=25000", "--max-worker-port=25300",
-            "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={ports['dashboard']}", f"--temp-dir={self.temp}",
+            "ray",
+            self._tool("ray"),
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            f"--port={ports['gcs']}",
+            f"--ray-client-server-port={ports['client']}",
+            "--num-cpus=2",
+            f"--num-gpus={self.gpus or 1}",
+            f"--resources={self._resources()}",
+            "--object-store-memory=150000000",
+            "--min-worker-port=25000",
+            "--max-worker-port=25300",
+            "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={ports['dashboard']}",
+            f"--temp-dir={self.temp}",
             *(f"--{name}={ports[name]}" for name in AGENT_PORTS),
-        )  # fmt: skip
+        )
         self._until(self._write_ports, "gcs")
         for name in ("redis", "s3", "gcs", "client"):
             self._until(lambda port=ports[name]: is_open(port), name)
@@ -179,9 +191,14 @@ class Service:
     def _part(self, name: str, *command: str, **env: str) -> None:
         with (self.logs / f"{name}.log").open("wb") as log:
             self.parts[name] = subprocess.Popen(
-                command, env=self.env | env, stdout=log, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, preexec_fn=die_with_parent, cwd=self.temp,
-            )  # fmt: skip
+                command,
+                env=self.env | env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_parent,
+                cwd=self.temp,
+            )
 
     def _until(self, done: object, what: str) -> None:
         assert callable(done)

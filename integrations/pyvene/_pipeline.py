@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
+from mm_adapters import Model
 
-def host(model: Any) -> Any:
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+ModelLike: TypeAlias = "Model | nn.Module | DiffusionPipeline"
+
+
+def host(model: ModelLike) -> Any:
     """The module pyvene is given: the model itself, or a pipeline's stand-in."""
     wrapped = getattr(model, "wrapped", model)
     return wrapped if isinstance(wrapped, nn.Module) else PipelineHost.of(wrapped)
@@ -28,11 +35,11 @@ class PipelineHost(nn.Module):
     def of(cls, pipeline: Any) -> PipelineHost:
         """The same stand-in for the same pipeline; its class is the pipeline's own."""
         kind = _HOST_KINDS.setdefault(type(pipeline), type(f"{type(pipeline).__name__}Host", (cls,), {}))
-        held = pipeline.__dict__.get("_mm_pyvene_host")
-        if held is None:
-            held = kind(pipeline)
-            pipeline.__dict__["_mm_pyvene_host"] = held
-        return held
+        host = pipeline.__dict__.get("_mm_pyvene_host")
+        if host is None:
+            host = kind(pipeline)
+            pipeline.__dict__["_mm_pyvene_host"] = host
+        return host
 
     @property
     def config(self) -> Any:

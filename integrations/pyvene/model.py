@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from integrations.pyvene._files import read, write
-from integrations.pyvene._pipeline import PipelineHost, host
+from integrations.pyvene._pipeline import ModelLike, PipelineHost, host
 from integrations.pyvene.gates import StepGate, layers_of
 from integrations.pyvene.interventions import refuse_subspaces
 from integrations.pyvene.options import check_options
@@ -38,7 +38,7 @@ class MMIntervenableModel(pv.IntervenableModel):
     the loop's guidance.
     """
 
-    def __init__(self, config: Any, model: Any, **options: Any) -> None:
+    def __init__(self, config: Any, model: ModelLike, **options: Any) -> None:
         check_options(type(self), options, _OPTIONS)
         register(model)
         self._handlers: list[Any] = []
@@ -159,7 +159,7 @@ class MMIntervenableModel(pv.IntervenableModel):
         write(self, Path(save_directory))
 
     @staticmethod
-    def load(load_directory: str | Path, model: Any, **options: Any) -> MMIntervenableModel:
+    def load(load_directory: str | Path, model: ModelLike, **options: Any) -> MMIntervenableModel:
         """What `save` wrote, on a model of the same family.
 
         Raises: CheckpointError if the folder has none, or an intervention of no known class; InputError

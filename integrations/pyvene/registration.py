@@ -9,14 +9,14 @@ from pyvene.models import intervenable_modelcard as card
 from pyvene.models.constants import CONST_INPUT_HOOK, CONST_OUTPUT_HOOK
 from torch import nn
 
-from integrations.pyvene._pipeline import host
+from integrations.pyvene._pipeline import ModelLike, host
 from mm_adapters import Site, SiteMap
 from mm_adapters.records import Input, Output
 
 _HOOKS = {Input: CONST_INPUT_HOOK, Output: CONST_OUTPUT_HOOK}
 
 
-def register(model: Any) -> dict[str, str]:
+def register(model: ModelLike) -> dict[str, str]:
     """Tells pyvene where this model's sites are; returns component -> reason for those it cannot reach.
 
     A component is a site's name with %s for the layer, "vision.blocks.%s.hook_resid_post", which a

@@ -8,7 +8,7 @@ from typing import Any
 import pyvene as pv
 from pyvene.models import intervenable_modelcard as card
 
-from integrations.pyvene._pipeline import host
+from integrations.pyvene._pipeline import ModelLike, host
 from integrations.pyvene.interventions import BoundlessPositions
 from integrations.pyvene.options import check_options
 from integrations.pyvene.registration import component_of, register, width_of
@@ -19,7 +19,7 @@ _UNITS = ("pos", *_HEAD_UNITS)
 
 
 def intervention(
-    model: Any,
+    model: ModelLike,
     site: str,
     kind: type[pv.Intervention] | Any,
     *,

@@ -8,9 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
+from methods_multimodal.commands.options import (
+    Device,
+    ModelName,
+    Picture,
+    Seed,
+    Steps,
+    check_out,
+    open_model,
+)
 from mm_adapters import InputError
 
-_FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp")
 _METHODS = (
     "d-trak", "trak", "journey-trak", "dot", "cosine", "datainf", "ekfac", "unlearning", "clip", "pixels",
 )  # fmt: skip
@@ -21,7 +29,7 @@ def attribute(
     train: Annotated[
         str, typer.Option(help="A folder of pictures with captions, or zoo:N for tiny-sd's first N.")
     ],
-    model: Annotated[str, typer.Option(help="A shipped model, a folder, or an id on the hub.")] = "tiny-sd",
+    model: ModelName = "tiny-sd",
     method: Annotated[str, typer.Option(help=f"One of {', '.join(_METHODS)}.")] = "d-trak",
     image: Annotated[Path | None, typer.Option(help="Ask about this picture instead of drawing one.")] = None,
     parameters: Annotated[
@@ -31,16 +39,14 @@ def attribute(
     width: Annotated[int, typer.Option(min=1, help="Of the projected gradients.")] = 1024,
     damping: Annotated[float, typer.Option(min=0, help="In shares of the kernel's mean eigenvalue.")] = 0.1,
     judge: Annotated[str, typer.Option(help="For clip: whose features.")] = "tiny-clip",
-    seed: Annotated[int, typer.Option(help="Of the drawing's noise.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Of the drawing.")] = 25,
+    seed: Seed = 0,
+    steps: Steps = 25,
     shown: Annotated[int, typer.Option(min=1, help="How many pictures of each kind.")] = 6,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU if there is one.")] = None,
+    device: Device = None,
     work: Annotated[
         Path, typer.Option(help="A folder for gradient features, which the next query uses again.")
     ] = Path("attribution"),
-    out: Annotated[Path, typer.Option(help="The picture; its numbers go beside it, as .json.")] = Path(
-        "attribution.png"
-    ),
+    out: Picture = Path("attribution.png"),
 ) -> None:
     """Draws a picture and ranks training pictures by how much they helped or harmed it.
 
@@ -50,10 +56,7 @@ def attribute(
 
     if method not in _METHODS:
         raise InputError(f"There is no method {method!r}; there is {', '.join(_METHODS)}.")
-    if out.suffix.lower() not in _FORMATS:
-        raise InputError(f"--out {out}: the picture's format is one of {', '.join(_FORMATS)}.")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.absolute().parent}.")
+    check_out(out)
     if image is not None and not image.is_file():
         raise FileNotFoundError(f"There is no image {image}.")
     journey = method == "journey-trak"
@@ -69,12 +72,10 @@ def attribute(
     from methods_multimodal.data_attribution.encoding import diffusion_examples
     from methods_multimodal.data_attribution.journey import trajectory
     from methods_multimodal.plots.data_attribution import sources
-    from mm_adapters.loading import load
     from mm_adapters.store import atomic_write
 
-    loaded = load(model, device=device)
-    if loaded.kind != "diffusion":
-        raise InputError(f"{model} does not draw; attribute is about diffusion models.")
+    why = "does not draw; attribute is about diffusion models."
+    loaded = open_model(model, device, kind="diffusion", otherwise=why)
     pipe: Any = loaded.wrapped
     side = _side(loaded)
     known = pictures.images(side)
@@ -87,15 +88,15 @@ def attribute(
     else:
         drawn = Image.open(image).convert("RGB").resize((side, side))
     if method in ("clip", "pixels"):
-        found = _alike([drawn], known, load(judge, device=device) if method == "clip" else None)
+        scored = _alike([drawn], known, open_model(judge, device) if method == "clip" else None)
     else:
         examples = diffusion_examples(loaded, known, list(pictures.captions))
         asked = diffusion_examples(loaded, [drawn], [query])
-        found = _by_gradients(
+        scored = _by_gradients(
             method, loaded, traced, examples, asked, work,
             parameters=parameters, timesteps=timesteps, width=width, damping=damping,
         )  # fmt: skip
-    scores = found[0]
+    scores = scored[0]
     figure = sources(
         drawn, scores, known.__getitem__, title=f"{query}\n({method})", captions=pictures.captions, n=shown
     )
@@ -159,7 +160,7 @@ def _by_gradients(
         return journey_trak(
             model, store, traced, scorer=Trak(damping=damping), parameters=parameters
         ).scores()
-    found = query_features(task, asked, projection=projection)
+    features = query_features(task, asked, projection=projection)
     scorers = {
         "d-trak": Trak(measure=measure, damping=damping),
         "trak": Trak(measure=measure, damping=damping),
@@ -167,7 +168,7 @@ def _by_gradients(
         "cosine": Cosine(measure=measure),
         "datainf": DataInf(damping, measure=measure),
     }
-    return scores(scorers[method], store, found)
+    return scores(scorers[method], store, features)
 
 
 def _alike(queries: list[Any], known: Any, judge: Any) -> Any:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 
-from mm_adapters import HookedModel, InputError
+from methods_multimodal.commands.options import BatchSize, Device, ModelName, check_folder, open_model
+from mm_adapters import InputError, Model
 
 
 def dissect(
     images: Annotated[Path, typer.Option(help="A folder of pictures.")],
     site: Annotated[str, typer.Option(help="Whose units; mm-interp sites MODEL lists them.")],
-    model: Annotated[str, typer.Option(help="A shipped model, a folder, or an id on the hub.")] = "tiny-clip",
+    model: ModelName = "tiny-clip",
     masks: Annotated[
         Path | None, typer.Option(help="A folder of index maps with a legend.json, or a COCO file.")
     ] = None,
@@ -30,8 +30,8 @@ def dissect(
     ] = "a photo of {}",
     question: Annotated[str, typer.Option(help="For a model that answers questions.")] = "what is this?",
     cards: Annotated[int, typer.Option(min=1, help="How many units get a card.")] = 48,
-    batch: Annotated[int, typer.Option(min=1)] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU if there is one.")] = None,
+    batch: BatchSize = 32,
+    device: Device = None,
     out: Annotated[Path, typer.Option(help="A folder: index.html, units.json, units.csv.")] = Path(
         "dissection"
     ),
@@ -42,6 +42,7 @@ def dissect(
     from mm_adapters.inputs.images import image_files
 
     files = image_files(images, recursive=False, verify=True)
+    check_folder(out)
     if masks is None and concepts is None:
         raise InputError("Give --masks (names and where they are), --concepts (names), or both.")
     labelled, known = (None, None) if masks is None else read_masks(masks, files)
@@ -52,13 +53,14 @@ def dissect(
         if unknown:
             raise InputError(f"{concepts} lacks {', '.join(unknown[:6])}, which the masks have. Add them.")
 
+    from PIL import Image
+
     from methods_multimodal.dissection.concepts import presence
     from methods_multimodal.dissection.survey import survey
     from methods_multimodal.dissection.units import Units
     from methods_multimodal.report.dissection import strongest, write_page
-    from mm_adapters.loading import load
 
-    loaded = load(model, device=device)
+    loaded = open_model(model, device)
     units = Units(loaded, site)
     pictures = [Image.open(path) for path in files]
     batches = [
@@ -66,32 +68,32 @@ def dissect(
         for i in range(0, len(pictures), batch)
     ]
     about = {"model": model, "images": str(images), "n_images": len(files)}
-    found = survey(
-        units, batches, load(judge, device=device), listed, out / "activations",
+    results = survey(
+        units, batches, open_model(judge, device), listed, out / "activations",
         masks=labelled, template=template, about=about,
     )  # fmt: skip
     maps: dict[int, list[Any]] = {}
-    chosen = strongest(found, cards)
-    wanted = sorted({int(i) for unit in chosen for i in found.top[unit, :5]})
-    seen = {}
-    for number in wanted:
-        seen[number] = units.maps(_inputs(loaded, [pictures[number]], question))[0]
-    for unit in chosen:
-        maps[unit] = [(int(i), seen[int(i)][unit]) for i in found.top[unit, :5]]
+    units_shown = strongest(results, cards)
+    numbers = sorted({int(i) for unit in units_shown for i in results.top[unit, :5]})
+    by_number = {}
+    for number in numbers:
+        by_number[number] = units.maps(_inputs(loaded, [pictures[number]], question))[0]
+    for unit in units_shown:
+        maps[unit] = [(int(i), by_number[int(i)][unit]) for i in results.top[unit, :5]]
     written = write_page(
-        found, out, model=model, pictures=pictures, maps=maps,
-        thresholds=None if found.network is None else found.network.thresholds,
+        results, out, model=model, pictures=pictures, maps=maps,
+        thresholds=None if results.network is None else results.network.thresholds,
         shown=None if labelled is None else presence(labelled, listed),
     )  # fmt: skip
-    for one in found.methods:
+    for one in results.methods:
         kept = one.chance.significant()
         typer.echo(f"{one.method}: {len(kept)} of {len(one.names)} units better than chance")
     typer.echo(f"wrote {', '.join(map(str, written))}")
 
 
-def _inputs(model: HookedModel, pictures: Sequence[Image.Image], question: str) -> Mapping[str, Any]:
+def _inputs(model: Model, pictures: Sequence[Any], question: str) -> Mapping[str, Any]:
     """The model's inputs for these pictures, with whatever text it cannot do without."""
-    roles = {tower.record.role for tower in model.sitemap.towers.values()}
+    roles = {tower.role for tower in model.towers.values()}
     if "language" in roles:
         return {"images": list(pictures), "text": [question] * len(pictures)}
     # A dual tower's forward wants a text; which one does not matter to the other tower.

@@ -7,22 +7,23 @@ from typing import Annotated
 
 import typer
 
+from methods_multimodal.commands.options import BatchSize, Device, ModelName, check_folder, open_model
 from mm_adapters import InputError
 
 
 def heads(
     images: Annotated[Path, typer.Option(help="A folder of images; folders in it count too.")],
-    model: Annotated[str, typer.Option(help="A shipped model, a folder, or an id on the hub.")] = "tiny-clip",
+    model: ModelName = "tiny-clip",
     vocabulary: Annotated[
         str, typer.Option(help="A text file, one text a line; or general, or world (for tiny-clip).")
     ] = "general",
     texts: Annotated[int, typer.Option(min=1, help="How many texts name a head.")] = 5,
     top: Annotated[int, typer.Option(min=1, help="How many images are shown for a text.")] = 4,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    batch_size: BatchSize = 32,
     skip_unreadable: Annotated[
         bool, typer.Option(help="List images that cannot be read, and go on.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU if there is one.")] = None,
+    device: Device = None,
     out: Annotated[
         Path, typer.Option(help="A folder: heads.html, heads.json, and what a killed run left.")
     ] = Path("heads"),
@@ -40,28 +41,30 @@ def heads(
     words = words_of(vocabulary)
     if texts > len(words):
         raise InputError(f"--texts {texts}: the vocabulary has {len(words)}.")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; give a folder.")
+    check_folder(out)
     from PIL import Image
 
     from methods_multimodal.report.heads import write_heads
     from methods_multimodal.text_explanations.name_heads import name_heads
     from mm_adapters.inputs.images import to_rgb
-    from mm_adapters.loading import load
 
-    try:
-        loaded = load(model, device=device)
-    except ValueError as error:  # An unknown device.
-        raise InputError(str(error)) from None
-    if loaded.kind != "contrastive":
-        raise InputError(f"{model} has no joint space of images and texts, so its heads have no words here.")
-    found = name_heads(loaded, files, words, n_texts=texts, top=top, folder=out, batch_size=batch_size,
-                       skip_unreadable=skip_unreadable)  # fmt: skip
+    why = "has no joint space of images and texts, so its heads have no words here."
+    loaded = open_model(model, device, kind="contrastive", otherwise=why)
+    names = name_heads(
+        loaded,
+        files,
+        words,
+        n_texts=texts,
+        top=top,
+        folder=out,
+        batch_size=batch_size,
+        skip_unreadable=skip_unreadable,
+    )
 
     def picture_of(number: int) -> Image.Image:
         return to_rgb(files[number])
 
-    page, numbers = write_heads(found, picture_of, model, out)
-    for name, why in found.unreadable:
+    page, numbers = write_heads(names, picture_of, model, out)
+    for name, why in names.unreadable:
         typer.echo(f"skipped {name}: {why}")
     typer.echo(f"wrote {page} and {numbers}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -69,7 +70,8 @@ def spearman(a: Float[Tensor, "row column"], b: Float[Tensor, "row column"]) -> 
     ranks = [scipy.stats.rankdata(x.double().cpu().numpy(), axis=0) for x in (a, b)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.ConstantInputWarning)
-        return torch.from_numpy(np.asarray(scipy.stats.pearsonr(*ranks, axis=0).statistic))
+        pearson: Any = scipy.stats.pearsonr(*ranks, axis=0)
+    return torch.from_numpy(np.asarray(pearson.statistic))
 
 
 def iou(
@@ -89,7 +91,7 @@ def paired_interval(
     level: float = 0.95,
     n_resamples: int = 2000,
     rng: Seed = 0,
-) -> Float[np.ndarray, 2 * part]:
+) -> Float[np.ndarray, "bound ..."]:
     """A statistic's lower and upper bound when cases (all samples' last axis) are drawn again, together.
 
     `statistic` takes the samples and `axis`. Resamples in which it is NaN (0 / 0) are left out, as
@@ -191,5 +193,7 @@ class _Clusters:
         return values.sum(-1) / counts[..., 0]
 
 
-def _bounds(distribution: Float[np.ndarray, "*part resample"], level: float) -> Float[np.ndarray, 2 * part]:
+def _bounds(
+    distribution: Float[np.ndarray, "*part resample"], level: float
+) -> Float[np.ndarray, "bound ..."]:
     return np.nanquantile(distribution, [(1 - level) / 2, (1 + level) / 2], axis=-1)

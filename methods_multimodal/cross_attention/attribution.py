@@ -71,12 +71,14 @@ def attribute_patching(
             raise InputError(f"Patching takes two prompts; the case {case.prompt!r} has no other one.")
     effects, base = [], []
     with tqdm(total=len(cases), desc="attribution", unit="case", disable=None, leave=False) as bar:
-        for case, (own, other) in zip(cases, layouts, strict=True):
+        for case, (layout, other) in zip(cases, layouts, strict=True):
             assert other is not None
             if case.word:
-                to, source = align_positions(own, other, case.word, case.other_word or case.word, positions)
+                to, source = align_positions(
+                    layout, other, case.word, case.other_word or case.word, positions
+                )
             else:
-                to = source = text_positions(own)
+                to = source = text_positions(layout)
             effect, value = _one(model, attention, case, to, source, metric, options)
             effects.append(effect)
             base.append(value)
@@ -121,9 +123,9 @@ def _one(
         for kind in ("k", "v"):
             site = layer.site(kind)
             donated = _conditional(donor.values[site], donor.rows, site)[:, :, list(source)].float()
-            own = _conditional(run.values[site], run.rows, site)[:, :, list(to)].float()
+            base = _conditional(run.values[site], run.rows, site)[:, :, list(to)].float()
             grad = _conditional(run.grads[site], run.rows, site)[:, :, list(to)].float()
-            part = reduce((donated - own) * grad, "step row pos head d -> step head", "sum")
+            part = reduce((donated - base) * grad, "step row pos head d -> step head", "sum")
             total = part if total is None else total + part
         assert total is not None
         layers.append(total)

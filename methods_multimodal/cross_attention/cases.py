@@ -91,15 +91,15 @@ def positions_of_word(layout: TokenLayout, word: str, positions: str) -> list[in
 
     Raises: WordNotFoundError if the prompt does not have it; InputError if the later word is not later.
     """
-    own = find(layout, word)
+    here = find(layout, word)
     if positions == "word":
-        return own
+        return here
     if positions == "after":
-        return [p for p in text_positions(layout) if p >= own[0]]
-    last = [p for p in find(layout, positions) if p >= own[0]]
+        return [p for p in text_positions(layout) if p >= here[0]]
+    last = [p for p in find(layout, positions) if p >= here[0]]
     if not last:
         raise InputError(f"positions={positions!r} comes before {word!r} in the prompt {layout.texts[0]!r}.")
-    return list(range(own[0], last[-1] + 1))
+    return list(range(here[0], last[-1] + 1))
 
 
 def align_positions(
@@ -131,8 +131,8 @@ def layouts_of(
     """Each case's layouts: of its prompt, and of the other one if it has one."""
     layouts = []
     for case in cases:
-        own, *other = prompt_layouts(model, [case.prompt, *([case.other] if case.other else [])], options)
-        layouts.append((own, other[0] if other else None))
+        layout, *other = prompt_layouts(model, [case.prompt, *([case.other] if case.other else [])], options)
+        layouts.append((layout, other[0] if other else None))
     return layouts
 
 

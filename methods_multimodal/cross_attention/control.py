@@ -132,18 +132,18 @@ class _Mix:
         if mapper is not None and layer.text is not None:
             mapper = mapper[list(layer.text)]
 
-        def mix(own: Tensor, rows: Tensor) -> Tensor:
-            new = own
+        def mix(row: Tensor, rows: Tensor) -> Tensor:
+            new = row
             if mapper is not None and follows is not None:
-                share = follows.to(own)
-                new = rows[0] @ mapper.to(own) * share + own * (1 - share)
-            return new if turned is None else new * turned.to(own)
+                share = follows.to(row)
+                new = rows[0] @ mapper.to(row) * share + row * (1 - share)
+            return new if turned is None else new * turned.to(row)
 
         return mix
 
 
-def _injected(own: Tensor, rows: Tensor) -> Tensor:
-    return rows[0] if own.shape[-1] <= MOST_PIXELS else own
+def _injected(row: Tensor, rows: Tensor) -> Tensor:
+    return rows[0] if row.shape[-1] <= MOST_PIXELS else row
 
 
 def _check(edits: Sequence[WordEdit], n_steps: int) -> None:

@@ -35,11 +35,11 @@ class Memorisation(Record):
     """The neurons, as (layer, neuron), and the score before and after they are set to zero.
 
     The score is how alike the first steps of different seeds are, 0..1; `threshold` is what ordinary
-    prompts have. `found` were out of distribution, `neurons` are those of them that it takes.
+    prompts have. `candidates` were out of distribution, `neurons` are those of them that it takes.
     """
 
     neurons: tuple[Neuron, ...]
-    found: tuple[Neuron, ...]
+    candidates: tuple[Neuron, ...]
     before: float
     after: float
     threshold: float
@@ -84,8 +84,8 @@ def activations(
         return (flat * weight).sum(1) / weight.sum(1)
 
     reads = [Read(a.site("v"), reduce=size, steps=[0], rows="cond") for a in attention]
-    given = {**(options or {}), "callback_on_step_end": _stop, "output_type": "latent"}
-    run = model.run({**given, "prompt": list(prompts), "seed": [0] * len(prompts)}, read=reads)
+    inputs = {**(options or {}), "callback_on_step_end": _stop, "output_type": "latent"}
+    run = model.run({**inputs, "prompt": list(prompts), "seed": [0] * len(prompts)}, read=reads)
     return {str(a.layer): run[a.site("v")][0] for a in attention}
 
 
@@ -103,14 +103,14 @@ def first_noise(
     for layer in sorted({layer for layer, _ in neurons}):
         if layer not in attention:
             raise InputError(f"Layer {layer} has no neurons here; those that do: {list(attention)}.")
-        own = [n for at, n in neurons if at == layer]
+        of_layer = [n for at, n in neurons if at == layer]
         for row in range(len(seeds)):
-            row_edits.append(RowEdit(attention[layer].site("v"), row, _zeroed(own)))
-    given = {**(options or {}), "callback_on_step_end": _stop, "output_type": "latent"}
-    given |= {"prompt": [prompt] * len(seeds), "seed": list(seeds)}
+            row_edits.append(RowEdit(attention[layer].site("v"), row, _zeroed(of_layer)))
+    inputs = {**(options or {}), "callback_on_step_end": _stop, "output_type": "latent"}
+    inputs |= {"prompt": [prompt] * len(seeds), "seed": list(seeds)}
     tower = model.record.loop
     reads = [Read(f"{tower}.{part}", steps=[0], rows="cond") for part in ("hook_in", "hook_out")]
-    run = model.run(given, read=reads, edit=edits(row_edits))
+    run = model.run(inputs, read=reads, edit=edits(row_edits))
     taken = (run[f"{tower}.hook_out"][0] - run[f"{tower}.hook_in"][0]).float()
     low, high = taken.amin((-1, -2), keepdim=True), taken.amax((-1, -2), keepdim=True)
     return (taken - low) / (high - low).clamp(min=1e-12)
@@ -158,25 +158,25 @@ def find_neurons(
     Raises: InputError if the statistics are of another model.
     """
     run_options: dict[str, Any] = {"seeds": seeds, "options": options}
-    found = activations(model, [prompt], options=options)
-    if {k: len(v[0]) for k, v in found.items()} != {k: len(v) for k, v in statistics.mean.items()}:
+    of_prompt = activations(model, [prompt], options=options)
+    if {k: len(v[0]) for k, v in of_prompt.items()} != {k: len(v) for k, v in statistics.mean.items()}:
         raise InputError("The statistics are of another model: their layers or neurons are not this one's.")
     odd = {
         layer: ((x[0] - statistics.mean[layer]) / statistics.std[layer].clamp(min=1e-12)).abs()
-        for layer, x in found.items()
+        for layer, x in of_prompt.items()
     }
     plain = first_noise(model, prompt, **run_options)
 
     def alike(neurons: Sequence[Neuron]) -> float:
         return float(similarity(plain, first_noise(model, prompt, neurons, **run_options)).max())
 
-    chosen: list[Neuron] = []
+    candidates: list[Neuron] = []
     for k, theta in enumerate(thetas):
-        chosen = _outside(odd, theta, k, found)
-        if chosen and alike(chosen) <= threshold:
+        candidates = _outside(odd, theta, k, of_prompt)
+        if candidates and alike(candidates) <= threshold:
             break
-    kept = list(chosen)
-    for layer in sorted({layer for layer, _ in chosen}):  # Whole layers first: there are fewer.
+    kept = list(candidates)
+    for layer in sorted({layer for layer, _ in candidates}):  # Whole layers first: there are fewer.
         rest = [n for n in kept if n[0] != layer]
         if rest and alike(rest) <= threshold:
             kept = rest
@@ -185,14 +185,14 @@ def find_neurons(
         if rest and alike(rest) <= threshold:
             kept = rest
     before, after = (memorisation_score(model, prompt, n, **run_options) for n in ((), tuple(kept)))
-    return Memorisation(tuple(kept), tuple(chosen), before, after, threshold)
+    return Memorisation(tuple(kept), tuple(candidates), before, after, threshold)
 
 
-def _outside(odd: Mapping[str, Tensor], theta: float, k: int, found: Mapping[str, Tensor]) -> list[Neuron]:
+def _outside(odd: Mapping[str, Tensor], theta: float, k: int, values: Mapping[str, Tensor]) -> list[Neuron]:
     chosen: set[Neuron] = set()
     for layer, scores in odd.items():
         chosen |= {(int(layer), int(i)) for i in (scores > theta).nonzero().flatten().tolist()}
-        chosen |= {(int(layer), int(i)) for i in found[layer][0].topk(min(k, len(scores))).indices.tolist()}
+        chosen |= {(int(layer), int(i)) for i in values[layer][0].topk(min(k, len(scores))).indices.tolist()}
     return sorted(chosen)
 
 
@@ -201,10 +201,10 @@ def _layers(model: Model):
 
 
 def _zeroed(neurons: Sequence[int]):
-    def zero(own: Float[Tensor, "token head d"], rows: Tensor) -> Tensor:
-        flat = rearrange(own, "t h d -> t (h d)").clone()
+    def zero(row: Float[Tensor, "token head d"], rows: Tensor) -> Tensor:
+        flat = rearrange(row, "t h d -> t (h d)").clone()
         flat[:, list(neurons)] = 0
-        return rearrange(flat, "t (h d) -> t h d", h=own.shape[1])
+        return rearrange(flat, "t (h d) -> t h d", h=row.shape[1])
 
     return zero
 

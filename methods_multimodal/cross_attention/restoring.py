@@ -90,7 +90,7 @@ class _AtWord:
         positions = positions[-1:] if self.at == "last" else positions
         return copy_positions(0, positions, positions)
 
-    def __call__(self, own: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, row: Tensor, rows: Tensor) -> Tensor:
         raise AssertionError("A copy at a word is bound to a case first.")
 
 
@@ -142,10 +142,10 @@ def _corrupted(
     """The same noise on a word's embeddings, in each of these rows, in every text encoder."""
     positions = positions_of_word(layout, word, "word")
 
-    def corrupt(own: Tensor, every: Tensor) -> Tensor:
-        offsets = torch.randn(len(positions), own.shape[-1], generator=generator(seed)).to(own)
-        own[positions] = own[positions] + noise * every.float().std().to(own) * offsets
-        return own
+    def corrupt(row: Tensor, every: Tensor) -> Tensor:
+        offsets = torch.randn(len(positions), row.shape[-1], generator=generator(seed)).to(row)
+        row[positions] = row[positions] + noise * every.float().std().to(row) * offsets
+        return row
 
     towers = [t for t in model.towers if model.towers[t].role == "text"]
     return [RowEdit(f"{tower}.hook_embed", row, corrupt) for tower in towers for row in rows]

@@ -75,10 +75,10 @@ def patch_edits(
     options: Mapping[str, Any] | None = None,
 ) -> list[RowEdit]:
     """The edits with which one row of `generate_checked` takes a word's keys and values from another."""
-    ((own, other),) = layouts_of(model, [case], options)
+    ((layout, other),) = layouts_of(model, [case], options)
     assert other is not None
     if not case.word:
-        every = text_positions(own)
+        every = text_positions(layout)
         return _at(model, case, row, donor, part, every, every)
     return _at(
         model,
@@ -86,7 +86,7 @@ def patch_edits(
         row,
         donor,
         part,
-        *align_positions(own, other, case.word, case.other_word or case.word, positions),
+        *align_positions(layout, other, case.word, case.other_word or case.word, positions),
     )
 
 
@@ -217,8 +217,8 @@ def _measured(
 
         def draw_parts(chunk: Sequence[int]) -> Tensor:
             prompts = [case.prompt, goals[i] if goals else case.prompt, *[case.prompt] * (1 + len(chunk))]
-            own = [c for j, p in enumerate(chunk) for c in change(i, parts[p], 3 + j, 1, None)]
-            return generate_checked(model, prompts, case.seed, [*ends, *own], options)
+            of_parts = [c for j, p in enumerate(chunk) for c in change(i, parts[p], 3 + j, 1, None)]
+            return generate_checked(model, prompts, case.seed, [*ends, *of_parts], options)
 
         return draw_parts
 
@@ -247,14 +247,14 @@ def _check_both(cases: Sequence[Case]) -> None:
 
 
 def _zeroed(heads: Sequence[int] | None, pixels: Sequence[int] | None) -> Callable[[Tensor, Tensor], Tensor]:
-    def zero(own: Tensor, rows: Tensor) -> Tensor:
+    def zero(row: Tensor, rows: Tensor) -> Tensor:
         at = slice(None) if pixels is None else list(pixels)
-        part = own[at]
+        part = row[at]
         if heads is None:
             part = torch.zeros_like(part)
         else:
             part[:, list(heads)] = 0
-        own[at] = part
-        return own
+        row[at] = part
+        return row
 
     return zero

@@ -113,11 +113,11 @@ class WordReader:
             steps = [int((i + 0.5) * self.n_steps / n) for i in range(n)]
         reads = [Read(site, reduce=fold, rows="cond") for site, fold in self.folds.items()]
         for site in self.pixels:
-            self.affinities[site] = own = Affinity()
+            self.affinities[site] = affinity = Affinity()
             name = site.rpartition(".")[0]
             reads += [
-                Read(f"{name}.hook_q", own.query, steps, "cond"),
-                Read(f"{name}.hook_k", own.key, steps, "cond"),
+                Read(f"{name}.hook_q", affinity.query, steps, "cond"),
+                Read(f"{name}.hook_k", affinity.key, steps, "cond"),
             ]
         if self.grid is not None:
             return reads

@@ -62,7 +62,7 @@ def linear_datamodeling_score(
     crossed = [np.arange(n) for n in losses.shape if n > 1]  # A single query is not drawn.
 
     def mean(rows: NDArray[np.int64], *columns: NDArray[np.int64]) -> float:
-        at = np.ix_(rows, *(columns or ([0],)))
+        at = np.ix_(rows, columns[0] if columns else np.zeros(1, np.int64))
         return float(_rank_correlation(predicted[at], negative[at]).mean())
 
     low, high = bootstrap(

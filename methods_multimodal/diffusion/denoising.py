@@ -97,13 +97,13 @@ class StepReader:
             raise InputError(
                 "A run of one step has no prediction to keep: its first has noise alone to go by."
             )
-        given = run[f"{tower}.{sampling.latents}"]
+        latents_in = run[f"{tower}.{sampling.latents}"]
         predicted = run[f"{tower}.{sampling.prediction}"]
         rows = run.rows.get(tower, {"cond": slice(None)})
         sampler = getattr(model.wrapped, sampling.scheduler)
-        first = _first_timestep(sampler, len(given), model.name)
+        first = _first_timestep(sampler, len(latents_in), model.name)
         axis = predicted.ndim - 1 if sampling.packed else 2  # With steps and rows before it.
-        n_channels = _n_channels(sampling, predicted.shape[axis], given.shape[axis])
+        n_channels = _n_channels(sampling, predicted.shape[axis], latents_in.shape[axis])
         parts = {name: predicted[:, where] for name, where in rows.items()}
         means = {name: part.narrow(axis, 0, n_channels) for name, part in parts.items()}
         guidance = model.loops()[tower] or Guidance()
@@ -116,7 +116,7 @@ class StepReader:
         if takes_variance(sampler) and predicted.shape[axis] > n_channels:
             n_more = predicted.shape[axis] - n_channels
             guided = torch.cat([guided, parts["cond"].narrow(axis, n_channels, n_more)], axis)
-        latents = given[list(self.steps), rows["cond"]].narrow(axis, 0, n_channels)
+        latents = latents_in[list(self.steps), rows["cond"]].narrow(axis, 0, n_channels)
         times = [sampler.timesteps[first + step] for step in self.steps]
         scales = torch.tensor([input_scale(sampler, time) for time in times]).to(latents)
         return StepPredictions(
@@ -125,7 +125,7 @@ class StepReader:
             latents=latents / scales.reshape(-1, *[1] * (latents.ndim - 1)),
             steps=self.steps,
             times=tuple(float(time) for time in times),
-            n_calls=len(given),
+            n_calls=len(latents_in),
         )
 
     def predictions(self, model: Model, run: Run) -> tuple[list[Tensor], list[float]]:

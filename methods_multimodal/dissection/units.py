@@ -115,10 +115,10 @@ class Units:
             # The other tower's inputs have no part in where the patches are.
             names = (tower.input_name, tower.record.grids, "images")
             needed = {name: value for name, value in inputs.items() if name in names}
-        layouts = self.model.layout(**needed) if needed else {}
-        layout = layouts.get(tower.name)
+        layouts = self.model.layout(**needed) if needed else None
+        layout = None if layouts is None else layouts.find(self.site)
         if layout is None:
-            others = ", ".join(name for name, one in layouts.items() if one.grid) or "none"
+            others = ", ".join(name for name, one in (layouts or {}).items() if one.grid) or "none"
             raise MissingSiteError(
                 f"The {tower.name} tower's layout has no 'patch' role, so the units of {self.site} have no "
                 f"maps. Towers with a grid: {others}."

@@ -50,6 +50,7 @@ def logit_lens(
     Raises: MissingSiteError if the tower has no stream of blocks, no final norm or no unembedding.
     """
     view = model.check_tower(tower)
+    view.check_one_stream()
     n_layers = max(1, view.n_layers())  # A tower without blocks lacks the first one's sites.
     sites = [f"{tower}.blocks.{i}.hook_resid_pre" for i in range(n_layers)]
     sites.append(f"{tower}.blocks.{n_layers - 1}.hook_resid_post")

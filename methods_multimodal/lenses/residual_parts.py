@@ -41,7 +41,8 @@ class Projections:
 
 
 def needed_sites(tower: TowerView) -> list[str]:
-    """The sites that `writes` needs."""
+    """The sites that `writes` needs. Raises: MissingSiteError if the tower has no one residual stream."""
+    tower.check_one_stream()
     layers = range(max(1, tower.n_layers()))  # A tower without blocks lacks those of the first.
     names = [f"{tower.name}.blocks.0.hook_resid_pre"]
     names += [f"{tower.name}.blocks.{i}.{part}" for i in layers for part in ("attn.hook_z", "hook_mlp_out")]

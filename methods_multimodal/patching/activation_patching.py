@@ -116,7 +116,8 @@ def patch_units(
         batch: The most rows of one run.
 
     Source: Meng et al. 2022, arXiv 2202.05262; Heimersheim and Nanda 2024, arXiv 2404.15255.
-    Raises: MissingSiteError for a layer without the site; InputError if the two inputs differ in shape.
+    Raises: MissingSiteError for a layer without the site; InputError if the two inputs differ in shape, or
+        the layers in how many units they have.
     """
     names = {layer: site.format(layer) for layer in layers}
     check_sites(model, names.values())
@@ -125,7 +126,13 @@ def patch_units(
     base = metric(model.run(corrupted).output).detach().float()
     n_rows, dim = len(base), _AXES[axis]
     if units is None:
-        units = [(i,) for i in range(source[names[layers[0]]].shape[dim])]
+        counts = sorted({source[name].shape[dim] for name in names.values()})
+        if len(counts) > 1:
+            raise InputError(
+                f"The layers differ in how many units {site} has: {', '.join(map(str, counts))}. Patch those "
+                "with as many together, or give the units."
+            )
+        units = [(i,) for i in range(counts[0])]
     groups = tuple(tuple(int(i) for i in unit) for unit in units)
     per_run = max(1, batch // n_rows) if _stacks(model, site, corrupted, stacked, n_rows) else 1
     chunks = [groups[i : i + per_run] for i in range(0, len(groups), per_run)]

@@ -65,7 +65,7 @@ def sources(
 
 
 def score_bars(
-    found: Mapping[str, Interval | Sequence[Interval]],
+    intervals: Mapping[str, Interval | Sequence[Interval]],
     ax: Axes | None = None,
     *,
     groups: Sequence[str] = (),
@@ -74,8 +74,8 @@ def score_bars(
 ) -> Axes:
     """A bar with its interval for each scorer, or one for each group of queries."""
     ax = ax or new_axes()
-    names = list(found)
-    parts = [list(v) if isinstance(v, Sequence) else [v] for v in found.values()]
+    names = list(intervals)
+    parts = [list(v) if isinstance(v, Sequence) else [v] for v in intervals.values()]
     n_groups = max(map(len, parts))
     height = 0.8 / n_groups
     for group in range(n_groups):

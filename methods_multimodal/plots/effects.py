@@ -18,19 +18,19 @@ def effect_grid(record: Effects, ax: Axes | None = None, *, title: str = "", lev
     places = list(zip(record.layers, record.heads, strict=True))
     rows, columns = list(dict.fromkeys(places)), list(dict.fromkeys(record.steps))
     table = torch.full((len(rows), len(columns)), float("nan"))
-    told: dict[tuple[int, int], str] = {}
+    cell_texts: dict[tuple[int, int], str] = {}
     for i, (place, steps) in enumerate(zip(places, record.steps, strict=True)):
         at = rows.index(place), columns.index(steps)
         table[at] = share.mean[i]
         mean, low, high = (f"{float(x[i]):+z.2f}" for x in (share.mean, share.low, share.high))
-        told[at] = f"{mean}\n{low} to {high}"
+        cell_texts[at] = f"{mean}\n{low} to {high}"
     shown = table.nan_to_num(0.0).numpy()
     norm = norm_of(shown, True, max(1.0, float(abs(shown).max())))
     image = ax.imshow(shown, cmap=SIGNED, norm=norm, aspect="auto")
-    for (i, j), text in told.items():
+    for (i, j), text in cell_texts.items():
         dark = abs(float(norm(shown[i, j])) - 0.5) > 0.3
         colour = "white" if dark else "black"
-        if len(told) <= 80:
+        if len(cell_texts) <= 80:
             ax.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
     ax.set_yticks(range(len(rows)), [_called(*row) for row in rows], fontsize=8)
     ax.set_xticks(range(len(columns)), [_span(c) or "all steps" for c in columns], fontsize=8)

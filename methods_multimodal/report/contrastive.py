@@ -112,7 +112,7 @@ def _gather(
 def _draw(
     model: Model,
     evidence: Evidence,
-    seen: Sequence[Any],
+    pictures: Sequence[Any],
     texts: Sequence[str],
     names: Sequence[str],
     model_name: str,
@@ -122,15 +122,15 @@ def _draw(
     grid = page.add_gridspec(3, 3)
     likely = probabilities(evidence.logits)
     for i, name in enumerate(names):
-        said = [
+        captions = [
             f"{float(evidence.logits[i, t]):+z.2f}  p={float(likely[i, t]):.3f}  {text}"
             for t, text in enumerate(texts[:6])
         ]
         picture(
-            seen[i],
+            pictures[i],
             page.add_subplot(grid[0, i]),
             title=f"{LETTERS[i]}: {name}, as the model sees it",
-            caption="\n".join(said),
+            caption="\n".join(captions),
         )
     heatmap(evidence.logits, page.add_subplot(grid[0, 2]), unit="logit", signed=True, write="+z.2f",
             rows=list(LETTERS), columns=[_short(t) for t in texts], title="the model's logits")  # fmt: skip

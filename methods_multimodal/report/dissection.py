@@ -27,7 +27,7 @@ _THUMB = 96
 
 
 def write_page(
-    found: Survey,
+    survey: Survey,
     out: Path,
     *,
     model: str,
@@ -42,7 +42,7 @@ def write_page(
     tables only. `shown [image, concept]` says which pictures show what, if that is known.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = [_row(found, unit) for unit in range(found.activations.shape[1])]
+    rows = [_row(survey, unit) for unit in range(survey.activations.shape[1])]
     table = out / "units.csv"
     lines = io.StringIO()
     writer = csv.DictWriter(lines, fieldnames=list(rows[0]))
@@ -52,52 +52,52 @@ def write_page(
     numbers = out / "units.json"
     about = {
         "model": model,
-        "site": found.site,
-        "images": len(found.activations),
-        "concepts": found.concepts.names,
+        "site": survey.site,
+        "images": len(survey.activations),
+        "concepts": survey.concepts.names,
     }
     write_json(numbers, {**about, "units": rows})
     page = out / "index.html"
-    write_text(page, _page(found, model, pictures, maps, thresholds, shown))
+    write_text(page, _page(survey, model, pictures, maps, thresholds, shown))
     return page, numbers, table
 
 
-def _row(found: Survey, unit: int) -> dict[str, Any]:
+def _row(survey: Survey, unit: int) -> dict[str, Any]:
     row: dict[str, Any] = {"unit": unit}
-    for one in found.methods:
+    for one in survey.methods:
         row[f"{one.method}"] = one.names[unit]
         row[f"{one.method}_score"] = rounded(one.scores[unit], 6)
         row[f"{one.method}_q"] = rounded(one.chance.q[unit], 6)
         row[f"{one.method}_correlation"] = rounded(one.follows[unit], 4)
         if one.faithful is not None:
             row[f"{one.method}_auroc"] = rounded(one.faithful.auroc[unit], 4)
-    row["top_pictures"] = " ".join(map(str, found.top[unit].tolist()))
+    row["top_pictures"] = " ".join(map(str, survey.top[unit].tolist()))
     return row
 
 
 def _page(
-    found: Survey,
+    survey: Survey,
     model: str,
     pictures: Sequence[Image.Image],
     maps: dict[int, list[tuple[int, Tensor]]],
     thresholds: Tensor | None,
     shown: Any,
 ) -> str:
-    first = found.methods[0]
+    first = survey.methods[0]
     kept = first.chance.significant()
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     detectors(
         first.names,
         kept,
-        found.concepts,
+        survey.concepts,
         figure.subplots(),
         title=f"what units detect ({first.method}; {len(kept)} of {len(first.names)} better than chance)",
     )
     return render(
-        "dissection.html", title=f"{found.site} of {model}", n_units=found.activations.shape[1],
-        n_images=len(found.activations), n_concepts=len(found.concepts), detectors=_plot(figure),
-        methods=[_method(one) for one in found.methods], agreements=_agreements(found),
-        units=[_card(found, unit, pictures, maps[unit], thresholds, shown) for unit in maps],
+        "dissection.html", title=f"{survey.site} of {model}", n_units=survey.activations.shape[1],
+        n_images=len(survey.activations), n_concepts=len(survey.concepts), detectors=_plot(figure),
+        methods=[_method(one) for one in survey.methods], agreements=_agreements(survey),
+        units=[_card(survey, unit, pictures, maps[unit], thresholds, shown) for unit in maps],
     )  # fmt: skip
 
 
@@ -113,15 +113,15 @@ def _method(one: Named) -> dict[str, Any]:
     }
 
 
-def _agreements(found: Survey) -> list[tuple[str, str, float]]:
+def _agreements(survey: Survey) -> list[tuple[str, str, float]]:
     """For every two methods, the share of units that they give the same name."""
-    table = agreement({one.method: one.names for one in found.methods})
-    pairs = itertools.combinations(enumerate(one.method for one in found.methods), 2)
+    table = agreement({one.method: one.names for one in survey.methods})
+    pairs = itertools.combinations(enumerate(one.method for one in survey.methods), 2)
     return [(one, other, float(table[i, j])) for (i, one), (j, other) in pairs]
 
 
 def _card(
-    found: Survey,
+    survey: Survey,
     unit: int,
     pictures: Sequence[Image.Image],
     maps: list[tuple[int, Tensor]],
@@ -134,10 +134,10 @@ def _card(
         level = cut if cut is not None and bool((map_ > cut).any()) else float(map_.flatten().quantile(0.9))
         small = pictures[number].convert("RGB").resize((_THUMB, _THUMB), Image.Resampling.NEAREST)
         images.append({"number": number, "source": _picture(exemplar(small, map_, level))})
-    first = found.methods[0]
-    concept = found.concepts.index(first.names[unit])
+    first = survey.methods[0]
+    concept = survey.concepts.index(first.names[unit])
     figure = Figure(figsize=(2.9, 1.9), layout="constrained")
-    values = found.activations[:, unit]
+    values = survey.activations[:, unit]
     activation_histogram(
         values,
         figure.subplots(),
@@ -152,7 +152,7 @@ def _card(
             "q": float(one.chance.q[unit]),
             "auroc": None if one.faithful is None else float(one.faithful.auroc[unit]),
         }
-        for one in found.methods
+        for one in survey.methods
     ]
     return {
         "number": unit,
@@ -171,9 +171,9 @@ def _picture(image: Image.Image) -> str:
     return inline(lambda out: image.save(out, "PNG", optimize=True))
 
 
-def strongest(found: Survey, n: int) -> list[int]:
+def strongest(survey: Survey, n: int) -> list[int]:
     """The units worth a card: the surest of each name first, then the next of each."""
-    first = found.methods[0]
+    first = survey.methods[0]
     order = torch.argsort(first.scores, descending=True).tolist()
     surest = sorted(order, key=lambda unit: float(first.chance.q[unit]) > 0.05)
     by_name: dict[str, list[int]] = {}

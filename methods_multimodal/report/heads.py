@@ -14,9 +14,9 @@ from methods_multimodal.report._page import rounded
 from methods_multimodal.text_explanations.name_heads import HeadNames
 
 
-def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], model_name: str) -> str:
+def heads_page(record: HeadNames, picture_of: Callable[[int], Image.Image], model_name: str) -> str:
     """The page as HTML, with its pictures in it: nothing else is loaded."""
-    files = dict(found.top_files)
+    files = dict(record.top_files)
     thumbs: dict[int, str] = {}
 
     def image(number: int, score: float) -> dict[str, str]:
@@ -27,67 +27,67 @@ def heads_page(found: HeadNames, picture_of: Callable[[int], Image.Image], model
     def texts(layer: int, head: int) -> list[dict[str, Any]]:
         return [
             {
-                "text": found.texts[number],
-                "group": found.groups[number],
-                "gained": float(found.variance_explained[layer, head, i]),
+                "text": record.texts[number],
+                "group": record.groups[number],
+                "gained": float(record.variance_explained[layer, head, i]),
                 "images": [
                     image(int(n), float(score))
                     for n, score in zip(
-                        found.top_images[layer, head, i], found.scores[layer, head, i], strict=True
+                        record.top_images[layer, head, i], record.scores[layer, head, i], strict=True
                     )
                 ],
             }
-            for i, number in enumerate(found.chosen[layer, head].tolist())
+            for i, number in enumerate(record.chosen[layer, head].tolist())
             if number >= 0
         ]
 
-    n_layers, n_heads = found.chosen.shape[:2]
+    n_layers, n_heads = record.chosen.shape[:2]
     layers = [
         {
             "number": layer,
             "heads": [
-                {"number": head, "share": float(found.variance[layer, head]), "texts": texts(layer, head)}
+                {"number": head, "share": float(record.variance[layer, head]), "texts": texts(layer, head)}
                 for head in range(n_heads)
             ],
         }
         for layer in reversed(range(n_layers))
     ]
     return render(
-        "heads.html", title=f"What the heads of {model_name} say", n_images=found.n_images,
-        n_texts=len(found.texts), layers=layers, unreadable=found.unreadable,
+        "heads.html", title=f"What the heads of {model_name} say", n_images=record.n_images,
+        n_texts=len(record.texts), layers=layers, unreadable=record.unreadable,
     )  # fmt: skip
 
 
-def heads_numbers(found: HeadNames, model_name: str) -> dict[str, Any]:
+def heads_numbers(record: HeadNames, model_name: str) -> dict[str, Any]:
     """The same as plain data."""
-    files = dict(found.top_files)
+    files = dict(record.top_files)
     heads = []
-    for layer in range(found.chosen.shape[0]):
-        for head in range(found.chosen.shape[1]):
+    for layer in range(record.chosen.shape[0]):
+        for head in range(record.chosen.shape[1]):
             texts = [
                 {
-                    "text": found.texts[number],
-                    "group": found.groups[number],
-                    "variance_explained": rounded(found.variance_explained[layer, head, i], 5),
-                    "images": [files[n] for n in found.top_images[layer, head, i].tolist()],
-                    "scores": rounded(found.scores[layer, head, i]),
+                    "text": record.texts[number],
+                    "group": record.groups[number],
+                    "variance_explained": rounded(record.variance_explained[layer, head, i], 5),
+                    "images": [files[n] for n in record.top_images[layer, head, i].tolist()],
+                    "scores": rounded(record.scores[layer, head, i]),
                 }
-                for i, number in enumerate(found.chosen[layer, head].tolist())
+                for i, number in enumerate(record.chosen[layer, head].tolist())
                 if number >= 0
             ]
-            share = rounded(found.variance[layer, head])
+            share = rounded(record.variance[layer, head])
             heads.append({"layer": layer, "head": head, "variance": share, "texts": texts})
-    unreadable = [{"image": name, "reason": why} for name, why in found.unreadable]
-    return {"model": model_name, "images": found.n_images, "unreadable": unreadable, "heads": heads}
+    unreadable = [{"image": name, "reason": why} for name, why in record.unreadable]
+    return {"model": model_name, "images": record.n_images, "unreadable": unreadable, "heads": heads}
 
 
 def write_heads(
-    found: HeadNames, picture_of: Callable[[int], Image.Image], model_name: str, folder: Path
+    record: HeadNames, picture_of: Callable[[int], Image.Image], model_name: str, folder: Path
 ) -> tuple[Path, Path]:
     """Writes heads.html and heads.json into `folder`; returns both."""
     page, numbers = folder / "heads.html", folder / "heads.json"
-    write_text(page, heads_page(found, picture_of, model_name))
-    write_json(numbers, heads_numbers(found, model_name))
+    write_text(page, heads_page(record, picture_of, model_name))
+    write_json(numbers, heads_numbers(record, model_name))
     return page, numbers
 
 

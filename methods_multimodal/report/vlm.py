@@ -80,8 +80,8 @@ def vlm_report(
         )
     prompt = prompt_of(model, question)
     clean, corrupted = (model.prepare(text=[prompt], images=[image]) for image in images)
-    seen = [as_seen(model, inputs["pixel_values"].flatten(0, -4)[0]) for inputs in (clean, corrupted)]
-    return _draw(model, _gather(model, clean, corrupted), seen, question, names, model_name or model.name)
+    pictures = [as_seen(model, inputs["pixel_values"].flatten(0, -4)[0]) for inputs in (clean, corrupted)]
+    return _draw(model, _gather(model, clean, corrupted), pictures, question, names, model_name or model.name)
 
 
 def prompt_of(model: Model, question: str) -> str:
@@ -138,7 +138,7 @@ def name_of(model: Model, tower: str = TOWER) -> Callable[[int], str]:
 def _draw(
     model: Model,
     evidence: Evidence,
-    seen: Sequence[Any],
+    pictures: Sequence[Any],
     question: str,
     names: Sequence[str],
     model_name: str,
@@ -146,8 +146,8 @@ def _draw(
     page = new_page(17.0, 15.0, f"{model_name}: “{question}”   target: logit of {evidence.target}")
     grid = page.add_gridspec(3, 3)
     for i, name in enumerate(names):
-        picture(seen[i], page.add_subplot(grid[0, i]), title=f"{LETTERS[i]}: {name}, as the model sees it",
-                caption=fill(f"answer: {evidence.answers[i]}", 50))  # fmt: skip
+        title, caption = f"{LETTERS[i]}: {name}, as the model sees it", f"answer: {evidence.answers[i]}"
+        picture(pictures[i], page.add_subplot(grid[0, i]), title=title, caption=fill(caption, 50))
     lens_table(evidence.lens, name_of(model), page.add_subplot(grid[0, 2]))
     mosaic(evidence.maps, page.add_subplot(grid[1, 0]), title="A: attention of the last token over patches")
     bars = head_shares(evidence.shares, page.add_subplot(grid[1, 1]))
@@ -158,7 +158,7 @@ def _draw(
     effect = evidence.patch_effect
     where = f"patching each patch of A into B, at the input of layer {evidence.patches.layers[0]}"
     unit = "effect (0 corrupted, 1 clean)"
-    overlay(effect[0], seen[0], page.add_subplot(grid[2, 0]), unit=unit, signed=True, title=where)
+    overlay(effect[0], pictures[0], page.add_subplot(grid[2, 0]), unit=unit, signed=True, title=where)
     names_of_layers = [f"into layer {i}" for i in evidence.patches.layers]
     title = "the same at each layer's input"
     tiles(effect, page.add_subplot(grid[2, 1:]), names=names_of_layers, unit=unit, signed=True, title=title)

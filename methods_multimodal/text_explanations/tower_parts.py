@@ -69,6 +69,7 @@ def tower_parts(model: Model, tower: str = "vision") -> TowerParts:
     or gives no summary that is linear in that stream.
     """
     view = model.check_tower(tower)
+    view.check_one_stream()
     check_sites(model, [f"{tower}.blocks.0.{part}" for part in NEEDED] + [f"{tower}.ln_final.hook_scale"])
     check_pool(view, "first", "last", "end", "attention")
     if view.pool == "attention":

@@ -8,6 +8,7 @@ that writes attention out, the softmax.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -282,13 +283,7 @@ def _through_groups(interceptor: AttentionInterceptor, name: str, x: Tensor) -> 
     return x if new is shown else repeat(new, "b h n d -> b (h g) n d", g=repeated)
 
 
-_MHA_ARGUMENTS = (
-    "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias",
-    "bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias",
-    "training", "key_padding_mask", "need_weights", "attn_mask", "use_separate_proj_weight",
-    "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v",
-    "average_attn_weights", "is_causal",
-)  # fmt: skip
+_MHA_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 KERNELS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _take_sdpa,

@@ -34,7 +34,7 @@ from mm_adapters.ndif_client.errors import (
 )
 from mm_adapters.ndif_client.shipping import install_and_load, payload_with_sources
 from mm_adapters.ndif_client.stock_service import stock_service_key
-from mm_adapters.nnsight_engine.protocol import SiteModel
+from mm_adapters.nnsight_engine.protocol import JobModel
 
 OURS = ("mm_adapters", "methods_multimodal", "integrations")
 _LOST = (websocket.WebSocketException, ConnectionError)
@@ -61,7 +61,7 @@ class Dispatch(RemoteBackend):
     grace_s = 20.0
     trusted: bool | None = None
 
-    def __init__(self, model: SiteModel, **options: Any) -> None:
+    def __init__(self, model: JobModel, **options: Any) -> None:
         super().__init__(model.to_model_key(), env=model._remoteable_get_env(), **options)
         self._model = model
         self._sent: tuple[RequestModel, bytes] | None = None

@@ -17,6 +17,7 @@ from mm_adapters.checkpoints.origin import CheckpointRef
 from mm_adapters.ndif_client.backend import Dispatch, LocalCopy
 from mm_adapters.ndif_client.stock_service import host_function
 from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
+from mm_adapters.runs.base_model import BaseModel
 
 if TYPE_CHECKING:
     from nnsight.tracing.backend import Backend
@@ -31,7 +32,7 @@ class Reference:
         self._persistent_id = name
 
 
-class ServedModel(Remotable):
+class ServedModel(BaseModel, Remotable):
     """A Remotable whose key is a `CheckpointRef`; without one it runs on this machine only.
 
     `on_stock_service` says that it is made of the model of a service without this package.
@@ -46,14 +47,6 @@ class ServedModel(Remotable):
     def in_process(self) -> bool:
         """Whether blocks run in the model's own process; in a service's sandbox they do not."""
         return isinstance(self.interleaver, SiteInterleaver)
-
-    @property
-    def is_on_meta(self) -> bool:
-        """Whether the weights have no values."""
-        raise NotImplementedError
-
-    def check_ready(self) -> None:
-        raise NotImplementedError
 
     def interleave(self, fn: Any, *args: Any, batcher: Batcher | None = None, **kwargs: Any) -> Any:
         """As nnsight's. Raises: MetaDeviceError without weights; InputError for invokes in a sandbox."""

@@ -15,7 +15,7 @@ from typing import Any
 from nnsight.intervention.interleaver import Interleaver
 from nnsight.intervention.serialization import CustomCloudPickler
 
-from mm_adapters.nnsight_engine.protocol import SiteModel
+from mm_adapters.nnsight_engine.protocol import JobModel
 
 _LEFT_OUT = ("zoo", "hooked", "cli", "tl_engine")
 # A service need not have jaxtyping, which only annotates.
@@ -51,7 +51,7 @@ class ReferenceRecorder(CustomCloudPickler):
         return name
 
 
-def payload_with_sources(tracer: Any, model: SiteModel, compress: bool) -> bytes:
+def payload_with_sources(tracer: Any, model: JobModel, compress: bool) -> bytes:
     """A job's payload that holds this package's source."""
     import io
 

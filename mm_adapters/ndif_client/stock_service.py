@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mm_adapters.nnsight_engine.protocol import SiteModel
+from mm_adapters.nnsight_engine.protocol import JobModel
 from mm_adapters.nnsight_engine.tasks import TASKS
 from mm_adapters.sites.single_tower import single_tower
 
 
-def stock_service_key(model: SiteModel) -> str:
+def stock_service_key(model: JobModel) -> str:
     """The key under which a stock service serves the same checkpoint.
 
     Raises: ValueError if it serves none of this kind.
@@ -37,7 +37,7 @@ def stock_service_key(model: SiteModel) -> str:
     return f"nnsight.modeling.transformers.TransformersModel:{json.dumps(checkpoint)}"
 
 
-def host_function(model: SiteModel, name: str, arguments: dict[str, Any]) -> str:
+def host_function(model: JobModel, name: str, arguments: dict[str, Any]) -> str:
     """A stock service's name of the function that is `name` here; its sandbox gets a name only."""
     if model.kind == "diffusion" or name == "_generate":
         return "generate"

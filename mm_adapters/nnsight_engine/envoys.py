@@ -46,19 +46,19 @@ class SiteEnvoy:
     @output.setter
     def output(self, new: Tensor) -> None:
         if not self._model.in_process:
-            was = self._from_sandbox()
-            self._check(new, was)
-            was.copy_(new)
+            served = self._from_sandbox()
+            self._check(new, served)
+            served.copy_(new)
             return
         self._check_request()
-        was = Mediator.value(self._point.location)
-        self._check(new, was)
-        Mediator.swap(self._point.location, new.to(was.device, was.dtype))
+        served = Mediator.value(self._point.location)
+        self._check(new, served)
+        Mediator.swap(self._point.location, new.to(served.device, served.dtype))
 
-    def _check(self, new: Any, was: Tensor) -> None:
-        if not isinstance(new, Tensor) or new.shape != was.shape:
-            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise ValueError(f"{self.site.name} is {tuple(was.shape)} here and was set to {got}.")
+    def _check(self, new: Any, served: Tensor) -> None:
+        if not isinstance(new, Tensor) or new.shape != served.shape:
+            what = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise ValueError(f"{self.site.name} is {tuple(served.shape)} here and was set to {what}.")
 
     def _from_sandbox(self) -> Tensor:
         """The value in a service's sandbox, which sends back what is written into it.

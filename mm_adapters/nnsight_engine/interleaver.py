@@ -76,7 +76,7 @@ class SiteInterleaver(FastPathInterleaver):
         self._activate(self._marks | self._always_active)
 
     def update_hooks(self, point: ServedPoint) -> None:
-        """Notes whether a point has hooks; called when it was given one, or lost one."""
+        """Notes whether a point has hooks; called when it is given one, or loses one."""
         if point.hooks:
             self._hooked.add(point.location)
             self._activate(self._sources.get(point.location, ()))
@@ -125,11 +125,11 @@ class SiteInterleaver(FastPathInterleaver):
     @contextmanager
     def serving(self) -> Iterator[None]:
         """The model waits inside, while a block's or a hook's own code runs."""
-        was, self.is_serving = self.is_serving, True
+        before, self.is_serving = self.is_serving, True
         try:
             yield
         finally:
-            self.is_serving = was
+            self.is_serving = before
 
     def handle(self, provider: str, value: Any) -> Any:
         if provider in self.active:
@@ -192,11 +192,11 @@ class SiteInterleaver(FastPathInterleaver):
             self.batcher.locate(provider)
         for mediator in self._ready(provider):
             mediator.__dict__["last"] = provider
-        was, self.is_serving = self.is_serving, True
+        before, self.is_serving = self.is_serving, True
         try:
             value = super().handle(provider, value)
         finally:
-            self.is_serving = was
+            self.is_serving = before
         if self._sites_parked and self.entered:
             self._open_late()
         for mediator in self.mediators:

@@ -38,17 +38,12 @@ class Interleaving(Protocol):
 
 
 class SiteModel(Protocol):
-    """A traced model, as its envoys, a recorded run and a remote job use it."""
+    """A traced model, as its envoys and a recorded run use it."""
 
     path: str
     interleaver: Any
     sitemap: SiteMap
-    origin: CheckpointRef | None
     on_stock_service: bool
-    service_packages: dict[str, dict[str, str]]
-
-    @property
-    def kind(self) -> str: ...
 
     @property
     def wrapped(self) -> Any: ...
@@ -62,6 +57,18 @@ class SiteModel(Protocol):
     def envoy(self, name: str) -> Any: ...
 
     def is_guided(self, arguments: Mapping[str, Any], guidance: Guidance) -> bool: ...
+
+
+class JobModel(Protocol):
+    """A traced model, as a remote job uses it."""
+
+    path: str
+    sitemap: SiteMap
+    origin: CheckpointRef | None
+    service_packages: dict[str, dict[str, str]]
+
+    @property
+    def kind(self) -> str: ...
 
     def to_model_key(self) -> str: ...
 

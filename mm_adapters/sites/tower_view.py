@@ -204,6 +204,15 @@ class TowerView:
             output = getattr(output, name)
         return output
 
+    def check_one_stream(self) -> None:
+        """Raises: MissingSiteError if its stages differ in the width and the positions of the stream."""
+        if isinstance(self.record.order, Stages):
+            raise MissingSiteError(
+                f"The {self.name} tower has no one residual stream: its positions are merged and made wider "
+                "from stage to stage, so what its blocks add is not one sum and their weights no one stack. "
+                "Read the sites of one stage, or the weights of one block."
+            )
+
     def patch_grid(self, pixels: Float[Tensor, "*_ height width"]) -> Grid:
         """How many patches these pixels are cut into, down and across.
 

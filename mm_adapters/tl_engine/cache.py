@@ -21,6 +21,31 @@ class TowerCache(ActivationCache):
     def __contains__(self, key: str) -> bool:
         return key.removeprefix(f"{self.model.name}.") in self.cache_dict
 
+    # TransformerLens stacks what each block has or adds. Each raises MissingSiteError where stages differ.
+    def accumulated_resid(self, *args: Any, **kwargs: Any) -> Any:
+        self.model._mounted.check_one_stream()
+        return super().accumulated_resid(*args, **kwargs)
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        self.model._mounted.check_one_stream()
+        return super().decompose_resid(*args, **kwargs)
+
+    def stack_activation(self, *args: Any, **kwargs: Any) -> Any:
+        self.model._mounted.check_one_stream()
+        return super().stack_activation(*args, **kwargs)
+
+    def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
+        self.model._mounted.check_one_stream()
+        return super().stack_head_results(*args, **kwargs)
+
+    def stack_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
+        self.model._mounted.check_one_stream()
+        return super().stack_neuron_results(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        self.model._mounted.check_one_stream()
+        return super().get_full_resid_decomposition(*args, **kwargs)
+
 
 class ModelCache(ActivationCache):
     """Every tower's activations by full name; `cache.vision` (or any tower) is that tower's cache.

@@ -15,6 +15,7 @@ from transformer_lens.config import TransformerLensConfig
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.records.resolve import head_count
 from mm_adapters.records.spec import Attention, Input, Norm, Output
+from mm_adapters.records.stages import Stages
 from mm_adapters.sites.site_map import resolve
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.sites.weights import tensor_at
@@ -233,7 +234,8 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         }
         first_block: Any = self.blocks[0] if "attn.hook_q" in parts else None
         weights: Any = first_block.attn.weights if first_block is not None else {}
-        if not weights.keys() & {"W_Q", "W_O"}:
+        # Of stages of several widths and numbers of heads no one number is right.
+        if isinstance(record.order, Stages) or not weights.keys() & {"W_Q", "W_O"}:
             return TowerConfig(d_model=0, d_head=0, n_heads=0, n_layers=len(self.blocks), n_ctx=0, **common)
         location, kv_location = parts["attn.hook_q"], parts["attn.hook_k"]
         assert isinstance(location, Output | Input | Attention)

@@ -25,6 +25,7 @@ class Stacked:
         self._name = name
 
     def __get__(self, tower: TowerWeights, owner: type | None = None) -> Tensor:
+        tower._mounted.check_one_stream()
         return torch.stack([getattr(getattr(block, self._part), self._name) for block in tower.blocks])
 
 
@@ -78,7 +79,8 @@ class TowerWeights:
     @property
     def W_pos(self) -> Float[Tensor, "pos d_model"]:
         """Position embeddings."""
-        return self._table("position", "W_pos").reshape(-1, self.cfg.d_model)
+        table = self._table("position", "W_pos")
+        return table.reshape(-1, self.cfg.d_model or table.shape[-1])
 
     @property
     def W_U(self) -> Float[Tensor, "d_model logit"]:
@@ -108,8 +110,11 @@ class TowerWeights:
 
         Raises: MissingSiteError if the summary is not a linear map of one position.
         """
-        matrix = self._mounted.projection
-        return torch.eye(self.cfg.d_model, device=self.cfg.device) if matrix is None else matrix
+        matrix, norm = self._mounted.projection, self._mounted.final_norm
+        if matrix is not None:
+            return matrix
+        width = self.cfg.d_model or (0 if norm is None else norm.gain.numel())
+        return torch.eye(width, device=self.cfg.device)
 
     @property
     def logit_bias(self) -> Float[Tensor, " logit"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mm_adapters._errors import InputError
+from mm_adapters._errors import MissingSiteError
 from mm_adapters.tokens.layout import TokenLayout
 
 
@@ -16,17 +16,22 @@ class Layouts(dict[str, TokenLayout]):
     def at(self, site: str) -> TokenLayout:
         """The layout of the positions at one site ("vision.blocks.3.attn.hook_pattern").
 
-        Raises: InputError if it is not known what they are.
+        Raises: MissingSiteError if it is not known what they are.
         """
+        layout = self.find(site)
+        if layout is None:
+            raise MissingSiteError(f"There is no layout of the positions of {site}, but of {self._known()}.")
+        return layout
+
+    def find(self, site: str) -> TokenLayout | None:
+        """As `at`; None if it is not known what the positions are."""
         steps = site.split(".")
-        for n in range(len(steps), 0, -1):
-            if (name := ".".join(steps[:n])) in self:
-                return self[name]
-        raise InputError(f"There is no layout of the positions of {site}. There is {self._known()}.")
+        beginnings = (".".join(steps[:n]) for n in range(len(steps), 0, -1))
+        return next((self[name] for name in beginnings if name in self), None)
 
     def __missing__(self, name: str) -> TokenLayout:
         if any(part.startswith(f"{name}.") for part in self):
-            raise InputError(
+            raise MissingSiteError(
                 f"The positions of {name} change on the way, so it has no one layout. Ask for a site's: "
                 f'layout.at("{name}...hook_resid_post"). There is {self._known()}.'
             )

@@ -16,7 +16,7 @@ from mm_adapters import zoo
 
 def make(folder: Path) -> dict[str, str]:
     """A folder for each repository of the hub that the tests ask for."""
-    made = {
+    writers = {
         "trl-internal-testing/tiny-LlavaForConditionalGeneration": _llava,
         "hf-internal-testing/tiny-random-ViTForImageClassification": _vit,
         "hf-internal-testing/tiny-stable-diffusion-torch": _stable_diffusion,
@@ -26,9 +26,9 @@ def make(folder: Path) -> dict[str, str]:
         ),
         "hf-internal-testing/tiny-flux-pipe": lambda at: tiny_diffusion.flux().model.save_pretrained(at),
     }
-    for name, write in made.items():
+    for name, write in writers.items():
         write(folder / name.partition("/")[2])
-    return {name: str(folder / name.partition("/")[2]) for name in made}
+    return {name: str(folder / name.partition("/")[2]) for name in writers}
 
 
 def _llava(folder: Path) -> None:

@@ -53,8 +53,8 @@ def tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # Not its sources: those installed are to be tested.
         inside = [m for m in tar if m.name.split("/")[1:2] == ["tests"]]
         tar.extractall(folder, inside, filter="data")
-    (found,) = folder.glob("nnsight-*/tests")
-    return found
+    (unpacked,) = folder.glob("nnsight-*/tests")
+    return unpacked
 
 
 def test_nnsights_own_tests_pass_with_our_classes(tests: Path, tmp_path: Path) -> None:

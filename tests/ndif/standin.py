@@ -74,9 +74,9 @@ def execute(envelope: dict[str, Any], blob: bytes) -> bytes:
             finally:
                 dec()
         finally:
-            for cache, was in zip(caches, before, strict=True):
+            for cache, earlier in zip(caches, before, strict=True):
                 cache.clear()
-                cache.update(was)
+                cache.update(earlier)
             model.interleaver.cancel()
     buffer = io.BytesIO()
     torch.save(saved, buffer)

@@ -34,11 +34,16 @@ def same_run(a: mm.Run, b: mm.Run) -> None:
 
 def test_a_run_of_clip(host: str, load: Load) -> None:
     model = load("tiny-clip")
-    read = ["vision.blocks.1.attn.hook_pattern", "vision.blocks.2.hook_resid_mid",
-            "text.blocks.0.attn.hook_z",
-            mm.Read("text.blocks.1.hook_resid_post", reduce=lambda x: x.mean(1))]  # fmt: skip
-    edit = [mm.Edit("vision.blocks.0.attn.hook_pattern", lambda p: p.flip(-1)),
-            mm.Edit("text.blocks.0.hook_resid_pre", lambda x: x * 2, positions=[1])]  # fmt: skip
+    read = [
+        "vision.blocks.1.attn.hook_pattern",
+        "vision.blocks.2.hook_resid_mid",
+        "text.blocks.0.attn.hook_z",
+        mm.Read("text.blocks.1.hook_resid_post", reduce=lambda x: x.mean(1)),
+    ]
+    edit = [
+        mm.Edit("vision.blocks.0.attn.hook_pattern", lambda p: p.flip(-1)),
+        mm.Edit("text.blocks.0.hook_resid_pre", lambda x: x * 2, positions=[1]),
+    ]
     here = model.run(INPUTS["tiny-clip"], read=read, edit=edit)
     there = model.run(INPUTS["tiny-clip"], read=read, edit=edit, remote=host)
     same_run(here, there)
@@ -92,8 +97,10 @@ def test_a_forward_of_llava(host: str, load: Load) -> None:
 def test_a_generation_of_llava(host: str, load: Load) -> None:
     model = load("tiny-llava")
     options = INPUTS["tiny-llava"] | {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    read = ["vision.blocks.0.hook_resid_post",
-            mm.Read("language.blocks.1.hook_resid_post", lambda x: x[:, -1:])]  # fmt: skip
+    read = [
+        "vision.blocks.0.hook_resid_post",
+        mm.Read("language.blocks.1.hook_resid_post", lambda x: x[:, -1:]),
+    ]
     edit = [mm.Edit("language.blocks.0.attn.hook_z", lambda x: x * 3, positions=[2, 11])]
     here = model.generate(**options, read=read, edit=edit)
     there = model.generate(**options, read=read, edit=edit, remote=host)

@@ -2,7 +2,8 @@
 
     python -m tests.retraining.scores [--write] [--picture FILE]
 
-prints the table of linear datamodeling scores, and with --write writes it into docs/methods/gradient_attribution.md. Minutes on one core.
+prints the table of linear datamodeling scores, and with --write writes it into
+docs/methods/gradient_attribution.md. Minutes on one core.
 """
 
 from __future__ import annotations

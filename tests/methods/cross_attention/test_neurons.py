@@ -52,7 +52,7 @@ def test_a_planted_neuron_is_found_and_its_silence_sets_the_seeds_apart() -> Non
     level = float(similarity(plain, without).max())
     found = find_neurons(lens, "qqqq", statistics, threshold=level + 1e-4, seeds=[0, 1, 2], options=OPTIONS)
     assert found.neurons == ((0, 5),)
-    assert len(found.found) > 1  # Others were out of distribution too, and are given back.
+    assert len(found.candidates) > 1  # Others were out of distribution too, and are given back.
     assert found.before == pytest.approx(
         memorisation_score(lens, "qqqq", seeds=[0, 1, 2], options=OPTIONS), rel=1e-6
     )

@@ -53,7 +53,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no image"):
         read_pictures(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
-    with pytest.raises(InputError, match="holds 1 images, and 2 are the least"):
+    with pytest.raises(InputError, match="holds 1 images, and at least 2 are needed"):
         read_pictures(tmp_path)
     folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}')

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mm_adapters as mm
-from methods_multimodal.dissection import Units, clip_dissect, collect, embed_concepts, read_concepts
+from methods_multimodal.dissection import Units, clip_dissect, collect, embed_concepts, naming, read_concepts
 from methods_multimodal.dissection.masks import read_masks
 from methods_multimodal.dissection.naming import JUDGE
 from methods_multimodal.dissection.similarity import KERNELS
@@ -66,20 +66,23 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path: Path, monkeyp
     batches = _batches(model, 5)
     whole = collect(units, batches, model, tmp_path / "whole", progress=False)
     calls: list[int] = []
-    real = mm.HookedModel.embed
+    real = naming.embed
 
-    def dies(self: Any, **given: Any) -> Any:
+    def counts(*args: Any, **options: Any) -> Any:
         calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(self, **given)
+        return real(*args, **options)
 
-    monkeypatch.setattr("methods_multimodal.dissection.naming.SHARD_BYTES", 1)
-    monkeypatch.setattr(mm.HookedModel, "embed", dies)
+    def dies(*args: Any, **options: Any) -> Any:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return counts(*args, **options)
+
+    monkeypatch.setattr(naming, "SHARD_BYTES", 1)
+    monkeypatch.setattr(naming, "embed", dies)
     with pytest.raises(KeyboardInterrupt):
         collect(units, batches, model, tmp_path / "killed", progress=False)
     calls.clear()
-    monkeypatch.setattr(mm.HookedModel, "embed", lambda self, **g: (calls.append(1), real(self, **g))[1])
+    monkeypatch.setattr(naming, "embed", counts)
     again = collect(units, batches, model, tmp_path / "killed", progress=False)
     assert len(calls) == 3  # The first batch, for the columns; and the two that were not stored.
     for name, rows in whole.rows().items():

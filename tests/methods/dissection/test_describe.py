@@ -69,7 +69,7 @@ def test_the_unit_itself_chooses_between_candidates(probe: dict[str, Any]) -> No
                      probe["activation"], probe["baseline"])  # fmt: skip
     assert found.candidates == ("blue", "red")
     assert found.scores[0] > found.scores[1] + 1
-    with pytest.raises(mm.InputError, match="nothing to say of the 5 exemplars"):
+    with pytest.raises(mm.InputError, match="proposed nothing for the 5 exemplars"):
         describe(unit, strongest(probe, unit), lambda pictures: [""], illustrate, probe["activation"],
                  probe["baseline"])  # fmt: skip
 

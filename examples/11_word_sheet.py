@@ -1,6 +1,6 @@
-"""Which words of the prompt drew which pixels, and which steps?
+"""Where, and at which steps, is each word of the prompt attended to?
 
-python examples/11_which_words.py --prompt "a large red circle in the middle" --word circle --out sheet.png
+python examples/11_word_sheet.py --prompt "a large red circle in the middle" --word circle --out word_sheet.png
 """
 
 from __future__ import annotations

@@ -54,11 +54,9 @@ def test_the_last_tokens_map_covers_the_image_tokens() -> None:
 def test_the_image_tokens_of_an_answer_are_where_the_image_is() -> None:
     import tiny_tokenizers
 
-    from mm_adapters.inputs.from_model import inputs_for
-
     built = tiny.llava()
     ids = built.inputs["input_ids"]
-    model = mm.HookedModel(built.model, inputs=inputs_for(built.model, tokenizer=tiny_tokenizers.llama()))
+    model = mm.wrap(built.model, tokenizer=tiny_tokenizers.llama())
     layout = answer_layout(model, ids, built.inputs["attention_mask"], built.inputs["pixel_values"])
     assert layout.grid == (2, 2)
     assert layout.positions("image") == [1, 2, 3, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,13 +100,13 @@ def write_images(folder: Path, n: int) -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize("stage", ["what heads write", "who is furthest along"])
+@pytest.mark.parametrize("stage", ["what heads write", "images furthest along"])
 def test_a_run_that_was_killed_goes_on_to_the_same_result(
     tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from methods_multimodal.core import progress as _progress
-    from methods_multimodal.text_explanations import name_heads as module
 
+    module = importlib.import_module("methods_multimodal.text_explanations.name_heads")
     files = write_images(tmp_path / "images", 60)
     options: dict[str, Any] = {"n_texts": 3, "top": 2, "batch_size": 8, "every": 2}
     whole = name_heads(clip(), files, vocabulary("world"), folder=tmp_path / "a", **options)

@@ -1,0 +1,57 @@
+"""What the commands share: their options, opening a model, checking where the results go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mm_adapters import InputError, Model
+
+FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp")
+DRAWS_NOTHING = "draws nothing: its words have no pixels. Give a text-to-image model, as tiny-sd."
+PROMPT = "a large red circle in the middle on a white background"
+
+ModelName = Annotated[str, typer.Option("--model", help="A shipped model, a folder, or an id on the hub.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU if there is one.")]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Steps = Annotated[int, typer.Option(min=1, help="The sampler's steps.")]
+GuidanceScale = Annotated[float, typer.Option("--guidance", help="The guidance scale.")]
+Prompt = Annotated[str, typer.Option(help="What to draw.")]
+Picture = Annotated[Path, typer.Option(help="The picture; its numbers go beside it, as .json.")]
+BatchSize = Annotated[int, typer.Option(min=1)]
+
+
+def check_out(out: Path) -> None:
+    """Raises: InputError for a format that no picture has; FileNotFoundError if its folder is not there."""
+    if out.suffix.lower() not in FORMATS:
+        raise InputError(f"--out {out}: the picture's format is one of {', '.join(FORMATS)}.")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.absolute().parent}.")
+
+
+def check_folder(out: Path) -> None:
+    """Raises: InputError if a folder of results would take the place of a file."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give a folder.")
+
+
+def open_model(name: str, device: str | None, *, kind: str | None = None, otherwise: str = "") -> Model:
+    """The model of this name.
+
+    Raises: InputError, with the model's name before `otherwise`, for one that is not of this kind.
+    """
+    from mm_adapters import load
+
+    model: Any = load(name, device=device)
+    if kind is not None and model.kind != kind:
+        raise InputError(f"{name} {otherwise}")
+    return model
+
+
+def write_report(report: Any, out: Path) -> None:
+    """Writes a report, and says its lines and where it is."""
+    picture, numbers = report.write(out)
+    for line in (*report.lines, f"wrote {picture} and {numbers}"):
+        typer.echo(line)

@@ -1,0 +1,132 @@
+"""`mm-interp report`: what the methods of this package say about a model and an input, as one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from methods_multimodal.commands.options import (
+    PROMPT,
+    Device,
+    ModelName,
+    Picture,
+    Seed,
+    Steps,
+    check_out,
+    open_model,
+    write_report,
+)
+from mm_adapters import InputError, Model
+
+_DEFAULT_TEXTS = ("a red circle", "a blue square")
+_DEFAULT_QUESTION = "what colour is the circle?"
+# Pictures that ship with the package and answer to the defaults above.
+_DEFAULT_IMAGES = ("red_circle", "blue_square")
+_DEFAULT_PAIR = ("red_circle_left_of_blue_square", "blue_circle_left_of_red_square")
+
+
+def report(
+    model: ModelName = "tiny-clip",
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image; a second one to compare it with.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="For models like CLIP: texts, the first two compared.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="For models like LLaVA.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="For models like Stable Diffusion.")] = None,
+    seed: Seed = 0,
+    steps: Steps = 25,
+    device: Device = None,
+    out: Picture = Path("report.png"),
+) -> None:
+    """Writes one picture with numbers: what a model does with an input, and which parts do it.
+
+    With texts: attention, logit attribution and patching. With a question: logit lens, patching and
+    attention. With a prompt: the denoising steps and where the words attend.
+    """
+    options = {"--image": image, "--text": text, "--question": question, "--prompt": prompt}
+    _check_images(image or [])
+    check_out(out)
+    loaded = open_model(model, device)
+    if loaded.kind not in _KINDS:
+        raise InputError(
+            f"{model} is one tower alone, and a report takes a whole model ({', '.join(_KINDS)}). "
+            f"Its sites: mm-interp sites {model}"
+        )
+    takes, make = _KINDS[loaded.kind]
+    wrong = [name for name, value in options.items() if value and name not in takes]
+    if wrong:
+        raise InputError(
+            f"{model} is {_NAMES[loaded.kind]}: it takes {' and '.join(takes)}, not {', '.join(wrong)}."
+        )
+    written = make(
+        loaded,
+        model,
+        images=image or [],
+        texts=text or [],
+        question=question,
+        prompt=prompt,
+        seed=seed,
+        steps=steps,
+    )
+    write_report(written, out)
+
+
+def _contrastive(model: Model, model_name: str, *, images: list[Path], texts: list[str], **_: Any) -> Any:
+    from methods_multimodal.report import contrastive_report
+
+    pair = _two_images(images, _DEFAULT_IMAGES)
+    return contrastive_report(model, pair, texts or list(_DEFAULT_TEXTS), _names(pair), model_name=model_name)
+
+
+def _vlm(model: Model, model_name: str, *, images: list[Path], question: str | None, **_: Any) -> Any:
+    from methods_multimodal.report import vlm_report
+
+    pair = _two_images(images, _DEFAULT_PAIR)
+    return vlm_report(model, pair, question or _DEFAULT_QUESTION, _names(pair), model_name=model_name)
+
+
+def _diffusion(model: Model, model_name: str, *, prompt: str | None, seed: int, steps: int, **_: Any) -> Any:
+    from methods_multimodal.report import diffusion_report
+
+    return diffusion_report(model, prompt or PROMPT, seed=seed, steps=steps, model_name=model_name)
+
+
+_KINDS = {
+    "contrastive": (("--image", "--text"), _contrastive),
+    "vlm": (("--image", "--question"), _vlm),
+    "diffusion": (("--prompt",), _diffusion),
+}
+_NAMES = {
+    "contrastive": "a model of images and texts",
+    "vlm": "a model that answers questions about images",
+    "diffusion": "a model that draws",
+}
+
+
+def _check_images(images: list[Path]) -> None:
+    if len(images) > 2:
+        raise InputError(f"a report is about one image and one to compare it with; {len(images)} were given.")
+    for path in images:
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no image {path}.")
+
+
+def _two_images(images: list[Path], defaults: tuple[str, str]) -> list[Path]:
+    """The user's images; sample pictures in place of what is missing."""
+    from mm_adapters.zoo import sample_images
+
+    samples = sample_images()
+    unused = (
+        [samples[name] for name in reversed(defaults)] if len(images) == 1 else [samples[n] for n in defaults]
+    )
+    fresh = [s for s in unused if s.resolve() not in {i.resolve() for i in images}]
+    return [*images, *fresh][:2]
+
+
+def _names(images: list[Path]) -> list[str]:
+    names = [path.name for path in images]
+    return names if len(set(names)) == len(names) else [f"{i + 1}. {name}" for i, name in enumerate(names)]

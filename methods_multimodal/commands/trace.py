@@ -1,0 +1,65 @@
+"""`mm-interp trace`: which layers and steps bring a word into the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from methods_multimodal.commands.options import (
+    DRAWS_NOTHING,
+    PROMPT,
+    Device,
+    GuidanceScale,
+    ModelName,
+    Picture,
+    Prompt,
+    Steps,
+    check_out,
+    open_model,
+    write_report,
+)
+
+
+def trace(
+    word: Annotated[str, typer.Option(help="The word in question.")] = "red",
+    other: Annotated[str, typer.Option(help="What is put in its place.")] = "blue",
+    model: ModelName = "tiny-sd",
+    prompt: Prompt = PROMPT,
+    positions: Annotated[
+        str, typer.Option(help="'word', 'after' (and all that follows it), or a later word.")
+    ] = "after",
+    seeds: Annotated[int, typer.Option(min=1, help="How many pictures the intervals are over.")] = 3,
+    steps: Steps = 20,
+    guidance: GuidanceScale = 3.0,
+    judge: Annotated[
+        str, typer.Option(help="The model like CLIP that says what a picture shows.")
+    ] = "tiny-clip",
+    device: Device = None,
+    out: Picture = Path("trace.png"),
+) -> None:
+    """Which layers and steps bring a word into the picture: patched, blocked, and by one gradient."""
+    check_out(out)
+    loaded = open_model(model, device, kind="diffusion", otherwise=DRAWS_NOTHING)
+    loaded.prompt_layout("text", [prompt]).where(word)  # Before the judge is loaded.
+    from methods_multimodal.cross_attention.metrics import clip_contrast
+    from methods_multimodal.report import trace_report
+
+    metric = clip_contrast(open_model(judge, device), prompt, prompt.replace(word, other, 1))
+    write_report(
+        trace_report(
+            loaded,
+            prompt,
+            word,
+            other,
+            metric,
+            positions=positions,
+            seeds=range(seeds),
+            steps=steps,
+            model_name=model,
+            unit=f"{judge}'s cosine, other minus word",
+            guidance_scale=guidance,
+        ),
+        out,
+    )
