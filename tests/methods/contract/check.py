@@ -58,7 +58,7 @@ def outcome(method: str, name: str, engine: Engine) -> Outcome:
             try:
                 numbers = numbers_of(row.call(model, given))
             except (mm.MissingSiteError, mm.InputError) as error:
-                if not isinstance(error, mm.MissingSiteError) and own_reason(row, name, error) is None:
+                if not isinstance(error, mm.MissingSiteError) and own_reason(row, model, error) is None:
                     raise
                 refusal = error.with_traceback(None)
     left = count_hooks(model.wrapped) - hooks + len(torch.overrides._get_current_function_mode_stack())
@@ -111,9 +111,9 @@ def numbers_of(value: Any, where: str = "") -> dict[str, Tensor]:
     return {k: v for name, part in parts.items() for k, v in numbers_of(part, f"{where}.{name}").items()}
 
 
-def own_reason(method: Method, name: str, error: Exception) -> Reason | None:
+def own_reason(method: Method, model: Any, error: Exception) -> Reason | None:
     """The reason of its own that the table has for this refusal."""
-    return next((r for r in OWN_REASONS if r.covers(method.name, name, error)), None)
+    return next((r for r in OWN_REASONS if r.covers(method.name, model, error)), None)
 
 
 # A site or a part of one ("vision.blocks.0.attn.hook_v", "denoiser.*cross_attn.hook_pattern").

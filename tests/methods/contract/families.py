@@ -65,7 +65,6 @@ class Family:
             self._outputs[engine] = self.output(engine)
         return self._outputs[engine]
 
-
     def width(self, engine: Engine) -> int:
         """How wide the summary of the vision tower is; 1 if there is none."""
         model = self.model(engine)
@@ -94,4 +93,3 @@ def count_hooks(model: Any) -> int:
     """How many hooks are on it, of every sort that torch has."""
     sorts = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return sum(len(getattr(m, sort)) for m in modules(model) for sort in sorts)
-

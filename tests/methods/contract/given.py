@@ -15,6 +15,7 @@ from methods_multimodal.cross_attention import Case, colour
 from tests.methods.contract import processors
 from tests.methods.contract.families import TEXT_INPUTS, Family
 
+
 @dataclass(frozen=True)
 class Given:
     """Inputs of one family, and a folder that is empty."""
@@ -68,7 +69,11 @@ class Given:
     def layout(self, tower: str) -> Any:
         """What each position of one tower is, in the first row."""
         layout = self.model.layout(**self.first).get(tower)
-        return self.model.check_tower(tower).patch_layout(self.first["pixel_values"]) if layout is None else layout
+        return (
+            self.model.check_tower(tower).patch_layout(self.first["pixel_values"])
+            if layout is None
+            else layout
+        )
 
     @property
     def patched(self) -> tuple[Any, ...]:

@@ -33,6 +33,11 @@ FAMILIES: dict[Kind, str] = {
         kandinsky_combined unclip stable_unclip stable_unclip_image ip_adapter instruct_pix2pix
     """,
 }
+# Of the pipelines those whose denoiser is trained on latents and what a prompt (or a class) becomes.
+TRAINED = """
+    stable_diffusion stable_diffusion_xl stable_diffusion_3 flux qwen_image pixart dit unconditional
+    deepfloyd_if kandinsky_3
+"""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -42,6 +47,6 @@ def kind_of(sites: mm.SiteMap) -> str:
     return next(iter(sites.towers.values())).role if kind == "tower" else kind
 
 
-def families_of(kinds: tuple[Kind, ...]) -> list[str]:
+def families_of(kinds: tuple[Kind | Literal["trained"], ...]) -> list[str]:
     """The families of these kinds."""
-    return [name for kind in kinds for name in FAMILIES[kind].split()]
+    return [name for kind in kinds for name in (TRAINED if kind == "trained" else FAMILIES[kind]).split()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tests.methods.contract.given import Given
 from tests.methods.contract.kinds import Kind
@@ -21,7 +21,7 @@ class Method:
     """
 
     fn: Callable[..., Any]
-    kinds: tuple[Kind, ...]
+    kinds: tuple[Kind | Literal["trained"], ...]
     call: Call
     tolerance: float = 0.0
     why: str = ""
@@ -34,14 +34,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Reason:
-    """A refusal that names no missing site or role: by patterns, which methods, families and message; why."""
+    """A refusal that names no missing site or role: patterns of its methods and its message, and why it is.
+
+    `holds` tells from the model and what the message says whether that is so.
+    """
 
     methods: str
-    families: str
     message: str
     why: str
+    holds: Callable[[Any, re.Match[str]], bool]
 
-    def covers(self, method: str, name: str, error: Exception) -> bool:
-        """Whether this is the reason of a refusal."""
-        tests = ((self.methods, method), (self.families, name))
-        return all(re.fullmatch(p, s) for p, s in tests) and bool(re.search(self.message, str(error)))
+    def covers(self, method: str, model: Any, error: Exception) -> bool:
+        """Whether this is the reason of a refusal, and the record of the model says so."""
+        said = re.search(self.message, str(error))
+        return bool(re.fullmatch(self.methods, method)) and said is not None and self.holds(model, said)

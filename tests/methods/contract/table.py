@@ -1,4 +1,4 @@
-"""Every public method that takes a model, one line each: its kinds of families, and a call with tiny inputs."""
+"""Every public method that takes a model: a line each, with its kinds of families and a call with tiny inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DRAWING: tuple[Kind, ...] = ("diffusion",)
 # fmt: off
 METHODS: tuple[Method, ...] = (
     Method(te.decompose, SEEING, lambda m, x: te.decompose(m, images=x.pixels)),
-    Method(te.decompositions, SEEING, lambda m, x: list(te.decompositions(m, images=x.pictures, tokens="sum"))),
+    Method(te.decompositions, SEEING, calls.split_in_batches),
     Method(te.name_heads, SEEING, calls.named_heads),
     Method(te.second_order, SEEING, lambda m, x: te.second_order(m, images=x.pixels, layer=0)),
     Method(te.segment, SEEING, lambda m, x: te.segment(m, x.pictures, x.directions())),
@@ -30,21 +30,21 @@ METHODS: tuple[Method, ...] = (
     Method(lenses.attribute_tokens, SPEAKING, lambda m, x: lenses.attribute_tokens(m, x.inputs, [5])),
     Method(lenses.logit_lens, SPEAKING, lambda m, x: lenses.logit_lens(m, x.inputs, final_norm=True)),
     Method(patching.patch_heads, BLOCKS, lambda m, x: patching.patch_heads(m, *x.patched, **x.first_layer)),
-    Method(patching.patch_positions, BLOCKS, lambda m, x: patching.patch_positions(m, *x.patched, units=[(0,), (1, 2)], **x.first_layer)),
-    Method(patching.patch_units, BLOCKS, lambda m, x: patching.patch_units(m, *x.patched, x.site, "pos", units=[(0,)], layers=[0])),
-    Method(relevance.head_maps, LOOKING, lambda m, x: relevance.head_maps(m, x.first, x.layout(x.tower), tower=x.tower, layers=[0], query=-1)),
+    Method(patching.patch_positions, BLOCKS, calls.patched_positions),
+    Method(patching.patch_units, BLOCKS, calls.patched_units),
+    Method(relevance.head_maps, LOOKING, calls.first_heads),
     Method(dissection.Units, (*LOOKING, "diffusion"), calls.unit_maps),
     Method(dissection.collect, PAIRS, calls.probed),
     Method(dissection.embed_concepts, PAIRS, lambda m, x: dissection.embed_concepts(m, x.texts)),
     Method(dissection.retrieving, PAIRS, calls.retrieved),
-    Method(dissection.asking, ASKED, lambda m, x: dissection.asking(m, x.question, max_new_tokens=2)(x.pictures[:1])),
-    Method(dissection.drawing, DRAWING, lambda m, x: dissection.drawing(m, n=1, output_type="pt", **x.options())(x.prompt)),
+    Method(dissection.asking, ASKED, calls.asked),
+    Method(dissection.drawing, DRAWING, calls.drawn),
     Method(da.image_features, SEEING, lambda m, x: da.image_features(m, x.drawn_size)),
     Method(da.contrastive_task, PAIRS, calls.pair_losses),
     Method(da.diffusion_examples, DRAWING, calls.examples),
-    Method(da.diffusion_task, DRAWING, calls.denoising_losses),
-    Method(da.trajectory, DRAWING, lambda m, x: da.trajectory(m, [x.prompt], n_own=1, n_steps=2, **x.options())),
-    Method(da.journey_trak, DRAWING, calls.journey),
+    Method(da.diffusion_task, ("trained",), calls.denoising_losses),
+    Method(da.trajectory, DRAWING, calls.followed),
+    Method(da.journey_trak, ("trained",), calls.journey),
     Method(diffusion.StepReader, DRAWING, calls.read_steps),
     Method(diffusion.step_reader, DRAWING, calls.read_steps),
     Method(diffusion.pictures_of, DRAWING, lambda m, x: diffusion.pictures_of(m, m.run(x.drawing).output)),
@@ -54,24 +54,49 @@ METHODS: tuple[Method, ...] = (
     Method(ca.grid, DRAWING, lambda m, x: ca.grid(m)),
     Method(ca.word_reader, DRAWING, calls.read_words),
     Method(ca.word_maps, DRAWING, lambda m, x: ca.word_maps(m, x.drawing)[0]),
-    Method(ca.patch_words, DRAWING, lambda m, x: ca.patch_words(m, x.cases, x.redness, batch=4, options=x.options(4))),
-    Method(ca.knock_out_words, DRAWING, lambda m, x: ca.knock_out_words(m, x.cases, x.redness, batch=4, options=x.options(4))),
-    Method(ca.ablate_heads, DRAWING, lambda m, x: ca.ablate_heads(m, x.cases, x.redness, [ca.Part()], batch=4, options=x.options(4))),
-    Method(ca.attribute_patching, DRAWING, lambda m, x: ca.attribute_patching(m, x.cases, x.redness, options=x.options(2))),
-    Method(ca.restore_layers, DRAWING, lambda m, x: ca.restore_layers(m, x.cases, x.redness, batch=4, options=x.options(4))),
-    Method(ca.restore_text, DRAWING, lambda m, x: ca.restore_text(m, x.cases, x.redness, batch=4, options=x.options(4))),
-    Method(ca.bind_attributes, DRAWING, lambda m, x: ca.bind_attributes(m, x.prompt, [("a", "cat")], n_steps=x.family.n_steps, options=x.sizes())),
-    Method(ca.edit_words, DRAWING, lambda m, x: ca.edit_words(m, x.prompt, [ca.WordEdit("a dog", "replace")], n_steps=x.family.n_steps, options=x.sizes(2))),
-    Method(ca.neuron_statistics, DRAWING, lambda m, x: ca.neuron_statistics(m, x.texts, options=x.options(2))),
-    Method(ca.memorisation_score, DRAWING, lambda m, x: [ca.memorisation_score(m, t, seeds=(0, 1), options=x.options(2)) for t in x.texts]),
+    Method(ca.patch_words, DRAWING, calls.patched_words),
+    Method(ca.knock_out_words, DRAWING, calls.blocked_words),
+    Method(ca.ablate_heads, DRAWING, calls.silenced_heads),
+    Method(ca.attribute_patching, DRAWING, calls.attributed),
+    Method(ca.restore_layers, DRAWING, calls.restored_layers),
+    Method(ca.restore_text, DRAWING, calls.restored_text),
+    Method(ca.bind_attributes, DRAWING, calls.bound),
+    Method(ca.edit_words, DRAWING, calls.edited),
+    Method(ca.neuron_statistics, DRAWING, calls.usual_neurons),
+    Method(ca.memorisation_score, DRAWING, calls.memorised),
     Method(ca.find_neurons, DRAWING, calls.neurons),
     Method(report.contrastive_report, PAIRS, lambda m, x: report.contrastive_report(m, x.pictures, x.texts)),
     Method(report.vlm_report, ASKED, lambda m, x: report.vlm_report(m, x.pictures, x.question)),
-    Method(report.diffusion_report, DRAWING, lambda m, x: report.diffusion_report(m, x.prompt, steps=2, **x.sizes())),
-    Method(report.words_report, DRAWING, lambda m, x: report.words_report(m, x.prompt, steps=x.family.n_steps, **x.sizes())),
-    Method(report.trace_report, DRAWING, lambda m, x: report.trace_report(m, x.prompt, "cat", "dog", x.redness, seeds=(0, 1), steps=x.family.n_steps, n_groups=1, **x.sizes(4))),
+    Method(report.diffusion_report, DRAWING, calls.diffusion_page),
+    Method(report.words_report, DRAWING, calls.words_page),
+    Method(report.trace_report, DRAWING, calls.trace_page),
 )
 # fmt: on
 
 # Refusals that name no missing site or role: at most five.
-OWN_REASONS: tuple[Reason, ...] = ()
+OWN_REASONS: tuple[Reason, ...] = (
+    Reason(
+        r"(text_explanations|lenses)\..*",
+        r"pooled by (\w+), which is not split",
+        "the summary is no sum over one position: its record's pool",
+        lambda model, said: any(tower.pool == said[1] for tower in model.towers.values()),
+    ),
+    Reason(
+        r"text_explanations\.second_order",
+        r"blocks' attn has no (W_\w)",
+        "a weight that no module of its own has: its record's heads",
+        lambda model, said: said[1] not in model.towers["vision"].weights(0).names("attn"),
+    ),
+    Reason(
+        r"(diffusion|cross_attention|dissection|report|data_attribution)\..*",
+        r"makes embeddings in",
+        "the loop makes embeddings, which have no picture: its record's sampling",
+        lambda model, _: not all(sampling.pictures for sampling in model.record.sampling.values()),
+    ),
+    Reason(
+        r"data_attribution\..*",
+        r"latents that are packed into positions",
+        "latents are packed, and examples are maps: its record's sampling",
+        lambda model, _: model.record.sampling["denoiser"].packed,
+    ),
+)
