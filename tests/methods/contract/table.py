@@ -1,4 +1,4 @@
-"""Every public method that takes a model: a line each, with its kinds of families and a call with tiny inputs."""
+"""Every public method that takes a model, one line each: its kinds of families, and a tiny call."""
 
 from __future__ import annotations
 
