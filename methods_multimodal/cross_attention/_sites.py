@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_adapters import InputError, Model, TokenLayout
+from mm_adapters import InputError, MissingSiteError, Model, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def text_attention(
 
     `layout` says which positions of a joint attention are text and which pixels.
 
-    Raises: InputError if nothing attends to text.
+    Raises: MissingSiteError if nothing attends to text.
     """
     crossed = [s for s in model.sites(f"{denoiser}.*cross_attn.hook_pattern") if s.reason is None]
     if crossed:
@@ -60,8 +60,8 @@ def text_attention(
             text = tuple(p for p in range(layout.n_pos) if p not in set(pixels))
         return tuple(TextAttention(i, _owner(s.name), "", text, pixels) for i, s in enumerate(joint))
     have = ", ".join(model.towers)
-    raise InputError(
-        f"Nothing in {denoiser!r} attends to words: it has no cross-attention whose pattern can be read, so "
+    raise MissingSiteError(
+        f"Nothing in {denoiser!r} attends to words: {model.name} has no {denoiser}.*cross_attn.hook_pattern, so "
         f"there are no words to see or control. This model's towers: {have}."
     )
 
@@ -81,8 +81,10 @@ def prompt_layouts(
     Where text and image attend as one, the positions of that sequence; `options` are the
     pipeline's, for the picture's size.
 
-    Raises: InputError for prompts of several lengths, where a pipeline pads them to the longest.
+    Raises: MissingSiteError if the model reads no prompt; InputError for prompts of several lengths, where a
+    pipeline pads them to the longest.
     """
+    model.check_tower("text")
     loop = model.record.loop
     sizes = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
     joint = loop is not None and model.towers[loop].record.joint is not None

@@ -162,7 +162,7 @@ def test_mistakes_are_refused_before_anything_runs() -> None:
         word_maps(model, INPUTS | {"prompt": None})
     with pytest.raises(mm.InputError, match="step, head"):
         word_maps(model, INPUTS, keep=["layer"])
-    with pytest.raises(mm.InputError, match=r"attends to words.*vision, text"):
+    with pytest.raises(mm.MissingSiteError, match=r"attends to words.*vision, text"):
         word_maps(mm.HookedModel(tiny.clip().model), INPUTS)
 
 
