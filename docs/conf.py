@@ -46,6 +46,7 @@ nb_output_stderr = "remove"
 nb_merge_streams = True
 
 # ---- reference ----
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_typehints = "description"

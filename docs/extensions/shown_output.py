@@ -41,6 +41,8 @@ def key_of(page: Path) -> str:
 
 def run_pages(app: Any) -> None:
     """Runs the blocks of every page whose blocks, or whose packages, have changed."""
+    if app.config.run_code_blocks in (False, "0"):
+        return
     FOLDER.mkdir(parents=True, exist_ok=True)
     stale = []
     for page in pages():
@@ -78,7 +80,7 @@ def add_output(app: Any, docname: str, source: list[str]) -> None:
     run = [block for group in groups(page) for block in group]
     text, up = source[0], "../" * docname.count("/")
     # From the last to the first, so that the places of those before stay what they are.
-    for block, entry in reversed(list(zip(run, shown, strict=True))):
+    for block, entry in reversed(list(zip(run, shown, strict=False))):
         parts = []
         if entry["printed"].strip():
             parts.append(f"```text\n{entry['printed'].rstrip()}\n```")
@@ -92,6 +94,8 @@ def add_output(app: Any, docname: str, source: list[str]) -> None:
 
 
 def setup(app: Any) -> dict[str, Any]:
+    # -D run_code_blocks=0 shows what the last run gave.
+    app.add_config_value("run_code_blocks", True, "env", (bool, str))
     app.connect("builder-inited", run_pages)
     app.connect("source-read", add_output)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -197,7 +197,7 @@ class Tower:
         any_size: It reads images of other sizes than its configuration names.
         order: The order of its patches: line by line, end to end (all images in one row), by cells that are
             merged later, by windows of such cells, by tiles (all tiles of an image in one row), or another
-             one at each stage.
+            one at each stage.
         images: How an image's features lie among the words.
     """
 
