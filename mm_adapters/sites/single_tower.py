@@ -31,4 +31,6 @@ def callable_for(model: Any, sites: SiteMap, arguments: Mapping[str, Any]) -> Ca
     first = next(iter(inspect.signature(run).parameters))
     if tower.mount.run == "" or first == tower.input_name:
         return run
-    return lambda **given: run(**{first if name == tower.input_name else name: v for name, v in given.items()})
+    return lambda **given: run(
+        **{first if name == tower.input_name else name: v for name, v in given.items()}
+    )
