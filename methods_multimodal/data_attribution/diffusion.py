@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from methods_multimodal.core.generators import mixed
 from methods_multimodal.data_attribution._parameters import select
 from methods_multimodal.data_attribution.task import Batch, Call, Task
-from methods_multimodal.diffusion._sampling import sampling_of
+from methods_multimodal.diffusion.sampling import sampling_of
 from mm_adapters import InputError, MissingSiteError, Model
 
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -155,8 +155,8 @@ def denoiser_of(model: Model) -> nn.Module:
     module = model.check_tower("denoiser").module
     if model.loops() and sampling_of(model, "denoiser")[1].packed:
         raise MissingSiteError(
-            f"{model.name}: its denoiser takes latents that are packed into positions, and an example's are a "
-            "map, so there is no task of it here."
+            f"{model.name}: its denoiser takes latents that are packed into positions, and an example's are "
+            "a map, so there is no task of it here."
         )
     return module
 
