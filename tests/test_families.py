@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import mm_adapters as mm
-from mm_adapters.records import registry as _registry
 from mm_adapters.records.spec import ModelRecord, Tower
+from mm_adapters.sites.lookup import lookup
 
 
 @cache
@@ -294,4 +294,4 @@ def test_an_unknown_class_says_what_to_write() -> None:
     with pytest.raises(
         mm.UnknownFamilyError, match=r"torch:Linear[\s\S]*import register\n[\s\S]*register\(ModelRecord"
     ):
-        _registry.lookup(nn.Linear(2, 2))
+        lookup(nn.Linear(2, 2))

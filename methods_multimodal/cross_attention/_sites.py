@@ -62,7 +62,8 @@ def text_attention(
     have = ", ".join(model.towers)
     raise MissingSiteError(
         f"Nothing in {denoiser!r} attends to words: {model.name} has no "
-        f"{denoiser}.*cross_attn.hook_pattern, so there are no words to see or control. This model's towers: {have}."
+        f"{denoiser}.*cross_attn.hook_pattern, so there are no words to see or control. "
+        f"This model's towers: {have}."
     )
 
 

@@ -17,9 +17,9 @@ from methods_multimodal.data_attribution.features import Checkpoint, query_featu
 from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.scorers import scores
 from methods_multimodal.data_attribution.trak import Trak
-from methods_multimodal.diffusion.sampling import sampling_of
 from methods_multimodal.diffusion.denoising import step_reader
 from methods_multimodal.diffusion.pictures import pictures_of
+from methods_multimodal.diffusion.sampling import sampling_of
 from mm_adapters import InputError, Model
 from mm_adapters.store import Store
 
