@@ -83,7 +83,7 @@ def bind_attributes(
         run = model.run(
             {**options, "prompt": [prompt], "seed": [seed], **first_step_alone(model)},
             read=[Read(f"{mover.tower}.hook_in", steps=[0])],
-        )  # fmt: skip
+        )
         scheduler = model.wrapped.scheduler
         first = run[f"{mover.tower}.hook_in"][0]
         mover.rows = (len(first), run.rows[mover.tower]["cond"])

@@ -247,8 +247,10 @@ class Draws:
         for number, timesteps in zip(index.tolist(), steps.tolist(), strict=True):
             for step, draw in zip(timesteps, which, strict=True):
                 # One more, so that -1, all examples' number, is none of theirs.
-                key = tuple(n + 1 for n in (self.seed, -1 if self.shared else int(number), int(step),
-                                            draw % self.n_noises))  # fmt: skip
+                key = tuple(
+                    n + 1
+                    for n in (self.seed, -1 if self.shared else int(number), int(step), draw % self.n_noises)
+                )
                 if key not in known:
                     known[key] = torch.randn(*shape, generator=mixed(*key))
                 noises.append(known[key])

@@ -57,8 +57,13 @@ def computed(pipeline: Any, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPa
 def test_word_maps_are_the_attention_from_pixels_to_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, side = CASES[name]
     built = tiny.CASES[name]()
-    inputs = {**built.inputs, "prompt": "a cat", "seed": 0, "num_inference_steps": STEPS,
-              "output_type": "latent"}  # fmt: skip
+    inputs = {
+        **built.inputs,
+        "prompt": "a cat",
+        "seed": 0,
+        "num_inference_steps": STEPS,
+        "output_type": "latent",
+    }
     inputs |= {"negative_prompt": "b"} if inputs.get("negative_prompt") else {}
     n_text = sum(lengths)
     patterns = computed(built.model, inputs, monkeypatch)
