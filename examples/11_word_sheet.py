@@ -1,6 +1,6 @@
 """Where, and at which steps, is each word of the prompt attended to?
 
-python examples/11_word_sheet.py --prompt "a large red circle in the middle" --word circle --out word_sheet.png
+python examples/11_word_sheet.py --prompt "a large red circle in the middle" --word circle --out sheet.png
 """
 
 from __future__ import annotations

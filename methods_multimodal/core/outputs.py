@@ -34,10 +34,10 @@ def contrast_of(output: Any) -> Contrast:
         if images is None or texts is None:
             raise InputError("An image-text logit needs images and text; give both.")
         return Contrast(output["logit_scale"] * images @ texts.T, texts)
-    logits = getattr(output, "logits_per_image", None)
-    if logits is None:
+    logits, texts = (getattr(output, name, None) for name in ("logits_per_image", "text_embeds"))
+    if logits is None or texts is None:
         raise InputError(f"{type(output).__name__} holds no image-text logits: the model is not contrastive.")
-    return Contrast(logits, output.text_embeds)
+    return Contrast(logits, texts)
 
 
 def logit_scale(model: Model) -> Float[Tensor, ""]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_adapters import InputError, Model, TokenLayout
+from mm_adapters import InputError, MissingSiteError, Model, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def text_attention(
 
     `layout` says which positions of a joint attention are text and which pixels.
 
-    Raises: InputError if nothing attends to text.
+    Raises: MissingSiteError if nothing attends to text.
     """
     crossed = [s for s in model.sites(f"{denoiser}.*cross_attn.hook_pattern") if s.reason is None]
     if crossed:
-        return tuple(TextAttention(int(s.layer), _owner(s.name), _stage(s.module)) for s in crossed)
+        return tuple(TextAttention(int(s.layer or 0), _owner(s.name), _stage(s.module)) for s in crossed)
     joint = [s for s in model.sites(f"{denoiser}.*attn.hook_pattern_text") if s.reason is None]
     if joint:
         text, pixels = (), ()
@@ -60,9 +60,10 @@ def text_attention(
             text = tuple(p for p in range(layout.n_pos) if p not in set(pixels))
         return tuple(TextAttention(i, _owner(s.name), "", text, pixels) for i, s in enumerate(joint))
     have = ", ".join(model.towers)
-    raise InputError(
-        f"Nothing in {denoiser!r} attends to words: it has no cross-attention whose pattern can be read, so "
-        f"there are no words to see or control. This model's towers: {have}."
+    raise MissingSiteError(
+        f"Nothing in {denoiser!r} attends to words: {model.name} has no "
+        f"{denoiser}.*cross_attn.hook_pattern, so there are no words to see or control. "
+        f"This model's towers: {have}."
     )
 
 
@@ -81,13 +82,15 @@ def prompt_layouts(
     Where text and image attend as one, the positions of that sequence; `options` are the
     pipeline's, for the picture's size.
 
-    Raises: InputError for prompts of several lengths, where a pipeline pads them to the longest.
+    Raises: MissingSiteError if the model reads no prompt; InputError for prompts of several lengths, where a
+    pipeline pads them to the longest.
     """
+    model.check_tower("text")
     loop = model.record.loop
     sizes = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
     joint = loop is not None and model.towers[loop].record.joint is not None
     if joint or "max_sequence_length" in sizes:
-        name = loop if joint else "text"
+        name = "text" if loop is None or not joint else loop
         layouts = tuple(model.layout(text=[prompt], **sizes)[name] for prompt in prompts)
         if len({layout.n_pos for layout in layouts}) > 1:
             lengths = ", ".join(str(len(text_positions(layout))) for layout in layouts)

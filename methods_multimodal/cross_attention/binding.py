@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.cross_attention._between import check_between_steps, first_step_alone
 from methods_multimodal.cross_attention._rows import generate
 from methods_multimodal.cross_attention._sites import prompt_layouts, text_attention
+from methods_multimodal.diffusion import sampling_of
 from mm_adapters import InputError, Model, Read, wrap
 
 MOST_PIXELS = 256
@@ -61,6 +63,10 @@ def bind_attributes(
     """
     if not pairs or n_steps < 1 or not 0 <= until <= 1:
         raise InputError("Binding takes at least one pair of words, one step, and until in 0..1.")
+    check_between_steps(model, "Binding")
+    tower, _ = sampling_of(model)
+    if model.towers[tower].input_name != "sample":
+        raise InputError(f"Binding moves the latents of a UNet; the {tower} of {model.name} is none.")
     layout = prompt_layouts(model, [prompt])[0]
     for word in itertools.chain(*pairs):
         layout.where(word)
@@ -75,10 +81,9 @@ def bind_attributes(
     with mover.recording():
         # Its first call says what the denoiser is called with, and what it begins with.
         run = model.run(
-            {**options, "prompt": [prompt], "seed": [seed], "output_type": "latent",
-             "callback_on_step_end": _stop},
+            {**options, "prompt": [prompt], "seed": [seed], **first_step_alone(model)},
             read=[Read(f"{mover.tower}.hook_in", steps=[0])],
-        )  # fmt: skip
+        )
         scheduler = model.wrapped.scheduler
         first = run[f"{mover.tower}.hook_in"][0]
         mover.rows = (len(first), run.rows[mover.tower]["cond"])
@@ -87,11 +92,6 @@ def bind_attributes(
         latents = moved / getattr(scheduler, "init_noise_sigma", 1.0)
         options |= {"latents": latents, "callback_on_step_end": mover.after_step}
         return generate(model, [prompt], [seed], options=options)
-
-
-def _stop(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    pipeline._interrupt = True  # The library's own way: the steps left are passed over.
-    return {}
 
 
 class _Mover:
@@ -105,7 +105,7 @@ class _Mover:
         rate: float,
         steps: range,
     ) -> None:
-        self.tower = model.record.loop or "denoiser"
+        self.tower, _ = sampling_of(model)
         self.module = model.towers[self.tower].module
         self.denoiser = wrap(self.module)
         (self.denoiser_name,) = self.denoiser.towers

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.cross_attention._between import check_between_steps
 from methods_multimodal.cross_attention._blending import Blender, LocalBlend
 from methods_multimodal.cross_attention._rows import RowEdit, RowFn, generate
 from methods_multimodal.cross_attention._sites import (
@@ -20,6 +21,7 @@ from methods_multimodal.cross_attention._sites import (
     text_attention,
 )
 from methods_multimodal.cross_attention.alignment import refining, replacing, weights
+from methods_multimodal.diffusion import sampling_of
 from mm_adapters import InputError, Model, TokenLayout
 
 MOST_PIXELS = 256
@@ -78,6 +80,9 @@ def edit_words(
     blends = {row: e.blend for row, e in enumerate(edits, start=1) if e.blend is not None}
     reads = []
     if blends:
+        check_between_steps(model, "Local blend")
+        if sampling_of(model)[1].packed:
+            raise InputError(f"Local blend takes latents on a grid; {model.name} packs them into positions.")
         blender = Blender(model, prompts, [first, *others], blends, n_steps)
         reads = blender.reads()
         options["callback_on_step_end"] = blender.after_step
@@ -127,8 +132,9 @@ class _Mix:
 
     def on(self, layer: TextAttention) -> RowFn:
         """The mix at one layer's pattern."""
-        mapper, follows, turned = (None if x is None else layer.of_text(x) for x in
-                                   (self.mapper, self.follows, self.turned))  # fmt: skip
+        mapper, follows, turned = (
+            None if x is None else layer.of_text(x) for x in (self.mapper, self.follows, self.turned)
+        )
         if mapper is not None and layer.text is not None:
             mapper = mapper[list(layer.text)]
 

@@ -13,9 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods_multimodal.core.record import Record
+from methods_multimodal.cross_attention._between import first_step_alone
 from methods_multimodal.cross_attention._rows import RowEdit, edits
 from methods_multimodal.cross_attention._sites import prompt_layouts, text_attention
 from methods_multimodal.cross_attention._ssim import similarity
+from methods_multimodal.diffusion import sampling_of
 from mm_adapters import InputError, Model, Read
 
 Neuron = tuple[int, int]
@@ -75,8 +77,8 @@ def activations(
     of a UNet (in all blocks of what is no UNet), over the prompt's tokens without its padding.
     """
     attention = _layers(model)
-    layouts = prompt_layouts(model, prompts)
-    live = torch.tensor([[role != "pad" for role in x.roles[0]] for x in layouts])
+    layouts = prompt_layouts(model, prompts, options)
+    live = torch.tensor([[role not in ("pad", "latent") for role in x.roles[0]] for x in layouts])
 
     def size(value: Float[Tensor, "prompt token head d"]) -> Float[Tensor, "prompt neuron"]:
         flat = rearrange(value.float().abs(), "p t h d -> p t (h d)")
@@ -84,7 +86,7 @@ def activations(
         return (flat * weight).sum(1) / weight.sum(1)
 
     reads = [Read(a.site("v"), reduce=size, steps=[0], rows="cond") for a in attention]
-    inputs = {**(options or {}), "callback_on_step_end": _stop, "output_type": "latent"}
+    inputs = {**(options or {}), **first_step_alone(model)}
     run = model.run({**inputs, "prompt": list(prompts), "seed": [0] * len(prompts)}, read=reads)
     return {str(a.layer): run[a.site("v")][0] for a in attention}
 
@@ -106,12 +108,18 @@ def first_noise(
         of_layer = [n for at, n in neurons if at == layer]
         for row in range(len(seeds)):
             row_edits.append(RowEdit(attention[layer].site("v"), row, _zeroed(of_layer)))
-    inputs = {**(options or {}), "callback_on_step_end": _stop, "output_type": "latent"}
+    inputs = {**(options or {}), **first_step_alone(model)}
     inputs |= {"prompt": [prompt] * len(seeds), "seed": list(seeds)}
-    tower = model.record.loop
-    reads = [Read(f"{tower}.{part}", steps=[0], rows="cond") for part in ("hook_in", "hook_out")]
-    run = model.run(inputs, read=reads, edit=edits(row_edits))
-    taken = (run[f"{tower}.hook_out"][0] - run[f"{tower}.hook_in"][0]).float()
+    tower, sampling = sampling_of(model)
+    sites = [f"{tower}.{part}" for part in (sampling.prediction, sampling.latents)]
+    run = model.run(inputs, read=[Read(s, steps=[0], rows="cond") for s in sites], edit=edits(row_edits))
+    predicted, latents = (run[site][0].float() for site in sites)
+    if sampling.packed:
+        down, _ = prompt_layouts(model, [prompt], options)[0].grid or (1, 1)
+        predicted, latents = (rearrange(x, "s (h w) c -> s c h w", h=down) for x in (predicted, latents))
+    # Variances come after the prediction, pictures that guide after the latents.
+    n_channels = min(predicted.shape[1], latents.shape[1])
+    taken = predicted[:, :n_channels] - latents[:, :n_channels]
     low, high = taken.amin((-1, -2), keepdim=True), taken.amax((-1, -2), keepdim=True)
     return (taken - low) / (high - low).clamp(min=1e-12)
 
@@ -207,8 +215,3 @@ def _zeroed(neurons: Sequence[int]):
         return rearrange(flat, "t (h d) -> t h d", h=row.shape[1])
 
     return zero
-
-
-def _stop(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    pipeline._interrupt = True  # The library's own way: the steps left are passed over.
-    return {}

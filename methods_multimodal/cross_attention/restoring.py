@@ -69,10 +69,9 @@ def restore_text(
         raise InputError(
             f"at={at!r}: a clean value is given back at the 'last' token, the 'word', or 'after'."
         )
+    model.check_site(f"text.blocks.0.{part}")
     layouts = [x for x, _ in layouts_of(model, cases, options)]
     sites = [s for s in model.sites(f"text.blocks.*.{part}") if s.reason is None]
-    if not sites:
-        raise InputError(f"The text encoder has no {part!r}. model.sites('text.blocks.0.*') lists its parts.")
     pieces = [[RowEdit(s.name, 0, _AtWord(layouts, at))] for s in sites]
     parts = [Part((int(s.layer or 0),)) for s in sites]
     return _restored(model, cases, metric, pieces, parts, noise, batch, options, noise_seed)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from methods_multimodal.core.generators import mixed
 from methods_multimodal.data_attribution._parameters import select
 from methods_multimodal.data_attribution.task import Batch, Call, Task
-from mm_adapters import InputError, Model
+from methods_multimodal.diffusion.sampling import sampling_of
+from mm_adapters import InputError, MissingSiteError, Model
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 _OWN = ("index", "latents", "timestep")
@@ -66,11 +67,13 @@ def diffusion_task(
         scheduler: How noise is added; None: the pipeline's own.
         timestep_scale: Times a timestep is what the denoiser is given.
 
-    Raises: InputError for an unknown measure or timestep, or a model without a denoiser.
+    Raises: MissingSiteError as `denoiser_of` does; InputError for an unknown measure or timestep.
     """
+    module = denoiser_of(model)
+    _, sampling = sampling_of(model, "denoiser")
     return denoiser_task(
-        denoiser_of(model),
-        scheduler or getattr(model.wrapped, "scheduler", None),
+        module,
+        scheduler or getattr(model.wrapped, sampling.scheduler, None),
         measure=measure,
         timesteps=timesteps,
         n_noises=n_noises,
@@ -145,10 +148,17 @@ def denoiser_task(
 
 
 def denoiser_of(model: Model) -> nn.Module:
-    """The denoiser of a pipeline. Raises: InputError if the model has none."""
-    if "denoiser" not in model.towers:
-        raise InputError(f"{model.name} has no denoiser; its towers are {', '.join(model.towers)}.")
-    return model.towers["denoiser"].module
+    """The denoiser of a pipeline.
+
+    Raises: MissingSiteError if the model has none, or one whose latents are no map.
+    """
+    module = model.check_tower("denoiser").module
+    if model.loops() and sampling_of(model, "denoiser")[1].packed:
+        raise MissingSiteError(
+            f"{model.name}: its denoiser takes latents that are packed into positions, and an example's are "
+            "a map, so there is no task of it here."
+        )
+    return module
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +247,10 @@ class Draws:
         for number, timesteps in zip(index.tolist(), steps.tolist(), strict=True):
             for step, draw in zip(timesteps, which, strict=True):
                 # One more, so that -1, all examples' number, is none of theirs.
-                key = tuple(n + 1 for n in (self.seed, -1 if self.shared else int(number), int(step),
-                                            draw % self.n_noises))  # fmt: skip
+                key = tuple(
+                    n + 1
+                    for n in (self.seed, -1 if self.shared else int(number), int(step), draw % self.n_noises)
+                )
                 if key not in known:
                     known[key] = torch.randn(*shape, generator=mixed(*key))
                 noises.append(known[key])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,9 @@ from methods_multimodal.data_attribution.features import Checkpoint, query_featu
 from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.scorers import scores
 from methods_multimodal.data_attribution.trak import Trak
-from methods_multimodal.diffusion.denoising import StepReader
+from methods_multimodal.diffusion.denoising import step_reader
+from methods_multimodal.diffusion.pictures import pictures_of
+from methods_multimodal.diffusion.sampling import sampling_of
 from mm_adapters import InputError, Model
 from mm_adapters.store import Store
 
@@ -64,28 +65,27 @@ def trajectory(
     `n_own` steps are kept, spaced evenly; the first is left out, since it has noise alone to go by.
     Prompt i is drawn from seed + i; `inputs` go to the pipeline (`guidance_scale`, ...).
 
-    Raises: InputError for a pipeline that cannot be watched, before anything is drawn, and for a sampler
-    that does not say what it predicts, after the first drawing.
+    Raises: MissingSiteError if the model reads no prompt or its latents are no map, before anything is drawn;
+    InputError for a sampler that does not say what it predicts, after the first drawing.
     """
-    pipe = model.wrapped
-    call = inspect.signature(type(pipe).__call__).parameters
-    if "callback_on_step_end" not in call or "prompt" not in call:
-        raise InputError(f"{type(pipe).__name__} draws without prompts or cannot be watched as it draws.")
+    model.check_tower("text")
+    denoiser_of(model)
+    _, sampling = sampling_of(model, "denoiser")
     if not prompts or n_own < 1 or n_steps < 2:
         raise InputError(
             f"A trajectory needs a prompt, a step to keep and two steps in all, not {len(prompts)}, {n_own} "
             f"and {n_steps}."
         )
-    times = Schedule.of(pipe.scheduler).times.double()
+    times = Schedule.of(getattr(model.wrapped, sampling.scheduler)).times.double()
     latents, at, pictures, steps = [], [], [], ()
     for number, prompt in enumerate(prompts):
-        reader = StepReader(n_steps, n_own)
+        reader = step_reader(model, n_steps, n_own, "denoiser")
         arguments = {**inputs, "prompt": prompt, "seed": seed + number, "output_type": "pt"}
         run = model.run(reader.inputs(arguments), read=reader.reads())
         clean, step_times = reader.predictions(model, run)
         latents.append(torch.cat([one.float().cpu() for one in clean]))
         at.append(torch.stack([(times - time).abs().argmin() for time in step_times]))
-        pictures.append(run.output.images[0].float().cpu())
+        pictures.append(pictures_of(model, run.output)[0].float().cpu())
         steps = reader.steps
     return Trajectory(torch.stack(latents), torch.stack(at), torch.stack(pictures), steps, tuple(prompts))
 

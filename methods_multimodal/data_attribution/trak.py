@@ -32,8 +32,8 @@ class Kernel:
     def of(cls, store: Store, name: str, blocks: Literal["all", "module"] = "all") -> Kernel:
         """One pass over a column; memory is the square of the (longest run of) features."""
         dim = store.columns[name].shape[0]
-        blocks = store.about["blocks"] if blocks == "module" else [("all", 0, dim)]
-        runs = tuple((int(a), int(b)) for _, a, b in blocks)
+        bounds = store.about["blocks"] if blocks == "module" else [("all", 0, dim)]
+        runs = tuple((int(a), int(b)) for _, a, b in bounds)
         sums = [torch.zeros(b - a, b - a, dtype=torch.float64) for a, b in runs]
         for rows in columns(store, name):
             for total, (a, b) in zip(sums, runs, strict=True):

@@ -8,6 +8,7 @@ from methods_multimodal.diffusion.denoising import (
     step_reader,
 )
 from methods_multimodal.diffusion.pictures import decode, pictures_of, to_array
+from methods_multimodal.diffusion.sampling import sampling_of
 
 __all__ = [
     "DenoisingSteps",
@@ -16,6 +17,7 @@ __all__ = [
     "decode",
     "frames_of",
     "pictures_of",
+    "sampling_of",
     "step_reader",
     "to_array",
 ]

@@ -13,8 +13,8 @@ from torch import Tensor
 from methods_multimodal.core.record import Record
 from methods_multimodal.diffusion._guidance import combine
 from methods_multimodal.diffusion._samplers import clean_latents, input_scale, takes_variance
-from methods_multimodal.diffusion._sampling import sampling_of
 from methods_multimodal.diffusion.pictures import decode, to_array
+from methods_multimodal.diffusion.sampling import sampling_of
 from mm_adapters import InputError, Model, Read, Run
 from mm_adapters.records import Guidance, Sampling
 

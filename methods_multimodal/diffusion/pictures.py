@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal.diffusion._sampling import sampling_of
+from methods_multimodal.diffusion.sampling import sampling_of
 from mm_adapters import InputError, Model
 
 

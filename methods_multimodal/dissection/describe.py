@@ -116,9 +116,10 @@ def retrieving(
 def drawing(model: Model, *, n: int = 4, template: str = "{}", **options: Any) -> Illustrator:
     """An illustrator that draws: `n` pictures by a text-to-image model, from seeds 0 to n - 1.
 
-    Raises: MissingSiteError if the model has no denoiser.
+    Raises: MissingSiteError if the model has no denoiser, or reads no text.
     """
     model.check_tower("denoiser")
+    model.check_tower("text")
 
     def illustrate(text: str) -> list[Picture]:
         inputs = {"prompt": [template.format(text)] * n, "seed": list(range(n)), **options}

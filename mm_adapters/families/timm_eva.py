@@ -1,7 +1,19 @@
 """timm's Eva: EVA, EVA-02 and EVA-CLIP's image tower (arXiv 2303.11331, 2303.15389)."""
 
 from mm_adapters.families.timm_vit import POOL
-from mm_adapters.records import Built, Input, Output, Stack, Stream, Tower, inside, norm, register
+from mm_adapters.records import (
+    Built,
+    Input,
+    ModelRecord,
+    Output,
+    Stack,
+    Stream,
+    Tower,
+    TowerMount,
+    inside,
+    norm,
+    register,
+)
 
 _N = "attn:num_heads"
 register(
@@ -40,3 +52,5 @@ register(
         n_class=Built((("cls_token", True, 1),), 0),
     )
 )  # fmt: skip
+# By itself it may end in a classifier; what wraps it leaves that out.
+register(ModelRecord("timm_eva", "tower", ("timm:Eva",), {"vision": TowerMount("", project="head.weight.T")}))

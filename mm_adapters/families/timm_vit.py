@@ -1,6 +1,19 @@
 """timm's VisionTransformer: ViT, DeiT, AugReg, SigLIP's image tower and many more."""
 
-from mm_adapters.records import Built, Input, Output, Residual, Stack, Tower, inside, mlp, norm, register
+from mm_adapters.records import (
+    Built,
+    Input,
+    ModelRecord,
+    Output,
+    Residual,
+    Stack,
+    Tower,
+    TowerMount,
+    inside,
+    mlp,
+    norm,
+    register,
+)
 
 _N = "attn:num_heads"
 POOL = Built((("global_pool", "avg", "mean"), ("global_pool", "map", "attention"),
@@ -39,5 +52,11 @@ register(
         patch="patch_embed.proj",
         n_class=Built((("has_class_token", True, 1),), 0),
         n_register="num_reg_tokens",
+    )
+)
+# By itself it may end in a classifier; what wraps it leaves that out.
+register(
+    ModelRecord(
+        "timm_vit", "tower", ("timm:VisionTransformer",), {"vision": TowerMount("", project="head.weight.T")}
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,4 +24,13 @@ def callable_for(model: Any, sites: SiteMap, arguments: Mapping[str, Any]) -> Ca
     tower = single_tower(sites, arguments)
     if tower is None:
         return model
-    return tower.module if tower.mount.run is None else resolve(model, tower.mount.run)
+    if tower.mount.run is None:
+        return tower.module
+    run = resolve(model, tower.mount.run)
+    # The model's forward and what runs one tower may call the same argument differently (CoCa's do).
+    first = next(iter(inspect.signature(run).parameters))
+    if tower.mount.run == "" or first == tower.input_name:
+        return run
+    return lambda **given: run(
+        **{first if name == tower.input_name else name: v for name, v in given.items()}
+    )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import mm_adapters as mm
-from methods_multimodal.cross_attention import word_maps
+from methods_multimodal.cross_attention import LocalBlend, WordEdit, bind_attributes, edit_words, word_maps
+from methods_multimodal.cross_attention.neurons import first_noise
 from mm_adapters import InputError
 
 # "a cat" is start, a, c, a, t, end for the letter tokenizer, in each text encoder that reads it.
@@ -56,8 +57,13 @@ def computed(pipeline: Any, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPa
 def test_word_maps_are_the_attention_from_pixels_to_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, side = CASES[name]
     built = tiny.CASES[name]()
-    inputs = {**built.inputs, "prompt": "a cat", "seed": 0, "num_inference_steps": STEPS,
-              "output_type": "latent"}  # fmt: skip
+    inputs = {
+        **built.inputs,
+        "prompt": "a cat",
+        "seed": 0,
+        "num_inference_steps": STEPS,
+        "output_type": "latent",
+    }
     inputs |= {"negative_prompt": "b"} if inputs.get("negative_prompt") else {}
     n_text = sum(lengths)
     patterns = computed(built.model, inputs, monkeypatch)
@@ -103,3 +109,37 @@ def test_prompts_of_several_lengths_are_refused_where_the_pipeline_pads_them_to_
     built = tiny.CASES["qwen_image"]()
     with pytest.raises(InputError, match="8, 9 tokens"):
         word_maps(mm.HookedModel(built.model), built.inputs | {"prompt": ["a cat", "a dogs"]})
+
+
+def options_of(name: str) -> tuple[mm.HookedModel, dict[str, Any]]:
+    case = tiny.CASES[name]()
+    said = {"prompt", "negative_prompt", "seed", "output_type", "num_inference_steps"}
+    return mm.HookedModel(case.model), {k: v for k, v in case.inputs.items() if k not in said}
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart", "stable_diffusion_3", "kandinsky_3"])
+def test_the_first_noise_is_what_the_first_step_takes_away(name: str) -> None:
+    model, options = options_of(name)
+    options |= {"num_inference_steps": 2}
+    noise = first_noise(model, "a cat", seeds=[0, 1], options=options)
+    assert noise.ndim == 4
+    inputs = {**options, "prompt": ["a cat"] * 2, "seed": [0, 1], "output_type": "latent"}
+    run = model.run(inputs, read=[mm.Read(f"denoiser.{x}", rows="cond") for x in ("hook_in", "hook_out")])
+    latents, predicted = (run[f"denoiser.{x}"][0] for x in ("hook_in", "hook_out"))
+    if name == "flux":  # Two rows of three positions.
+        latents, predicted = (x.unflatten(1, (2, 3)).permute(0, 3, 1, 2) for x in (latents, predicted))
+    taken = predicted[:, : latents.shape[1]] - latents
+    low, high = taken.amin((-1, -2), keepdim=True), taken.amax((-1, -2), keepdim=True)
+    torch.testing.assert_close(noise, (taken - low) / (high - low))
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart", "stable_diffusion_3"])
+def test_what_acts_between_steps_says_so_where_it_cannot(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = options_of(name)
+    monkeypatch.setattr(type(model), "run", lambda *a, **k: pytest.fail("heavy work began"))
+    with pytest.raises(mm.InputError, match=r"Binding acts between|Binding moves the latents of a UNet"):
+        bind_attributes(model, "red cat", [("red", "cat")], n_steps=2, options=options)
+    if name != "stable_diffusion_3":
+        edit = WordEdit("a red dog", "replace", blend=LocalBlend(("dog",)))
+        with pytest.raises(mm.InputError, match="Local blend"):
+            edit_words(model, "a red cat", [edit], n_steps=2, options=options)

@@ -82,7 +82,7 @@ def test_sums_that_are_looked_up_are_those_of_the_matrix_and_take_no_memory() ->
     project = Projection("rademacher", dim, seed=5).on(n, torch.device("cpu"))
     assert peak(lambda: found.append(project(gradients, 0))) < n * dim * 4 / 5
     pieces = [*_signs.pieces(n, dim, 5)]
-    matrix = torch.cat([_signs.spelled(piece) for piece in pieces])[:n]
+    matrix = torch.cat([_signs.as_matrix(piece) for piece in pieces])[:n]
     assert matrix.unique().tolist() == [-1, 1]
     torch.testing.assert_close(found[0], gradients @ matrix / math.sqrt(dim), rtol=1e-4, atol=1e-4)
     # As on a card, where it is a matrix.

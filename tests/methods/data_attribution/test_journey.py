@@ -21,7 +21,7 @@ from methods_multimodal.data_attribution import (
     journey_trak,
     trajectory,
 )
-from mm_adapters import InputError, StoreError, wrap
+from mm_adapters import InputError, MissingSiteError, StoreError, wrap
 
 STEPS = {"n_steps": 5, "n_own": 3}
 
@@ -111,7 +111,7 @@ def test_one_call_is_trak_of_the_loss_at_each_step(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_watched_is_said() -> None:
-    with pytest.raises(InputError, match="without prompts"):
+    with pytest.raises(MissingSiteError, match="no site 'text'"):
         trajectory(wrap(tiny_diffusion.unconditional().model), ["a cat"])
     with pytest.raises(InputError, match="needs a prompt"):
         trajectory(wrap(pipeline()), [])

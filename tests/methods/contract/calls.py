@@ -1,0 +1,212 @@
+"""Calls of the methods that take more than one step to make numbers of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from methods_multimodal import cross_attention as ca
+from methods_multimodal import data_attribution as da
+from methods_multimodal import diffusion, dissection, patching, relevance, report
+from methods_multimodal import text_explanations as te
+from methods_multimodal.data_attribution.task import batch_of
+from tests.methods.contract.given import Given
+
+WORDS = ("a cat", "a dog", "an ox")
+
+
+def named_heads(model: Any, given: Given) -> Any:
+    """Each head by a text of a small vocabulary."""
+    words = te.vocabulary(list(WORDS))
+    return te.name_heads(model, given.pictures, words, n_texts=2, rank=3, batch_size=2)
+
+
+def pair_losses(model: Any, given: Given) -> Any:
+    """The contrastive loss and the similarity of each pair."""
+    task = da.contrastive_task(model, given.inputs, measure=["loss", "similarity"])
+    return task.per_example(batch_of(given.inputs, 0, 2))
+
+
+def examples(model: Any, given: Given) -> Any:
+    """Two pictures, encoded, with a prompt each if the pipeline reads any."""
+    prompts = list(given.texts) if hasattr(model.wrapped, "encode_prompt") else None
+    more = {name: torch.tensor(given.inputs[name]) for name in ("class_labels",) if name in given.inputs}
+    return da.diffusion_examples(model, given.drawn_size, prompts) | more
+
+
+def denoising_losses(model: Any, given: Given) -> Any:
+    """The denoiser's loss of each picture."""
+    task = da.diffusion_task(model, timesteps=1)
+    return task.per_example(batch_of(examples(model, given), 0, 2))
+
+
+def journey(model: Any, given: Given) -> Any:
+    """Scores of two pictures at the steps of one drawing."""
+    task = da.diffusion_task(model, timesteps=1)
+    projection = da.Projection(dim=8)
+    store = da.featurise(
+        task, examples(model, given), given.folder / "s", projection=projection, progress=False
+    )
+    return da.journey_trak(model, store, [given.prompt], inputs={"n_steps": 2, "n_own": 1, **given.options()})
+
+
+def read_words(model: Any, given: Given) -> Any:
+    """The maps that a reader makes of a run."""
+    reader = ca.word_reader(model, given.prompt, n_steps=given.family.n_steps, options=given.sizes())
+    return reader.maps(model.run(given.drawing, read=reader.reads()))
+
+
+def neurons(model: Any, given: Given) -> Any:
+    """What a prompt's neurons are, beside two others'."""
+    statistics = ca.neuron_statistics(model, given.texts, options=given.options(2))
+    seen: Any = {"seeds": (0, 1), "thetas": (1.0,)}
+    return ca.find_neurons(model, given.prompt, statistics, threshold=0.1, options=given.options(2), **seen)
+
+
+def read_steps(model: Any, given: Given) -> Any:
+    """The predictions and pictures of a run of two steps."""
+    reader = diffusion.step_reader(model, 2)
+    run = model.run(reader.inputs(given.drawing), read=reader.reads())
+    return reader.step_predictions(model, run), reader.pictures(model, run)
+
+
+def unit_maps(model: Any, given: Given) -> Any:
+    """The maps of one residual stream's units, where the model has it."""
+    tower = "denoiser" if "num_inference_steps" in given.inputs else given.tower
+    units = dissection.Units(model, f"{tower}.blocks.0.hook_resid_post")
+    return units.maps(given.first if tower != "denoiser" else given.inputs)
+
+
+def probed(model: Any, given: Given) -> Any:
+    """What a store holds of pictures that one model has looked at, as the units' and as the judge."""
+    units = dissection.Units(model, "vision.blocks.0.hook_resid_post")
+    batches = [(given.pixels, given.pictures)]
+    store = dissection.collect([units], batches, model, given.folder / "s", progress=False)
+    return store.rows()
+
+
+def retrieved(model: Any, given: Given) -> Any:
+    """The pictures that a text finds."""
+    embeddings = da.image_features(model, given.drawn_size)
+    return dissection.retrieving(model, given.pictures, embeddings, n=1)(given.texts[0])
+
+
+def split_in_batches(model: Any, given: Given) -> Any:
+    """`decompositions`."""
+    return list(te.decompositions(model, images=given.pictures, tokens="sum"))
+
+
+def patched_positions(model: Any, given: Given) -> Any:
+    """`patch_positions`."""
+    return patching.patch_positions(model, *given.patched, units=[(0,), (1, 2)], **given.first_layer)
+
+
+def patched_units(model: Any, given: Given) -> Any:
+    """`patch_units`."""
+    return patching.patch_units(model, *given.patched, given.site, "pos", units=[(0,)], layers=[0])
+
+
+def first_heads(model: Any, given: Given) -> Any:
+    """`head_maps`."""
+    return relevance.head_maps(
+        model, given.first, given.layout(given.tower), tower=given.tower, layers=[0], query=-1
+    )
+
+
+def asked(model: Any, given: Given) -> Any:
+    """`asking`."""
+    return dissection.asking(model, given.question, max_new_tokens=2)(given.pictures[:1])
+
+
+def drawn(model: Any, given: Given) -> Any:
+    """`drawing`."""
+    return dissection.drawing(model, n=1, output_type="pt", **given.options())(given.prompt)
+
+
+def followed(model: Any, given: Given) -> Any:
+    """`trajectory`."""
+    return da.trajectory(model, [given.prompt], n_own=1, n_steps=2, **given.options())
+
+
+def patched_words(model: Any, given: Given) -> Any:
+    """`patch_words`."""
+    return ca.patch_words(model, given.cases, given.redness, batch=4, options=given.options(4))
+
+
+def blocked_words(model: Any, given: Given) -> Any:
+    """`knock_out_words`."""
+    return ca.knock_out_words(model, given.cases, given.redness, batch=4, options=given.options(4))
+
+
+def silenced_heads(model: Any, given: Given) -> Any:
+    """`ablate_heads`."""
+    return ca.ablate_heads(model, given.cases, given.redness, [ca.Part()], batch=4, options=given.options(4))
+
+
+def attributed(model: Any, given: Given) -> Any:
+    """`attribute_patching`."""
+    return ca.attribute_patching(model, given.cases, given.redness, options=given.options(2))
+
+
+def restored_layers(model: Any, given: Given) -> Any:
+    """`restore_layers`."""
+    return ca.restore_layers(model, given.cases, given.redness, batch=4, options=given.options(4))
+
+
+def restored_text(model: Any, given: Given) -> Any:
+    """`restore_text`."""
+    return ca.restore_text(model, given.cases, given.redness, batch=4, options=given.options(4))
+
+
+def bound(model: Any, given: Given) -> Any:
+    """`bind_attributes`."""
+    return ca.bind_attributes(
+        model, given.prompt, [("a", "cat")], n_steps=given.family.n_steps, options=given.sizes()
+    )
+
+
+def edited(model: Any, given: Given) -> Any:
+    """`edit_words`."""
+    return ca.edit_words(
+        model,
+        given.prompt,
+        [ca.WordEdit("a dog", "replace")],
+        n_steps=given.family.n_steps,
+        options=given.sizes(2),
+    )
+
+
+def usual_neurons(model: Any, given: Given) -> Any:
+    """`neuron_statistics`."""
+    return ca.neuron_statistics(model, given.texts, options=given.options(2))
+
+
+def memorised(model: Any, given: Given) -> Any:
+    """`memorisation_score`."""
+    return [ca.memorisation_score(model, t, seeds=(0, 1), options=given.options(2)) for t in given.texts]
+
+
+def diffusion_page(model: Any, given: Given) -> Any:
+    """`diffusion_report`."""
+    return report.diffusion_report(model, given.prompt, steps=2, **given.sizes())
+
+
+def words_page(model: Any, given: Given) -> Any:
+    """`words_report`."""
+    return report.words_report(model, given.prompt, steps=given.family.n_steps, **given.sizes())
+
+
+def trace_page(model: Any, given: Given) -> Any:
+    """`trace_report`."""
+    return report.trace_report(
+        model,
+        given.prompt,
+        "cat",
+        "dog",
+        given.redness,
+        seeds=(0, 1),
+        steps=given.family.n_steps,
+        n_groups=1,
+        **given.sizes(4),
+    )

@@ -1,0 +1,102 @@
+"""Every public method that takes a model, one line each: its kinds of families, and a tiny call."""
+
+from __future__ import annotations
+
+from methods_multimodal import cross_attention as ca
+from methods_multimodal import data_attribution as da
+from methods_multimodal import diffusion, dissection, lenses, patching, relevance, report
+from methods_multimodal import text_explanations as te
+from tests.methods.contract import calls
+from tests.methods.contract.kinds import Kind
+from tests.methods.contract.method import Method, Reason
+
+PAIRS: tuple[Kind, ...] = ("contrastive",)
+SEEING: tuple[Kind, ...] = ("contrastive", "vision")
+SPEAKING: tuple[Kind, ...] = ("vlm", "language")
+BLOCKS: tuple[Kind, ...] = ("contrastive", "vision", "text", "language", "vlm")
+LOOKING: tuple[Kind, ...] = ("contrastive", "vision", "vlm")
+ASKED: tuple[Kind, ...] = ("vlm",)
+DRAWING: tuple[Kind, ...] = ("diffusion",)
+
+# fmt: off
+METHODS: tuple[Method, ...] = (
+    Method(te.decompose, SEEING, lambda m, x: te.decompose(m, images=x.pixels)),
+    Method(te.decompositions, SEEING, calls.split_in_batches),
+    Method(te.name_heads, SEEING, calls.named_heads),
+    Method(te.second_order, SEEING, lambda m, x: te.second_order(m, images=x.pixels, layer=0)),
+    Method(te.segment, SEEING, lambda m, x: te.segment(m, x.pictures, x.directions())),
+    Method(te.token_states, SPEAKING, lambda m, x: te.token_states(m, [x.inputs], 0)),
+    Method(lenses.attribute_logits, PAIRS, lambda m, x: lenses.attribute_logits(m, x.inputs)),
+    Method(lenses.attribute_tokens, SPEAKING, lambda m, x: lenses.attribute_tokens(m, x.inputs, [5])),
+    Method(lenses.logit_lens, SPEAKING, lambda m, x: lenses.logit_lens(m, x.inputs, final_norm=True)),
+    Method(patching.patch_heads, BLOCKS, lambda m, x: patching.patch_heads(m, *x.patched, **x.first_layer)),
+    Method(patching.patch_positions, BLOCKS, calls.patched_positions),
+    Method(patching.patch_units, BLOCKS, calls.patched_units),
+    Method(relevance.head_maps, LOOKING, calls.first_heads),
+    Method(dissection.Units, (*LOOKING, "diffusion"), calls.unit_maps),
+    Method(dissection.collect, PAIRS, calls.probed),
+    Method(dissection.embed_concepts, PAIRS, lambda m, x: dissection.embed_concepts(m, x.texts)),
+    Method(dissection.retrieving, PAIRS, calls.retrieved),
+    Method(dissection.asking, ASKED, calls.asked),
+    Method(dissection.drawing, DRAWING, calls.drawn),
+    Method(da.image_features, SEEING, lambda m, x: da.image_features(m, x.drawn_size)),
+    Method(da.contrastive_task, PAIRS, calls.pair_losses),
+    Method(da.diffusion_examples, DRAWING, calls.examples),
+    Method(da.diffusion_task, ("trained",), calls.denoising_losses),
+    Method(da.trajectory, DRAWING, calls.followed),
+    Method(da.journey_trak, ("trained",), calls.journey),
+    Method(diffusion.StepReader, DRAWING, calls.read_steps),
+    Method(diffusion.step_reader, DRAWING, calls.read_steps),
+    Method(diffusion.pictures_of, DRAWING, lambda m, x: diffusion.pictures_of(m, m.run(x.drawing).output)),
+    Method(diffusion.decode, DRAWING, lambda m, x: diffusion.decode(m, x.latents, grid=(2, 2))),
+    Method(ca.clip_score, PAIRS, lambda m, x: ca.clip_score(m, x.prompt)(x.drawn_size)),
+    Method(ca.clip_contrast, PAIRS, lambda m, x: ca.clip_contrast(m, *x.texts)(x.drawn_size)),
+    Method(ca.grid, DRAWING, lambda m, x: ca.grid(m)),
+    Method(ca.word_reader, DRAWING, calls.read_words),
+    Method(ca.word_maps, DRAWING, lambda m, x: ca.word_maps(m, x.drawing)[0]),
+    Method(ca.patch_words, DRAWING, calls.patched_words),
+    Method(ca.knock_out_words, DRAWING, calls.blocked_words),
+    Method(ca.ablate_heads, DRAWING, calls.silenced_heads),
+    Method(ca.attribute_patching, DRAWING, calls.attributed),
+    Method(ca.restore_layers, DRAWING, calls.restored_layers),
+    Method(ca.restore_text, DRAWING, calls.restored_text),
+    Method(ca.bind_attributes, DRAWING, calls.bound),
+    Method(ca.edit_words, DRAWING, calls.edited),
+    Method(ca.neuron_statistics, DRAWING, calls.usual_neurons),
+    Method(ca.memorisation_score, DRAWING, calls.memorised),
+    Method(ca.find_neurons, DRAWING, calls.neurons),
+    Method(report.contrastive_report, PAIRS, lambda m, x: report.contrastive_report(m, x.pictures, x.texts)),
+    Method(report.vlm_report, ASKED, lambda m, x: report.vlm_report(m, x.pictures, x.question)),
+    Method(report.diffusion_report, DRAWING, calls.diffusion_page),
+    Method(report.words_report, DRAWING, calls.words_page),
+    Method(report.trace_report, DRAWING, calls.trace_page),
+)
+# fmt: on
+
+# Refusals that name no missing site or role: at most five.
+OWN_REASONS: tuple[Reason, ...] = (
+    Reason(
+        r"(text_explanations|lenses)\..*",
+        r"pooled by (\w+), which is not split",
+        "the summary is no sum over one position: its record's pool",
+        lambda model, said: any(tower.pool == said[1] for tower in model.towers.values()),
+    ),
+    Reason(
+        r"text_explanations\.second_order",
+        r"blocks' attn has no (W_\w)",
+        "a weight that no module of its own has: its record's heads",
+        lambda model, said: said[1] not in model.towers["vision"].weights(0).names("attn"),
+    ),
+    Reason(
+        r"(diffusion|cross_attention|dissection|report|data_attribution)\..*",
+        r"makes embeddings in",
+        "the loop makes embeddings, which have no picture: its record's sampling",
+        lambda model, _: not all(sampling.pictures for sampling in model.record.sampling.values()),
+    ),
+    Reason(
+        r"data_attribution\..*",
+        r"latents that are packed into positions",
+        "latents are packed, and examples are maps: its record's sampling",
+        lambda model, _: model.record.sampling["denoiser"].packed,
+    ),
+)
