@@ -82,13 +82,15 @@ def copy_positions(
     """Copies the positions `source` of the row `donor` to the positions `to`, [pos, head?, ...]."""
 
     def copy(row: Tensor, rows: Tensor) -> Tensor:
-        donated = rows[donor][list(source)]
+        # Padding that a pipeline cut off, because it is no prompt's of the batch (Kandinsky 3), is not there.
+        pairs = [(t, s) for t, s in zip(to, source, strict=True) if max(t, s) < len(row)]
+        at, donated = [t for t, _ in pairs], rows[donor][[s for _, s in pairs]]
         if heads is None:
-            row[list(to)] = donated
+            row[at] = donated
             return row
-        part = row[list(to)]
+        part = row[at]
         part[:, list(heads)] = donated[:, list(heads)]
-        row[list(to)] = part
+        row[at] = part
         return row
 
     return copy

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from methods_multimodal.core.generators import mixed
 from methods_multimodal.data_attribution._parameters import select
 from methods_multimodal.data_attribution.task import Batch, Call, Task
-from methods_multimodal.diffusion._sampling import sampling_of
+from methods_multimodal.diffusion.sampling import sampling_of
 from mm_adapters import InputError, MissingSiteError, Model
 
 Measure = Callable[[Tensor, Tensor], Tensor]

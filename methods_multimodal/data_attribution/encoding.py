@@ -28,7 +28,8 @@ def diffusion_examples(
     `images` are pictures or files of one size, or pixels in [0, 1] [image, 3, height, width].
     Pipelines without an autoencoder keep pixels, scaled to [-1, 1].
 
-    Raises: InputError if prompts are missing, not one an image, or not what this pipeline takes.
+    Raises: MissingSiteError if the model has no denoiser or reads no text; InputError if prompts are missing, not
+    one an image, or not what this pipeline takes.
     """
     pipe, module = model.wrapped, denoiser_of(model)
     pixels = _pixels(images)
@@ -36,6 +37,8 @@ def diffusion_examples(
     if reads_text != (prompts is not None):
         need = "needs a prompt for each image" if reads_text else "takes no prompts"
         raise InputError(f"{model.name} {need}.")
+    if prompts is not None:
+        model.check_tower("text")
     if prompts is not None and len(prompts) != len(pixels):
         raise InputError(f"There are {len(pixels)} images and {len(prompts)} prompts.")
     first = next(module.parameters())
@@ -90,6 +93,7 @@ def texts(pipe: Any, module: Any, prompts: list[str], size: Sequence[int]) -> di
         out["added_cond_kwargs.time_ids"] = pooled.new_tensor([height, width, 0, 0, height, width]).repeat(
             len(prompts), 1
         )
-    elif takes(module, "encoder_attention_mask") and len(encoded) > 1 and encoded[1] is not None:
-        out["encoder_attention_mask"] = encoded[1]
+    elif takes(module, "encoder_attention_mask"):
+        masks = [v for v in encoded[1:] if v is not None and v.ndim == 2 and not v.is_floating_point()]
+        out |= {"encoder_attention_mask": masks[0]} if masks else {}
     return out

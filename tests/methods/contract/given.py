@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from methods_multimodal.core.outputs import contrast_of
 from methods_multimodal.cross_attention import Case, colour
 from tests.methods.contract import processors
 from tests.methods.contract.families import TEXT_INPUTS, Family
+from tests.methods.contract.processors import first_row
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Given:
     model: Any
     folder: Path
     width: int
+    ready: Any = None
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -64,7 +67,11 @@ class Given:
 
     def metric(self, output: Any) -> Tensor:
         """One number a row: the last of what an edit moves."""
-        return self.family.case.head(output).flatten(1)[:, -1]
+        if self.model.kind == "contrastive" and "vision" in self.model.towers:
+            return contrast_of(output).logits[:, -1]
+        values = self.family.case.head(output)
+        # A loss is the batch's.
+        return values.flatten(1)[:, -1] if values.ndim > 1 else values.expand(len(output.image_embeds))
 
     def layout(self, tower: str) -> Any:
         """What each position of one tower is, in the first row."""
@@ -116,8 +123,9 @@ class Given:
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """The arguments with which one picture is drawn."""
-        return {**self.options(), "prompt": self.prompt, "seed": 0, "output_type": "pt"}
+        """The arguments with which one picture is drawn, by whatever the pipeline draws from."""
+        prompt = {"prompt": self.prompt} if "prompt" in self.inputs else {}
+        return {**self.options(), **prompt, "seed": 0, "output_type": "pt"}
 
     @property
     def cases(self) -> list[Case]:
@@ -134,11 +142,3 @@ class Given:
         if "vae" not in self.model.towers:
             shape = (1, 3, 4, 4)
         return torch.randn(shape, generator=torch.Generator().manual_seed(7))
-
-
-def first_row(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The first row of a model's arguments."""
-    rows = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
-    if "image_grid_thw" in inputs:  # The patches of all images are one row.
-        rows["pixel_values"] = inputs["pixel_values"][: int(inputs["image_grid_thw"][0].prod())]
-    return rows
