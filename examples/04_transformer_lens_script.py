@@ -88,16 +88,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
         looking = whole.prepare(text="<image>\n", images=[sample_images()["red_circle"]])
         picture = "".join(model.to_str_tokens(looking["input_ids"])[1:])
         with model.given(pixel_values=looking["pixel_values"]):
-            llava = script(model, picture + "question: what colour is the circle? answer:",
-                           picture + "question: what shape is the circle? answer:", answers,
-                           lambda logits: logits[0, -1, ids[0]] - logits[0, -1, ids[1]])  # fmt: skip
+            llava = script(
+                model,
+                picture + "question: what colour is the circle? answer:",
+                picture + "question: what shape is the circle? answer:",
+                answers,
+                lambda logits: logits[0, -1, ids[0]] - logits[0, -1, ids[1]],
+            )
 
         model = mm.load(args.clip).text
         answers = ("a photo of a red circle", "a photo of a blue circle")
         # A CLIP tower's unembedding is the zero-shot classifier of some texts.
         model.set_classes(list(answers))
-        clip = script(model, "a red circle", "a blue circle", answers,
-                      lambda logits: logits[0, 0] - logits[0, 1])  # fmt: skip
+        clip = script(
+            model, "a red circle", "a blue circle", answers, lambda logits: logits[0, 0] - logits[0, 1]
+        )
 
     figure = Figure(figsize=(14, 8), layout="constrained")
     for row, name, found in zip(figure.subplots(2, 3), ("language", "text"), (llava, clip), strict=True):

@@ -38,8 +38,9 @@ def pairs(
     for at in range(0, n, size):
         b, s = torch.arange(at, min(at + size, n)), other[at : at + size]
         base, source = ({k: v[i] for k, v in ready.items()} for i in (b, s))
-        made.append({"base": base, "sources": [source], "unit_locations": {"sources->base": last},
-                     "label": colour[s]})  # fmt: skip
+        made.append(
+            {"base": base, "sources": [source], "unit_locations": {"sources->base": last}, "label": colour[s]}
+        )
     ids = [model.tokenizer_of("language")(f" {c}", add_special_tokens=False).input_ids[-1] for c in COLOURS]
     return made, torch.tensor(ids)
 

@@ -22,9 +22,12 @@ def read(case: tiny.Case, *sites: str, **more: Any) -> mm.Run:
 
 @pytest.mark.parametrize(
     ("name", "block", "first"),
-    [("sd3_transformer", "blocks.1", "image"), ("flux_transformer", "blocks.0", "text"),
-     ("flux_transformer", "single_blocks.0", "text")],
-)  # fmt: skip
+    [
+        ("sd3_transformer", "blocks.1", "image"),
+        ("flux_transformer", "blocks.0", "text"),
+        ("flux_transformer", "single_blocks.0", "text"),
+    ],
+)
 def test_the_text_part_of_a_joint_pattern_is_that_of_the_full_one(name: str, block: str, first: str) -> None:
     case = tiny.CASES[name]()
     site = f"denoiser.{block}.attn.hook_pattern"
@@ -112,8 +115,13 @@ def test_a_prompt_within_a_template_has_its_own_words_where_the_denoiser_sees_th
     with pytest.raises(mm.WordNotFoundError, match="Its words: a, cat"):
         layouts["denoiser"].where("draw")
     inputs = case.inputs | {"prompt": texts, "negative_prompt": texts}
-    run = model.run(inputs, read=[mm.Read("denoiser.blocks.0.attn.hook_pattern", steps=[0], rows="cond"),
-                                  mm.Read("denoiser.hook_text_embed", steps=[0], rows="cond")])  # fmt: skip
+    run = model.run(
+        inputs,
+        read=[
+            mm.Read("denoiser.blocks.0.attn.hook_pattern", steps=[0], rows="cond"),
+            mm.Read("denoiser.hook_text_embed", steps=[0], rows="cond"),
+        ],
+    )
     layout = layouts["denoiser"]
     assert run["denoiser.blocks.0.attn.hook_pattern"].shape[-1] == layout.n_pos
     # Nobody attends to padding, and to all else somebody does; padding is zeros before it is embedded.
@@ -182,8 +190,12 @@ def test_guidance_that_only_an_argument_says_is_known(name: str, first: str) -> 
 def test_every_pipeline_that_a_record_names_is_there_and_says_whether_it_is_guided() -> None:
     import diffusers
 
-    named = [(record, cls.partition(":")[2]) for record in mm.families.records()
-             if getattr(record, "kind", "") == "diffusion" for cls in record.classes]  # fmt: skip
+    named = [
+        (record, cls.partition(":")[2])
+        for record in mm.families.records()
+        if getattr(record, "kind", "") == "diffusion"
+        for cls in record.classes
+    ]
     assert len(named) > 40
     for record, name in named:
         cls = getattr(diffusers, name)
@@ -204,8 +216,10 @@ def test_guidance_three_ways_has_rows_for_the_text_for_the_picture_and_for_neith
         runs = [model.run(case.inputs | more, read=[words, seen]) for more in ({}, change)]
         rows = runs[0].rows["denoiser"]
         assert list(rows) == ["cond", "image", "uncond"]
-        changed = {site: [not torch.equal(a, b) for a, b in zip(*(run[site][0] for run in runs), strict=True)]
-                   for site in (words, seen)}  # fmt: skip
+        changed = {
+            site: [not torch.equal(a, b) for a, b in zip(*(run[site][0] for run in runs), strict=True)]
+            for site in (words, seen)
+        }
         return {site: {name for name, of in rows.items() if any(changed[site][of])} for site in changed}
 
     assert moved(prompt=["b", "c"]) == {words: {"cond"}, seen: set()}
@@ -358,9 +372,14 @@ def adapted(folder: Path) -> tuple[tiny.Case, mm.HookedModel]:
 def test_an_image_prompt_has_keys_values_and_a_pattern_of_its_own(tmp_path: Path) -> None:
     case, model = adapted(tmp_path)
     block = "denoiser.blocks.0"
-    sites = [f"{block}.cross_attn.hook_q", *(f"{block}.image_prompt.hook_{x}" for x in "kvz"),
-             f"{block}.image_prompt.hook_pattern", f"{block}.cross_attn.hook_z",
-             f"{block}.cross_attn.hook_pattern", f"{block}.cross_attn.hook_v"]  # fmt: skip
+    sites = [
+        f"{block}.cross_attn.hook_q",
+        *(f"{block}.image_prompt.hook_{x}" for x in "kvz"),
+        f"{block}.image_prompt.hook_pattern",
+        f"{block}.cross_attn.hook_z",
+        f"{block}.cross_attn.hook_pattern",
+        f"{block}.cross_attn.hook_v",
+    ]
     run = model.run(case.inputs, read=[mm.Read(s, steps=[0]) for s in sites])
     q, k, v, z, pattern, total, onto_text, words = (run[s][0] for s in sites)
     attention = case.model.unet.get_submodule(

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import mm_adapters as mm
-from mm_adapters.records import registry as _registry
 from mm_adapters.records.spec import ModelRecord, Tower
+from mm_adapters.sites.lookup import lookup
 
 
 @cache
@@ -44,8 +44,11 @@ def one_step(name: str, built: tiny.Case) -> dict[str, int]:
 
 
 def modules(model: Any) -> list[nn.Module]:
-    roots = [model] if isinstance(model, nn.Module) else [
-        m for m in model.components.values() if isinstance(m, nn.Module)]  # fmt: skip
+    roots = (
+        [model]
+        if isinstance(model, nn.Module)
+        else [m for m in model.components.values() if isinstance(m, nn.Module)]
+    )
     return [m for root in roots for m in root.modules()]
 
 
@@ -117,8 +120,18 @@ def test_every_site_is_causal_and_leaves_nothing_behind(name: str) -> None:
 @each_family
 def test_writing_into_a_value_is_an_edit(name: str) -> None:
     built, model = case(name)
-    ends = ("hook_resid_mid", "hook_resid_mid_cross", "hook_normalized", "hook_scale", "hook_pattern",
-            "hook_pattern_text", "hook_z", "hook_branch", "hook_pre", "hook_resid_post")  # fmt: skip
+    ends = (
+        "hook_resid_mid",
+        "hook_resid_mid_cross",
+        "hook_normalized",
+        "hook_scale",
+        "hook_pattern",
+        "hook_pattern_text",
+        "hook_z",
+        "hook_branch",
+        "hook_pre",
+        "hook_resid_post",
+    )
     for end in ends:
         site = next((s for s in model.sitemap.sites if s.endswith(end)), None)
         if site is None or any(fnmatch(site, glob) for glob in built.off_path):
@@ -132,8 +145,10 @@ def test_writing_into_a_value_is_an_edit(name: str) -> None:
             return write(value.clone())
 
         with torch.no_grad():
-            written, given = (built.head(model.run_with_hooks(**built.inputs, fwd_hooks=[(site, fn)]))
-                              for fn in (write, give))  # fmt: skip
+            written, given = (
+                built.head(model.run_with_hooks(**built.inputs, fwd_hooks=[(site, fn)]))
+                for fn in (write, give)
+            )
         torch.testing.assert_close(written, given, rtol=1e-5, atol=1e-6, msg=site)
         assert not torch.equal(given, plain(built)), site
 
@@ -146,8 +161,10 @@ def test_sites_are_listed_in_the_order_they_run(name: str) -> None:
     def note(site: str):
         return lambda value: fired.append(site) or value.new_zeros(1)
 
-    reads = [mm.Read(s, note(s), steps=[0] if model.sitemap[s].tower in model.sitemap.loops else None)
-             for s in model.sitemap.sites]  # fmt: skip
+    reads = [
+        mm.Read(s, note(s), steps=[0] if model.sitemap[s].tower in model.sitemap.loops else None)
+        for s in model.sitemap.sites
+    ]
     model.run(built.inputs, read=reads)
     for tower in model.tower_names:
         ran = list(dict.fromkeys(s for s in fired if s.startswith(f"{tower}.")))
@@ -294,4 +311,4 @@ def test_an_unknown_class_says_what_to_write() -> None:
     with pytest.raises(
         mm.UnknownFamilyError, match=r"torch:Linear[\s\S]*import register\n[\s\S]*register\(ModelRecord"
     ):
-        _registry.lookup(nn.Linear(2, 2))
+        lookup(nn.Linear(2, 2))

@@ -16,10 +16,11 @@ MODELS = {"transformers", "diffusers", "open_clip", "timm", "torchvision"}
 # What turns a checkpoint's own words into a model must read them.
 LOADING = {"from_transformers.py", "from_diffusers.py", "from_open_clip.py"}
 SOURCES = sorted(
-    p for folder in ("mm_adapters", "methods_multimodal", "integrations")
+    p
+    for folder in ("mm_adapters", "methods_multimodal", "integrations")
     for p in (ROOT / folder).rglob("*.py")
     if "zoo" not in p.parts and p.name not in LOADING
-)  # fmt: skip
+)
 
 
 def nodes(path: Path) -> Iterator[ast.AST]:
@@ -59,7 +60,7 @@ def branches_on_a_model(path: Path) -> list[str]:
         for n in nodes(path)
         if isinstance(n, ast.ImportFrom) and n.module and n.module.split(".")[0] in MODELS
         for alias in n.names
-    } | MODELS  # fmt: skip
+    } | MODELS
     for node in nodes(path):
         match node:
             case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, kinds]):

@@ -138,8 +138,9 @@ def test_generation_with_edits_is_the_same_with_and_without_the_kv_cache(use_cac
     assert torch.equal(plain, own)
     everywhere = mm.Edit("language.blocks.1.attn.hook_z", zero_head)
     at_a_place = mm.Edit("language.blocks.0.hook_resid_post", lambda x: x * -3, positions=[2, 11])
-    run = model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=use_cache,
-                         edit=[everywhere, at_a_place])  # fmt: skip
+    run = model.generate(
+        **inputs, max_new_tokens=6, do_sample=False, use_cache=use_cache, edit=[everywhere, at_a_place]
+    )
     # The same edits by hand, on whole sequences.
     slow = _slow_generation(model, inputs, 6)
     assert torch.equal(run.output, slow)
@@ -159,10 +160,13 @@ def _slow_generation(model: mm.HookedModel, inputs: dict[str, Tensor], n_new: in
 
     finished = torch.zeros(ids.shape[0], dtype=torch.bool)
     for _ in range(n_new):
-        edits = [mm.Edit("language.blocks.1.attn.hook_z", zero_head),
-                 mm.Edit("language.blocks.0.hook_resid_post", place)]  # fmt: skip
-        run = model.run({"input_ids": ids, "attention_mask": mask, "pixel_values": inputs["pixel_values"]},
-                        edit=edits)  # fmt: skip
+        edits = [
+            mm.Edit("language.blocks.1.attn.hook_z", zero_head),
+            mm.Edit("language.blocks.0.hook_resid_post", place),
+        ]
+        run = model.run(
+            {"input_ids": ids, "attention_mask": mask, "pixel_values": inputs["pixel_values"]}, edit=edits
+        )
         new = run.output.logits[:, -1].argmax(-1)
         new = torch.where(finished, torch.zeros_like(new), new)
         finished |= new == 2
@@ -226,8 +230,9 @@ def test_a_seed_makes_a_run_repeatable_and_equals_the_pipelines_generator() -> N
     model = mm.HookedModel(case.model)
     with torch.no_grad():
         first, again = model(**case.inputs).images, model(**case.inputs).images
-        own = case.model("a cat", num_inference_steps=2, output_type="pt",
-                         generator=torch.Generator().manual_seed(3)).images  # fmt: skip
+        own = case.model(
+            "a cat", num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(3)
+        ).images
         assert torch.equal(model("a cat", num_inference_steps=2, output_type="pt", seed=3).images, own)
     assert torch.equal(first, again)
 

@@ -106,8 +106,11 @@ def _plain(make: Any, side: int) -> Callable[[list[Image.Image]], dict[str, Any]
 
 def _anyres(make: Any) -> Callable[[list[Image.Image]], dict[str, Any]]:
     pins = [[8, 16], [16, 8], [16, 16]]
-    process = make(size={"height": 8, "width": 8} if "Onevision" in make.__name__ else {"shortest_edge": 8},
-                   crop_size={"height": 8, "width": 8}, image_grid_pinpoints=pins)  # fmt: skip
+    process = make(
+        size={"height": 8, "width": 8} if "Onevision" in make.__name__ else {"shortest_edge": 8},
+        crop_size={"height": 8, "width": 8},
+        image_grid_pinpoints=pins,
+    )
     keep = ("pixel_values", "image_sizes")
     return lambda images: {k: v for k, v in process(images, return_tensors="pt").items() if k in keep}
 
@@ -127,8 +130,13 @@ def _finer(make: Callable[[], tiny_vlm.Case]) -> Callable[[], tiny_vlm.Case]:
 
 
 def _qwen(make: Any, **more: Any) -> Callable[[list[Image.Image]], dict[str, Any]]:
-    process = make(patch_size=4, temporal_patch_size=2, merge_size=2,
-                   size={"shortest_edge": 16, "longest_edge": 4096}, **more)  # fmt: skip
+    process = make(
+        patch_size=4,
+        temporal_patch_size=2,
+        merge_size=2,
+        size={"shortest_edge": 16, "longest_edge": 4096},
+        **more,
+    )
     return lambda images: _clean(process(images, return_tensors="pt"))
 
 
@@ -139,8 +147,9 @@ def _idefics3(images: list[Image.Image]) -> dict[str, Any]:
 
 
 def _molmo2(images: list[Image.Image]) -> dict[str, Any]:
-    process = hf.Molmo2ImageProcessor(size={"height": 16, "width": 16}, patch_size=4, overlap_margins=[1, 1],
-                                      max_crops=4)  # fmt: skip
+    process = hf.Molmo2ImageProcessor(
+        size={"height": 16, "width": 16}, patch_size=4, overlap_margins=[1, 1], max_crops=4
+    )
     return _clean(process(images, return_tensors="pt"), "image_num_crops")
 
 
@@ -202,8 +211,11 @@ def hooked(name: str) -> mm.HookedModel:
 def change(name: str, squares: list[tuple[int, int]]) -> tuple[Tensor, dict[str, TokenLayout]]:
     """How far each position [row, pos] moves with the squares, and what the layout says it is."""
     model, setting = hooked(name), SETTINGS[name]
-    deaf = [mm.Edit(str(s.name), torch.zeros_like) for s in model.sitemap
-            if s.tower == "vision" and s.part == "hook_attn_out"]  # fmt: skip
+    deaf = [
+        mm.Edit(str(s.name), torch.zeros_like)
+        for s in model.sitemap
+        if s.tower == "vision" and s.part == "hook_attn_out"
+    ]
     site = f"{setting.tower}.hook_embed"
     seen = []
     for spots in ([None] * len(squares), squares):
@@ -215,8 +227,12 @@ def change(name: str, squares: list[tuple[int, int]]) -> tuple[Tensor, dict[str,
 
 def overlaps(box: tuple[float, ...], size: tuple[int, int], square: tuple[int, int], blur: float) -> bool:
     top, left, bottom, right = box[0] * size[0], box[1] * size[1], box[2] * size[0], box[3] * size[1]
-    return (top < square[0] + 4 + blur and bottom > square[0] - blur
-            and left < square[1] + 4 + blur and right > square[1] - blur)  # fmt: skip
+    return (
+        top < square[0] + 4 + blur
+        and bottom > square[0] - blur
+        and left < square[1] + 4 + blur
+        and right > square[1] - blur
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if not n.startswith(tiny_vlm.LACKING)])
@@ -250,8 +266,11 @@ def test_the_positions_that_move_are_those_whose_boxes_hold_the_square(
 def seen_by_vision(name: str, inputs: dict[str, Any], site: str) -> Tensor:
     """A vision tower's states with its blocks kept from mixing positions."""
     model = hooked(name) if name in SETTINGS else wrapped(name)[1]
-    deaf = [mm.Edit(s.name, torch.zeros_like) for s in model.sitemap
-            if s.tower == "vision" and s.part == "hook_attn_out"]  # fmt: skip
+    deaf = [
+        mm.Edit(s.name, torch.zeros_like)
+        for s in model.sitemap
+        if s.tower == "vision" and s.part == "hook_attn_out"
+    ]
     return model.run(inputs, read=[site], edit=deaf)[site]
 
 
@@ -309,10 +328,16 @@ def test_an_image_in_tiles_is_one_row_in_mllama() -> None:
     assert [words.roles[row].count("image") for row in (0, 1)] == [1, 1]
 
 
-@pytest.mark.parametrize(("name", "tower", "count"), [
-    ("blip_2", "language", 3), ("blip_2_t5", "language", 3), ("instructblip", "language", 3),
-    ("idefics2", "language", 3), ("kosmos2", "language", 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "tower", "count"),
+    [
+        ("blip_2", "language", 3),
+        ("blip_2_t5", "language", 3),
+        ("instructblip", "language", 3),
+        ("idefics2", "language", 3),
+        ("kosmos2", "language", 3),
+    ],
+)
 def test_queries_are_named_and_have_no_patch(name: str, tower: str, count: int) -> None:
     case, model = wrapped(name)
     layout = model.layout(**case.inputs)[tower]
@@ -401,8 +426,16 @@ def test_a_mean_of_all_patches_stands_before_them_in_florence2() -> None:
         r, c = layout.patch_rc(p)
 
         def lit(x: Tensor, r: int = r, c: int = c) -> Tensor:
-            return torch.stack([x[0].index_put((torch.arange(len(x[0])), *map(torch.tensor, (r, c))),
-                                               torch.tensor(5.0), accumulate=True), x[1]])  # fmt: skip
+            return torch.stack(
+                [
+                    x[0].index_put(
+                        (torch.arange(len(x[0])), *map(torch.tensor, (r, c))),
+                        torch.tensor(5.0),
+                        accumulate=True,
+                    ),
+                    x[1],
+                ]
+            )
 
         edit = [mm.Edit("projector.hook_in", lit)]
         now = model.run(case.inputs, read=["projector.hook_out"], edit=edit)["projector.hook_out"]

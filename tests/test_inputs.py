@@ -67,9 +67,12 @@ def llava(side: str = "left") -> tuple[LlavaForConditionalGeneration, LlavaProce
         vision_feature_layer=-1,
     )
     processor = LlavaProcessor(
-        image_processor(), tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        image_processor(),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
     return LlavaForConditionalGeneration(config).eval(), processor
 
 

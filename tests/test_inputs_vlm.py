@@ -13,8 +13,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import mm_adapters as mm
 
-SPECIAL = {0: "<pad>", 1: "<s>", 2: "</s>", 59: "<|image_pad|>", 60: "<|video_pad|>", 61: "<|vision_start|>",
-           62: "<|vision_end|>"}  # fmt: skip
+SPECIAL = {
+    0: "<pad>",
+    1: "<s>",
+    2: "</s>",
+    59: "<|image_pad|>",
+    60: "<|video_pad|>",
+    61: "<|vision_start|>",
+    62: "<|vision_end|>",
+}
 
 
 def tokenizer() -> Any:
@@ -32,8 +39,9 @@ def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
 
 
 def test_a_text_without_marks_gets_its_image_as_the_family_writes_it() -> None:
-    images = hf.Qwen2VLImageProcessor(patch_size=4, temporal_patch_size=2, merge_size=2,
-                                      size={"shortest_edge": 16, "longest_edge": 4096})  # fmt: skip
+    images = hf.Qwen2VLImageProcessor(
+        patch_size=4, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 16, "longest_edge": 4096}
+    )
     processor = hf.Qwen2VLProcessor(images, tokenizer(), hf.Qwen2VLVideoProcessor())
     case = tiny_vlm.qwen2_vl()
     model = mm.wrap(case.model, processor=processor)

@@ -68,10 +68,15 @@ LAYERS = {
 OF_ONE_ENGINE = {
     f"integrations/sae_lens/splice.py:{name}"
     for name in (
-        "add_sae", "reset_saes", "saes", "acts_to_saes", "run_with_saes", "run_with_hooks_with_saes",
+        "add_sae",
+        "reset_saes",
+        "saes",
+        "acts_to_saes",
+        "run_with_saes",
+        "run_with_hooks_with_saes",
         "run_with_cache_with_saes",
     )
-}  # fmt: skip
+}
 
 
 def name(path: Path) -> str:
@@ -135,14 +140,19 @@ def test_there_are_few_public_modules() -> None:
 
 
 OUTSIDE = [
-    *(p for folder in ("methods_multimodal", "integrations", "examples")
-      for p in sorted((ROOT / folder).rglob("*.py"))),
-]  # fmt: skip
+    *(
+        p
+        for folder in ("methods_multimodal", "integrations", "examples")
+        for p in sorted((ROOT / folder).rglob("*.py"))
+    ),
+]
 PAGES = [
-    p for folder in (".", "docs", "mm_adapters/families") for pattern in ("*.md", "*.rst", "*.ipynb")
+    p
+    for folder in (".", "docs", "mm_adapters/families")
+    for pattern in ("*.md", "*.rst", "*.ipynb")
     for p in sorted((ROOT / folder).glob(pattern) if folder == "." else (ROOT / folder).rglob(pattern))
     if "_build" not in p.parts
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("path", OUTSIDE, ids=name)
@@ -241,8 +251,12 @@ def j(model: nn.Module, x): ...
 def k(model: str): ...
 """
     assert [line.partition(",")[0] for line in models_badly_typed(source, "m.py")] == [
-        "m.py:a", "m.py:b", "m.py:c", "m.py:d", "m.py:G.i",
-    ]  # fmt: skip
+        "m.py:a",
+        "m.py:b",
+        "m.py:c",
+        "m.py:d",
+        "m.py:G.i",
+    ]
     assert models_badly_typed(source, "_m.py") == []
 
 

@@ -21,9 +21,18 @@ def vision(name: str) -> mm.TokenLayout:
 
 @pytest.mark.parametrize(
     ("name", "n_class", "n_register"),
-    [("vit", 1, 0), ("deit", 2, 0), ("dinov2", 1, 0), ("dinov2_registers", 1, 2), ("dinov3", 1, 2),
-     ("dinov3_gated", 1, 0), ("timm_vit", 1, 0), ("timm_vit_average", 1, 2), ("timm_eva", 1, 0)],
-)  # fmt: skip
+    [
+        ("vit", 1, 0),
+        ("deit", 2, 0),
+        ("dinov2", 1, 0),
+        ("dinov2_registers", 1, 2),
+        ("dinov3", 1, 2),
+        ("dinov3_gated", 1, 0),
+        ("timm_vit", 1, 0),
+        ("timm_vit_average", 1, 2),
+        ("timm_eva", 1, 0),
+    ],
+)
 def test_class_and_register_tokens_come_before_the_patches(name: str, n_class: int, n_register: int) -> None:
     layout = vision(name)
     assert layout.positions("class") == list(range(n_class))
@@ -41,8 +50,10 @@ def test_a_patch_stands_where_its_pixels_change_the_embedding(name: str) -> None
     (key,) = case.inputs
     other = case.inputs[key].clone()
     other[:, :, 14:28, 0:14] += 1.0  # The second row of patches, the first column.
-    before, after = (model.run({key: x}, read=["vision.hook_embed"])["vision.hook_embed"]
-                     for x in (case.inputs[key], other))  # fmt: skip
+    before, after = (
+        model.run({key: x}, read=["vision.hook_embed"])["vision.hook_embed"]
+        for x in (case.inputs[key], other)
+    )
     moved = (before - after).abs().amax((0, 2)).nonzero().flatten().tolist()
     assert moved == [layout.position_of(1, 0)]
 
@@ -79,8 +90,17 @@ def test_the_positions_that_see_a_patch_are_those_the_layout_of_their_stage_name
     model, pixels, layouts = staged(name, *size)
     # Attention is kept from mixing positions, so each sees its own pixels, wherever it is moved to.
     deaf = [mm.Edit(s.name, torch.zeros_like) for s in model.sitemap if s.part == "hook_attn_out"]
-    parts = ("hook_embed", "hook_resid_pre", "attn.hook_q", "attn.hook_v", "ln2.hook_normalized",
-             "hook_resid_post", "ln.hook_scale", "hook_out", "ln_final.hook_normalized")  # fmt: skip
+    parts = (
+        "hook_embed",
+        "hook_resid_pre",
+        "attn.hook_q",
+        "attn.hook_v",
+        "ln2.hook_normalized",
+        "hook_resid_post",
+        "ln.hook_scale",
+        "hook_out",
+        "ln_final.hook_normalized",
+    )
     sites = [s.name for s in model.sitemap if s.part in parts]
     blank = model.run({"pixel_values": pixels}, read=sites, edit=deaf)
     down, across = layouts["vision.hook_embed"].grid or (0, 0)
@@ -98,8 +118,11 @@ def test_the_positions_that_see_a_patch_are_those_the_layout_of_their_stage_name
             moved = ((run[site] - blank[site]).flatten(2).norm(dim=-1) > 1e-5).nonzero().tolist()
             # A batch's rows are images; where they are windows, the layout says of which image.
             windows = layout.n_rows > 2 or ".attn." in site
-            at = layout.row_and_position_of(r // halved, c // halved, image=image) if windows else (
-                image, layout.position_of(r // halved, c // halved, row=image))  # fmt: skip
+            at = (
+                layout.row_and_position_of(r // halved, c // halved, image=image)
+                if windows
+                else (image, layout.position_of(r // halved, c // halved, row=image))
+            )
             assert moved == [list(at)], (site, moved, at)
 
 

@@ -75,15 +75,27 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = made_here.clip()
     text = CLIPTextConfig(**_SIZE, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        attention_head_dim=2,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+    )
     vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
     made = StableDiffusionPipeline(
-        vae, CLIPTextModel(text), tokenizer, unet,
-        DDIMScheduler(steps_offset=1, clip_sample=False), None, None, None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae,
+        CLIPTextModel(text),
+        tokenizer,
+        unet,
+        DDIMScheduler(steps_offset=1, clip_sample=False),
+        None,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
     folder = tmp_path_factory.mktemp("pipeline")
     made.to(torch.float16).save_pretrained(folder)
     return folder
@@ -172,9 +184,12 @@ def test_llava_loads_with_its_processor(tmp_path: Path) -> None:
     )
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     LlavaProcessor(
-        image_processor(), tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        image_processor(),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-    ).save_pretrained(tmp_path)  # fmt: skip
+    ).save_pretrained(tmp_path)
     model = load(tmp_path)
     assert (model.kind, model.inputs.image_token) == ("vlm", "<image>")
     made = model.inputs.prepare(text="what colour?", images=RED)

@@ -47,15 +47,21 @@ def taken(script: str, *args: str | Path) -> int:
     root = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, *args],
-        cwd=root, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)},
-    )  # fmt: skip
+        cwd=root,
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
     return int(done.stdout.split()[-1])
 
 
 @counted
 def test_loading_does_not_hold_the_weights_twice(tmp_path: Path) -> None:
-    sizes = {"large": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}, "small": {
-        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}}  # fmt: skip
+    sizes = {
+        "large": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+        "small": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
+    }
     for name, size in sizes.items():
         config = CLIPVisionConfig(**size, num_attention_heads=4, image_size=28, patch_size=14)
         with torch.device("meta"):

@@ -66,9 +66,16 @@ def test_cells_of_small_negative_numbers_say_zero() -> None:
     values = torch.tensor([[-0.001, -0.004], [0.001, -0.5]])
     zeros = torch.zeros(4)
     record = Effects(
-        values.flatten()[:, None].expand(4, 4).contiguous(), zeros, zeros + 1, zeros,
-        ((0,), (0,), (1,), (1,)), ((),) * 4, ((0, 1), (2, 3)) * 2, "what", "metric",
-    )  # fmt: skip
+        values.flatten()[:, None].expand(4, 4).contiguous(),
+        zeros,
+        zeros + 1,
+        zeros,
+        ((0,), (0,), (1,), (1,)),
+        ((),) * 4,
+        ((0, 1), (2, 3)) * 2,
+        "what",
+        "metric",
+    )
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     effect_grid(record, left)

@@ -32,10 +32,22 @@ def seen(page: Path, width: int) -> tuple[int, int, int]:
     probed.write_text(page.read_text("utf-8").replace("</body>", PROBE), "utf-8")
     assert BROWSER is not None
     done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom",
-         "--virtual-time-budget=10000", f"--user-data-dir={page.parent / 'browser'}", probed.as_uri()],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+        [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--window-size={width},900",
+            "--dump-dom",
+            "--virtual-time-budget=10000",
+            f"--user-data-dir={page.parent / 'browser'}",
+            probed.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     found = re.search(r"<title>images (\d+) broken (\d+) over (\d+)</title>", done.stdout)
     assert found, done.stdout[:500]
     return int(found[1]), int(found[2]), int(found[3])
@@ -59,8 +71,14 @@ def test_a_page_shows_all_its_pictures_within_the_window(
         page = "heads.html"
     else:
         (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in labels.NAMES))
-        options = ["--site", "vision.blocks.3.hook_resid_post", "--concepts", str(tmp_path / "names.txt"),
-                   "--cards", "6"]  # fmt: skip
+        options = [
+            "--site",
+            "vision.blocks.3.hook_resid_post",
+            "--concepts",
+            str(tmp_path / "names.txt"),
+            "--cards",
+            "6",
+        ]
         page = "index.html"
     out = tmp_path / "out"
     result = CliRunner().invoke(

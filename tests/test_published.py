@@ -47,8 +47,11 @@ def test_a_checkpoint_opens_on_the_meta_device_as_its_makers_say(published: Path
             assert found == pytest.approx(want, rel=0 if isinstance(want, int) else 0.03)
         elif key == "pattern":
             tower, n_heads = want
-            axes = next(s.axes for s in model.sitemap if s.name.startswith(f"{tower}.") and
-                        s.name.endswith("hook_pattern"))  # fmt: skip
+            axes = next(
+                s.axes
+                for s in model.sitemap
+                if s.name.startswith(f"{tower}.") and s.name.endswith("hook_pattern")
+            )
             assert axes[1] == f"head={n_heads}"
         else:
             tower, stack = key.split(".")

@@ -63,9 +63,13 @@ def test_windows_attend_within_themselves_and_full_blocks_within_an_image() -> N
         assert torch.equal(run[site][0, 0] > 0, of[:, None] == of)
 
 
-@pytest.mark.parametrize(("name", "tower", "stack"), [
-    ("internvl", "vision", "blocks"), ("mllama", "vision", "global_blocks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "tower", "stack"),
+    [
+        ("internvl", "vision", "blocks"),
+        ("mllama", "vision", "global_blocks"),
+    ],
+)
 def test_what_gained_branches_write_adds_up_to_the_stream(name: str, tower: str, stack: str) -> None:
     case, model = hooked(name)
     at = [

@@ -33,9 +33,15 @@ def test_weights_of_several_widths_are_not_one_stack(swin: Any, name: str) -> No
     assert (tower.cfg.d_model, tower.cfg.n_heads, tower.cfg.n_layers) == (0, 0, 3)
 
 
-@pytest.mark.parametrize("name", [
-    "accumulated_resid", "decompose_resid", "stack_head_results", "get_full_resid_decomposition",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "accumulated_resid",
+        "decompose_resid",
+        "stack_head_results",
+        "get_full_resid_decomposition",
+    ],
+)
 def test_what_adds_up_in_one_stream_is_refused(swin: Any, name: str) -> None:
     case, model = swin
     cache = model.vision.run_with_cache(case.inputs["pixel_values"])[1]

@@ -23,8 +23,10 @@ SMALL = 200  # Bytes: some three appends of five rows a shard.
 
 def append_number(i: int, n_rows: int = 5) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(i)
-    return {"site": torch.randn(n_rows, 6, generator=generator),
-            "label": torch.arange(i * n_rows, (i + 1) * n_rows)}  # fmt: skip
+    return {
+        "site": torch.randn(n_rows, 6, generator=generator),
+        "label": torch.arange(i * n_rows, (i + 1) * n_rows),
+    }
 
 
 def fill(folder: Path, n: int = 8, stop: int | None = None, shard_bytes: int = SMALL) -> int:

@@ -38,8 +38,15 @@ def language() -> HookedTower:
     return model("llava").tower("language")
 
 
-TOWERS = [("clip", "vision"), ("clip", "text"), ("siglip", "vision"), ("open_clip", "vision"),
-          ("open_clip", "text"), ("llava", "language"), ("llava_siglip_qwen", "language")]  # fmt: skip
+TOWERS = [
+    ("clip", "vision"),
+    ("clip", "text"),
+    ("siglip", "vision"),
+    ("open_clip", "vision"),
+    ("open_clip", "text"),
+    ("llava", "language"),
+    ("llava_siglip_qwen", "language"),
+]
 each_tower = pytest.mark.parametrize(("family", "name"), TOWERS)
 
 
@@ -54,8 +61,17 @@ def tower_input(tower: HookedTower) -> Tensor:
 
 
 # The members of TransformerLens 4's runtime-checkable protocols, which 3.9 does not have yet.
-PROTOCOL = ("cfg", "run_with_cache", "run_with_hooks", "to_tokens", "blocks", "ln_final",
-            "accumulated_bias", "to_single_token", "tokens_to_residual_directions")  # fmt: skip
+PROTOCOL = (
+    "cfg",
+    "run_with_cache",
+    "run_with_hooks",
+    "to_tokens",
+    "blocks",
+    "ln_final",
+    "accumulated_bias",
+    "to_single_token",
+    "tokens_to_residual_directions",
+)
 
 
 @each_tower
@@ -73,8 +89,21 @@ def test_local_cache_holds_every_site_under_transformer_lens_names(family: str, 
     assert isinstance(found, ActivationCache)
     assert set(found.keys()) == set(tower.hook_dict)
     for layer in range(tower.cfg.n_layers):
-        for short in ("q", "k", "v", "z", "attn_scores", "pattern", "resid_pre", "resid_mid",
-                      "resid_post", "attn_out", "mlp_out", "pre", "post"):  # fmt: skip
+        for short in (
+            "q",
+            "k",
+            "v",
+            "z",
+            "attn_scores",
+            "pattern",
+            "resid_pre",
+            "resid_mid",
+            "resid_post",
+            "attn_out",
+            "mlp_out",
+            "pre",
+            "post",
+        ):
             assert found[short, layer] is found[get_act_name(short, layer)]
             assert found[f"{name}.{get_act_name(short, layer)}"] is found[short, layer]
 
@@ -116,8 +145,11 @@ def test_weights_reproduce_the_activations(family: str, name: str) -> None:
     for layer in range(tower.cfg.n_layers):
         block: Any = tower.blocks[layer]
         seen = found[f"blocks.{layer}.ln1.hook_normalized"] * block.ln1.w + block.ln1.b
-        for short, w, b in (("q", tower.W_Q, tower.b_Q), ("k", tower.W_K, tower.b_K),
-                            ("v", tower.W_V, tower.b_V)):  # fmt: skip
+        for short, w, b in (
+            ("q", tower.W_Q, tower.b_Q),
+            ("k", tower.W_K, tower.b_K),
+            ("v", tower.W_V, tower.b_V),
+        ):
             made = torch.einsum("bnm,hmd->bnhd", seen, w[layer]) + b[layer]
             kept = found[short, layer]
             kept = kept.repeat_interleave(heads // kept.shape[2], 2)
@@ -241,9 +273,7 @@ def test_hooks_see_their_layer_and_a_cache_key(language: HookedTower) -> None:
         torch.testing.assert_close(value, cached[hook.name], rtol=1e-4, atol=1e-5)
         return value * 0 if hook.layer() == 2 else None
 
-    changed = language.run_with_hooks(
-        tokens, fwd_hooks=[(lambda name: name.endswith("hook_z"), hook)]
-    )  # fmt: skip
+    changed = language.run_with_hooks(tokens, fwd_hooks=[(lambda name: name.endswith("hook_z"), hook)])
     assert seen == [0, 1, 2]
     assert (changed - language(tokens)).abs().max() > 1e-3
 
@@ -278,10 +308,12 @@ def test_a_towers_hooks_inside_the_whole_models_leave_those_alone(vision: Hooked
 def test_gradients_are_cached_with_incl_bwd(language: HookedTower) -> None:
     tokens = tower_input(language)
     _, found = language.run_with_cache(tokens, return_type="loss", incl_bwd=True)
-    run = model("llava").run({"input_ids": tokens}, read=["language.blocks.1.attn.hook_pattern"],
-                             grad_of=partial(_loss, tokens))  # fmt: skip
-    torch.testing.assert_close(found["blocks.1.attn.hook_pattern_grad"],
-                               run.grads["language.blocks.1.attn.hook_pattern"])  # fmt: skip
+    run = model("llava").run(
+        {"input_ids": tokens}, read=["language.blocks.1.attn.hook_pattern"], grad_of=partial(_loss, tokens)
+    )
+    torch.testing.assert_close(
+        found["blocks.1.attn.hook_pattern_grad"], run.grads["language.blocks.1.attn.hook_pattern"]
+    )
     assert len(found) == 2 * len(language.hook_dict)
     model("llava").wrapped.zero_grad()
 
@@ -341,8 +373,18 @@ def test_whole_model_cache_opens_by_tower() -> None:
 
 def test_configuration_says_what_the_tower_is() -> None:
     cfg = model("llava_siglip_qwen").tower("language").cfg
-    facts = SimpleNamespace(n_layers=3, n_heads=4, n_key_value_heads=2, d_head=8, d_model=32, d_mlp=40,
-                            d_vocab=60, n_ctx=64, gated_mlp=True, normalization_type="RMS")  # fmt: skip
+    facts = SimpleNamespace(
+        n_layers=3,
+        n_heads=4,
+        n_key_value_heads=2,
+        d_head=8,
+        d_model=32,
+        d_mlp=40,
+        d_vocab=60,
+        n_ctx=64,
+        gated_mlp=True,
+        normalization_type="RMS",
+    )
     for name, value in vars(facts).items():
         assert getattr(cfg, name) == value, name
     assert model("clip").tower("vision").cfg.n_ctx == 5

@@ -58,32 +58,59 @@ def pasted(said: str) -> None:
 
 def vip_llava() -> nn.Module:
     config = hf.VipLlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_TEXT),
-        image_token_index=59, vision_feature_layers=[-1],
-    )  # fmt: skip
+        vision_config=hf.CLIPVisionConfig(**_VISION),
+        text_config=hf.LlamaConfig(**_TEXT),
+        image_token_index=59,
+        vision_feature_layers=[-1],
+    )
     return hf.VipLlavaForConditionalGeneration(config)
 
 
 @pytest.mark.parametrize(
     ("make", "inputs", "nearest", "has"),
     [
-        (lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**_VISION)), {"pixel_values": PIXELS}, "vit",
-         ["vision.blocks.1.attn.hook_pattern", "vision.blocks.1.mlp.hook_post"]),
-        (lambda: hf.DonutSwinModel(hf.DonutSwinConfig(**_WINDOWS)), {"pixel_values": PIXELS}, "swin",
-         ["vision.blocks.0.attn.hook_pattern", "vision.blocks.2.mlp.hook_post"]),
-        (lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**_VISION)), {"pixel_values": PIXELS}, None,
-         ["vision.blocks.1.attn.hook_z", "vision.blocks.0.ln2.hook_scale"]),
-        (lambda: hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**_VISION)), {"pixel_values": PIXELS}, None,
-         ["vision.blocks.1.attn.hook_z", "vision.blocks.1.mlp.hook_pre_linear"]),
-        (lambda: hf.ElectraModel(hf.ElectraConfig(**_TEXT)), {"input_ids": IDS}, "bert",
-         ["text.blocks.1.attn.hook_q", "text.blocks.1.hook_mlp_out"]),
-        (lambda: hf.OwlViTModel(hf.OwlViTConfig(text_config=_TEXT, vision_config=_VISION, projection_dim=16)),
-         {"input_ids": IDS, "pixel_values": PIXELS}, "siglip_vision",  # Their blocks are CLIP's, both.
-         ["vision.blocks.1.attn.hook_pattern", "text.blocks.1.attn.hook_pattern"]),
+        (
+            lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**_VISION)),
+            {"pixel_values": PIXELS},
+            "vit",
+            ["vision.blocks.1.attn.hook_pattern", "vision.blocks.1.mlp.hook_post"],
+        ),
+        (
+            lambda: hf.DonutSwinModel(hf.DonutSwinConfig(**_WINDOWS)),
+            {"pixel_values": PIXELS},
+            "swin",
+            ["vision.blocks.0.attn.hook_pattern", "vision.blocks.2.mlp.hook_post"],
+        ),
+        (
+            lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**_VISION)),
+            {"pixel_values": PIXELS},
+            None,
+            ["vision.blocks.1.attn.hook_z", "vision.blocks.0.ln2.hook_scale"],
+        ),
+        (
+            lambda: hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**_VISION)),
+            {"pixel_values": PIXELS},
+            None,
+            ["vision.blocks.1.attn.hook_z", "vision.blocks.1.mlp.hook_pre_linear"],
+        ),
+        (
+            lambda: hf.ElectraModel(hf.ElectraConfig(**_TEXT)),
+            {"input_ids": IDS},
+            "bert",
+            ["text.blocks.1.attn.hook_q", "text.blocks.1.hook_mlp_out"],
+        ),
+        (
+            lambda: hf.OwlViTModel(
+                hf.OwlViTConfig(text_config=_TEXT, vision_config=_VISION, projection_dim=16)
+            ),
+            {"input_ids": IDS, "pixel_values": PIXELS},
+            "siglip_vision",  # Their blocks are CLIP's, both.
+            ["vision.blocks.1.attn.hook_pattern", "text.blocks.1.attn.hook_pattern"],
+        ),
         (vip_llava, None, None, ["vision.blocks.1.attn.hook_pattern", "language.blocks.1.mlp.hook_post"]),
     ],
     ids=["vit_msn", "donut_swin", "data2vec", "aimv2", "electra", "owlvit", "vipllava"],
-)  # fmt: skip
+)
 def test_the_record_it_shows_makes_the_model_loadable(
     make: Any, inputs: dict[str, Any] | None, nearest: str | None, has: list[str]
 ) -> None:
@@ -149,10 +176,15 @@ def test_a_pipeline_shows_where_its_towers_hang() -> None:
     from diffusers import AutoencoderKL, DDPMScheduler, LDMTextToImagePipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=24,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2, norm_num_groups=4,
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
     vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
     bert = hf.BertModel(hf.BertConfig(**_TEXT))
     pipe = LDMTextToImagePipeline(vae, bert, None, unet, DDPMScheduler())  # type: ignore[arg-type]

@@ -132,8 +132,14 @@ def llama() -> Case:
 
 
 def _llava(vision: Any, text: Any, layer: int, strategy: str) -> Case:
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=59, image_seq_length=4,
-                         vision_feature_layer=layer, vision_feature_select_strategy=strategy)  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=59,
+        image_seq_length=4,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+    )
     model = seeded(lambda: LlavaForConditionalGeneration(config))
     words = torch.randint(3, 57, (2, 5), generator=torch.Generator().manual_seed(2))
     ids = torch.cat([torch.ones(2, 1, dtype=torch.long), torch.full((2, 4), 59), words], 1)
@@ -220,12 +226,15 @@ def stable_diffusion_xl() -> Case:
 
     config = CLIPTextConfig(**_TEXT | {"bos_token_id": 52, "eos_token_id": 53, "num_hidden_layers": 3})
     unet = _UNET | {
-        "cross_attention_dim": 48, "transformer_layers_per_block": (1, 2),
+        "cross_attention_dim": 48,
+        "transformer_layers_per_block": (1, 2),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 16 + 48, "use_linear_projection": True,
-    }  # fmt: skip
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 48,
+        "use_linear_projection": True,
+    }
     pipe = StableDiffusionXLPipeline(
         vae=seeded(lambda: AutoencoderKL(**_VAE)),
         text_encoder=seeded(lambda: CLIPTextModel(config)),
@@ -244,11 +253,25 @@ def stable_diffusion_xl() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
-        clip, clip_vision, clip_vision_projected, clip_text, clip_text_projected, siglip,
-        siglip_vision, siglip_text, open_clip, open_clip_custom_text, llama, llava,
-        llava_siglip_qwen, llava_mistral, unet, stable_diffusion, stable_diffusion_xl,
+        clip,
+        clip_vision,
+        clip_vision_projected,
+        clip_text,
+        clip_text_projected,
+        siglip,
+        siglip_vision,
+        siglip_text,
+        open_clip,
+        open_clip_custom_text,
+        llama,
+        llava,
+        llava_siglip_qwen,
+        llava_mistral,
+        unet,
+        stable_diffusion,
+        stable_diffusion_xl,
     )
-}  # fmt: skip
+}
 
 # Each file of families adds its own.
 from tiny_contrastive import CASES as CONTRASTIVE_CASES  # noqa: E402

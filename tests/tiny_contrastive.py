@@ -116,8 +116,11 @@ def _open_clip(vision: dict[str, Any], text: dict[str, Any] | None = None, size:
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     words = {"context_length": 8, "vocab_size": 60, "width": 24, "heads": 3, "layers": 2}
-    model = seeded(lambda: CustomTextCLIP(16, CLIPVisionCfg(**vision), CLIPTextCfg(**words | (text or {})),
-                                          output_dict=True))  # fmt: skip
+    model = seeded(
+        lambda: CustomTextCLIP(
+            16, CLIPVisionCfg(**vision), CLIPTextCfg(**words | (text or {})), output_dict=True
+        )
+    )
     return Case(model, {"image": pixels(size=size), "text": _OPEN_IDS}, _cosines)
 
 
@@ -162,8 +165,11 @@ def open_clip_hf_text() -> Case:
 
     case = _open_clip(_PLAIN)
     config = hf.BertConfig(**_TEXT)
-    case.model.text = seeded(lambda: HFTextEncoder("", 16, config=config, pooler_type="mean_pooler",
-                                                   proj_type="linear", pretrained=False))  # fmt: skip
+    case.model.text = seeded(
+        lambda: HFTextEncoder(
+            "", 16, config=config, pooler_type="mean_pooler", proj_type="linear", pretrained=False
+        )
+    )
     return case
 
 
@@ -173,8 +179,9 @@ def coca() -> Case:
 
     words = {"context_length": 8, "vocab_size": 60, "width": 24, "heads": 3, "layers": 2}
     text = CLIPTextCfg(**words, embed_cls=True, output_tokens=True)
-    vision = CLIPVisionCfg(**_PLAIN, attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=4,
-                           output_tokens=True)  # fmt: skip
+    vision = CLIPVisionCfg(
+        **_PLAIN, attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=4, output_tokens=True
+    )
 
     def made() -> CoCa:
         model = CoCa(24, MultimodalCfg(**words), text, vision)
@@ -193,7 +200,19 @@ def coca() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
-        metaclip2, altclip, chinese_clip, siglip2, align, clap, bert, roberta, open_clip_average,
-        open_clip_resnet, open_clip_timm_siglip, open_clip_eva, open_clip_hf_text, coca,
+        metaclip2,
+        altclip,
+        chinese_clip,
+        siglip2,
+        align,
+        clap,
+        bert,
+        roberta,
+        open_clip_average,
+        open_clip_resnet,
+        open_clip_timm_siglip,
+        open_clip_eva,
+        open_clip_hf_text,
+        coca,
     )
-}  # fmt: skip
+}

@@ -20,12 +20,17 @@ _MAP_UNET = {
     "attention_head_dim": 8,
 }  # fmt: skip
 _SIMPLE = _MAP_UNET | {
-    "in_channels": 3, "out_channels": 6, "encoder_hid_dim": 24, "cross_attention_dim": 24,
-    "encoder_hid_dim_type": "text_proj", "addition_embed_type": "text", "addition_embed_type_num_heads": 2,
+    "in_channels": 3,
+    "out_channels": 6,
+    "encoder_hid_dim": 24,
+    "cross_attention_dim": 24,
+    "encoder_hid_dim_type": "text_proj",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 2,
     "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
     "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-}  # fmt: skip
+}
 
 
 def noise(*shape: int, seed: int = 3) -> Tensor:
@@ -34,9 +39,15 @@ def noise(*shape: int, seed: int = 3) -> Tensor:
 
 def t5() -> Any:
     config = hf.T5Config(
-        vocab_size=60, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu",
+        vocab_size=60,
+        d_model=24,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
         pad_token_id=0,
-    )  # fmt: skip
+    )
     return seeded(lambda: hf.T5EncoderModel(config))
 
 
@@ -158,10 +169,17 @@ def qwen_image() -> Case:
     )
     pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "draw {} now", 5
     guided = {"negative_prompt": ["a rat", "a cow"], "true_cfg_scale": 2.0}
-    last = (f"denoiser.blocks.1.{part}" for part in (
-        "hook_text_attn_out", "hook_text_resid_mid", "text_ln2.*", "text_mlp.*", "hook_text_mlp_out",
-        "hook_text_resid_post",
-    ))  # fmt: skip
+    last = (
+        f"denoiser.blocks.1.{part}"
+        for part in (
+            "hook_text_attn_out",
+            "hook_text_resid_mid",
+            "text_ln2.*",
+            "text_mlp.*",
+            "hook_text_mlp_out",
+            "hook_text_resid_post",
+        )
+    )
     return quiet(pipe, _PROMPTS | {"height": 8, "width": 12} | guided, *last)
 
 
@@ -175,9 +193,12 @@ _DIT = {
 
 def pixart() -> Case:
     transformer = df.PixArtTransformer2DModel(
-        **_DIT | {"sample_size": 4}, out_channels=8, cross_attention_dim=24, caption_channels=24,
+        **_DIT | {"sample_size": 4},
+        out_channels=8,
+        cross_attention_dim=24,
+        caption_channels=24,
         use_additional_conditions=False,
-    )  # fmt: skip
+    )
     pipe = df.PixArtAlphaPipeline(
         tokenizer=letter_tokenizer(16),
         text_encoder=t5(),
@@ -199,11 +220,20 @@ def dit() -> Case:
 def sana_transformer() -> Case:
     model = seeded(
         lambda: df.SanaTransformer2DModel(
-            in_channels=4, out_channels=4, num_layers=2, num_attention_heads=3, attention_head_dim=8,
-            num_cross_attention_heads=3, cross_attention_head_dim=8, cross_attention_dim=24,
-            caption_channels=24, sample_size=4, patch_size=1, mlp_ratio=2.0,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=3,
+            attention_head_dim=8,
+            num_cross_attention_heads=3,
+            cross_attention_head_dim=8,
+            cross_attention_dim=24,
+            caption_channels=24,
+            sample_size=4,
+            patch_size=1,
+            mlp_ratio=2.0,
         )
-    )  # fmt: skip
+    )
     inputs = {
         "hidden_states": noise(2, 4, 4, 4),
         "encoder_hidden_states": noise(2, 5, 24),
@@ -214,13 +244,23 @@ def sana_transformer() -> Case:
 
 def sana() -> Case:
     autoencoder = df.AutoencoderDC(
-        in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock",) * 2,
-        decoder_block_types=("ResBlock",) * 2, encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()), downsample_block_type="conv",
-        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock",) * 2,
+        decoder_block_types=("ResBlock",) * 2,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
         scaling_factor=0.4,
-    )  # fmt: skip
+    )
     pipe = df.SanaPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -242,8 +282,10 @@ def sana() -> Case:
 
 
 def unconditional() -> Case:
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-              "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}  # fmt: skip
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
     unet = seeded(lambda: df.UNet2DModel(**_MAP_UNET, **blocks))
     pipe = df.DDIMPipeline(unet=unet, scheduler=df.DDIMScheduler())
     inputs = {"batch_size": 2, "num_inference_steps": 2, "seed": 0, "output_type": "np"}
@@ -257,9 +299,13 @@ def unet2d() -> Case:
 
 def _if_parts() -> dict[str, Any]:
     return {
-        "tokenizer": letter_tokenizer(16), "text_encoder": t5(), "safety_checker": None,
-        "feature_extractor": None, "watermarker": None, "requires_safety_checker": False,
-    }  # fmt: skip
+        "tokenizer": letter_tokenizer(16),
+        "text_encoder": t5(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
 
 
 def deepfloyd_if() -> Case:
@@ -282,9 +328,14 @@ def deepfloyd_if_second_stage() -> Case:
 
 def movq() -> Any:
     model = df.VQModel(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, num_vq_embeddings=8, vq_embed_dim=4,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        num_vq_embeddings=8,
+        vq_embed_dim=4,
+    )
     return seeded(lambda: model)
 
 
@@ -294,9 +345,13 @@ def image_embeds() -> dict[str, Tensor]:
 
 def kandinsky() -> Case:
     options = _SIMPLE | {
-        "in_channels": 4, "out_channels": 8, "addition_embed_type": "image",
-        "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16, "resnet_time_scale_shift": "scale_shift",
-    }  # fmt: skip
+        "in_channels": 4,
+        "out_channels": 8,
+        "addition_embed_type": "image",
+        "encoder_hid_dim_type": "image_proj",
+        "encoder_hid_dim": 16,
+        "resnet_time_scale_shift": "scale_shift",
+    }
     pipe = df.KandinskyV22Pipeline(
         unet=seeded(lambda: df.UNet2DConditionModel(**options)),
         scheduler=df.DDIMScheduler(clip_sample=False),
@@ -310,9 +365,16 @@ def _multilingual() -> Any:
     from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
 
     config = MCLIPConfig(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, vocab_size=60,
-        transformerDimSize=24, imageDimSize=16, max_position_embeddings=80, pad_token_id=1,
-    )  # fmt: skip
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        vocab_size=60,
+        transformerDimSize=24,
+        imageDimSize=16,
+        max_position_embeddings=80,
+        pad_token_id=1,
+    )
     return seeded(lambda: MultilingualCLIP(config))
 
 
@@ -323,10 +385,14 @@ def mclip() -> Case:
 
 def kandinsky_2_1() -> Case:
     options = _SIMPLE | {
-        "in_channels": 4, "out_channels": 8, "addition_embed_type": "text_image",
-        "encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 24, "cross_attention_dim": 16,
+        "in_channels": 4,
+        "out_channels": 8,
+        "addition_embed_type": "text_image",
+        "encoder_hid_dim_type": "text_image_proj",
+        "encoder_hid_dim": 24,
+        "cross_attention_dim": 16,
         "resnet_time_scale_shift": "scale_shift",
-    }  # fmt: skip
+    }
     pipe = df.KandinskyPipeline(
         text_encoder=_multilingual(),
         tokenizer=letter_tokenizer(16),
@@ -340,9 +406,15 @@ def kandinsky_2_1() -> Case:
 
 def kandinsky_3() -> Case:
     unet = df.Kandinsky3UNet(
-        in_channels=4, time_embedding_dim=16, groups=4, attention_head_dim=4, layers_per_block=2,
-        block_out_channels=(8, 16), cross_attention_dim=12, encoder_hid_dim=24,
-    )  # fmt: skip
+        in_channels=4,
+        time_embedding_dim=16,
+        groups=4,
+        attention_head_dim=4,
+        layers_per_block=2,
+        block_out_channels=(8, 16),
+        cross_attention_dim=12,
+        encoder_hid_dim=24,
+    )
     pipe = df.Kandinsky3Pipeline(
         tokenizer=letter_tokenizer(16),
         text_encoder=t5(),
@@ -356,10 +428,21 @@ def kandinsky_3() -> Case:
 def _prior_parts(name: str = "{}") -> dict[str, Any]:
     """The parts of a prior, called as a pipeline calls them."""
     prior = df.PriorTransformer(
-        num_attention_heads=3, attention_head_dim=8, num_layers=2, embedding_dim=16, num_embeddings=16,
-    )  # fmt: skip
-    vision = hf.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, image_size=28,
-                                 num_attention_heads=2, patch_size=14, projection_dim=16)  # fmt: skip
+        num_attention_heads=3,
+        attention_head_dim=8,
+        num_layers=2,
+        embedding_dim=16,
+        num_embeddings=16,
+    )
+    vision = hf.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        image_size=28,
+        num_attention_heads=2,
+        patch_size=14,
+        projection_dim=16,
+    )
     parts = {
         "prior": seeded(lambda: prior),
         "image_encoder": seeded(lambda: hf.CLIPVisionModelWithProjection(vision)),
@@ -400,10 +483,12 @@ def unclip() -> Case:
     decoder = {k: v for k, v in _SIMPLE.items() if not k.startswith(("addition_", "encoder_hid"))}
     decoder |= {"class_embed_type": "identity", "resnet_time_scale_shift": "scale_shift"}
     larger = _MAP_UNET | {
-        "sample_size": 16, "in_channels": 6, "out_channels": 3,
+        "sample_size": 16,
+        "in_channels": 6,
+        "out_channels": 3,
         "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
         "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
-    }  # fmt: skip
+    }
     prior = _prior_parts()
     pipe = df.UnCLIPPipeline(
         prior=prior["prior"],
@@ -488,17 +573,26 @@ def adapter_weights(unet: Any, image: int = 16) -> dict[str, Any]:
     names = [n.removesuffix(".processor") for n in unet.attn_processors if ".attn2." in n]
     layers = [unet.get_submodule(n).to_k for n in names]
     text = layers[0].in_features
-    projection = {"proj.weight": noise(4 * text, image, seed=6), "proj.bias": noise(4 * text, seed=7),
-                  "norm.weight": noise(text, seed=8), "norm.bias": noise(text, seed=9)}  # fmt: skip
-    attention = {f"{2 * i + 1}.to_{x}_ip.weight": 0.3 * noise(k.out_features, text, seed=10 + 2 * i + n)
-                 for i, k in enumerate(layers) for n, x in enumerate("kv")}  # fmt: skip
+    projection = {
+        "proj.weight": noise(4 * text, image, seed=6),
+        "proj.bias": noise(4 * text, seed=7),
+        "norm.weight": noise(text, seed=8),
+        "norm.bias": noise(text, seed=9),
+    }
+    attention = {
+        f"{2 * i + 1}.to_{x}_ip.weight": 0.3 * noise(k.out_features, text, seed=10 + 2 * i + n)
+        for i, k in enumerate(layers)
+        for n, x in enumerate("kv")
+    }
     return {"image_proj": projection, "ip_adapter": attention}
 
 
 def ip_adapter() -> Case:
     pipe = _stable_diffusion(df.StableDiffusionPipeline)
-    pipe.register_modules(image_encoder=_prior_parts()["image_encoder"],
-                          feature_extractor=hf.CLIPImageProcessor(size=28, crop_size=28))  # fmt: skip
+    pipe.register_modules(
+        image_encoder=_prior_parts()["image_encoder"],
+        feature_extractor=hf.CLIPImageProcessor(size=28, crop_size=28),
+    )
     pipe.load_ip_adapter(adapter_weights(pipe.unet), subfolder="", weight_name="", low_cpu_mem_usage=False)
     pipe.unet.eval()
     picture = Image.fromarray((255 * noise(28, 28, 3).sigmoid()).byte().numpy())
@@ -549,10 +643,30 @@ def flux_control() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
-        t5_encoder, sd3_transformer, stable_diffusion_3, flux_transformer, flux, qwen_image, pixart, dit,
-        sana_transformer, sana, unconditional, unet2d, deepfloyd_if, deepfloyd_if_second_stage,
-        kandinsky, mclip, kandinsky_2_1, kandinsky_3, kandinsky_prior, kandinsky_combined,
-        unclip, stable_unclip, stable_unclip_image, ip_adapter,
+        t5_encoder,
+        sd3_transformer,
+        stable_diffusion_3,
+        flux_transformer,
+        flux,
+        qwen_image,
+        pixart,
+        dit,
+        sana_transformer,
+        sana,
+        unconditional,
+        unet2d,
+        deepfloyd_if,
+        deepfloyd_if_second_stage,
+        kandinsky,
+        mclip,
+        kandinsky_2_1,
+        kandinsky_3,
+        kandinsky_prior,
+        kandinsky_combined,
+        unclip,
+        stable_unclip,
+        stable_unclip_image,
+        ip_adapter,
         instruct_pix2pix,
     )
-}  # fmt: skip
+}

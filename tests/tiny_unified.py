@@ -9,8 +9,15 @@ import transformers as hf
 from tiny_case import Case, seeded
 from tiny_vlm import DECODER, IMAGE, VISION, logits, noise, prompt
 
-_VQ = {"embed_dim": 4, "num_embeddings": 16, "latent_channels": 8, "base_channels": 32,
-       "channel_multiplier": [1, 2], "num_res_blocks": 1, "in_channels": 3}  # fmt: skip
+_VQ = {
+    "embed_dim": 4,
+    "num_embeddings": 16,
+    "latent_channels": 8,
+    "base_channels": 32,
+    "channel_multiplier": [1, 2],
+    "num_res_blocks": 1,
+    "in_channels": 3,
+}
 
 
 def chameleon() -> Case:
@@ -30,8 +37,9 @@ def janus() -> Case:
     vision = {k: v for k, v in VISION.items() if k != "intermediate_size"}
     vision |= {"mlp_ratio": 1.5, "projection_dim": 24, "depth": 2, "num_image_tokens": 4}
     vq = _VQ | {"num_patches": 4, "out_channels": 3, "projection_dim": 24, "image_token_embed_dim": 24}
-    config = hf.JanusConfig(text_config=hf.LlamaConfig(**DECODER), vision_config=vision, vq_config=vq,
-                            image_token_id=IMAGE)  # fmt: skip
+    config = hf.JanusConfig(
+        text_config=hf.LlamaConfig(**DECODER), vision_config=vision, vq_config=vq, image_token_id=IMAGE
+    )
     model = seeded(lambda: hf.JanusForConditionalGeneration(config))
     return Case(model, prompt([61, -4, 62, 7], [61, -4, 62]) | {"pixel_values": noise(2, 3, 8, 8)}, logits)
 

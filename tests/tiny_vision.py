@@ -21,8 +21,13 @@ def _hidden(output: Any) -> Tensor:
     return output.last_hidden_state[..., :5]
 
 
-def _tower(make: Callable[[], Any], head: Callable[[Any], Tensor], *off_path: str, key: str = "pixel_values",
-           size: int = 28) -> Case:  # fmt: skip
+def _tower(
+    make: Callable[[], Any],
+    head: Callable[[Any], Tensor],
+    *off_path: str,
+    key: str = "pixel_values",
+    size: int = 28,
+) -> Case:
     return Case(seeded(make), {key: pixels(size=size)}, head, off_path)
 
 
@@ -75,8 +80,9 @@ def beit() -> Case:
 
 
 def beit_plain() -> Case:
-    config = hf.BeitConfig(**_VIT, layer_scale_init_value=0, use_absolute_position_embeddings=True,
-                           use_mean_pooling=False)  # fmt: skip
+    config = hf.BeitConfig(
+        **_VIT, layer_scale_init_value=0, use_absolute_position_embeddings=True, use_mean_pooling=False
+    )
     return _tower(lambda: hf.BeitModel(config), _hidden)
 
 
@@ -188,9 +194,31 @@ def timm_resnet() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
-        vit, deit, vit_classifier, deit_classifier, dinov2, dinov2_registers, dinov3, dinov3_gated,
-        beit, beit_plain, beit_classifier, ijepa, ijepa_classifier, swin, swin_classifier, swinv2,
-        swinv2_classifier, timm_vit, timm_vit_average, timm_eva, timm_eva_fused, timm_wrapper,
-        resnet, resnet_classifier, torch_resnet, timm_resnet,
+        vit,
+        deit,
+        vit_classifier,
+        deit_classifier,
+        dinov2,
+        dinov2_registers,
+        dinov3,
+        dinov3_gated,
+        beit,
+        beit_plain,
+        beit_classifier,
+        ijepa,
+        ijepa_classifier,
+        swin,
+        swin_classifier,
+        swinv2,
+        swinv2_classifier,
+        timm_vit,
+        timm_vit_average,
+        timm_eva,
+        timm_eva_fused,
+        timm_wrapper,
+        resnet,
+        resnet_classifier,
+        torch_resnet,
+        timm_resnet,
     )
-}  # fmt: skip
+}

@@ -47,18 +47,23 @@ def logits(output: Any) -> Tensor:
 
 def llava_square() -> Case:
     config = hf.LlavaConfig(
-        vision_config=hf.SiglipVisionConfig(**VISION), text_config=hf.LlamaConfig(**DECODER),
-        image_token_id=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="full",
-    )  # fmt: skip
+        vision_config=hf.SiglipVisionConfig(**VISION),
+        text_config=hf.LlamaConfig(**DECODER),
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
     model = seeded(lambda: hf.LlavaForConditionalGeneration(config))
     return Case(model, prompt([-4], [-4]) | {"pixel_values": noise(2, 3, 8, 8)}, logits)
 
 
 def llava_next() -> Case:
     config = hf.LlavaNextConfig(
-        vision_config=hf.CLIPVisionConfig(**VISION), text_config=hf.LlamaConfig(**DECODER),
-        image_token_index=IMAGE, image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
-    )  # fmt: skip
+        vision_config=hf.CLIPVisionConfig(**VISION),
+        text_config=hf.LlamaConfig(**DECODER),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
+    )
     model = seeded(lambda: hf.LlavaNextForConditionalGeneration(config))
     # 8 x 16 pixels: the whole and two tiles; 16 x 6 is padded on both sides, and unpadded later.
     sizes = torch.tensor([[8, 16], [16, 6]])
@@ -69,10 +74,13 @@ def llava_next() -> Case:
 
 def llava_onevision() -> Case:
     config = hf.LlavaOnevisionConfig(
-        vision_config=hf.SiglipVisionConfig(**VISION), text_config=hf.Qwen2Config(**DECODER),
-        image_token_index=IMAGE, video_token_index=60, image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
+        vision_config=hf.SiglipVisionConfig(**VISION),
+        text_config=hf.Qwen2Config(**DECODER),
+        image_token_index=IMAGE,
+        video_token_index=60,
+        image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
         vision_aspect_ratio="anyres_max_9",
-    )  # fmt: skip
+    )
     model = seeded(lambda: hf.LlavaOnevisionForConditionalGeneration(config))
     sizes = torch.tensor([[8, 16], [16, 6]])
     inputs = prompt([-(4 + 2 * 5)], [-(4 + 4 * 3)]) | {"pixel_values": noise(2, 3, 3, 8, 8)}
@@ -89,47 +97,72 @@ def _packed(sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
     return ids | {"mm_token_type_ids": types, "pixel_values": patches, "image_grid_thw": grid}
 
 
-_QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": 60, "vision_start_token_id": 61,
-                "vision_end_token_id": 62}  # fmt: skip
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": 60,
+    "vision_start_token_id": 61,
+    "vision_end_token_id": 62,
+}
 
 
 def qwen2_vl() -> Case:
     config = hf.Qwen2VLConfig(
         vision_config=QWEN_VISION | {"embed_dim": 24, "hidden_size": 24, "mlp_ratio": 2},
-        text_config=DECODER | {"rope_parameters": MROPE}, **_QWEN_TOKENS,
-    )  # fmt: skip
+        text_config=DECODER | {"rope_parameters": MROPE},
+        **_QWEN_TOKENS,
+    )
     model = seeded(lambda: hf.Qwen2VLForConditionalGeneration(config))
     return Case(model, _packed([(4, 2), (2, 4)]), logits)
 
 
 def qwen2_5_vl() -> Case:
     config = hf.Qwen2_5_VLConfig(
-        vision_config=QWEN_VISION | {"hidden_size": 24, "out_hidden_size": 24, "intermediate_size": 32,
-                                     "window_size": 16, "fullatt_block_indexes": [1]},
-        text_config=DECODER | {"rope_parameters": MROPE}, **_QWEN_TOKENS,
-    )  # fmt: skip
+        vision_config=QWEN_VISION
+        | {
+            "hidden_size": 24,
+            "out_hidden_size": 24,
+            "intermediate_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        text_config=DECODER | {"rope_parameters": MROPE},
+        **_QWEN_TOKENS,
+    )
     model = seeded(lambda: hf.Qwen2_5_VLForConditionalGeneration(config))
     return Case(model, _packed([(6, 6), (2, 4)]), logits)
 
 
 def qwen3_vl() -> Case:
     config = hf.Qwen3VLConfig(
-        vision_config=QWEN_VISION | {"hidden_size": 24, "out_hidden_size": 24, "intermediate_size": 32,
-                                     "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-        text_config=DECODER | {"head_dim": 6, "rope_parameters": MROPE}, **_QWEN_TOKENS,
-    )  # fmt: skip
+        vision_config=QWEN_VISION
+        | {
+            "hidden_size": 24,
+            "out_hidden_size": 24,
+            "intermediate_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        text_config=DECODER | {"head_dim": 6, "rope_parameters": MROPE},
+        **_QWEN_TOKENS,
+    )
     model = seeded(lambda: hf.Qwen3VLForConditionalGeneration(config))
     return Case(model, _packed([(4, 2), (2, 4)]), logits)
 
 
 def molmo2(**text: Any) -> Case:
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12, "hidden_size": 24,
-             "intermediate_size": 32}  # fmt: skip
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+    }
     config = hf.Molmo2Config(
         vision_config=heads | {"num_hidden_layers": 2, "image_size": [16, 16], "patch_size": 4},
         adapter_config=heads | {"vision_feature_layer": [1, 0], "text_hidden_size": 24},
-        text_config=DECODER | {"head_dim": 6, "additional_vocab_size": 4} | text, image_patch_id=IMAGE,
-    )  # fmt: skip
+        text_config=DECODER | {"head_dim": 6, "additional_vocab_size": 4} | text,
+        image_patch_id=IMAGE,
+    )
     model = seeded(lambda: hf.Molmo2ForConditionalGeneration(config))
     # One image is two crops wide, whose patches are told by number; four of them make a token.
     grids = torch.tensor([[2, 2, 2, 4], [2, 2, 2, 2]])
@@ -145,9 +178,11 @@ def molmo2(**text: Any) -> Case:
 def paligemma() -> Case:
     config = hf.PaliGemmaConfig(
         vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
-        text_config=hf.GemmaConfig(**DECODER, head_dim=6), image_token_index=IMAGE,
-        projection_dim=24, hidden_size=24,
-    )  # fmt: skip
+        text_config=hf.GemmaConfig(**DECODER, head_dim=6),
+        image_token_index=IMAGE,
+        projection_dim=24,
+        hidden_size=24,
+    )
     model = seeded(lambda: hf.PaliGemmaForConditionalGeneration(config))
     return Case(model, prompt([-4, 7], [-4]) | {"pixel_values": noise(2, 3, 8, 8)}, logits)
 
@@ -155,10 +190,18 @@ def paligemma() -> Case:
 def gemma3() -> Case:
     config = hf.Gemma3Config(
         vision_config=hf.SiglipVisionConfig(**VISION | {"image_size": 16}, vision_use_head=False),
-        text_config=hf.Gemma3TextConfig(**DECODER, head_dim=6, sliding_window=8, query_pre_attn_scalar=6,
-                                        layer_types=["sliding_attention", "full_attention"]),
-        image_token_index=IMAGE, boi_token_index=61, eoi_token_index=62, mm_tokens_per_image=4,
-    )  # fmt: skip
+        text_config=hf.Gemma3TextConfig(
+            **DECODER,
+            head_dim=6,
+            sliding_window=8,
+            query_pre_attn_scalar=6,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        image_token_index=IMAGE,
+        boi_token_index=61,
+        eoi_token_index=62,
+        mm_tokens_per_image=4,
+    )
     model = seeded(lambda: hf.Gemma3ForConditionalGeneration(config))
     inputs = prompt([61, -4, 62, 7], [61, -4, 62])
     types = (inputs["input_ids"] == IMAGE).int()
@@ -170,10 +213,17 @@ def _tiled(make: Any, vision: dict[str, Any], **more: Any) -> Any:
 
 
 def idefics2() -> Case:
-    perceiver = {"hidden_size": 24, "resampler_n_latents": 3, "resampler_depth": 2, "resampler_n_heads": 4,
-                 "resampler_head_dim": 6, "num_key_value_heads": 2}  # fmt: skip
-    config = _tiled(hf.Idefics2Config, {}, perceiver_config=perceiver,
-                    text_config=hf.MistralConfig(**DECODER))  # fmt: skip
+    perceiver = {
+        "hidden_size": 24,
+        "resampler_n_latents": 3,
+        "resampler_depth": 2,
+        "resampler_n_heads": 4,
+        "resampler_head_dim": 6,
+        "num_key_value_heads": 2,
+    }
+    config = _tiled(
+        hf.Idefics2Config, {}, perceiver_config=perceiver, text_config=hf.MistralConfig(**DECODER)
+    )
     model = seeded(lambda: hf.Idefics2ForConditionalGeneration(config))
     mask = torch.ones(2, 1, 16, 16, dtype=torch.bool)
     mask[1, :, :, 8:] = False  # The second image is half as wide.
@@ -220,24 +270,38 @@ _T5 = {
 
 
 def blip_2() -> Case:
-    config = hf.Blip2Config(vision_config=VISION, qformer_config=_QFORMER, text_config=hf.OPTConfig(**_OPT),
-                            num_query_tokens=3, image_token_index=IMAGE)  # fmt: skip
+    config = hf.Blip2Config(
+        vision_config=VISION,
+        qformer_config=_QFORMER,
+        text_config=hf.OPTConfig(**_OPT),
+        num_query_tokens=3,
+        image_token_index=IMAGE,
+    )
     model = seeded(lambda: hf.Blip2ForConditionalGeneration(config))
     return Case(model, prompt([-3, 7], [-3]) | {"pixel_values": noise(2, 3, 8, 8)}, logits)
 
 
 def blip_2_t5() -> Case:
-    config = hf.Blip2Config(vision_config=VISION, qformer_config=_QFORMER, text_config=hf.T5Config(**_T5),
-                            num_query_tokens=3, image_token_index=IMAGE)  # fmt: skip
+    config = hf.Blip2Config(
+        vision_config=VISION,
+        qformer_config=_QFORMER,
+        text_config=hf.T5Config(**_T5),
+        num_query_tokens=3,
+        image_token_index=IMAGE,
+    )
     model = seeded(lambda: hf.Blip2ForConditionalGeneration(config))
     inputs = prompt([-3, 7], [-3]) | {"pixel_values": noise(2, 3, 8, 8)}
     return Case(model, inputs | {"decoder_input_ids": torch.tensor([[0, 7, 8], [0, 9, 4]])}, logits)
 
 
 def instructblip() -> Case:
-    config = hf.InstructBlipConfig(vision_config=VISION, qformer_config=_QFORMER,
-                                   text_config=hf.LlamaConfig(**DECODER), num_query_tokens=3,
-                                   image_token_index=IMAGE)  # fmt: skip
+    config = hf.InstructBlipConfig(
+        vision_config=VISION,
+        qformer_config=_QFORMER,
+        text_config=hf.LlamaConfig(**DECODER),
+        num_query_tokens=3,
+        image_token_index=IMAGE,
+    )
     model = seeded(lambda: hf.InstructBlipForConditionalGeneration(config))
     asked = torch.tensor([[11, 12, 13], [11, 14, 0]])
     inputs = prompt([-3, 7], [-3]) | {"pixel_values": noise(2, 3, 8, 8)}
@@ -255,8 +319,9 @@ _BLIP_TEXT = {
 
 
 def _blip(make: Any, head: Any, off_path: tuple[str, ...] = (), **more: Any) -> Case:
-    config = hf.BlipConfig(text_config=_BLIP_TEXT, vision_config=VISION, projection_dim=16,
-                           image_text_hidden_size=24)  # fmt: skip
+    config = hf.BlipConfig(
+        text_config=_BLIP_TEXT, vision_config=VISION, projection_dim=16, image_text_hidden_size=24
+    )
     model = seeded(lambda: make(config))
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -292,8 +357,11 @@ def mllama() -> Case:
         "attention_heads": 2, "image_size": 8, "patch_size": 4, "max_num_tiles": 2, "vision_output_dim": 48,
         "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
     }  # fmt: skip
-    text = DECODER | {"num_hidden_layers": 3, "cross_attention_layers": [1],
-                      "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}  # fmt: skip
+    text = DECODER | {
+        "num_hidden_layers": 3,
+        "cross_attention_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
     config = hf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     model = seeded(lambda: hf.MllamaForConditionalGeneration(config))
     with torch.no_grad():
@@ -302,17 +370,23 @@ def mllama() -> Case:
                 weight.fill_(0.8)
     inputs = prompt([-1, 7], [-1]) | {"pixel_values": noise(2, 1, 2, 3, 8, 8)}
     length = inputs["input_ids"].shape[1]
-    return Case(model, inputs | {
-        "aspect_ratio_ids": torch.tensor([[2], [1]]),
-        "aspect_ratio_mask": torch.tensor([[[1, 1]], [[1, 0]]]),
-        "cross_attention_mask": torch.tensor([[[[1, 1]]], [[[1, 0]]]]).repeat(1, length, 1, 1),
-    }, logits)  # fmt: skip
+    return Case(
+        model,
+        inputs
+        | {
+            "aspect_ratio_ids": torch.tensor([[2], [1]]),
+            "aspect_ratio_mask": torch.tensor([[[1, 1]], [[1, 0]]]),
+            "cross_attention_mask": torch.tensor([[[[1, 1]]], [[[1, 0]]]]).repeat(1, length, 1, 1),
+        },
+        logits,
+    )
 
 
 def internvl() -> Case:
     vision = VISION | {"image_size": [8, 8], "patch_size": [4, 4]}
-    config = hf.InternVLConfig(vision_config=vision, text_config=hf.Qwen2Config(**DECODER),
-                               image_token_id=IMAGE, image_seq_length=1)  # fmt: skip
+    config = hf.InternVLConfig(
+        vision_config=vision, text_config=hf.Qwen2Config(**DECODER), image_token_id=IMAGE, image_seq_length=1
+    )
     model = seeded(lambda: hf.InternVLForConditionalGeneration(config))
     # Two tiles and the whole, and one image that is not cut.
     inputs = prompt([61, -3, 62], [61, -1, 62]) | {"pixel_values": noise(4, 3, 8, 8)}
@@ -324,9 +398,12 @@ _PIXTRAL = VISION | {"head_dim": 12, "image_size": 16}
 
 def pixtral() -> Case:
     config = hf.LlavaConfig(
-        vision_config=hf.PixtralVisionConfig(**_PIXTRAL), text_config=hf.MistralConfig(**DECODER),
-        image_token_id=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="full",
-    )  # fmt: skip
+        vision_config=hf.PixtralVisionConfig(**_PIXTRAL),
+        text_config=hf.MistralConfig(**DECODER),
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
     model = seeded(lambda: hf.LlavaForConditionalGeneration(config))
     inputs = prompt([-2, 50, -2, 50, -2, 51], [-3, 50, -3, 51]) | {"pixel_values": noise(2, 3, 12, 12)}
     return Case(model, inputs | {"image_sizes": torch.tensor([[12, 8], [8, 12]])}, logits)
@@ -334,17 +411,27 @@ def pixtral() -> Case:
 
 def mistral3() -> Case:
     config = hf.Mistral3Config(
-        vision_config=hf.PixtralVisionConfig(**_PIXTRAL), text_config=hf.MistralConfig(**DECODER),
-        image_token_index=IMAGE, spatial_merge_size=2,
-    )  # fmt: skip
+        vision_config=hf.PixtralVisionConfig(**_PIXTRAL),
+        text_config=hf.MistralConfig(**DECODER),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+    )
     model = seeded(lambda: hf.Mistral3ForConditionalGeneration(config))
     inputs = prompt([-1, 50, -1, 51], [-2, 51]) | {"pixel_values": noise(2, 3, 16, 16)}
     return Case(model, inputs | {"image_sizes": torch.tensor([[16, 8], [8, 16]])}, logits)
 
 
 def kosmos2() -> Case:
-    text = {"vocab_size": 64, "max_position_embeddings": 64, "embed_dim": 24, "layers": 2, "ffn_dim": 32,
-            "attention_heads": 2, "dropout": 0.0, "attention_dropout": 0.0}  # fmt: skip
+    text = {
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+        "embed_dim": 24,
+        "layers": 2,
+        "ffn_dim": 32,
+        "attention_heads": 2,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
     config = hf.Kosmos2Config(text_config=text, vision_config=VISION, latent_query_num=3)
     model = seeded(lambda: hf.Kosmos2ForConditionalGeneration(config))
     ids = torch.tensor([[0, 61, 4, 5, 6, 62, 7, 8], [0, 61, 4, 5, 6, 62, 9, 10]])
@@ -360,10 +447,20 @@ def florence2() -> Case:
         "window_size": 2, "projection_dim": 24, "drop_path_rate": 0.0, "max_position_embeddings": 8,
     }  # fmt: skip
     text = hf.BartConfig(
-        vocab_size=64, d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-    )  # fmt: skip
+        vocab_size=64,
+        d_model=24,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
     config = hf.Florence2Config(vision_config=vision, text_config=text, image_token_id=IMAGE)
     model = seeded(lambda: hf.Florence2ForConditionalGeneration(config))
     inputs = prompt([-5, 7], [-5]) | {"pixel_values": noise(2, 3, 8, 8)}
@@ -388,9 +485,31 @@ LACKING = () if hasattr(hf, "Molmo2Config") else ("molmo2",)
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
-        llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, molmo2, paligemma, gemma3, idefics2,
-        idefics3, smolvlm, blip_2, blip_2_t5, instructblip, blip, blip_vqa, blip_itm, mllama, internvl,
-        pixtral, mistral3, kosmos2, florence2, opt_lm, llama_lm,
+        llava_next,
+        llava_onevision,
+        qwen2_vl,
+        qwen2_5_vl,
+        qwen3_vl,
+        molmo2,
+        paligemma,
+        gemma3,
+        idefics2,
+        idefics3,
+        smolvlm,
+        blip_2,
+        blip_2_t5,
+        instructblip,
+        blip,
+        blip_vqa,
+        blip_itm,
+        mllama,
+        internvl,
+        pixtral,
+        mistral3,
+        kosmos2,
+        florence2,
+        opt_lm,
+        llama_lm,
     )
     if not f.__name__.startswith(LACKING)
-}  # fmt: skip
+}

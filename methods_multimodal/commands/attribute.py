@@ -93,9 +93,17 @@ def attribute(
         examples = diffusion_examples(loaded, known, list(pictures.captions))
         asked = diffusion_examples(loaded, [drawn], [query])
         scored = _by_gradients(
-            method, loaded, traced, examples, asked, work,
-            parameters=parameters, timesteps=timesteps, width=width, damping=damping,
-        )  # fmt: skip
+            method,
+            loaded,
+            traced,
+            examples,
+            asked,
+            work,
+            parameters=parameters,
+            timesteps=timesteps,
+            width=width,
+            damping=damping,
+        )
     scores = scored[0]
     figure = sources(
         drawn, scores, known.__getitem__, title=f"{query}\n({method})", captions=pictures.captions, n=shown
@@ -108,14 +116,23 @@ def attribute(
     write_json(
         numbers,
         {
-            "model": model, "query": query, "method": method, "train": train, "seed": seed, **settings,
+            "model": model,
+            "query": query,
+            "method": method,
+            "train": train,
+            "seed": seed,
+            **settings,
             "scores": [
-                {"number": i, "name": pictures.names[i], "caption": pictures.captions[i],
-                 "score": float(scores[i])}
+                {
+                    "number": i,
+                    "name": pictures.names[i],
+                    "caption": pictures.captions[i],
+                    "score": float(scores[i]),
+                }
                 for i in ranked
             ],
         },
-    )  # fmt: skip
+    )
     for i in ranked[:shown]:
         typer.echo(f"{float(scores[i]):+z.3g}  {pictures.names[i]}: {pictures.captions[i]}")
     typer.echo(f"wrote {out} and {numbers}")

@@ -69,9 +69,15 @@ def dissect(
     ]
     about = {"model": model, "images": str(images), "n_images": len(files)}
     results = survey(
-        units, batches, open_model(judge, device), listed, out / "activations",
-        masks=labelled, template=template, about=about,
-    )  # fmt: skip
+        units,
+        batches,
+        open_model(judge, device),
+        listed,
+        out / "activations",
+        masks=labelled,
+        template=template,
+        about=about,
+    )
     maps: dict[int, list[Any]] = {}
     units_shown = strongest(results, cards)
     numbers = sorted({int(i) for unit in units_shown for i in results.top[unit, :5]})
@@ -81,10 +87,14 @@ def dissect(
     for unit in units_shown:
         maps[unit] = [(int(i), by_number[int(i)][unit]) for i in results.top[unit, :5]]
     written = write_page(
-        results, out, model=model, pictures=pictures, maps=maps,
+        results,
+        out,
+        model=model,
+        pictures=pictures,
+        maps=maps,
         thresholds=None if results.network is None else results.network.thresholds,
         shown=None if labelled is None else presence(labelled, listed),
-    )  # fmt: skip
+    )
     for one in results.methods:
         kept = one.chance.significant()
         typer.echo(f"{one.method}: {len(kept)} of {len(one.names)} units better than chance")

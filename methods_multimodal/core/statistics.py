@@ -102,9 +102,15 @@ def paired_interval(
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
         found = scipy.stats.bootstrap(
-            samples, statistic, axis=-1, paired=True, vectorized=True, method="percentile",
-            n_resamples=n_resamples, rng=np.random.default_rng(rng),
-        )  # fmt: skip
+            samples,
+            statistic,
+            axis=-1,
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            n_resamples=n_resamples,
+            rng=np.random.default_rng(rng),
+        )
         return _bounds(found.bootstrap_distribution, level)
 
 
@@ -153,9 +159,14 @@ def bootstrap(
     if n > 1:
         # The clusters' numbers are the sample; the statistic draws within those it is given.
         found = scipy.stats.bootstrap(
-            (np.arange(n),), mean, vectorized=True, method="percentile", n_resamples=n_resamples, rng=rng,
+            (np.arange(n),),
+            mean,
+            vectorized=True,
+            method="percentile",
+            n_resamples=n_resamples,
+            rng=rng,
             batch=max(1, 2**22 // sum(side.table.size for side in sides)),
-        )  # fmt: skip
+        )
         low, high = _bounds(found.bootstrap_distribution, level)
     else:
         low, high = _bounds(mean(np.zeros((n_resamples, 1), np.int64)), level)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal.diffusion.pictures import pictures_of
+from methods_multimodal.diffusion.pictures import check_pictures, pictures_of
 from mm_adapters import AttentionUnreachableError, Edit, InputError, Model, Read
 
 # Takes a row's value and the values of all rows, gives the row's new value.
@@ -119,8 +119,10 @@ def generate(
 ) -> Float[Tensor, "row 3 height width"]:
     """The pictures of these prompts, 0..1, each from its seed's noise.
 
-    Raises: InputError if prompts and seeds differ in number, or options say what these arguments say.
+    Raises: MissingSiteError if the pipeline makes none; InputError if prompts and seeds differ in number, or
+    options say what these arguments say.
     """
+    check_pictures(model)
     options = dict(options or {})
     taken = sorted(set(options) & {"prompt", "seed", "num_images_per_prompt", "output_type"})
     if taken:

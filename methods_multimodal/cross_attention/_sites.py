@@ -61,8 +61,9 @@ def text_attention(
         return tuple(TextAttention(i, _owner(s.name), "", text, pixels) for i, s in enumerate(joint))
     have = ", ".join(model.towers)
     raise MissingSiteError(
-        f"Nothing in {denoiser!r} attends to words: {model.name} has no {denoiser}.*cross_attn.hook_pattern, so "
-        f"there are no words to see or control. This model's towers: {have}."
+        f"Nothing in {denoiser!r} attends to words: {model.name} has no "
+        f"{denoiser}.*cross_attn.hook_pattern, so there are no words to see or control. "
+        f"This model's towers: {have}."
     )
 
 

@@ -132,8 +132,9 @@ class _Mix:
 
     def on(self, layer: TextAttention) -> RowFn:
         """The mix at one layer's pattern."""
-        mapper, follows, turned = (None if x is None else layer.of_text(x) for x in
-                                   (self.mapper, self.follows, self.turned))  # fmt: skip
+        mapper, follows, turned = (
+            None if x is None else layer.of_text(x) for x in (self.mapper, self.follows, self.turned)
+        )
         if mapper is not None and layer.text is not None:
             mapper = mapper[list(layer.text)]
 

@@ -60,8 +60,9 @@ def patch_words(
     for i in range(len(cases)):  # Every mistake in a word comes up here.
         change(i, parts[0], 0, 0, None)
     goals = [c.other for c in cases]
-    return _measured(model, cases, goals, metric, parts, change, layouts, "patching",
-                     batch, options, control_seed)  # fmt: skip
+    return _measured(
+        model, cases, goals, metric, parts, change, layouts, "patching", batch, options, control_seed
+    )
 
 
 def patch_edits(
@@ -129,8 +130,9 @@ def knock_out_words(
 
     for i in range(len(cases)):
         change(i, parts[0], 0, 0, None)
-    return _measured(model, cases, None, metric, parts, change, layouts, "knockout",
-                     batch, options, control_seed)  # fmt: skip
+    return _measured(
+        model, cases, None, metric, parts, change, layouts, "knockout", batch, options, control_seed
+    )
 
 
 def knockout_edits(
@@ -186,8 +188,7 @@ def ablate_heads(
             for a in select_layers(attention, part)
         ]
 
-    return _measured(model, cases, None, metric, parts, change, layouts, "ablation",
-                     batch, options, 0)  # fmt: skip
+    return _measured(model, cases, None, metric, parts, change, layouts, "ablation", batch, options, 0)
 
 
 def _measured(

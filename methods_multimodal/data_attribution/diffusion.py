@@ -155,8 +155,8 @@ def denoiser_of(model: Model) -> nn.Module:
     module = model.check_tower("denoiser").module
     if model.loops() and sampling_of(model, "denoiser")[1].packed:
         raise MissingSiteError(
-            f"{model.name}: its denoiser takes latents that are packed into positions, and an example's are a "
-            "map, so there is no task of it here."
+            f"{model.name}: its denoiser takes latents that are packed into positions, and an example's are "
+            "a map, so there is no task of it here."
         )
     return module
 
@@ -247,8 +247,10 @@ class Draws:
         for number, timesteps in zip(index.tolist(), steps.tolist(), strict=True):
             for step, draw in zip(timesteps, which, strict=True):
                 # One more, so that -1, all examples' number, is none of theirs.
-                key = tuple(n + 1 for n in (self.seed, -1 if self.shared else int(number), int(step),
-                                            draw % self.n_noises))  # fmt: skip
+                key = tuple(
+                    n + 1
+                    for n in (self.seed, -1 if self.shared else int(number), int(step), draw % self.n_noises)
+                )
                 if key not in known:
                     known[key] = torch.randn(*shape, generator=mixed(*key))
                 noises.append(known[key])

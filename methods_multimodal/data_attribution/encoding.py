@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.data_attribution.diffusion import denoiser_of, takes
+from methods_multimodal.diffusion.sampling import sampling_of
 from mm_adapters import InputError, Model
 from mm_adapters.inputs.images import to_rgb_list
 
@@ -28,8 +29,8 @@ def diffusion_examples(
     `images` are pictures or files of one size, or pixels in [0, 1] [image, 3, height, width].
     Pipelines without an autoencoder keep pixels, scaled to [-1, 1].
 
-    Raises: MissingSiteError if the model has no denoiser or reads no text; InputError if prompts are missing, not
-    one an image, or not what this pipeline takes.
+    Raises: MissingSiteError if the model has no denoiser or reads no text; InputError if prompts are missing,
+    not one an image, or not what this pipeline takes.
     """
     pipe, module = model.wrapped, denoiser_of(model)
     pixels = _pixels(images)
@@ -45,7 +46,7 @@ def diffusion_examples(
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(pixels), batch_size):
         part = (2 * pixels[start : start + batch_size] - 1).to(first)
-        example = {"latents": _latents(pipe, part)}
+        example = {"latents": _latents(model, part)}
         if prompts is not None:
             example |= texts(pipe, module, list(prompts[start : start + batch_size]), part.shape[-2:])
         parts.append({name: value.cpu() for name, value in example.items()})
@@ -65,12 +66,17 @@ def _pixels(images: Any) -> Tensor:
     return torch.stack([to_tensor(p) for p in pictures])
 
 
-def _latents(pipe: Any, pixels: Tensor) -> Tensor:
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
+def _latents(model: Model, pixels: Tensor) -> Tensor:
+    if "vae" not in model.towers:
         return pixels
+    vae: Any = model.towers["vae"].module
     encoded = vae.encode(pixels.to(next(vae.parameters())))
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    if hasattr(encoded, "latent_dist"):
+        latents = encoded.latent_dist.mode()
+    else:
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    if sampling_of(model, "denoiser")[1].scaled is None:
+        return latents
     shift = vae.config.get("shift_factor") or 0.0
     return (latents - shift) * vae.config.get("scaling_factor", 1.0)
 

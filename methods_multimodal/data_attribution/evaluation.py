@@ -66,9 +66,14 @@ def linear_datamodeling_score(
         return float(_rank_correlation(predicted[at], negative[at]).mean())
 
     low, high = bootstrap(
-        crossed, mean, vectorized=False, n_resamples=_RESAMPLES, confidence_level=level,
-        method="percentile", rng=seed,
-    ).confidence_interval  # fmt: skip
+        crossed,
+        mean,
+        vectorized=False,
+        n_resamples=_RESAMPLES,
+        confidence_level=level,
+        method="percentile",
+        rng=seed,
+    ).confidence_interval
     return Estimate(float(per_query.mean()), float(low), float(high), per_query.float())
 
 

@@ -141,10 +141,15 @@ def _claim(
     """Marks a folder as this run's. Raises: InputError if it is another's."""
     ends = [batch_of(examples, 0, 1), batch_of(examples, n_examples(examples) - 1, n_examples(examples))]
     mark = fingerprint(
-        about=repr(sorted(task.about.items())), n=n_examples(examples), step=step, damping=damping,
-        data=[v for end in ends for v in end.values()], queries=list(queries.values()),
-        weights=list(weights.values()), names=list(weights),
-    )  # fmt: skip
+        about=repr(sorted(task.about.items())),
+        n=n_examples(examples),
+        step=step,
+        damping=damping,
+        data=[v for end in ends for v in end.values()],
+        queries=list(queries.values()),
+        weights=list(weights.values()),
+        names=list(weights),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "run.txt"
     if note.is_file() and note.read_text() != mark:

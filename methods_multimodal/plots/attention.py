@@ -70,8 +70,14 @@ def overlay(
     ax.imshow(Image.fromarray(pixels).convert("L"), cmap="gray", extent=extent)
     table = values.detach().float().cpu().numpy()
     norm = norm_of(table, True, None) if signed else Normalize(table.min(), table.max())
-    image = ax.imshow(table, cmap=SIGNED if signed else "inferno", norm=norm, alpha=0.7, extent=extent,
-                      interpolation="bilinear" if smooth else "nearest")  # fmt: skip
+    image = ax.imshow(
+        table,
+        cmap=SIGNED if signed else "inferno",
+        norm=norm,
+        alpha=0.7,
+        extent=extent,
+        interpolation="bilinear" if smooth else "nearest",
+    )
     ax.set_xticks([])
     ax.set_yticks([])
     ax.set_title(title, fontsize=10)

@@ -83,9 +83,15 @@ def score_bars(
         values = [p[group] for p in parts]
         spread = [[v.mean - v.low for v in values], [v.high - v.mean for v in values]]
         ax.barh(
-            at, [v.mean for v in values], height, xerr=spread, color=f"C{group}", capsize=3,
-            error_kw={"linewidth": 1}, label=groups[group] if groups else None,
-        )  # fmt: skip
+            at,
+            [v.mean for v in values],
+            height,
+            xerr=spread,
+            color=f"C{group}",
+            capsize=3,
+            error_kw={"linewidth": 1},
+            label=groups[group] if groups else None,
+        )
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)

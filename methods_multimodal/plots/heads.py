@@ -44,8 +44,10 @@ def head_table(
             ax.text(left, row + 0.12, f"{name}  ({gained:.0%})", ha="left", va="center", fontsize=7)
             for place, number in enumerate(record.top_images[layer, head, column].tolist()):
                 at = left + 0.76 * place
-                ax.imshow(np.asarray(picture_of(number).convert("RGB").resize((64, 64))),
-                          extent=(at, at + 0.7, row + 0.95, row + 0.25))  # fmt: skip
+                ax.imshow(
+                    np.asarray(picture_of(number).convert("RGB").resize((64, 64))),
+                    extent=(at, at + 0.7, row + 0.95, row + 0.25),
+                )
     ax.set_xlim(-0.2, n_texts * pitch)
     ax.set_ylim(len(heads), 0)
     ax.set_aspect("equal")

@@ -82,8 +82,8 @@ def _check(model: Model) -> None:
     model.check_site(f"{TOWER}.blocks.0.attn.hook_pattern")
     if any(tower.role == "language" for tower in model.towers.values()):
         raise MissingSiteError(
-            f"{model.name}: its forward pairs each image with one text, which it captions, so two images have no "
-            "logits for all of the texts."
+            f"{model.name}: its forward pairs each image with one text, which it captions, so two images "
+            "have no logits for all of the texts."
         )
 
 
@@ -145,8 +145,16 @@ def _draw(
             title=f"{LETTERS[i]}: {name}, as the model sees it",
             caption="\n".join(captions),
         )
-    heatmap(evidence.logits, page.add_subplot(grid[0, 2]), unit="logit", signed=True, write="+z.2f",
-            rows=list(LETTERS), columns=[_short(t) for t in texts], title="the model's logits")  # fmt: skip
+    heatmap(
+        evidence.logits,
+        page.add_subplot(grid[0, 2]),
+        unit="logit",
+        signed=True,
+        write="+z.2f",
+        rows=list(LETTERS),
+        columns=[_short(t) for t in texts],
+        title="the model's logits",
+    )
     mosaic(
         evidence.maps,
         page.add_subplot(grid[1, 0]),
@@ -209,7 +217,9 @@ def _numbers(
         "logits": rounded(evidence.logits),
         "probabilities": rounded(probabilities(evidence.logits)),
         "attention_class_to_patches": rounded(evidence.maps.maps[0]),
-        "attribution": {"absent": evidence.no_attribution} if shares is None else {
+        "attribution": {"absent": evidence.no_attribution}
+        if shares is None
+        else {
             "embed": rounded(shares.embed),
             "heads": rounded(shares.heads),
             "attn_bias": rounded(shares.attn_bias),
@@ -228,7 +238,7 @@ def _numbers(
             "patch_grid": list(evidence.grid),
             "patches": rounded(evidence.patches.effect[0]),
         },
-    }  # fmt: skip
+    }
 
 
 def _short(text: str, n: int = 22) -> str:

@@ -94,11 +94,16 @@ def _page(
         title=f"what units detect ({first.method}; {len(kept)} of {len(first.names)} better than chance)",
     )
     return render(
-        "dissection.html", title=f"{survey.site} of {model}", n_units=survey.activations.shape[1],
-        n_images=len(survey.activations), n_concepts=len(survey.concepts), detectors=_plot(figure),
-        methods=[_method(one) for one in survey.methods], agreements=_agreements(survey),
+        "dissection.html",
+        title=f"{survey.site} of {model}",
+        n_units=survey.activations.shape[1],
+        n_images=len(survey.activations),
+        n_concepts=len(survey.concepts),
+        detectors=_plot(figure),
+        methods=[_method(one) for one in survey.methods],
+        agreements=_agreements(survey),
         units=[_card(survey, unit, pictures, maps[unit], thresholds, shown) for unit in maps],
-    )  # fmt: skip
+    )
 
 
 def _method(one: Named) -> dict[str, Any]:

@@ -53,9 +53,13 @@ def heads_page(record: HeadNames, picture_of: Callable[[int], Image.Image], mode
         for layer in reversed(range(n_layers))
     ]
     return render(
-        "heads.html", title=f"What the heads of {model_name} say", n_images=record.n_images,
-        n_texts=len(record.texts), layers=layers, unreadable=record.unreadable,
-    )  # fmt: skip
+        "heads.html",
+        title=f"What the heads of {model_name} say",
+        n_images=record.n_images,
+        n_texts=len(record.texts),
+        layers=layers,
+        unreadable=record.unreadable,
+    )
 
 
 def heads_numbers(record: HeadNames, model_name: str) -> dict[str, Any]:

@@ -65,20 +65,33 @@ def trace_report(
         picture(to_array(image), ax, title=title)
     left, right = bottom.subplots(1, 2, width_ratios=[2.2, 1])
     effect_grid(exact, left, title=f"patching the keys and values of “{word}” (positions: {positions})")
-    effect_pairs(fast.mean(1), change, right, unit=unit,
-                 title=f"one gradient beside each patch: r {pearson:z.2f}, rank {spearman:z.2f}")  # fmt: skip
+    effect_pairs(
+        fast.mean(1),
+        change,
+        right,
+        unit=unit,
+        title=f"one gradient beside each patch: r {pearson:z.2f}, rank {spearman:z.2f}",
+    )
     share, control = exact.share(), exact.control_share()
     best = share.mean.argsort(descending=True)[:3].tolist()
     numbers = {
-        "model": model_name, "prompt": prompt, "word": word, "other": other, "positions": positions,
-        "seeds": list(seeds), "steps": steps, "metric": unit,
+        "model": model_name,
+        "prompt": prompt,
+        "word": word,
+        "other": other,
+        "positions": positions,
+        "seeds": list(seeds),
+        "steps": steps,
+        "metric": unit,
         "parts": [str(p) for p in exact.parts],
-        "share": rounded(share.mean), "low": rounded(share.low), "high": rounded(share.high),
+        "share": rounded(share.mean),
+        "low": rounded(share.low),
+        "high": rounded(share.high),
         "control": [float(control.mean[0]), float(control.low[0]), float(control.high[0])],
         "blocked": float((blocked.goal - blocked.base).mean()),
         "blocked, a random word": float((blocked.control - blocked.base).mean()),
         "attribution": {"pearson": pearson, "spearman": spearman, "effects": rounded(fast.mean(1))},
-    }  # fmt: skip
+    }
     lines = [f"{exact.parts[i]}: {_with(share, i)} of the whole effect" for i in best]
     lines += [
         f"a random other word: {_with(control, 0)}",
@@ -95,7 +108,10 @@ def _pictures(
     """The picture, the other prompt's, the best part patched, and the word blocked."""
     best = exact.parts[int(exact.share().mean.argmax())]
     rows = [case.prompt, case.other, case.prompt, case.prompt]
-    changes = [*patch_edits(model, case, 2, 1, best, positions=positions), *knockout_edits(model, case, 3)]
+    changes = [
+        *patch_edits(model, case, 2, 1, best, positions=positions, options=options),
+        *knockout_edits(model, case, 3, options=options),
+    ]
     images = generate_checked(model, rows, case.seed, changes, options)
     titles = [
         "the picture", f"with “{case.other_word}”", f"patched at {best}", f"“{case.word}” blocked"

@@ -76,8 +76,8 @@ def vlm_report(
     The second image is what activation patching compares the first with. `model_name` is the model's
     name on the page.
 
-    Raises: MissingSiteError if the model has no language tower that unembeds one stream, or one that is given no
-    patches; InputError if there are not two images, or no question, or the images are cut into tiles.
+    Raises: MissingSiteError if the model has no language tower that unembeds one stream, or one that is given
+    no patches; InputError if there are not two images, or no question, or the images are cut into tiles.
     """
     check_sites(model, [f"{TOWER}.{part}" for part in NEEDED])
     if len(images) != 2 or not question.strip():

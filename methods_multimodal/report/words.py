@@ -55,13 +55,17 @@ def words_report(
     by_step, legend = bottom.subplots(1, 2, width_ratios=[4, 1])
     word_lines(maps, by_step, legend=legend)
     numbers = {
-        "model": model_name, "prompt": prompt, "seed": seed, "steps": steps, "recipe": recipe,
+        "model": model_name,
+        "prompt": prompt,
+        "seed": seed,
+        "steps": steps,
+        "recipe": recipe,
         "words": {
             word: {"attention": float(mean[i].mean()), "map": rounded(maps.heat(word, recipe=recipe))}
             for i, word in enumerate(maps.words_of())
         },
         "attention_by_step": rounded(maps.strength()[:, 0]),
         "layers": {g: list(x) for g, x in zip(maps.by_grid, maps.layers, strict=True)},
-    }  # fmt: skip
+    }
     lines = [f"{w!r}: attention {v['attention']:.4f}" for w, v in numbers["words"].items()]
     return Report(page, numbers, tuple(lines))

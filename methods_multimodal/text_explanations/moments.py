@@ -41,8 +41,9 @@ class Moments(Record):
         """The moments with these vectors counted too."""
         wide = vectors.double()
         outer = torch.einsum("n...i,n...j->...ij", wide, wide)
-        return replace(self, count=self.count + len(vectors), total=self.total + wide.sum(0),
-                       outer=self.outer + outer)  # fmt: skip
+        return replace(
+            self, count=self.count + len(vectors), total=self.total + wide.sum(0), outer=self.outer + outer
+        )
 
     def __getitem__(self, group: Any) -> Moments:
         """One group's moments."""

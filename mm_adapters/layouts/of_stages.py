@@ -21,8 +21,10 @@ def stage_layouts(tower: TowerView, order: Stages, pixels: Tensor, grid: Grid) -
     """
     n = len(pixels)
     shared: dict[tuple[int, ...], TokenLayout] = {}
-    layouts = {f"{tower.name}.{_part(name)}": _once(shared, partial(by_tile, grid, 0, n), *grid)
-               for name in tower.before}  # fmt: skip
+    layouts = {
+        f"{tower.name}.{_part(name)}": _once(shared, partial(by_tile, grid, 0, n), *grid)
+        for name in tower.before
+    }
     at = {path: (stack, i) for stack, paths in tower.stacks.items() for i, path in enumerate(paths)}
     for path, module in tower.module.named_modules():
         if path not in at:

@@ -79,9 +79,13 @@ def _head(root: str, *heads: str) -> str:
 def _classifiers(cls: type, prefix: str) -> list[str]:
     """Records of the image classifiers that the file of this class makes of it."""
     there = vars(sys.modules[cls.__module__]).values() if prefix else ()
-    heads = [other for other in there if isinstance(other, type)
-             and other.__name__.endswith("ForImageClassification")
-             and getattr(other, "base_model_prefix", None) == prefix]  # fmt: skip
+    heads = [
+        other
+        for other in there
+        if isinstance(other, type)
+        and other.__name__.endswith("ForImageClassification")
+        and getattr(other, "base_model_prefix", None) == prefix
+    ]
     mounts = {"vision": _head(prefix, "classifier")}
     return [line for other in heads for line in _model_record(other, "tower", mounts)]
 
@@ -137,8 +141,11 @@ def _pipeline(pipeline: Any) -> list[str]:
         lines += tower_lines(part, stacks, own, role) if stacks else [f"# {name} has no blocks that attend."]
     mounts = {_PIPELINE_ROLES[name]: f'TowerMount("{name}")' for name in parts}
     more = ['loop="denoiser"', "guidance=Guidance()"]
-    return [*lines, *_model_record(type(pipeline), "diffusion", mounts, more),
-            "# Check how the pipeline guides. See Guidance."]  # fmt: skip
+    return [
+        *lines,
+        *_model_record(type(pipeline), "diffusion", mounts, more),
+        "# Check how the pipeline guides. See Guidance.",
+    ]
 
 
 def _model_record(cls: type, kind: str, mounts: Mapping[str, str], more: Sequence[str] = ()) -> list[str]:
@@ -146,5 +153,12 @@ def _model_record(cls: type, kind: str, mounts: Mapping[str, str], more: Sequenc
     for role, mount in mounts.items():
         code, comma, comment = mount.partition(",  # ")
         towers_at.append(f'            "{role}": {code},' + (f"  # {comment}" if comma else ""))
-    return [*opening("ModelRecord", name_of(cls), kind, key_of(cls)), "        {", *towers_at, "        },",
-            *(f"        {one}," for one in more), "    )", ")"]  # fmt: skip
+    return [
+        *opening("ModelRecord", name_of(cls), kind, key_of(cls)),
+        "        {",
+        *towers_at,
+        "        },",
+        *(f"        {one}," for one in more),
+        "    )",
+        ")",
+    ]

@@ -18,8 +18,16 @@ _NAMES = {
     "v": r"(v|value|v_proj|to_v|v_lin|wv|value_proj)",
     "qkv": r"(qkv|qkv_proj|in_proj|wqkv|c_attn|query_key_value|to_qkv)",
 }
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead",
-          "config.num_attention_heads", "config.num_heads")  # fmt: skip
+_HEADS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "heads",
+    "nhead",
+    "config.num_attention_heads",
+    "config.num_heads",
+)
 _OTHER_NORMS = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)  # Over channels or rows.
 
 
@@ -55,11 +63,15 @@ def block_lines(block: nn.Module) -> list[str]:
         lines += [f'| {word}("{projections.path}"{named}, {heads})']
     windows = [name for name in vars(block) if re.search("window|shift", name)]
     if windows:
-        lines += [f"# check: it attends within windows: {', '.join(windows)}. See Stages.",
-                  "# hook_attn_out is what comes back in the order of the stream."]  # fmt: skip
+        lines += [
+            f"# check: it attends within windows: {', '.join(windows)}. See Stages.",
+            "# hook_attn_out is what comes back in the order of the stream.",
+        ]
     elif path:
-        lines += [f'| {{"hook_attn_out": Output("{path}")}}',
-                  '| {"hook_resid_mid": Residual("hook_resid_pre", "hook_attn_out")}']  # fmt: skip
+        lines += [
+            f'| {{"hook_attn_out": Output("{path}")}}',
+            '| {"hook_resid_mid": Residual("hook_resid_pre", "hook_attn_out")}',
+        ]
     lines += [f"| {_norm(block, second, 'ln2')}"] if second else []
     lines += _mlp(block, path)
     vectors = [n for n, p in block.named_parameters(recurse=False) if p.ndim == 1]
@@ -164,8 +176,11 @@ def _mlp(block: nn.Module, attention: str | None) -> list[str]:
         n: m for n, m in _linears(block).items() if attention is None or not n.startswith(f"{attention}.")
     }
     for down, last in linears.items():
-        ups = [n for n, m in linears.items() if n != down and m.out_features == last.in_features
-               and m.in_features == last.out_features]  # fmt: skip
+        ups = [
+            n
+            for n, m in linears.items()
+            if n != down and m.out_features == last.in_features and m.in_features == last.out_features
+        ]
         if not ups or last.in_features < last.out_features:
             continue
         path = _shared([*ups, down])

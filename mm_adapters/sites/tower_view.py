@@ -188,6 +188,8 @@ class TowerView:
     def summary(self, output: Any) -> Float[Tensor, "row width"]:
         """The tower's embedding of each row, out of what its run gave."""
         pooled = self.pooled_output(output)
+        if pooled.ndim == 4:  # Of a convolutional tower: a map of one place.
+            return pooled.flatten(1)
         return pooled[:, 0] if pooled.ndim == 3 and self.pool == "first" else pooled
 
     def embed(self, **arguments: Any) -> Float[Tensor, "row width"]:

@@ -45,10 +45,16 @@ def denoiser(device: str) -> Task:
     """The tiny UNet, its loss at ten timesteps."""
     torch.manual_seed(0)
     net = UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32),
-        norm_num_groups=8, attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
     return denoiser_task(net.eval().to(device), DDPMScheduler(), timesteps=N_STEPS)
 
 
@@ -85,9 +91,15 @@ def traker(task: Task, examples: dict[str, Tensor], dim: int, folder: Path) -> N
     shutil.rmtree(folder, ignore_errors=True)
     device = str(examples["latents"].device)
     made = TRAKer(
-        model=task.module, task=Output(), train_set_size=n, save_dir=str(folder), device=device, proj_dim=dim,
-        use_half_precision=False, logging_level=logging.ERROR,
-    )  # fmt: skip
+        model=task.module,
+        task=Output(),
+        train_set_size=n,
+        save_dir=str(folder),
+        device=device,
+        proj_dim=dim,
+        use_half_precision=False,
+        logging_level=logging.ERROR,
+    )
     made.load_checkpoint(task.module.state_dict(), model_id=0)
     for start in range(0, n, BATCH):
         batch = [r[start : start + BATCH] for r in rows]

@@ -57,8 +57,14 @@ def time_daam(rounds: int, steps: int) -> dict[str, float]:
     pipeline = peers.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae_scale_factor = 8
-    inputs = {"prompt": "a big cat", "num_inference_steps": steps, "seed": 0, "height": 256, "width": 256,
-              "output_type": "latent"}  # fmt: skip
+    inputs = {
+        "prompt": "a big cat",
+        "num_inference_steps": steps,
+        "seed": 0,
+        "height": 256,
+        "width": 256,
+        "output_type": "latent",
+    }
     peer = daam_of(pipeline, inputs)
     if peer is None:
         return {}
@@ -163,22 +169,35 @@ def stable_diffusion_15(whole: bool, text_width: int = 768) -> Any:
     torch.manual_seed(0)
     text = CLIPTextModel(
         CLIPTextConfig(
-            hidden_size=text_width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=12,
-            vocab_size=60, max_position_embeddings=77, bos_token_id=52, eos_token_id=53, pad_token_id=53,
+            hidden_size=text_width,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=12,
+            vocab_size=60,
+            max_position_embeddings=77,
+            bos_token_id=52,
+            eos_token_id=53,
+            pad_token_id=53,
         )
-    )  # fmt: skip
+    )
     pipe = StableDiffusionPipeline(
         vae=AutoencoderKL(
-            block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
         ),
-        text_encoder=text, tokenizer=tiny.letter_tokenizer(77),
+        text_encoder=text,
+        tokenizer=tiny.letter_tokenizer(77),
         unet=UNet2DConditionModel(
             sample_size=64, cross_attention_dim=text_width, attention_head_dim=8, **({} if whole else finest)
         ),
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -190,8 +209,14 @@ def measure_memory(whole: bool, steps: int = 5, size_px: int = 512) -> dict[str,
     """
     model = mm.HookedModel(stable_diffusion_15(whole))
     words = ["aa", "bb", "cc", "dd", "ee", "ff", "gg", "hh", "ii", "jj"]
-    inputs = {"prompt": " ".join(words), "num_inference_steps": steps, "seed": 0, "height": size_px,
-              "width": size_px, "output_type": "latent"}  # fmt: skip
+    inputs = {
+        "prompt": " ".join(words),
+        "num_inference_steps": steps,
+        "seed": 0,
+        "height": size_px,
+        "width": size_px,
+        "output_type": "latent",
+    }
     most = {}
     for name in ("plain", "word maps", "word maps and pixels' own")[: 3 if whole else 2]:
         with Live() as live:

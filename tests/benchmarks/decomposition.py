@@ -31,9 +31,15 @@ def vit(layers: int, small: bool) -> CLIPVisionModelWithProjection:
     """A random ViT-B/16 (224 pixels, 197 tokens) with so many of its layers; small: a quarter as wide."""
     torch.manual_seed(0)
     width = 192 if small else 768
-    config = CLIPVisionConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-                              num_attention_heads=width // 64, patch_size=16,
-                              image_size=112 if small else 224, projection_dim=width * 2 // 3)  # fmt: skip
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        patch_size=16,
+        image_size=112 if small else 224,
+        projection_dim=width * 2 // 3,
+    )
     return CLIPVisionModelWithProjection(config).eval()
 
 

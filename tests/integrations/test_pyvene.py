@@ -127,9 +127,13 @@ def test_das_learns_and_is_saved_and_loaded(kind: str, name: str, tmp_path: Path
     batch = {"base": base, "sources": [source], "unit_locations": places}
     before = {k: v.clone() for k, v in case.model.state_dict().items()}
     done = mm_pv.align(
-        found, [batch] * 40, lambda out, _: (case.head(out) - want).square().mean(), lr=2e-2,
-        temperature=(5.0, 0.5) if kind == "boundless" else None, progress=False,
-    )  # fmt: skip
+        found,
+        [batch] * 40,
+        lambda out, _: (case.head(out) - want).square().mean(),
+        lr=2e-2,
+        temperature=(5.0, 0.5) if kind == "boundless" else None,
+        progress=False,
+    )
     assert done.losses[-1] < (1.0 if kind == "rotated" else 0.6) * done.losses[0] or done.losses[0] < 1e-9
     assert all(torch.equal(v, before[k]) for k, v in case.model.state_dict().items())
     found.save(tmp_path)
@@ -142,8 +146,13 @@ def test_das_learns_and_is_saved_and_loaded(kind: str, name: str, tmp_path: Path
 
 def test_several_patches_share_one_subspace() -> None:
     case = CASES["clip_vision"]()
-    one = made(case, "vision.blocks.1.hook_resid_post", pv.LowRankRotatedSpaceIntervention,
-               max_number_of_units=5, low_rank_dimension=4)  # fmt: skip
+    one = made(
+        case,
+        "vision.blocks.1.hook_resid_post",
+        pv.LowRankRotatedSpaceIntervention,
+        max_number_of_units=5,
+        low_rank_dimension=4,
+    )
     assert sum(p.numel() for p in one.interventions.parameters()) == 32 * 4
 
 

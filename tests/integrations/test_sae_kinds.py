@@ -57,14 +57,24 @@ def test_text_and_latents_of_a_joint_attention_are_told_apart(name: str, tmp_pat
         inputs["negative_prompt"] = "b"
     z, image = "denoiser.blocks.0.attn.hook_z", "denoiser.blocks.0.hook_resid_mid"
     text = "denoiser.blocks.0.hook_text_resid_mid"
-    run = lens.run(inputs | {"prompt": prompts[:1], "seed": [0]},
-                   read=[mm.Read(s, rows="cond") for s in (z, image, text)])  # fmt: skip
+    run = lens.run(
+        inputs | {"prompt": prompts[:1], "seed": [0]},
+        read=[mm.Read(s, rows="cond") for s in (z, image, text)],
+    )
     n_text, n_latents = run[text].shape[-2], run[image].shape[-2]
     assert run[z].shape[2] == n_text + n_latents
 
     def collected(site: str, tokens: str) -> torch.Tensor:
-        store = mm_sae.collect(lens, site, prompts[:1], tmp_path / f"{tokens}{site}", tokens=tokens,
-                               steps=[1], inputs=inputs, progress=False)  # fmt: skip
+        store = mm_sae.collect(
+            lens,
+            site,
+            prompts[:1],
+            tmp_path / f"{tokens}{site}",
+            tokens=tokens,
+            steps=[1],
+            inputs=inputs,
+            progress=False,
+        )
         return store.rows()[site]
 
     whole = run[z][1, 0].flatten(1)
@@ -139,8 +149,9 @@ def test_rows_are_stored_as_asked_and_the_manifest_says_what_they_are(
 def test_retrieval_is_recovered_by_a_perfect_sae_and_not_by_zeros(clip: Any) -> None:
     scenes = [
         world.by_hand("white", world.thing(shape, colour))
-        for shape in ("circle", "star", "cross") for colour in ("red", "green", "blue")
-    ]  # fmt: skip
+        for shape in ("circle", "star", "cross")
+        for colour in ("red", "green", "blue")
+    ]
     pictures = [Image.fromarray(p) for p in world.render_batch(scenes)]
     texts = [f"a {s.things[0].colour} {s.things[0].shape}" for s in scenes]
     site = "vision.blocks.3.hook_resid_post"

@@ -32,9 +32,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def trainer(steps: int, lr: float) -> SAETrainerConfig:
     return SAETrainerConfig(
-        total_training_samples=steps * 512, train_batch_size_samples=512, lr=lr, lr_end=lr / 10,
-        lr_warm_up_steps=20, lr_decay_steps=20, dead_feature_window=1000, n_batches_for_norm_estimate=8,
-    )  # fmt: skip
+        total_training_samples=steps * 512,
+        train_batch_size_samples=512,
+        lr=lr,
+        lr_end=lr / 10,
+        lr_warm_up_steps=20,
+        lr_decay_steps=20,
+        dead_feature_window=1000,
+        n_batches_for_norm_estimate=8,
+    )
 
 
 @pytest.mark.parametrize("normalise", ["none", "expected_average_only_in", "covariance_whitening"])

@@ -44,12 +44,17 @@ def batchtopk(d_in: int = D, **options: Any) -> BatchTopKTrainingSAEConfig:
 def trainer(steps: int = 24, size: int = 32, **options: Any) -> SAETrainerConfig:
     return SAETrainerConfig(
         **{
-            "total_training_samples": steps * size, "train_batch_size_samples": size, "lr": 1e-2,
-            "lr_end": 1e-3, "lr_warm_up_steps": 3, "lr_decay_steps": 6, "dead_feature_window": 5,
+            "total_training_samples": steps * size,
+            "train_batch_size_samples": size,
+            "lr": 1e-2,
+            "lr_end": 1e-3,
+            "lr_warm_up_steps": 3,
+            "lr_decay_steps": 6,
+            "dead_feature_window": 5,
             "n_batches_for_norm_estimate": 3,
         }
         | options
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +108,9 @@ def test_the_weights_are_those_of_saelens_own_fit(clip: Any, rows: Store, tmp_pa
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sae = BatchTopKTrainingSAE(batchtopk(normalize_activations="expected_average_only_in",
-                                             aux_loss_coefficient=0.5))  # fmt: skip
+        sae = BatchTopKTrainingSAE(
+            batchtopk(normalize_activations="expected_average_only_in", aux_loss_coefficient=0.5)
+        )
     batches = [b[SITE] for b in rows.batches(32, seed=0, columns=[SITE], drop_last=True)]
     # SAELens begins to train after the batches it estimated the scale from; we begin with them.
     provider = itertools.chain(batches[:3], batches)
@@ -119,8 +125,13 @@ def test_the_weights_are_those_of_saelens_own_fit(clip: Any, rows: Store, tmp_pa
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_sparse_step_has_saelens_loss_and_gradients(n_dead: int, rescale: bool, tied: bool) -> None:
-    options = {"d_in": 48, "d_sae": 300, "k": 7, "rescale_acts_by_decoder_norm": rescale,
-               "apply_b_dec_to_input": tied}  # fmt: skip
+    options = {
+        "d_in": 48,
+        "d_sae": 300,
+        "k": 7,
+        "rescale_acts_by_decoder_norm": rescale,
+        "apply_b_dec_to_input": tied,
+    }
     saes = []
     for cls in (BatchTopKTrainingSAE, mm_sae.FastBatchTopK):
         torch.manual_seed(1)
@@ -202,9 +213,16 @@ def _train(clip: Any, rows: Store, folder: Path, at: int = 0, how: int = 0) -> N
         rows = Store(rows.folder)
         rows.batches = killer.batches  # type: ignore[method-assign]
     mm_sae.train(
-        clip, SITE, batchtopk(normalize_activations="expected_average_only_in"), data=rows,
-        trainer=trainer(40), folder=folder, checkpoint_every=7, log_every=5, progress=False,
-    )  # fmt: skip
+        clip,
+        SITE,
+        batchtopk(normalize_activations="expected_average_only_in"),
+        data=rows,
+        trainer=trainer(40),
+        folder=folder,
+        checkpoint_every=7,
+        log_every=5,
+        progress=False,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -242,10 +260,20 @@ def test_streaming_stopped_and_resumed_gives_the_same_weights(
 ) -> None:
     def fit(folder: Path, evaluator: Any = None) -> None:
         mm_sae.train(
-            clip, SITE, batchtopk(128), data=images, tokens="patch", on_disk=False, trainer=trainer(30, 128),
-            folder=folder, checkpoint_every=4, log_every=1, evaluator=evaluator, batch_size=16,
+            clip,
+            SITE,
+            batchtopk(128),
+            data=images,
+            tokens="patch",
+            on_disk=False,
+            trainer=trainer(30, 128),
+            folder=folder,
+            checkpoint_every=4,
+            log_every=1,
+            evaluator=evaluator,
+            batch_size=16,
             progress=False,
-        )  # fmt: skip
+        )
 
     def stop(saes: Any) -> dict[str, float]:
         raise InterruptedError
@@ -264,8 +292,17 @@ def test_an_evaluator_is_called_and_its_numbers_are_kept(clip: Any, rows: Store,
         seen.append(saes[SITE].training)
         return {"mine": float(len(seen))}
 
-    mm_sae.train(clip, SITE, batchtopk(), data=rows, trainer=trainer(40), folder=tmp_path, log_every=2,
-                 evaluator=evaluator, progress=False)  # fmt: skip
+    mm_sae.train(
+        clip,
+        SITE,
+        batchtopk(),
+        data=rows,
+        trainer=trainer(40),
+        folder=tmp_path,
+        log_every=2,
+        evaluator=evaluator,
+        progress=False,
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["mine"] for line in lines if "mine" in line] == [1.0, 2.0]
     assert seen == [False, False]
@@ -275,22 +312,40 @@ def test_several_sites_and_a_transcoder_train_from_one_pass(
     clip: Any, images: list[Any], tmp_path: Path
 ) -> None:
     several = mm_sae.train(
-        clip, [SITE, OUT], batchtopk(128), data=images[:24], tokens="patch", trainer=trainer(20, 64),
-        folder=tmp_path / "several", progress=False,
-    )  # fmt: skip
+        clip,
+        [SITE, OUT],
+        batchtopk(128),
+        data=images[:24],
+        tokens="patch",
+        trainer=trainer(20, 64),
+        folder=tmp_path / "several",
+        progress=False,
+    )
     assert list(several) == [SITE, OUT]
     assert not torch.equal(several[SITE].W_dec, several[OUT].W_dec)
     alone = mm_sae.train(
-        clip, SITE, batchtopk(128), data=images[:24], tokens="patch", trainer=trainer(20, 64),
-        folder=tmp_path / "alone", progress=False,
-    )  # fmt: skip
+        clip,
+        SITE,
+        batchtopk(128),
+        data=images[:24],
+        tokens="patch",
+        trainer=trainer(20, 64),
+        folder=tmp_path / "alone",
+        progress=False,
+    )
     assert torch.equal(several[SITE].W_dec, alone.W_dec)
     both = f"{SITE} -> {OUT}"
     cfg = mm_sae.BatchTopKTranscoderConfig(d_in=128, d_out=128, d_sae=256, k=8)
     transcoder = mm_sae.train(
-        clip, both, cfg, data=images[:24], tokens="patch", trainer=trainer(150, 64), folder=tmp_path / "t",
+        clip,
+        both,
+        cfg,
+        data=images[:24],
+        tokens="patch",
+        trainer=trainer(150, 64),
+        folder=tmp_path / "t",
         progress=False,
-    )  # fmt: skip
+    )
     store = Store(tmp_path / "t" / "activations").rows()
     x, y = store[SITE], store[OUT]
     assert transcoder.cfg.architecture() == "jumprelu_transcoder"
@@ -301,8 +356,9 @@ def test_several_sites_and_a_transcoder_train_from_one_pass(
 
 def test_a_transcoder_learns_a_planted_map(clip: Any, rows: Store, tmp_path: Path) -> None:
     cfg = mm_sae.BatchTopKTranscoderConfig(d_in=D, d_out=8, d_sae=64, k=6)
-    found = mm_sae.train(clip, f"{SITE} -> {OUT}", cfg, data=rows, trainer=trainer(600), folder=tmp_path,
-                         progress=False)  # fmt: skip
+    found = mm_sae.train(
+        clip, f"{SITE} -> {OUT}", cfg, data=rows, trainer=trainer(600), folder=tmp_path, progress=False
+    )
     x, y = (rows.rows()[n] for n in (SITE, OUT))
     left = (found(x) - y).square().sum() / (y - y.mean(0)).square().sum()
     assert left < 0.1
@@ -354,5 +410,13 @@ def test_an_unknown_site_or_other_training_is_an_error(clip: Any, rows: Store, t
         mm_sae.train(clip, "vision.blocks.1.hook_resid_pots", batchtopk(), data=rows, progress=False)
     _train(clip, rows, tmp_path)
     with pytest.raises(CheckpointError, match="of other training: seed"):
-        mm_sae.train(clip, SITE, batchtopk(normalize_activations="expected_average_only_in"), data=rows,
-                     trainer=trainer(40), folder=tmp_path, seed=1, progress=False)  # fmt: skip
+        mm_sae.train(
+            clip,
+            SITE,
+            batchtopk(normalize_activations="expected_average_only_in"),
+            data=rows,
+            trainer=trainer(40),
+            folder=tmp_path,
+            seed=1,
+            progress=False,
+        )

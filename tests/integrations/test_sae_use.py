@@ -215,8 +215,12 @@ def test_public_formats_give_what_their_own_code_gives(tmp_path: Path) -> None:
     relu = centred.relu() @ w["dec"].T + w["b_dec"]
     few = topk(centred, 4) @ w["dec"].T + w["b_dec"]
     own = {"W_enc": w["enc"].T, "b_enc": w["b_enc"], "W_dec": w["dec"].T, "b_dec": w["b_dec"]}
-    unbox = {"encoder.weight": w["enc"], "decoder.weight": w["dec"], "pre_bias": w["b_dec"],
-             "latent_bias": w["b_enc"]}  # fmt: skip
+    unbox = {
+        "encoder.weight": w["enc"],
+        "decoder.weight": w["dec"],
+        "pre_bias": w["b_dec"],
+        "latent_bias": w["b_enc"],
+    }
     sparsify = {
         "encoder.weight": w["enc"],
         "encoder.bias": w["b_enc"],
@@ -272,12 +276,23 @@ def test_cached_activations_go_to_saelens_and_back(clip: Any, images: list[Any],
     store = mm_sae.collect(clip, SITE, images[:6], tmp_path / "s", batch_size=4, progress=False)
     data = mm_sae.export_cached(store, SITE, tmp_path / "hf", context_size=65)
     theirs = ActivationsStore(
-        model=None, dataset=None, streaming=False, hook_name=SITE, hook_head_index=None, context_size=65,
+        model=None,
+        dataset=None,
+        streaming=False,
+        hook_name=SITE,
+        hook_head_index=None,
+        context_size=65,
         d_in=128,
-        n_batches_in_buffer=4, total_training_tokens=390, store_batch_size_prompts=2, prepend_bos=False,
-        normalize_activations="none", device=torch.device("cpu"), dtype="float32", train_batch_size_tokens=65,
+        n_batches_in_buffer=4,
+        total_training_tokens=390,
+        store_batch_size_prompts=2,
+        prepend_bos=False,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+        train_batch_size_tokens=65,
         cached_activations_path=str(data),
-    )  # fmt: skip
+    )
     batch = next(theirs)
     rows = store.rows()[SITE]
     known = {row.numpy().tobytes() for row in rows}
@@ -296,8 +311,9 @@ def test_rows_are_those_of_the_chosen_tokens_and_say_where_from(
 ) -> None:
     value = clip.run({"images": images[:5], "text": ["."]}, read=[SITE])[SITE]
     for tokens, positions in (("class", [0]), ("patch", list(range(1, 65))), ("all", list(range(65)))):
-        store = mm_sae.collect(clip, SITE, images[:5], tmp_path / tokens, tokens=tokens, batch_size=2,
-                               progress=False)  # fmt: skip
+        store = mm_sae.collect(
+            clip, SITE, images[:5], tmp_path / tokens, tokens=tokens, batch_size=2, progress=False
+        )
         rows = store.rows()
         want = value[rows["item"].long(), rows["position"].long()]
         torch.testing.assert_close(rows[SITE], want, rtol=0, atol=1e-5)
@@ -311,8 +327,16 @@ def test_of_a_sampling_loop_the_conditional_rows_of_the_chosen_steps_are_taken(t
     lens = mm.wrap(case.model)
     place = "denoiser.resnets.1.hook_out"
     inputs = {"num_inference_steps": 3, "output_type": "pt"}
-    store = mm_sae.collect(lens, place, ["a cat", "a dog"], tmp_path / "s", steps=[0, 2], inputs=inputs,
-                           batch_size=1, progress=False)  # fmt: skip
+    store = mm_sae.collect(
+        lens,
+        place,
+        ["a cat", "a dog"],
+        tmp_path / "s",
+        steps=[0, 2],
+        inputs=inputs,
+        batch_size=1,
+        progress=False,
+    )
     rows = store.rows()
     for item, prompt in enumerate(["a cat", "a dog"]):
         run = lens.run(inputs | {"prompt": [prompt], "seed": [item]}, read=[mm.Read(place, rows="cond")])

@@ -17,12 +17,19 @@ from methods_multimodal.diffusion import DenoisingSteps, StepReader, pictures_of
 INPUTS: dict[str, Any] = {"prompt": "a cat", "seed": 0, "output_type": "pt"}
 BUILDERS = {
     **tiny_diffusion.CASES,
-    **{f.__name__: f for f in (
-        tiny.stable_diffusion, tiny.stable_diffusion_xl, tiny_diffusion.image_to_image,
-        tiny_diffusion.inpainting, tiny_diffusion.controlled, tiny_diffusion.consistency,
-        tiny_diffusion.flux_control,
-    )},
-}  # fmt: skip
+    **{
+        f.__name__: f
+        for f in (
+            tiny.stable_diffusion,
+            tiny.stable_diffusion_xl,
+            tiny_diffusion.image_to_image,
+            tiny_diffusion.inpainting,
+            tiny_diffusion.controlled,
+            tiny_diffusion.consistency,
+            tiny_diffusion.flux_control,
+        )
+    },
+}
 NO_LOOP = {"t5_encoder", "sd3_transformer", "flux_transformer", "sana_transformer", "unet2d", "mclip"}
 UNGUIDED = {"unconditional", "consistency", "flux_control"}
 PIPELINES = sorted(BUILDERS.keys() - NO_LOOP)
@@ -159,10 +166,15 @@ def test_a_prior_that_runs_first_is_read_too() -> None:
         torch.testing.assert_close(record.latents[i], calls[step][2], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [
-    {"guidance_scale": 1.0}, {"guidance_scale": 4.5}, {"guidance_scale": 4.5, "guidance_rescale": 0.7},
-    {"num_images_per_prompt": 2, "guidance_scale": 2.0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 4.5},
+        {"guidance_scale": 4.5, "guidance_rescale": 0.7},
+        {"num_images_per_prompt": 2, "guidance_scale": 2.0},
+    ],
+)
 def test_scales_and_rows_are_those_of_the_run(options: dict[str, Any]) -> None:
     model, run, reader, calls = loop_inputs(tiny.stable_diffusion(), 3, **options)
     record = reader.step_predictions(model, run)

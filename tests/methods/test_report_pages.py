@@ -64,15 +64,17 @@ def picture_of(number: int) -> Image.Image:
 def head_names(strings: tuple[str, ...]) -> HeadNames:
     """Two layers of one head; the second has nothing to say."""
     return HeadNames(
-        texts=strings, groups=tuple(reversed(strings)),
+        texts=strings,
+        groups=tuple(reversed(strings)),
         chosen=torch.tensor([[[0, 1, 2, 3, 4, 5]], [[-1] * 6]]),
         variance_explained=torch.linspace(0.1, 0.6, 6).repeat(2, 1, 1).reshape(2, 1, 6),
         variance=torch.tensor([[0.25], [1.5]]),
         top_images=torch.arange(12).reshape(1, 1, 6, 2).repeat(2, 1, 1, 1),
         scores=torch.linspace(-1e-9, 1.1, 12).reshape(1, 1, 6, 2).repeat(2, 1, 1, 1),
-        top_files=tuple((i, strings[i % 6]) for i in range(12)), n_images=12,
+        top_files=tuple((i, strings[i % 6]) for i in range(12)),
+        n_images=12,
         unreadable=((strings[0], strings[1]),),
-    )  # fmt: skip
+    )
 
 
 def units(strings: tuple[str, ...], *, faithful: bool) -> Survey:

@@ -31,8 +31,14 @@ TUNING = 40  # Prompts that the threshold is chosen on, and no number measured.
 def region(image: Tensor) -> Tensor:
     """Where a picture, [3, height, width] in 0..1, is not its background: the drawn object."""
     pixels = np.asarray((image.permute(1, 2, 0) * 255).round()).astype(np.float32)
-    frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
-                            pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])  # fmt: skip
+    frame = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
     return torch.tensor(np.linalg.norm(pixels - np.median(frame, axis=0), axis=-1) > 60.0)
 
 
@@ -188,13 +194,24 @@ def measure_control(model: Any, n: int) -> dict[str, Any]:
     for case, scene in pairs("colour", n):
         short = case.prompt.replace(f"{scene.things[0].size} ", "", 1)
         plain = edit_words(
-            model, case.prompt,
-            [WordEdit(case.other, "replace", cross=0.4, own=0.4),
-             *[WordEdit(case.prompt, None, own=0.0, weights={"background": w}) for w in weights]],
-            n_steps=STEPS, seed=case.seed, options={"guidance_scale": GUIDANCE},
-        )  # fmt: skip
-        more = edit_words(model, short, [WordEdit(case.prompt, "refine", own=0.4)], n_steps=STEPS,
-                          seed=case.seed, options={"guidance_scale": GUIDANCE})  # fmt: skip
+            model,
+            case.prompt,
+            [
+                WordEdit(case.other, "replace", cross=0.4, own=0.4),
+                *[WordEdit(case.prompt, None, own=0.0, weights={"background": w}) for w in weights],
+            ],
+            n_steps=STEPS,
+            seed=case.seed,
+            options={"guidance_scale": GUIDANCE},
+        )
+        more = edit_words(
+            model,
+            short,
+            [WordEdit(case.prompt, "refine", own=0.4)],
+            n_steps=STEPS,
+            seed=case.seed,
+            options={"guidance_scale": GUIDANCE},
+        )
         base, new = seen(plain[0]), seen(plain[1])
         flipped.append(new.colour == case.other_word)
         kept.append([getattr(new, a) == getattr(base, a) for a in ATTRIBUTES if a != "colour"])

@@ -88,19 +88,32 @@ def table(name: str, n: int, model: mm.HookedModel | None = None, steps: int = 8
     for site in SITES[name]:
         with tempfile.TemporaryDirectory() as folder:
             found = survey(
-                Units(model, site), batches, judge, CONCEPTS, folder, masks=masks, kernels=("wpmi",),
-                texts=[labels.caption_of(c) for c in CONCEPTS.names], n_shuffles=49, progress=False,
-            )  # fmt: skip
+                Units(model, site),
+                batches,
+                judge,
+                CONCEPTS,
+                folder,
+                masks=masks,
+                kernels=("wpmi",),
+                texts=[labels.caption_of(c) for c in CONCEPTS.names],
+                n_shuffles=49,
+                progress=False,
+            )
         for one in found.methods:
             assert one.faithful is not None
             kept = one.chance.significant()
             of = [CONCEPTS.categories[CONCEPTS.index(one.names[u])] for u in kept]
-            rows.append({
-                "site": site, "method": one.method, "units": len(one.names), "detectors": len(kept),
-                **{category: of.count(category) for category in SHOWN},
-                "AUROC": _mean(one.faithful.auroc[kept]),
-                "one name for all": _mean(one.faithful.constant[kept]),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "site": site,
+                    "method": one.method,
+                    "units": len(one.names),
+                    "detectors": len(kept),
+                    **{category: of.count(category) for category in SHOWN},
+                    "AUROC": _mean(one.faithful.auroc[kept]),
+                    "one name for all": _mean(one.faithful.constant[kept]),
+                }
+            )
     return rows
 
 

@@ -56,10 +56,15 @@ def truth_of(scenes: list[world.Scene]) -> tuple[torch.Tensor, list[str]]:
 
 def trainer(steps: int, batch: int) -> SAETrainerConfig:
     return SAETrainerConfig(
-        total_training_samples=steps * batch, train_batch_size_samples=batch, lr=2e-3, lr_end=2e-4,
-        lr_warm_up_steps=50, lr_decay_steps=steps // 4, dead_feature_window=200,
+        total_training_samples=steps * batch,
+        train_batch_size_samples=batch,
+        lr=2e-3,
+        lr_end=2e-4,
+        lr_warm_up_steps=50,
+        lr_decay_steps=steps // 4,
+        dead_feature_window=200,
         n_batches_for_norm_estimate=20,
-    )  # fmt: skip
+    )
 
 
 def images_of(scenes: list[world.Scene]) -> list[Image.Image]:
@@ -71,9 +76,15 @@ def images_of(scenes: list[world.Scene]) -> list[Image.Image]:
 
 
 def clip(
-    n_images: int, steps: int, k: int, site: str, folder: Path, small: float = 0.15, split: str = "test",
+    n_images: int,
+    steps: int,
+    k: int,
+    site: str,
+    folder: Path,
+    small: float = 0.15,
+    split: str = "test",
     seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Explained variance on held-out images, and the match of latents with the world's attributes.
 
     `small` is the share of small objects in the training images, at most a half: where both sizes are
@@ -97,9 +108,15 @@ def clip(
         d_in=128, d_sae=1024, k=k, normalize_activations="expected_average_only_in", aux_loss_coefficient=0.0
     )
     sae = mm_sae.train(
-        model, site, cfg, data=rows_of(train, "train"), trainer=trainer(steps, 512), centre=True, seed=seed,
+        model,
+        site,
+        cfg,
+        data=rows_of(train, "train"),
+        trainer=trainer(steps, 512),
+        centre=True,
+        seed=seed,
         folder=folder / f"sae-k{k}-steps{steps}-seed{seed}",
-    )  # fmt: skip
+    )
     rows = rows_of(chosen + test, split).rows()[site]
     x = rows[len(chosen) :]
     with torch.no_grad():
@@ -167,9 +184,17 @@ def colour_latents(
 
 
 def clamp(
-    n_train: int, n_test: int, steps: int, site: str, k: int, n_steps: int, strength: float, folder: Path,
-    split: str = "test", seed: int = 0,
-) -> dict[str, float]:  # fmt: skip
+    n_train: int,
+    n_test: int,
+    steps: int,
+    site: str,
+    k: int,
+    n_steps: int,
+    strength: float,
+    folder: Path,
+    split: str = "test",
+    seed: int = 0,
+) -> dict[str, float]:
     """How often the colour follows a clamped latent and the shape stays; `seed` is the SAE's."""
     model = mm.load("tiny-sd")
     model.wrapped.set_progress_bar_config(disable=True)
@@ -182,9 +207,14 @@ def clamp(
         d_in=d_in, d_sae=8 * d_in, k=k, normalize_activations="covariance_whitening", aux_loss_coefficient=0.0
     )
     sae = mm_sae.train(
-        model, site, cfg, data=store, trainer=trainer(steps, 1024), seed=seed,
+        model,
+        site,
+        cfg,
+        data=store,
+        trainer=trainer(steps, 1024),
+        seed=seed,
         folder=folder / f"sae-k{k}-steps{steps}-seed{seed}",
-    )  # fmt: skip
+    )
     pictures = [
         picture
         for at in range(0, n_train, 25)
@@ -261,16 +291,32 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = options.folder or Path(made)
         if options.what == "clip":
-            found = clip(options.images, options.steps, options.k or 10, options.site or CLIP_SITE, folder,
-                         options.small, options.split, options.seed)  # fmt: skip
+            found = clip(
+                options.images,
+                options.steps,
+                options.k or 10,
+                options.site or CLIP_SITE,
+                folder,
+                options.small,
+                options.split,
+                options.seed,
+            )
             print(found["match"])
             share = found["match"].share()
             print(f"explained {found['explained']:.1%} (>= 90 %), F1 >= 0.9 for {share:.1%} (>= 80 %)")
             return int(found["explained"] < 0.9 or share < 0.8)
         rates = clamp(
-            options.train_prompts, options.prompts, options.steps, options.site or SD_SITE,
-            options.k or 4, options.sampling_steps, options.strength, folder, options.split, options.seed,
-        )  # fmt: skip
+            options.train_prompts,
+            options.prompts,
+            options.steps,
+            options.site or SD_SITE,
+            options.k or 4,
+            options.sampling_steps,
+            options.strength,
+            folder,
+            options.split,
+            options.seed,
+        )
     for name, value in rates.items():
         print(f"{name:<16} {value:.1%}")
     return int(rates["colour follows"] < 0.7 or rates["shape stays"] < 0.8)

@@ -138,8 +138,10 @@ def main(argv: list[str] | None = None) -> int:
     for kind in ("two", "one"):
         print(f"{kind} object{'s' if kind == 'two' else ''} in an image, {options.images} images")
         for name, s in table(kind, options.images).items():
-            print(f"  {name:<28} mIoU {s.mean_iou:.3f}  object {s.foreground_iou:.3f}  "
-                  f"pixels {s.pixel_accuracy:.3f}  AP {s.average_precision:.3f}")  # fmt: skip
+            print(
+                f"  {name:<28} mIoU {s.mean_iou:.3f}  object {s.foreground_iou:.3f}  "
+                f"pixels {s.pixel_accuracy:.3f}  AP {s.average_precision:.3f}"
+            )
     return 0
 
 

@@ -228,9 +228,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.picture:
         figure = Figure(figsize=(7, 5), layout="constrained")
         score_bars(
-            found, figure.add_subplot(), groups=("held-out pictures", "pictures the model drew"),
+            found,
+            figure.add_subplot(),
+            groups=("held-out pictures", "pictures the model drew"),
             title="64 models retrained on random halves",
-        )  # fmt: skip
+        )
         figure.savefig(options.picture, dpi=100)
     if options.write:
         head, rest = PAGE.read_text().split(BEGIN)

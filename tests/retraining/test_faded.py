@@ -68,9 +68,12 @@ def test_a_run_made_again_is_the_run_that_was_shipped(faded: Faded) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=root, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     shipped, full = faded.left_out.without["D-TRAK"][query, 0], faded.left_out.full[query, 0]
     assert abs(float(done.stdout) - float(shipped)) < 0.25 * float(shipped - full)

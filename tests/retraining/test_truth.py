@@ -85,9 +85,12 @@ def test_a_run_made_again_is_the_run_that_was_shipped(truth: Truth, tmp_path: Pa
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
-        cwd=root, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     from safetensors.torch import load_file
 

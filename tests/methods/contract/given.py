@@ -97,6 +97,13 @@ class Given:
         """The output of a layer's MLP."""
         return f"{self.tower}.blocks.{{}}.hook_mlp_out"
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the first row's image, or images, come on several grids."""
+        layout = self.layout(self.tower)
+        images = {i for i in layout.image_index[0] if i is not None}
+        return layout.grid is None or len(images) > 1 or len(set(layout.tiles[0]) - {None}) > 1
+
     def directions(self, n: int = 3) -> Tensor:
         """Unit vectors as wide as the vision tower's summary, in place of embedded texts."""
         rows = torch.randn(n, self.width, generator=torch.Generator().manual_seed(4))
@@ -113,8 +120,10 @@ class Given:
 
     def options(self, rows: int = 1) -> dict[str, Any]:
         """What the pipeline takes beside the prompts and the seeds, for so many rows."""
-        left_out = ("prompt", "seed", "negative_prompt", "true_cfg_scale", "output_type")
+        left_out = ("prompt", "seed", "true_cfg_scale", "output_type")
         given = {k: v for k, v in self.inputs.items() if k not in left_out}
+        if given.get("negative_prompt") is not None:  # One for each row.
+            del given["negative_prompt"]
         return {k: v[:1].repeat_interleave(rows, 0) if isinstance(v, Tensor) else v for k, v in given.items()}
 
     def sizes(self, rows: int = 1) -> dict[str, Any]:

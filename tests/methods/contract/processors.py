@@ -11,6 +11,7 @@ import tiny
 import torch
 import transformers as hf
 from PIL import Image
+from tiny_vlm import IMAGE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torchvision import transforms
@@ -150,6 +151,11 @@ class CannedProcessor:
 def first_row(inputs: dict[str, Any]) -> dict[str, Any]:
     """The first row of a model's arguments."""
     rows = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
+    pixels, ids = inputs.get("pixel_values"), inputs.get("input_ids")
+    if "image_token_pooling" in inputs:  # Whose patches are told by number across rows.
+        return inputs
     if "image_grid_thw" in inputs:  # The patches of all images are one row.
-        rows["pixel_values"] = inputs["pixel_values"][: int(inputs["image_grid_thw"][0].prod())]
+        rows["pixel_values"] = pixels[: int(inputs["image_grid_thw"][0].prod())]
+    elif pixels is not None and ids is not None and len(pixels) != len(ids):  # Tiles, with a token each.
+        rows["pixel_values"] = pixels[: int((ids[0] == IMAGE).sum())]
     return rows

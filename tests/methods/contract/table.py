@@ -54,7 +54,7 @@ METHODS: tuple[Method, ...] = (
     Method(ca.clip_contrast, PAIRS, lambda m, x: ca.clip_contrast(m, *x.texts)(x.drawn_size)),
     Method(ca.grid, DRAWING, lambda m, x: ca.grid(m)),
     Method(ca.word_reader, DRAWING, calls.read_words),
-    Method(ca.word_maps, DRAWING, lambda m, x: ca.word_maps(m, x.drawing)[0]),
+    Method(ca.word_maps, DRAWING, lambda m, x: ca.word_maps(m, x.drawing | {"prompt": x.prompt})[0]),
     Method(ca.patch_words, DRAWING, calls.patched_words),
     Method(ca.knock_out_words, DRAWING, calls.blocked_words),
     Method(ca.ablate_heads, DRAWING, calls.silenced_heads),
@@ -109,8 +109,8 @@ OWN_REASONS: tuple[Reason, ...] = (
     ),
     Reason(
         r"relevance\.head_maps|dissection\.Units|report\.vlm_report",
-        r"one image, one grid|one image per row",
+        r"one image, one grid|one image per row|at different positions",
         "an image comes in tiles, each with a grid: its layout",
-        lambda x, _: len(set(x.layout(x.tower).tiles[0])) > 2 or x.layout(x.tower).grid is None,
+        lambda x, _: x.is_tiled,
     ),
 )

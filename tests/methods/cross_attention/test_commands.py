@@ -47,8 +47,21 @@ def test_words_writes_a_sheet_and_the_maps_behind_it(tmp_path: Path) -> None:
 
 def test_trace_writes_effects_with_intervals_a_control_and_the_fast_estimate(tmp_path: Path) -> None:
     out = tmp_path / "trace.png"
-    done = invoke("trace", "--prompt", PROMPT, "--word", "red", "--other", "blue", "--seeds", "1",
-                  "--steps", "3", "--out", str(out))  # fmt: skip
+    done = invoke(
+        "trace",
+        "--prompt",
+        PROMPT,
+        "--word",
+        "red",
+        "--other",
+        "blue",
+        "--seeds",
+        "1",
+        "--steps",
+        "3",
+        "--out",
+        str(out),
+    )
     assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
     numbers = json.loads(out.with_suffix(".json").read_text("utf-8"))
     assert len(numbers["share"]) == len(numbers["parts"]) == len(numbers["attribution"]["effects"]) == 21

@@ -72,8 +72,9 @@ def test_weights_are_of_words() -> None:
 
 def test_replacing_gives_the_target_the_sources_attention_by_hand() -> None:
     lens = model()
-    pictures = edit_words(lens, "a red cat", [WordEdit("a pinkish cat", "replace", cross=0.5, own=0.5)],
-                          n_steps=3, options=SIZE)  # fmt: skip
+    pictures = edit_words(
+        lens, "a red cat", [WordEdit("a pinkish cat", "replace", cross=0.5, own=0.5)], n_steps=3, options=SIZE
+    )
     mapper = replacing(layout("a red cat"), layout("a pinkish cat"))
 
     def cross(value: Tensor) -> Tensor:

@@ -15,8 +15,14 @@ import mm_adapters as mm
 from methods_multimodal.core.grids import latent_grid
 from methods_multimodal.cross_attention import WordMaps, word_maps, word_reader
 
-INPUTS: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 3, "seed": 0, "height": 16, "width": 24,
-                          "output_type": "latent"}  # fmt: skip
+INPUTS: dict[str, Any] = {
+    "prompt": "a cat",
+    "num_inference_steps": 3,
+    "seed": 0,
+    "height": 16,
+    "width": 24,
+    "output_type": "latent",
+}
 # "a cat" is start, a, c, a, t, end: the letter tokenizer.
 TOKENS = {"a": [1], "cat": [2, 3, 4]}
 
@@ -136,8 +142,13 @@ def test_without_guidance_every_head_is_there() -> None:
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_who_only_watches_gets_the_same_picture_bit_for_bit(name: str, scale: float) -> None:
     model = mm.HookedModel(tiny.CASES[name]().model)
-    inputs = {"prompt": ["a cat", "dog"], "num_inference_steps": 3, "seed": 0, "output_type": "pt",
-              "guidance_scale": scale}  # fmt: skip
+    inputs = {
+        "prompt": ["a cat", "dog"],
+        "num_inference_steps": 3,
+        "seed": 0,
+        "output_type": "pt",
+        "guidance_scale": scale,
+    }
     _, output = word_maps(model, inputs, keep=("step", "head"), spread=True)
     assert torch.equal(output.images, model.run(inputs).output.images)
 
@@ -206,8 +217,17 @@ def record(by_grid: dict[str, Tensor], latent: tuple[int, int], affinity: Tensor
     n = tuple(tuple(range(maps.shape[1])) for maps in by_grid.values())
     steps, words = next(iter(by_grid.values())).shape[0], next(iter(by_grid.values())).shape[4]
     given = torch.zeros(1, 0, 0) if affinity is None else affinity
-    return WordMaps(by_grid, (("cat",) * words,), ((1,) * words,), n, tuple(("up",) * len(x) for x in n),
-                    latent, steps, given, latent if affinity is not None else (0, 0))  # fmt: skip
+    return WordMaps(
+        by_grid,
+        (("cat",) * words,),
+        ((1,) * words,),
+        n,
+        tuple(("up",) * len(x) for x in n),
+        latent,
+        steps,
+        given,
+        latent if affinity is not None else (0, 0),
+    )
 
 
 def test_at_averages_resolutions_at_the_size_of_the_latent() -> None:

@@ -181,10 +181,17 @@ def test_trak_and_d_trak_equal_traker_with_its_rescaling_off(tmp_path: Path, mea
 
     projector = BasicProjector(n_parameters, dim, 3, ProjectionType("rademacher"), torch.device("cpu"))
     traker = TRAKer(
-        model=net, task=Output(), train_set_size=N, save_dir=str(tmp_path / "traker"), device="cpu",
-        proj_dim=dim, projector=projector, use_half_precision=False, score_computer=Plain,
+        model=net,
+        task=Output(),
+        train_set_size=N,
+        save_dir=str(tmp_path / "traker"),
+        device="cpu",
+        proj_dim=dim,
+        projector=projector,
+        use_half_precision=False,
+        score_computer=Plain,
         logging_level=logging.ERROR,
-    )  # fmt: skip
+    )
     batches = [
         tuple(rows[k][part] for k in ("noisy", "target", "timestep"))
         for part in (slice(0, N), slice(N, None))
@@ -372,9 +379,14 @@ def test_ekfac_equals_kronfluence_called_directly(tmp_path: Path, strategy: Any)
     arguments = FactorArguments(strategy=strategy, use_empirical_fisher=True)
     analyzer.fit_all_factors(strategy, data(batch_of(train, 0, N)), 2 * N, factor_args=arguments)
     analyzer.compute_pairwise_scores(
-        strategy, strategy, data(queries), data(batch_of(train, 0, N)), 2 * M,
-        per_device_train_batch_size=2 * N, score_args=ScoreArguments(damping_factor=1e-4),
-    )  # fmt: skip
+        strategy,
+        strategy,
+        data(queries),
+        data(batch_of(train, 0, N)),
+        2 * M,
+        per_device_train_batch_size=2 * N,
+        score_args=ScoreArguments(damping_factor=1e-4),
+    )
     direct = analyzer.load_pairwise_scores(strategy)["all_modules"].view(M, 2, N, 2).mean((1, 3))
     assert float((found - direct).abs().max() / direct.abs().max()) < 1e-5
 

@@ -100,8 +100,10 @@ def test_streamed_embeddings_are_the_judge_s(tmp_path: Path) -> None:
     store = collect([Units(model, "vision.blocks.0.hook_mlp_out")], batches, model, tmp_path, progress=False)
     said = embed_concepts(model, ["red", "circle"], "a photo of a {} object")
     cosines = store.rows()[JUDGE] @ said.T
-    out = model(text=["a photo of a red object", "a photo of a circle object"],
-                images=[p for _, part in batches for p in part])  # fmt: skip
+    out = model(
+        text=["a photo of a red object", "a photo of a circle object"],
+        images=[p for _, part in batches for p in part],
+    )
     wanted = out.logits_per_image / model.wrapped.logit_scale.exp()
     torch.testing.assert_close(cosines, wanted.detach(), rtol=1e-4, atol=1e-5)
 

@@ -39,8 +39,14 @@ def probe() -> dict[str, Any]:
 
     with torch.no_grad():
         seen = torch.nn.functional.normalize(judge.embed(images=pictures), dim=-1)
-    return {"chosen": chosen, "judge": judge, "pictures": pictures, "seen": seen,
-            "activation": activation, "baseline": activation(pictures)}  # fmt: skip
+    return {
+        "chosen": chosen,
+        "judge": judge,
+        "pictures": pictures,
+        "seen": seen,
+        "activation": activation,
+        "baseline": activation(pictures),
+    }
 
 
 def strongest(probe: dict[str, Any], unit: int, n: int = 5) -> list[Image.Image]:
@@ -49,8 +55,9 @@ def strongest(probe: dict[str, Any], unit: int, n: int = 5) -> list[Image.Image]
 
 def test_a_vision_language_model_says_what_planted_units_see(probe: dict[str, Any]) -> None:
     describer = asking(mm.load("tiny-llava"), PROMPT)
-    illustrate = retrieving(probe["judge"], probe["pictures"], probe["seen"], n=6,
-                            template="a photo of a {} object")  # fmt: skip
+    illustrate = retrieving(
+        probe["judge"], probe["pictures"], probe["seen"], n=6, template="a photo of a {} object"
+    )
     said = [
         describe(unit, strongest(probe, unit), describer, illustrate, probe["activation"], probe["baseline"])
         for unit in probe["chosen"]
@@ -62,16 +69,29 @@ def test_a_vision_language_model_says_what_planted_units_see(probe: dict[str, An
 def test_the_unit_itself_chooses_between_candidates(probe: dict[str, Any]) -> None:
     sd = mm.load("tiny-sd")
     sd.wrapped.set_progress_bar_config(disable=True)
-    illustrate = drawing(sd, n=3, template="a {} circle on a white background", num_inference_steps=8,
-                         guidance_scale=3.0)  # fmt: skip
+    illustrate = drawing(
+        sd, n=3, template="a {} circle on a white background", num_inference_steps=8, guidance_scale=3.0
+    )
     unit = probe["chosen"][COLOURS.index("blue")]
-    found = describe(unit, strongest(probe, unit), lambda pictures: ["red", "blue", "blue", " "], illustrate,
-                     probe["activation"], probe["baseline"])  # fmt: skip
+    found = describe(
+        unit,
+        strongest(probe, unit),
+        lambda pictures: ["red", "blue", "blue", " "],
+        illustrate,
+        probe["activation"],
+        probe["baseline"],
+    )
     assert found.candidates == ("blue", "red")
     assert found.scores[0] > found.scores[1] + 1
     with pytest.raises(mm.InputError, match="proposed nothing for the 5 exemplars"):
-        describe(unit, strongest(probe, unit), lambda pictures: [""], illustrate, probe["activation"],
-                 probe["baseline"])  # fmt: skip
+        describe(
+            unit,
+            strongest(probe, unit),
+            lambda pictures: [""],
+            illustrate,
+            probe["activation"],
+            probe["baseline"],
+        )
 
 
 def test_texts_likely_everywhere_are_put_behind_those_of_the_exemplars() -> None:

@@ -40,10 +40,13 @@ def probe(tmp_path_factory: Any) -> dict[str, Any]:
     store = collect([units], pairs, judge, tmp_path_factory.mktemp("probe"), progress=False)
     texts = judge.embed(text=[labels.caption_of(name) for name in CONCEPTS.names])
     return {
-        "units": units, "chosen": chosen, "batches": batches, "store": store,
+        "units": units,
+        "chosen": chosen,
+        "batches": batches,
+        "store": store,
         "masks": [labels.masks_of(scene) for scene in scenes],
         "texts": torch.nn.functional.normalize(texts.detach().float(), dim=-1),
-    }  # fmt: skip
+    }
 
 
 def test_network_dissection_names_planted_units(probe: dict[str, Any]) -> None:

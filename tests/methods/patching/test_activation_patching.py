@@ -28,8 +28,9 @@ def first_number(output: Any) -> Tensor:
     return summary[:, 0] - summary[:, 1]
 
 
-@pytest.mark.parametrize(("name", "tower", "key"), [("clip_vision", "vision", "pixel_values"),
-                                                    ("llama", "language", "input_ids")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "tower", "key"), [("clip_vision", "vision", "pixel_values"), ("llama", "language", "input_ids")]
+)
 def test_patching_heads_and_positions_equals_transformer_lens(name: str, tower: str, key: str) -> None:
     built, clean, corrupted = pair(name)
     model = mm.HookedModel(built.model)
@@ -73,8 +74,15 @@ def test_patching_an_input_with_itself_changes_nothing() -> None:
 
 def test_patching_every_position_at_once_restores_the_clean_run() -> None:
     built, clean, corrupted = pair("clip_vision")
-    found = patch_positions(mm.HookedModel(built.model), clean, corrupted, first_number, tower="vision",
-                            layers=range(3), units=[list(range(5))])  # fmt: skip
+    found = patch_positions(
+        mm.HookedModel(built.model),
+        clean,
+        corrupted,
+        first_number,
+        tower="vision",
+        layers=range(3),
+        units=[list(range(5))],
+    )
     torch.testing.assert_close(found.effect, torch.ones(1, 3, 1), rtol=1e-4, atol=1e-4)
 
 

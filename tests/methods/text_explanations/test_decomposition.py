@@ -110,8 +110,10 @@ def plain_head_outputs(model: Any, pixels: Tensor) -> tuple[list[Tensor], list[T
         def mlp(module: Any, args: Any, out: Tensor, i: int = i) -> None:
             kept["mlp", i] = out
 
-        handles += [block.self_attn.register_forward_pre_hook(attended, with_kwargs=True),
-                    block.mlp.register_forward_hook(mlp)]  # fmt: skip
+        handles += [
+            block.self_attn.register_forward_pre_hook(attended, with_kwargs=True),
+            block.mlp.register_forward_hook(mlp),
+        ]
     last = layers[-1].register_forward_hook(lambda m, a, out: kept.update(end=out))
     with torch.no_grad():
         model(pixels)

@@ -145,8 +145,9 @@ def test_an_image_that_cannot_be_read_is_named_and_skipped_only_if_asked(tmp_pat
     options: dict[str, Any] = {"n_texts": 2, "top": 2, "batch_size": 5}
     with pytest.raises(mm.InputError, match=r"011\.png.*skip_unreadable"):
         name_heads(clip(), files[0].parent, vocabulary("world"), folder=tmp_path / "out", **options)
-    found = name_heads(clip(), files[0].parent, vocabulary("world"), folder=tmp_path / "out",
-                       skip_unreadable=True, **options)  # fmt: skip
+    found = name_heads(
+        clip(), files[0].parent, vocabulary("world"), folder=tmp_path / "out", skip_unreadable=True, **options
+    )
     ((name, why),) = found.unreadable
     assert name == str(files[11])
     assert "truncated" in why
