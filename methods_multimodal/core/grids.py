@@ -48,6 +48,19 @@ def patch_positions(layout: TokenLayout, tower: str) -> list[list[int]]:
     return rows
 
 
+def one_grid(layout: TokenLayout, tower: str) -> tuple[list[int], Grid]:
+    """The positions of the patches, the same in every row, and their grid.
+
+    Raises: MissingSiteError if there are none; InputError if they are not one image's, on one grid.
+    """
+    columns = patch_positions(layout, tower)[0]
+    if any(patches != layout.patches[0] for patches in layout.patches):
+        raise InputError("The rows have their patches at different positions: read them one by one.")
+    if layout.grid is None or len(columns) != layout.grid[0] * layout.grid[1]:
+        raise InputError(f"{len(columns)} patches and a grid {layout.grid}: a map needs one image, one grid.")
+    return columns, layout.grid
+
+
 def latent_grid(n_positions: int, latent: Grid) -> Grid:
     """The height and width of a denoiser block with this many positions, halved from the latent's.
 

@@ -43,6 +43,15 @@ def check_pool(tower: TowerView, *pools: str) -> None:
         )
 
 
+def check_whole_images(tower: TowerView) -> None:
+    """Raises: MissingSiteError for a tower whose images are cut into patches before it gets them."""
+    if tower.record.grids is not None:
+        raise MissingSiteError(
+            f"{tower.name}: it takes images cut into patches that are packed into positions, so there are no "
+            "pixels to show or to change."
+        )
+
+
 def check_summary(model: Model, tower: TowerView) -> None:
     """Raises: MissingSiteError if the model's output holds no summary of the tower that parts add up to."""
     if model.kind == "diffusion":

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mm_adapters import InputError, Model
@@ -51,6 +51,12 @@ def logit_scale(model: Model) -> Float[Tensor, ""]:
 def vocabulary_logits(model: Model, output: Any, tower: str = "language") -> Float[Tensor, "row pos token"]:
     """The logits of a model with a language tower."""
     return model.check_tower(tower).vocabulary_logits(output)
+
+
+def answer_ids(ids: Int[Tensor, " pos"], prompt: Int[Tensor, " prompt"]) -> Int[Tensor, " new"]:
+    """What was generated after a prompt; all of it where a decoder of its own wrote it."""
+    begins_with_it = len(ids) >= len(prompt) and torch.equal(ids[: len(prompt)], prompt.to(ids))
+    return ids[len(prompt) :] if begins_with_it else ids
 
 
 def probabilities(logits: Float[Tensor, "image text"]) -> Float[Tensor, "image text"]:

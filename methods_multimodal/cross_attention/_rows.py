@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal.diffusion.pictures import pictures_of
+from methods_multimodal.diffusion.pictures import check_pictures, pictures_of
 from mm_adapters import AttentionUnreachableError, Edit, InputError, Model, Read
 
 # Takes a row's value and the values of all rows, gives the row's new value.
@@ -82,13 +82,15 @@ def copy_positions(
     """Copies the positions `source` of the row `donor` to the positions `to`, [pos, head?, ...]."""
 
     def copy(row: Tensor, rows: Tensor) -> Tensor:
-        donated = rows[donor][list(source)]
+        # Padding that a pipeline cut off, because it is no prompt's of the batch (Kandinsky 3), is not there.
+        pairs = [(t, s) for t, s in zip(to, source, strict=True) if max(t, s) < len(row)]
+        at, donated = [t for t, _ in pairs], rows[donor][[s for _, s in pairs]]
         if heads is None:
-            row[list(to)] = donated
+            row[at] = donated
             return row
-        part = row[list(to)]
+        part = row[at]
         part[:, list(heads)] = donated[:, list(heads)]
-        row[list(to)] = part
+        row[at] = part
         return row
 
     return copy
@@ -117,8 +119,10 @@ def generate(
 ) -> Float[Tensor, "row 3 height width"]:
     """The pictures of these prompts, 0..1, each from its seed's noise.
 
-    Raises: InputError if prompts and seeds differ in number, or options say what these arguments say.
+    Raises: MissingSiteError if the pipeline makes none; InputError if prompts and seeds differ in number, or
+    options say what these arguments say.
     """
+    check_pictures(model)
     options = dict(options or {})
     taken = sorted(set(options) & {"prompt", "seed", "num_images_per_prompt", "output_type"})
     if taken:

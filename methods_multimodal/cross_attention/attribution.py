@@ -118,6 +118,10 @@ def _one(
 
     run = model.run({**inputs, "prompt": case.prompt}, read=names, grad_of=scalar)
     layers: list[Tensor] = []
+    # Padding that the pipeline cut off, because it is no prompt's of the batch, is not there.
+    n_pos = min(run.values[names[0]].shape[2], donor.values[names[0]].shape[2])
+    pairs = [(t, s) for t, s in zip(to, source, strict=True) if max(t, s) < n_pos]
+    to, source = [t for t, _ in pairs], [s for _, s in pairs]
     for layer in attention:
         total: Tensor | None = None
         for kind in ("k", "v"):

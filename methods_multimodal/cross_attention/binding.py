@@ -16,7 +16,7 @@ from methods_multimodal.cross_attention._between import check_between_steps, fir
 from methods_multimodal.cross_attention._rows import generate
 from methods_multimodal.cross_attention._sites import prompt_layouts, text_attention
 from methods_multimodal.diffusion import sampling_of
-from mm_adapters import InputError, Model, Read, wrap
+from mm_adapters import InputError, MissingSiteError, Model, Read, wrap
 
 MOST_PIXELS = 256
 
@@ -59,15 +59,18 @@ def bind_attributes(
     pixels. A rate of 0 gives the plain picture.
 
     Source: Rassin et al. 2023, arXiv 2306.08877 (20, and 25 of 50 steps, are theirs).
-    Raises: WordNotFoundError, InputError before anything runs.
+    Raises: MissingSiteError, WordNotFoundError, InputError before anything runs.
     """
     if not pairs or n_steps < 1 or not 0 <= until <= 1:
         raise InputError("Binding takes at least one pair of words, one step, and until in 0..1.")
-    check_between_steps(model, "Binding")
     tower, _ = sampling_of(model)
+    text_attention(model, tower)
+    layout = prompt_layouts(model, [prompt], options)[0]
+    check_between_steps(model, "Binding")
     if model.towers[tower].input_name != "sample":
-        raise InputError(f"Binding moves the latents of a UNet; the {tower} of {model.name} is none.")
-    layout = prompt_layouts(model, [prompt])[0]
+        raise MissingSiteError(
+            f"Binding moves the latents of a UNet, and {model.name} has no {tower}.resnets.0.hook_out."
+        )
     for word in itertools.chain(*pairs):
         layout.where(word)
     words = list(dict.fromkeys([*(w.text for w in layout.words[0]), *itertools.chain(*pairs)]))

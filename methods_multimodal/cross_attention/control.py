@@ -139,11 +139,11 @@ class _Mix:
             mapper = mapper[list(layer.text)]
 
         def mix(row: Tensor, rows: Tensor) -> Tensor:
-            new = row
+            new, n = row, row.shape[-1]  # Without the padding that a pipeline cut off.
             if mapper is not None and follows is not None:
-                share = follows.to(row)
-                new = rows[0] @ mapper.to(row) * share + row * (1 - share)
-            return new if turned is None else new * turned.to(row)
+                share = follows.to(row)[:n]
+                new = rows[0] @ mapper.to(row)[:n, :n] * share + row * (1 - share)
+            return new if turned is None else new * turned.to(row)[:n]
 
         return mix
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.embed import embed_texts
+from methods_multimodal.core.model import check_whole_images
 from mm_adapters import InputError, Model
 
 Images = Float[Tensor, "image 3 height width"]
@@ -22,9 +23,12 @@ def clip_score(model: Model, text: str | Sequence[str]) -> Metric:
 
     One text is for all pictures; a list has one for each. The pictures go in as pixels, so that
     gradients flow.
+
+    Raises: MissingSiteError if the model sees no images, or cut ones alone.
     """
-    texts = embed_texts(model, [text] if isinstance(text, str) else list(text))
     vision = model.check_tower("vision")
+    check_whole_images(vision)
+    texts = embed_texts(model, [text] if isinstance(text, str) else list(text))
     mean, std, size = _normalisation(model)
 
     def score(images: Images) -> Float[Tensor, " image"]:

@@ -101,6 +101,7 @@ def first_noise(
 ) -> Float[Tensor, "seed channel height width"]:
     """What the first step takes away from each seed's noise, each channel from 0 to 1."""
     attention = {a.layer: a for a in _layers(model)}
+    model.check_tower("text")
     row_edits = []
     for layer in sorted({layer for layer, _ in neurons}):
         if layer not in attention:

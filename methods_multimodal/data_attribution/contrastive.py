@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,15 +23,18 @@ def contrastive_task(
     parameters: str | Sequence[str] = "all",
     scale: float = 100.0,
 ) -> Task:
-    """A task of a model whose output has `image_embeds` and `text_embeds`, one row a pair.
+    """A task of a model of images and texts, one row a pair.
 
     "loss" is the contrastive loss of one pair among `reference` pairs (the model's own tensors:
     "pixel_values", "input_ids", ...), whose embeddings are held as they are now: so the loss of a
     pair does not depend on its batch. `scale` is the inverse temperature, held too. "similarity"
     is the pair's cosine.
 
-    Raises: InputError for an unknown measure, or an output without embeddings.
+    Raises: MissingSiteError for a model without images or texts; InputError for an unknown measure, or an
+    output without embeddings.
     """
+    model.check_tower("vision")
+    model.check_tower("text")
     module = model.wrapped
     names = [measure] if isinstance(measure, str) else list(measure)
     unknown = [n for n in names if n not in _MEASURES]
@@ -57,6 +60,12 @@ def contrastive_task(
 def _embeddings(call: Call, rows: Batch) -> tuple[Tensor, Tensor]:
     """The unit embeddings of each row's image and text."""
     out = call(**{name: value for name, value in rows.items() if name != "index"})
-    if getattr(out, "image_embeds", None) is None or getattr(out, "text_embeds", None) is None:
-        raise InputError(f"{type(out).__name__} has no image_embeds and text_embeds to compare.")
-    return F.normalize(out.image_embeds.float(), dim=-1), F.normalize(out.text_embeds.float(), dim=-1)
+    if isinstance(out, Mapping) and "image_features" in out:  # open_clip's.
+        images, texts = out.get("image_features"), out.get("text_features")
+    elif isinstance(out, tuple) and not hasattr(out, "image_embeds"):  # Its other way.
+        images, texts = out[:2]
+    else:
+        images, texts = getattr(out, "image_embeds", None), getattr(out, "text_embeds", None)
+    if images is None or texts is None:
+        raise InputError(f"{type(out).__name__} has no embeddings of images and texts to compare.")
+    return F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)

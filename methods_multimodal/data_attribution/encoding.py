@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.data_attribution.diffusion import denoiser_of, takes
+from methods_multimodal.diffusion.sampling import sampling_of
 from mm_adapters import InputError, Model
 from mm_adapters.inputs.images import to_rgb_list
 
@@ -28,7 +29,8 @@ def diffusion_examples(
     `images` are pictures or files of one size, or pixels in [0, 1] [image, 3, height, width].
     Pipelines without an autoencoder keep pixels, scaled to [-1, 1].
 
-    Raises: InputError if prompts are missing, not one an image, or not what this pipeline takes.
+    Raises: MissingSiteError if the model has no denoiser or reads no text; InputError if prompts are missing,
+    not one an image, or not what this pipeline takes.
     """
     pipe, module = model.wrapped, denoiser_of(model)
     pixels = _pixels(images)
@@ -36,13 +38,15 @@ def diffusion_examples(
     if reads_text != (prompts is not None):
         need = "needs a prompt for each image" if reads_text else "takes no prompts"
         raise InputError(f"{model.name} {need}.")
+    if prompts is not None:
+        model.check_tower("text")
     if prompts is not None and len(prompts) != len(pixels):
         raise InputError(f"There are {len(pixels)} images and {len(prompts)} prompts.")
     first = next(module.parameters())
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(pixels), batch_size):
         part = (2 * pixels[start : start + batch_size] - 1).to(first)
-        example = {"latents": _latents(pipe, part)}
+        example = {"latents": _latents(model, part)}
         if prompts is not None:
             example |= texts(pipe, module, list(prompts[start : start + batch_size]), part.shape[-2:])
         parts.append({name: value.cpu() for name, value in example.items()})
@@ -62,12 +66,17 @@ def _pixels(images: Any) -> Tensor:
     return torch.stack([to_tensor(p) for p in pictures])
 
 
-def _latents(pipe: Any, pixels: Tensor) -> Tensor:
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
+def _latents(model: Model, pixels: Tensor) -> Tensor:
+    if "vae" not in model.towers:
         return pixels
+    vae: Any = model.towers["vae"].module
     encoded = vae.encode(pixels.to(next(vae.parameters())))
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    if hasattr(encoded, "latent_dist"):
+        latents = encoded.latent_dist.mode()
+    else:
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    if sampling_of(model, "denoiser")[1].scaled is None:
+        return latents
     shift = vae.config.get("shift_factor") or 0.0
     return (latents - shift) * vae.config.get("scaling_factor", 1.0)
 
@@ -90,6 +99,7 @@ def texts(pipe: Any, module: Any, prompts: list[str], size: Sequence[int]) -> di
         out["added_cond_kwargs.time_ids"] = pooled.new_tensor([height, width, 0, 0, height, width]).repeat(
             len(prompts), 1
         )
-    elif takes(module, "encoder_attention_mask") and len(encoded) > 1 and encoded[1] is not None:
-        out["encoder_attention_mask"] = encoded[1]
+    elif takes(module, "encoder_attention_mask"):
+        masks = [v for v in encoded[1:] if v is not None and v.ndim == 2 and not v.is_floating_point()]
+        out |= {"encoder_attention_mask": masks[0]} if masks else {}
     return out

@@ -18,8 +18,7 @@ from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.scorers import scores
 from methods_multimodal.data_attribution.trak import Trak
 from methods_multimodal.diffusion.denoising import step_reader
-from methods_multimodal.diffusion.pictures import pictures_of
-from methods_multimodal.diffusion.sampling import sampling_of
+from methods_multimodal.diffusion.pictures import check_pictures, pictures_of
 from mm_adapters import InputError, Model
 from mm_adapters.store import Store
 
@@ -65,12 +64,12 @@ def trajectory(
     `n_own` steps are kept, spaced evenly; the first is left out, since it has noise alone to go by.
     Prompt i is drawn from seed + i; `inputs` go to the pipeline (`guidance_scale`, ...).
 
-    Raises: MissingSiteError if the model reads no prompt or its latents are no map, before anything is drawn;
-    InputError for a sampler that does not say what it predicts, after the first drawing.
+    Raises: MissingSiteError if the model reads no prompt, makes no picture or its latents are no map, before
+    anything is drawn; InputError for a sampler that does not say what it predicts, after the first drawing.
     """
     model.check_tower("text")
     denoiser_of(model)
-    _, sampling = sampling_of(model, "denoiser")
+    _, sampling = check_pictures(model, "denoiser")
     if not prompts or n_own < 1 or n_steps < 2:
         raise InputError(
             f"A trajectory needs a prompt, a step to keep and two steps in all, not {len(prompts)}, {n_own} "

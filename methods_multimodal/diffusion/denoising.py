@@ -146,7 +146,7 @@ class StepReader:
     def pictures(self, model: Model, run: Run) -> DenoisingSteps:
         """The pictures, from a run with these reads and inputs. Decodes one a step.
 
-        Raises: InputError if the loop makes no pictures.
+        Raises: MissingSiteError if the loop makes no pictures.
         """
         shows, decoded = "latent", torch.zeros(0, 3, 1, 1)
         if self.steps:

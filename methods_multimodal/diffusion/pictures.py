@@ -10,7 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.diffusion.sampling import sampling_of
-from mm_adapters import InputError, Model
+from mm_adapters import InputError, MissingSiteError, Model
+from mm_adapters.records import Sampling
+
+
+def check_pictures(model: Model, tower: str | None = None) -> tuple[str, Sampling]:
+    """The loop that is meant, and what it denoises. Raises: MissingSiteError if that makes no pictures."""
+    tower, sampling = sampling_of(model, tower)
+    if not sampling.pictures:
+        raise MissingSiteError(
+            f"The loop of {tower!r} makes embeddings in {model.name}, which have no picture."
+        )
+    return tower, sampling
 
 
 @torch.no_grad()
@@ -26,11 +37,9 @@ def decode(
     `grid` is the rows and columns of positions, of a model whose positions hold packed latents.
     `tower` is the loop whose latents they are, the record's own by default.
 
-    Raises: InputError if that loop makes no pictures, or packed latents come without a grid.
+    Raises: MissingSiteError if that loop makes no pictures; InputError if packed latents come without a grid.
     """
-    tower, sampling = sampling_of(model, tower)
-    if not sampling.pictures:
-        raise InputError(f"The loop of {tower!r} makes embeddings in {model.name}, which have no picture.")
+    tower, sampling = check_pictures(model, tower)
     if sampling.packed:
         if grid is None:
             raise InputError(f"{model.name} packs its latents into positions. Give grid=(rows, columns).")
@@ -43,9 +52,15 @@ def decode(
 
 
 def pictures_of(model: Model, output: Any) -> Float[Tensor, "row 3 height width"]:
-    """The pictures, in 0..1, of a pipeline that was run with `output_type="pt"`; gradients follow."""
-    _, sampling = sampling_of(model)
-    return (output.images / 2 + 0.5).clamp(0, 1) if sampling.signed else output.images
+    """The pictures, in 0..1, of a pipeline that was run with `output_type="pt"`; gradients follow.
+
+    Raises: MissingSiteError if the pipeline makes none.
+    """
+    _, sampling = check_pictures(model)
+    images = output.images
+    if not isinstance(images, Tensor):  # Of pipelines that give arrays whatever they are asked for (unCLIP).
+        images = rearrange(torch.as_tensor(images), "row height width channel -> row channel height width")
+    return (images / 2 + 0.5).clamp(0, 1) if sampling.signed else images
 
 
 def to_array(picture: Float[Tensor, "3 height width"]) -> Any:

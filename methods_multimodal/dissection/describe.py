@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from methods_multimodal.core.embed import embed_texts
+from methods_multimodal.core.outputs import answer_ids
 from methods_multimodal.core.record import Record
+from methods_multimodal.diffusion.pictures import check_pictures
 from mm_adapters import InputError, Model
 
 Picture = Image.Image
@@ -85,7 +87,7 @@ def asking(model: Model, question: str, *, n: int = 5, max_new_tokens: int = 8) 
             ready: dict[str, Any] = model.prepare(text=question, images=[picture])
             with torch.no_grad():
                 ids = model.wrapped.generate(**ready, max_new_tokens=max_new_tokens, do_sample=False)
-            new = ids[0, ready["input_ids"].shape[1] :]
+            new = answer_ids(ids[0], ready["input_ids"][0])
             answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
         return [answer for answer, _ in Counter(answers).most_common(n)]
 
@@ -116,10 +118,11 @@ def retrieving(
 def drawing(model: Model, *, n: int = 4, template: str = "{}", **options: Any) -> Illustrator:
     """An illustrator that draws: `n` pictures by a text-to-image model, from seeds 0 to n - 1.
 
-    Raises: MissingSiteError if the model has no denoiser, or reads no text.
+    Raises: MissingSiteError if the model makes no pictures, or reads no text.
     """
     model.check_tower("denoiser")
     model.check_tower("text")
+    check_pictures(model)
 
     def illustrate(text: str) -> list[Picture]:
         inputs = {"prompt": [template.format(text)] * n, "seed": list(range(n)), **options}

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.grids import latent_grid, patch_positions
+from methods_multimodal.diffusion.pictures import check_pictures
 from mm_adapters import InputError, MissingSiteError, Model, Read, Site, TokenLayout
 
 Pool = Literal["mean", "max"]
@@ -69,6 +70,7 @@ class Units:
             size = f"{self.described.tower}.hook_in"
             reads.append(Read(size, reduce=lambda x: torch.tensor(x.shape[-2:])[None], steps=[0]))
         layout = None if self._looped or self._is_map else self._layout(inputs)
+        grid = self._packed_grid(inputs) if self._looped and not self._is_map else None
         run = self.model.run(inputs, read=reads)
         value = run[self.site]
         if self._looped:
@@ -77,9 +79,11 @@ class Units:
         if self._is_map:
             return value
         if self._looped:
-            height, width = (int(n) for n in run[f"{self.described.tower}.hook_in"].flatten())
-            rows, _ = latent_grid(value.shape[1], (height, width))
-            return rearrange(value, "image (row column) unit -> image unit row column", row=rows)
+            if grid is None:
+                height, width = (int(n) for n in run[f"{self.described.tower}.hook_in"].flatten())
+                grid = latent_grid(value.shape[1], (height, width))
+            value = value[:, -grid[0] * grid[1] :]  # After the text, where both are one sequence.
+            return rearrange(value, "image (row column) unit -> image unit row column", row=grid[0])
         assert layout is not None
         return self._on_grid(value, layout)
 
@@ -106,6 +110,17 @@ class Units:
     @property
     def _guided(self) -> bool:
         return self.model.loops().get(self.described.tower) is not None
+
+    def _packed_grid(self, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+        """The grid of a loop whose latents are packed into positions; None of one whose latents are a map.
+
+        Raises: MissingSiteError if the loop denoises no picture.
+        """
+        tower, sampling = check_pictures(self.model, self.described.tower)
+        if not sampling.packed:
+            return None
+        sizes = {k: v for k, v in inputs.items() if k in ("height", "width", "max_sequence_length")}
+        return self.model.layout(text=["a"], **sizes)[tower].grid
 
     def _layout(self, inputs: Mapping[str, Any]) -> TokenLayout:
         """The layout of the site's tower, found before anything runs."""

@@ -11,10 +11,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal.core.grids import patch_positions
+from methods_multimodal.core.grids import one_grid
 from methods_multimodal.core.model import check_sites
 from methods_multimodal.core.record import Record
-from mm_adapters import InputError, Model, Read, TokenLayout
+from mm_adapters import Model, Read, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,7 @@ def head_maps(
     """
     sites = [f"{tower}.blocks.{layer}.attn.hook_pattern" for layer in layers]
     check_sites(model, sites)
-    columns = patch_positions(layout, tower)[0]
-    if any(patches != layout.patches[0] for patches in layout.patches):
-        raise InputError("The rows have their patches at different positions: read them one by one.")
-    if layout.grid is None or len(columns) != layout.grid[0] * layout.grid[1]:
-        raise InputError(f"{len(columns)} patches and a grid {layout.grid}: a map needs one image, one grid.")
+    columns, grid = one_grid(layout, tower)
 
     def to_patches(pattern: Tensor) -> Tensor:
         rows = pattern.float().mean(2) if query is None else pattern[:, :, query].float()
@@ -72,5 +68,5 @@ def head_maps(
 
     run = model.run(inputs, read=[Read(site, reduce=to_patches) for site in sites])
     flat = torch.stack([run[site] for site in sites], 1)
-    maps = rearrange(flat, "row layer head (down across) -> row layer head down across", down=layout.grid[0])
+    maps = rearrange(flat, "row layer head (down across) -> row layer head down across", down=grid[0])
     return HeadMaps(maps=maps, query=query_name, layers=tuple(int(i) for i in layers))

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.grids import image_layout
+from methods_multimodal.core.model import check_whole_images
 from methods_multimodal.core.outputs import contrast_of, probabilities
 from methods_multimodal.lenses.direct_attribution import LogitAttribution, attribute_logits
 from methods_multimodal.patching.activation_patching import (
@@ -62,8 +63,10 @@ def contrastive_report(
     The second image is what activation patching compares the first with. `model_name` is the model's
     name on the page.
 
-    Raises: InputError if there are not two images, or no text.
+    Raises: MissingSiteError if the model sees no images, cuts no patches, or captions what it compares;
+    InputError if there are not two images, or no text.
     """
+    _check(model)
     if len(images) != 2 or not texts:
         raise InputError(
             f"This report compares two images and takes a text; there are {len(images)} and {len(texts)}."
@@ -72,6 +75,16 @@ def contrastive_report(
     evidence = _gather(model, words, shown, texts)
     (pixels,) = (v for v in shown.values() if v.ndim == 4)
     return _draw(model, evidence, [as_seen(model, p) for p in pixels], texts, names, model_name or model.name)
+
+
+def _check(model: Model) -> None:
+    check_whole_images(model.check_tower(TOWER))
+    model.check_site(f"{TOWER}.blocks.0.attn.hook_pattern")
+    if any(tower.role == "language" for tower in model.towers.values()):
+        raise MissingSiteError(
+            f"{model.name}: its forward pairs each image with one text, which it captions, so two images "
+            "have no logits for all of the texts."
+        )
 
 
 def _gather(

@@ -108,7 +108,10 @@ def _pictures(
     """The picture, the other prompt's, the best part patched, and the word blocked."""
     best = exact.parts[int(exact.share().mean.argmax())]
     rows = [case.prompt, case.other, case.prompt, case.prompt]
-    changes = [*patch_edits(model, case, 2, 1, best, positions=positions), *knockout_edits(model, case, 3)]
+    changes = [
+        *patch_edits(model, case, 2, 1, best, positions=positions, options=options),
+        *knockout_edits(model, case, 3, options=options),
+    ]
     images = generate_checked(model, rows, case.seed, changes, options)
     titles = [
         "the picture", f"with “{case.other_word}”", f"patched at {best}", f"“{case.word}” blocked"

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from methods_multimodal.core.grids import answer_layout
-from methods_multimodal.core.outputs import vocabulary_logits
+from methods_multimodal.core.grids import one_grid
+from methods_multimodal.core.model import check_sites
+from methods_multimodal.core.outputs import answer_ids, vocabulary_logits
 from methods_multimodal.lenses.direct_attribution import LogitAttribution, attribute_tokens
 from methods_multimodal.lenses.logit_lens import LogitLens, logit_lens
 from methods_multimodal.patching.activation_patching import (
@@ -34,8 +36,10 @@ from methods_multimodal.report._page import (
     windows,
 )
 from mm_adapters import InputError, Model
+from mm_adapters.inputs.images import to_rgb
 
 TOWER = "language"
+NEEDED = ("blocks.0.hook_resid_pre", "blocks.0.attn.hook_pattern", "ln_final.hook_scale")
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,25 @@ def vlm_report(
     The second image is what activation patching compares the first with. `model_name` is the model's
     name on the page.
 
-    Raises: InputError if there are not two images, or no question.
+    Raises: MissingSiteError if the model has no language tower that unembeds one stream, or one that is given
+    no patches; InputError if there are not two images, or no question, or the images are cut into tiles.
     """
+    check_sites(model, [f"{TOWER}.{part}" for part in NEEDED])
     if len(images) != 2 or not question.strip():
         raise InputError(
             f"This report compares two images and takes a question; there are {len(images)}, {question!r}."
         )
     prompt = prompt_of(model, question)
     clean, corrupted = (model.prepare(text=[prompt], images=[image]) for image in images)
-    pictures = [as_seen(model, inputs["pixel_values"].flatten(0, -4)[0]) for inputs in (clean, corrupted)]
+    pictures = [_shown(model, x["pixel_values"], i) for x, i in zip((clean, corrupted), images, strict=True)]
     return _draw(model, _gather(model, clean, corrupted), pictures, question, names, model_name or model.name)
+
+
+def _shown(model: Model, pixels: Tensor, image: Any) -> Any:
+    """The picture as the model sees it; as it was given, where it is cut into patches before."""
+    if pixels.ndim < 4:
+        return np.asarray(to_rgb(image))
+    return as_seen(model, pixels.flatten(0, -4)[0])
 
 
 def prompt_of(model: Model, question: str) -> str:
@@ -94,14 +107,15 @@ def prompt_of(model: Model, question: str) -> str:
 
 
 def _gather(model: Model, clean: dict[str, Any], corrupted: dict[str, Any]) -> Evidence:
-    layout = answer_layout(model, clean["input_ids"], clean.get("attention_mask"), clean["pixel_values"])
-    n_prompt = clean["input_ids"].shape[1]
+    layout = model.layout(**clean)[TOWER]
+    one_grid(layout, TOWER)
     lens = logit_lens(model, clean, final_norm=True)
     with torch.no_grad():
         answers = [
-            model.wrapped.generate(**inputs, max_new_tokens=16, do_sample=False)[0, n_prompt:]
+            model.wrapped.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
             for inputs in (clean, corrupted)
         ]
+    answers = [answer_ids(ids, clean["input_ids"][0]) for ids in answers]
     first, other = (int(ids[0]) for ids in answers)
     name = name_of(model)
     target = f"{name(first)!r}" if first == other else f"{name(first)!r} − {name(other)!r}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mm_adapters.sites.site_map import SiteMap, resolve
+from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.tower_view import TowerView
 
 
@@ -24,13 +23,4 @@ def callable_for(model: Any, sites: SiteMap, arguments: Mapping[str, Any]) -> Ca
     tower = single_tower(sites, arguments)
     if tower is None:
         return model
-    if tower.mount.run is None:
-        return tower.module
-    run = resolve(model, tower.mount.run)
-    # The model's forward and what runs one tower may call the same argument differently (CoCa's do).
-    first = next(iter(inspect.signature(run).parameters))
-    if tower.mount.run == "" or first == tower.input_name:
-        return run
-    return lambda **given: run(
-        **{first if name == tower.input_name else name: v for name, v in given.items()}
-    )
+    return tower.runner_in(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import attrgetter
@@ -186,13 +188,27 @@ class TowerView:
     def summary(self, output: Any) -> Float[Tensor, "row width"]:
         """The tower's embedding of each row, out of what its run gave."""
         pooled = self.pooled_output(output)
+        if pooled.ndim == 4:  # Of a convolutional tower: a map of one place.
+            return pooled.flatten(1)
         return pooled[:, 0] if pooled.ndim == 3 and self.pool == "first" else pooled
 
     def embed(self, **arguments: Any) -> Float[Tensor, "row width"]:
         """Its embeddings of prepared inputs, by a call without hooks: gradients reach the arguments."""
+        return self.summary(self.runner_in(self.model)(**arguments))
+
+    def runner_in(self, model: Any) -> Callable[..., Any]:
+        """What runs this tower alone in `model`, the one that it is mounted in or one that stands for it."""
         path = self.mount.run
-        alone = self.module if path is None else attrgetter(path)(self.model) if path else self.model
-        return self.summary(alone(**arguments))
+        if path is None:
+            return self.module
+        if path == "":
+            return model
+        run = attrgetter(path)(model)
+        first = next(iter(inspect.signature(run).parameters))
+        if first == self.input_name:
+            return run
+        # Of CoCa the forward and what runs one tower call the same argument differently.
+        return lambda **given: run(**{first if k == self.input_name else k: v for k, v in given.items()})
 
     def vocabulary_logits(self, output: Any) -> Float[Tensor, "row pos token"]:
         """A language tower's logits, out of what the whole model's run gave.

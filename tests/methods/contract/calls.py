@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,14 +42,19 @@ def denoising_losses(model: Any, given: Given) -> Any:
     return task.per_example(batch_of(examples(model, given), 0, 2))
 
 
-def journey(model: Any, given: Given) -> Any:
-    """Scores of two pictures at the steps of one drawing."""
+def stored(model: Any, given: Given) -> Any:
+    """The gradients of two pictures, in a store."""
     task = da.diffusion_task(model, timesteps=1)
     projection = da.Projection(dim=8)
-    store = da.featurise(
+    return da.featurise(
         task, examples(model, given), given.folder / "s", projection=projection, progress=False
     )
-    return da.journey_trak(model, store, [given.prompt], inputs={"n_steps": 2, "n_own": 1, **given.options()})
+
+
+def journey(model: Any, given: Given) -> Any:
+    """Scores of two pictures at the steps of one drawing."""
+    inputs = {"n_steps": 2, "n_own": 1, **given.options()}
+    return da.journey_trak(model, given.ready, [given.prompt], inputs=inputs)
 
 
 def read_words(model: Any, given: Given) -> Any:
@@ -68,12 +74,13 @@ def read_steps(model: Any, given: Given) -> Any:
     """The predictions and pictures of a run of two steps."""
     reader = diffusion.step_reader(model, 2)
     run = model.run(reader.inputs(given.drawing), read=reader.reads())
-    return reader.step_predictions(model, run), reader.pictures(model, run)
+    predictions = reader.step_predictions(model, run)
+    return predictions, reader.pictures(model, run) if reader.sampling.pictures else None
 
 
 def unit_maps(model: Any, given: Given) -> Any:
     """The maps of one residual stream's units, where the model has it."""
-    tower = "denoiser" if "num_inference_steps" in given.inputs else given.tower
+    tower = "denoiser" if model.kind == "diffusion" else given.tower
     units = dissection.Units(model, f"{tower}.blocks.0.hook_resid_post")
     return units.maps(given.first if tower != "denoiser" else given.inputs)
 
@@ -81,7 +88,7 @@ def unit_maps(model: Any, given: Given) -> Any:
 def probed(model: Any, given: Given) -> Any:
     """What a store holds of pictures that one model has looked at, as the units' and as the judge."""
     units = dissection.Units(model, "vision.blocks.0.hook_resid_post")
-    batches = [(given.pixels, given.pictures)]
+    batches = [({k: v[:1] for k, v in given.pixels.items()}, given.pictures[:1])]
     store = dissection.collect([units], batches, model, given.folder / "s", progress=False)
     return store.rows()
 
@@ -121,7 +128,7 @@ def asked(model: Any, given: Given) -> Any:
 
 def drawn(model: Any, given: Given) -> Any:
     """`drawing`."""
-    return dissection.drawing(model, n=1, output_type="pt", **given.options())(given.prompt)
+    return dissection.drawing(model, n=1, **given.options())(given.prompt)
 
 
 def followed(model: Any, given: Given) -> Any:
@@ -210,3 +217,8 @@ def trace_page(model: Any, given: Given) -> Any:
         n_groups=1,
         **given.sizes(4),
     )
+
+
+def pictures_made(model: Any, given: Given) -> Any:
+    """`pictures_of`, of what a pipeline could have given."""
+    return diffusion.pictures_of(model, SimpleNamespace(images=given.drawn_size))

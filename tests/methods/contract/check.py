@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,9 +56,11 @@ def outcome(method: str, name: str, engine: Engine) -> Outcome:
         given = Given(tiny_family, model, Path(folder), tiny_family.width(engine))
         with counting() as count:
             try:
+                given = replace(given, ready=row.before and row.before(model, given))
+                count.n = 0
                 numbers = numbers_of(row.call(model, given))
             except (mm.MissingSiteError, mm.InputError) as error:
-                if not isinstance(error, mm.MissingSiteError) and own_reason(row, model, error) is None:
+                if not isinstance(error, mm.MissingSiteError) and own_reason(row, given, error) is None:
                     raise
                 refusal = error.with_traceback(None)
     left = count_hooks(model.wrapped) - hooks + len(torch.overrides._get_current_function_mode_stack())
@@ -111,13 +113,19 @@ def numbers_of(value: Any, where: str = "") -> dict[str, Tensor]:
     return {k: v for name, part in parts.items() for k, v in numbers_of(part, f"{where}.{name}").items()}
 
 
-def own_reason(method: Method, model: Any, error: Exception) -> Reason | None:
+def given_of(name: str, engine: Engine) -> Given:
+    """The inputs of a family, without a folder."""
+    return Given(family(name), family(name).model(engine), Path(), 1)
+
+
+def own_reason(method: Method, given: Given, error: Exception) -> Reason | None:
     """The reason of its own that the table has for this refusal."""
-    return next((r for r in OWN_REASONS if r.covers(method.name, model, error)), None)
+    return next((r for r in OWN_REASONS if r.covers(method.name, given, error)), None)
 
 
 # A site or a part of one ("vision.blocks.0.attn.hook_v", "denoiser.*cross_attn.hook_pattern").
 _SITE = re.compile(r"\b[a-z]\w*(?:\.[\w*]+)*\.(?:\*?[\w*]+\.)*hook_\w+")
+_ROLE = re.compile(rf"The (\w+) tower's layout has no '({'|'.join(get_args(Role))})'")
 _QUOTED = re.compile(r"'(\w+)'")
 
 
@@ -132,12 +140,12 @@ def what_is_missing(tiny_family: Family, model: Any, error: Exception) -> str | 
         missing = _why_no_site(model, site)
         if missing is not None:
             return f"{site}: {missing}"
+    for tower, role in _ROLE.findall(message):
+        layout = model.layout(**layout_inputs(tiny_family)).get(tower)
+        if layout is None or not any(layout.positions(role, row) for row in range(layout.n_rows)):
+            return f"no position of {tower!r} is {role!r}"
     for quoted in _QUOTED.findall(message):
-        if quoted in get_args(Role):
-            layouts = model.layout(**layout_inputs(tiny_family))
-            if all(not one.positions(quoted, row) for one in layouts.values() for row in range(one.n_rows)):
-                return f"no position is {quoted!r}"
-        elif quoted not in model.towers and re.search(rf"no (?:tower|site) '{quoted}'", message):
+        if quoted not in model.towers and re.search(rf"no (?:tower|site) '{quoted}'", message):
             return f"no tower {quoted!r}"
     return None
 

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from methods_multimodal.core.outputs import contrast_of
 from methods_multimodal.cross_attention import Case, colour
 from tests.methods.contract import processors
 from tests.methods.contract.families import TEXT_INPUTS, Family
+from tests.methods.contract.processors import first_row
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Given:
     model: Any
     folder: Path
     width: int
+    ready: Any = None
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -64,7 +67,11 @@ class Given:
 
     def metric(self, output: Any) -> Tensor:
         """One number a row: the last of what an edit moves."""
-        return self.family.case.head(output).flatten(1)[:, -1]
+        if self.model.kind == "contrastive" and "vision" in self.model.towers:
+            return contrast_of(output).logits[:, -1]
+        values = self.family.case.head(output)
+        # A loss is the batch's.
+        return values.flatten(1)[:, -1] if values.ndim > 1 else values.expand(len(output.image_embeds))
 
     def layout(self, tower: str) -> Any:
         """What each position of one tower is, in the first row."""
@@ -90,6 +97,13 @@ class Given:
         """The output of a layer's MLP."""
         return f"{self.tower}.blocks.{{}}.hook_mlp_out"
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the first row's image, or images, come on several grids."""
+        layout = self.layout(self.tower)
+        images = {i for i in layout.image_index[0] if i is not None}
+        return layout.grid is None or len(images) > 1 or len(set(layout.tiles[0]) - {None}) > 1
+
     def directions(self, n: int = 3) -> Tensor:
         """Unit vectors as wide as the vision tower's summary, in place of embedded texts."""
         rows = torch.randn(n, self.width, generator=torch.Generator().manual_seed(4))
@@ -106,8 +120,10 @@ class Given:
 
     def options(self, rows: int = 1) -> dict[str, Any]:
         """What the pipeline takes beside the prompts and the seeds, for so many rows."""
-        left_out = ("prompt", "seed", "negative_prompt", "true_cfg_scale", "output_type")
+        left_out = ("prompt", "seed", "true_cfg_scale", "output_type")
         given = {k: v for k, v in self.inputs.items() if k not in left_out}
+        if given.get("negative_prompt") is not None:  # One for each row.
+            del given["negative_prompt"]
         return {k: v[:1].repeat_interleave(rows, 0) if isinstance(v, Tensor) else v for k, v in given.items()}
 
     def sizes(self, rows: int = 1) -> dict[str, Any]:
@@ -116,8 +132,9 @@ class Given:
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """The arguments with which one picture is drawn."""
-        return {**self.options(), "prompt": self.prompt, "seed": 0, "output_type": "pt"}
+        """The arguments with which one picture is drawn, by whatever the pipeline draws from."""
+        prompt = {"prompt": self.prompt} if "prompt" in self.inputs else {}
+        return {**self.options(), **prompt, "seed": 0, "output_type": "pt"}
 
     @property
     def cases(self) -> list[Case]:
@@ -134,11 +151,3 @@ class Given:
         if "vae" not in self.model.towers:
             shape = (1, 3, 4, 4)
         return torch.randn(shape, generator=torch.Generator().manual_seed(7))
-
-
-def first_row(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The first row of a model's arguments."""
-    rows = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
-    if "image_grid_thw" in inputs:  # The patches of all images are one row.
-        rows["pixel_values"] = inputs["pixel_values"][: int(inputs["image_grid_thw"][0].prod())]
-    return rows

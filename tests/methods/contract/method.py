@@ -17,12 +17,14 @@ Call = Callable[[Any, Given], Any]
 class Method:
     """A public method, the kinds of families it is for, and a call that gives numbers to compare.
 
+    `before` makes what the call is given as `Given.ready`; its own work does not count.
     `tolerance` is how far the engines may be apart, relatively, and `why` says why they are.
     """
 
     fn: Callable[..., Any]
     kinds: tuple[Kind | Literal["trained"], ...]
     call: Call
+    before: Call | None = None
     tolerance: float = 0.0
     why: str = ""
 
@@ -36,15 +38,15 @@ class Method:
 class Reason:
     """A refusal that names no missing site or role: patterns of its methods and its message, and why it is.
 
-    `holds` tells from the model and what the message says whether that is so.
+    `holds` tells from the model, its inputs and what the message says whether that is so.
     """
 
     methods: str
     message: str
     why: str
-    holds: Callable[[Any, re.Match[str]], bool]
+    holds: Callable[[Given, re.Match[str]], bool]
 
-    def covers(self, method: str, model: Any, error: Exception) -> bool:
-        """Whether this is the reason of a refusal, and the record of the model says so."""
+    def covers(self, method: str, given: Given, error: Exception) -> bool:
+        """Whether this is the reason of a refusal, and the record or the inputs say so."""
         said = re.search(self.message, str(error))
-        return bool(re.fullmatch(self.methods, method)) and said is not None and self.holds(model, said)
+        return bool(re.fullmatch(self.methods, method)) and said is not None and self.holds(given, said)

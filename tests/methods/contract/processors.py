@@ -11,6 +11,7 @@ import tiny
 import torch
 import transformers as hf
 from PIL import Image
+from tiny_vlm import IMAGE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torchvision import transforms
@@ -21,6 +22,7 @@ from tests.methods.contract.kinds import kind_of
 START, END = 58, 59
 TEXTS = ("a cat", "a dog")
 QUESTION = "w5 w7"
+_OF_ANSWERS = ("decoder_input_ids", "labels")  # Which no processor makes.
 
 
 def pictures(n: int = 2) -> list[Image.Image]:
@@ -102,7 +104,9 @@ def words() -> Any:
     vocab = {special.get(i, f"w{i}"): i for i in range(128)}
     made = Tokenizer(models.WordLevel(vocab, unk_token="w127"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return hf.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="w127"
+    )
 
 
 class CannedImages:
@@ -115,8 +119,13 @@ class CannedImages:
 
     def preprocess(self, images: list[Image.Image], **options: Any) -> dict[str, Tensor]:
         """The case's image arguments."""
-        shift = float(np.mean([np.asarray(image).mean() for image in images])) / 10
-        return {k: v + shift if v.is_floating_point() else v for k, v in self.pixels.items()}
+        seed = int(sum(np.asarray(image).astype(int).sum() for image in images))
+        noise = torch.Generator().manual_seed(seed)
+
+        def moved(value: Tensor) -> Tensor:  # What is zero is padding.
+            return value + torch.randn(value.shape, generator=noise) * (value != 0)
+
+        return {k: moved(v) if v.is_floating_point() else v for k, v in self.pixels.items()}
 
     __call__ = preprocess
 
@@ -130,10 +139,23 @@ class CannedProcessor:
     image_token = "<image>"
 
     def __init__(self, inputs: dict[str, Any], sites: mm.SiteMap) -> None:
-        self.inputs = inputs
+        self.inputs = {k: v for k, v in first_row(inputs).items() if k not in _OF_ANSWERS}
         self.tokenizer = words()
-        image = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "labels")}
+        image = {k: v for k, v in self.inputs.items() if k not in ("input_ids", "attention_mask")}
         self.image_processor = CannedImages(image)
 
     def __call__(self, text: list[str], images: list[list[Image.Image]], **options: Any) -> dict[str, Any]:
         return self.inputs | self.image_processor([picture for row in images for picture in row])
+
+
+def first_row(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The first row of a model's arguments."""
+    rows = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
+    pixels, ids = inputs.get("pixel_values"), inputs.get("input_ids")
+    if "image_token_pooling" in inputs:  # Whose patches are told by number across rows.
+        return inputs
+    if "image_grid_thw" in inputs:  # The patches of all images are one row.
+        rows["pixel_values"] = pixels[: int(inputs["image_grid_thw"][0].prod())]
+    elif pixels is not None and ids is not None and len(pixels) != len(ids):  # Tiles, with a token each.
+        rows["pixel_values"] = pixels[: int((ids[0] == IMAGE).sum())]
+    return rows

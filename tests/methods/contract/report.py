@@ -23,7 +23,7 @@ def main() -> None:
         say(f"{method.name:40} {len(outcomes):5} cases {len(errors):5} refused  {', '.join(method.kinds)}\n")
         ran, refused = ran + len(outcomes), refused + len(errors)
         for name, engine, error in errors:
-            own = check.own_reason(method, family(name).model(engine), error)
+            own = check.own_reason(method, check.given_of(name, engine), error)
             missing = check.what_is_missing(family(name), family(name).model(engine), error)
             reasons[own.why if own else f"the record: {missing}"] += 1
     say(f"\n{len(METHODS)} methods, {ran} cases, {refused} refusals\n\n")

@@ -44,16 +44,17 @@ METHODS: tuple[Method, ...] = (
     Method(da.diffusion_examples, DRAWING, calls.examples),
     Method(da.diffusion_task, ("trained",), calls.denoising_losses),
     Method(da.trajectory, DRAWING, calls.followed),
-    Method(da.journey_trak, ("trained",), calls.journey),
+    Method(da.journey_trak, ("trained",), calls.journey, calls.stored),
     Method(diffusion.StepReader, DRAWING, calls.read_steps),
     Method(diffusion.step_reader, DRAWING, calls.read_steps),
-    Method(diffusion.pictures_of, DRAWING, lambda m, x: diffusion.pictures_of(m, m.run(x.drawing).output)),
+    Method(diffusion.sampling_of, DRAWING, lambda m, x: diffusion.sampling_of(m)),
+    Method(diffusion.pictures_of, DRAWING, calls.pictures_made),
     Method(diffusion.decode, DRAWING, lambda m, x: diffusion.decode(m, x.latents, grid=(2, 2))),
     Method(ca.clip_score, PAIRS, lambda m, x: ca.clip_score(m, x.prompt)(x.drawn_size)),
     Method(ca.clip_contrast, PAIRS, lambda m, x: ca.clip_contrast(m, *x.texts)(x.drawn_size)),
     Method(ca.grid, DRAWING, lambda m, x: ca.grid(m)),
     Method(ca.word_reader, DRAWING, calls.read_words),
-    Method(ca.word_maps, DRAWING, lambda m, x: ca.word_maps(m, x.drawing)[0]),
+    Method(ca.word_maps, DRAWING, lambda m, x: ca.word_maps(m, x.drawing | {"prompt": x.prompt})[0]),
     Method(ca.patch_words, DRAWING, calls.patched_words),
     Method(ca.knock_out_words, DRAWING, calls.blocked_words),
     Method(ca.ablate_heads, DRAWING, calls.silenced_heads),
@@ -77,26 +78,39 @@ METHODS: tuple[Method, ...] = (
 OWN_REASONS: tuple[Reason, ...] = (
     Reason(
         r"(text_explanations|lenses)\..*",
-        r"pooled by (\w+), which is not split",
-        "the summary is no sum over one position: its record's pool",
-        lambda model, said: any(tower.pool == said[1] for tower in model.towers.values()),
+        r"pooled by (\w+), which is not split|divides its summary by its length",
+        "the summary is no sum over one position: its record's pool, or its mount's unit",
+        lambda x, said: any(t.pool == said[1] or t.mount.unit for t in x.model.towers.values()),
     ),
     Reason(
-        r"text_explanations\.second_order",
-        r"blocks' attn has no (W_\w)",
-        "a weight that no module of its own has: its record's heads",
-        lambda model, said: said[1] not in model.towers["vision"].weights(0).names("attn"),
+        r"text_explanations\.second_order|lenses\..*",
+        r"has no (W_\w|unembedding)",
+        "a matrix that no module of this model has: its record's heads, or its mount's project",
+        lambda x, said: (
+            x.model.towers[x.tower].projection is None
+            if said[1] == "unembedding"
+            else said[1] not in x.model.towers[x.tower].weights(0).names("attn")
+        ),
     ),
     Reason(
-        r"(diffusion|cross_attention|dissection|report|data_attribution)\..*",
-        r"makes embeddings in",
-        "the loop makes embeddings, which have no picture: its record's sampling",
-        lambda model, _: not all(sampling.pictures for sampling in model.record.sampling.values()),
+        r"(?!text_explanations|lenses).*",
+        r"makes embeddings in|packed into positions",
+        "latents, or images, are no map: its record's sampling, or grids",
+        lambda x, _: (
+            any(s.packed or not s.pictures for s in x.model.record.sampling.values())
+            or any(t.record.grids is not None for t in x.model.towers.values())
+        ),
     ),
     Reason(
-        r"data_attribution\..*",
-        r"latents that are packed into positions",
-        "latents are packed, and examples are maps: its record's sampling",
-        lambda model, _: model.record.sampling["denoiser"].packed,
+        r"report\.contrastive_report",
+        r"pairs each image with one text",
+        "a forward that also captions makes no logits of all pairs: its record's language tower",
+        lambda x, _: any(t.role == "language" for t in x.model.towers.values()),
+    ),
+    Reason(
+        r"relevance\.head_maps|dissection\.Units|report\.vlm_report",
+        r"one image, one grid|one image per row|at different positions",
+        "an image comes in tiles, each with a grid: its layout",
+        lambda x, _: x.is_tiled,
     ),
 )
