@@ -18,6 +18,13 @@ LIGHTER = {
     "14_dissect": ["--images", "128"],
     "15_which_training_images": ["--images", "24"],
 }
+# The sources it was run with: a change of them runs it again. Progress bars are text, which is left out: as
+# widgets they would ask for scripts from elsewhere.
+HIDDEN = """# {}
+import sys
+
+sys.modules["ipywidgets"] = None
+"""
 HEADER = """---
 file_format: mystnb
 kernelspec:
@@ -46,8 +53,7 @@ def page(example: Path) -> str:
     return (
         f"{HEADER}# {example.stem[:2]}. {question}\n\n{prose}\n\n"
         f"The whole script is `examples/{example.name}`:\n\n```bash\n{commands}\n```\n\n"
-        # The sources it was run with: a change of them runs it again.
-        f"```{{code-cell}} python\n:tags: [remove-cell]\n# {fingerprint()}\n```\n\n"
+        f"```{{code-cell}} python\n:tags: [remove-cell]\n{HIDDEN.format(fingerprint())}```\n\n"
         f"```{{code-cell}} python\n{code}\n```\n\n"
         f"```{{code-cell}} python\n{show}\n```\n"
     )
