@@ -36,3 +36,12 @@ jaxtyping.install_import_hook(with_shapes(), "beartype.beartype")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line about the contract of methods: its cases, and how many of them refuse."""
+    reports = [r for r in terminalreporter.stats.get("passed", []) if hasattr(r, "user_properties")]
+    came = [value for r in reports for name, value in r.user_properties if name == "contract"]
+    if came:
+        refused = came.count("refused")
+        terminalreporter.write_line(f"contract of methods: {len(came)} cases, {refused} of them refusals")

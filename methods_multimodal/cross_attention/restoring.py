@@ -10,7 +10,7 @@ from torch import Tensor
 
 from methods_multimodal.core.generators import generator
 from methods_multimodal.cross_attention._measuring import DrawParts, measure_parts
-from methods_multimodal.cross_attention._rows import RowEdit, copy_positions, copy_row, generate
+from methods_multimodal.cross_attention._rows import RowEdit, RowFn, copy_positions, copy_row, generate
 from methods_multimodal.cross_attention._sites import text_attention
 from methods_multimodal.cross_attention.cases import Case, Part, layouts_of, positions_of_word
 from methods_multimodal.cross_attention.effects import Effects
@@ -70,7 +70,7 @@ def restore_text(
             f"at={at!r}: a clean value is given back at the 'last' token, the 'word', or 'after'."
         )
     model.check_site(f"text.blocks.0.{part}")
-    layouts = [x for x, _ in layouts_of(model, cases, options)]
+    layouts = [_text_layout(model, "text", case.prompt, options) for case in cases]
     sites = [s for s in model.sites(f"text.blocks.*.{part}") if s.reason is None]
     pieces = [[RowEdit(s.name, 0, _AtWord(layouts, at))] for s in sites]
     parts = [Part((int(s.layer or 0),)) for s in sites]
@@ -110,11 +110,15 @@ def _restored(
 
     def drawing_of(i: int, other: str | None, rng: torch.Generator) -> DrawParts:
         case, seed = cases[i], int(torch.randint(2**31, (), generator=rng))
-        control = [] if other is None else _corrupted(model, layouts[i], other, [2], noise, seed)
+
+        def corrupted(word: str, rows: Sequence[int]) -> list[RowEdit]:
+            return _corrupted(model, case.prompt, word, rows, noise, seed, options)
+
+        control = [] if other is None else corrupted(other, [2])
 
         def draw_parts(chunk: Sequence[int]) -> Tensor:
             n = 3 + len(chunk)
-            row_edits = _corrupted(model, layouts[i], case.word, [1, *range(3, n)], noise, seed) + control
+            row_edits = corrupted(case.word, [1, *range(3, n)]) + control
             for j, p in enumerate(chunk):
                 row_edits += _bound(pieces[p], i, case.word, 3 + j)
             images = generate(model, [case.prompt] * n, [case.seed] * n, row_edits, options=options)
@@ -135,16 +139,35 @@ def _bound(piece: Sequence[RowEdit], index: int, word: str, row: int) -> list[Ro
     ]
 
 
+def _text_layout(model: Model, tower: str, prompt: str, options: Mapping[str, Any] | None) -> TokenLayout:
+    """The positions of a prompt in one text encoder, whatever sequence the denoiser makes of them."""
+    sizes = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
+    layouts = model.layout(text=[prompt], **sizes)
+    return layouts[tower] if tower in layouts else model.prompt_layout(tower, [prompt])
+
+
 def _corrupted(
-    model: Model, layout: TokenLayout, word: str, rows: Sequence[int], noise: float, seed: int
+    model: Model,
+    prompt: str,
+    word: str,
+    rows: Sequence[int],
+    noise: float,
+    seed: int,
+    options: Mapping[str, Any] | None,
 ) -> list[RowEdit]:
     """The same noise on a word's embeddings, in each of these rows, in every text encoder."""
-    positions = positions_of_word(layout, word, "word")
 
-    def corrupt(row: Tensor, every: Tensor) -> Tensor:
-        offsets = torch.randn(len(positions), row.shape[-1], generator=generator(seed)).to(row)
-        row[positions] = row[positions] + noise * every.float().std().to(row) * offsets
-        return row
+    def at(positions: Sequence[int]) -> RowFn:
+        def corrupt(row: Tensor, every: Tensor) -> Tensor:
+            offsets = torch.randn(len(positions), row.shape[-1], generator=generator(seed)).to(row)
+            row[positions] = row[positions] + noise * every.float().std().to(row) * offsets
+            return row
 
-    towers = [t for t in model.towers if model.towers[t].role == "text"]
-    return [RowEdit(f"{tower}.hook_embed", row, corrupt) for tower in towers for row in rows]
+        return corrupt
+
+    edits = []
+    for tower in (name for name, view in model.towers.items() if view.role == "text"):
+        layout = _text_layout(model, tower, prompt, options)
+        corrupt = at(positions_of_word(layout, word, "word"))
+        edits += [RowEdit(f"{tower}.hook_embed", row, corrupt) for row in rows]
+    return edits

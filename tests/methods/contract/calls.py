@@ -152,8 +152,9 @@ def silenced_heads(model: Any, given: Given) -> Any:
 
 
 def attributed(model: Any, given: Given) -> Any:
-    """`attribute_patching`."""
-    return ca.attribute_patching(model, given.cases, given.redness, options=given.options(2))
+    """`attribute_patching`, part by part."""
+    record = ca.attribute_patching(model, given.cases, given.redness, options=given.options())
+    return record.of(ca.grid(model))
 
 
 def restored_layers(model: Any, given: Given) -> Any:

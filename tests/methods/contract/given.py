@@ -120,6 +120,8 @@ class Given:
 
     def options(self, rows: int = 1) -> dict[str, Any]:
         """What the pipeline takes beside the prompts and the seeds, for so many rows."""
+        if self.family.name == "instruct_pix2pix":  # Which repeats one picture itself.
+            rows = 1
         left_out = ("prompt", "seed", "true_cfg_scale", "output_type")
         given = {k: v for k, v in self.inputs.items() if k not in left_out}
         if given.get("negative_prompt") is not None:  # One for each row.
