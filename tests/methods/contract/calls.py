@@ -65,9 +65,9 @@ def read_words(model: Any, given: Given) -> Any:
 
 def neurons(model: Any, given: Given) -> Any:
     """What a prompt's neurons are, beside two others'."""
-    statistics = ca.neuron_statistics(model, given.texts, options=given.options(2))
+    statistics = ca.neuron_statistics(model, given.texts, options=given.options())
     seen: Any = {"seeds": (0, 1), "thetas": (1.0,)}
-    return ca.find_neurons(model, given.prompt, statistics, threshold=0.1, options=given.options(2), **seen)
+    return ca.find_neurons(model, given.prompt, statistics, threshold=0.1, options=given.options(), **seen)
 
 
 def read_steps(model: Any, given: Given) -> Any:
@@ -138,17 +138,17 @@ def followed(model: Any, given: Given) -> Any:
 
 def patched_words(model: Any, given: Given) -> Any:
     """`patch_words`."""
-    return ca.patch_words(model, given.cases, given.redness, batch=4, options=given.options(4))
+    return ca.patch_words(model, given.cases, given.redness, batch=4, options=given.options())
 
 
 def blocked_words(model: Any, given: Given) -> Any:
     """`knock_out_words`."""
-    return ca.knock_out_words(model, given.cases, given.redness, batch=4, options=given.options(4))
+    return ca.knock_out_words(model, given.cases, given.redness, batch=4, options=given.options())
 
 
 def silenced_heads(model: Any, given: Given) -> Any:
     """`ablate_heads`."""
-    return ca.ablate_heads(model, given.cases, given.redness, [ca.Part()], batch=4, options=given.options(4))
+    return ca.ablate_heads(model, given.cases, given.redness, [ca.Part()], batch=4, options=given.options())
 
 
 def attributed(model: Any, given: Given) -> Any:
@@ -159,12 +159,12 @@ def attributed(model: Any, given: Given) -> Any:
 
 def restored_layers(model: Any, given: Given) -> Any:
     """`restore_layers`."""
-    return ca.restore_layers(model, given.cases, given.redness, batch=4, options=given.options(4))
+    return ca.restore_layers(model, given.cases, given.redness, batch=4, options=given.options())
 
 
 def restored_text(model: Any, given: Given) -> Any:
     """`restore_text`."""
-    return ca.restore_text(model, given.cases, given.redness, batch=4, options=given.options(4))
+    return ca.restore_text(model, given.cases, given.redness, batch=4, options=given.options())
 
 
 def bound(model: Any, given: Given) -> Any:
@@ -181,18 +181,18 @@ def edited(model: Any, given: Given) -> Any:
         given.prompt,
         [ca.WordEdit("a dog", "replace")],
         n_steps=given.family.n_steps,
-        options=given.sizes(2),
+        options=given.sizes(),
     )
 
 
 def usual_neurons(model: Any, given: Given) -> Any:
     """`neuron_statistics`."""
-    return ca.neuron_statistics(model, given.texts, options=given.options(2))
+    return ca.neuron_statistics(model, given.texts, options=given.options())
 
 
 def memorised(model: Any, given: Given) -> Any:
     """`memorisation_score`."""
-    return [ca.memorisation_score(model, t, seeds=(0, 1), options=given.options(2)) for t in given.texts]
+    return [ca.memorisation_score(model, t, seeds=(0, 1), options=given.options()) for t in given.texts]
 
 
 def diffusion_page(model: Any, given: Given) -> Any:
@@ -216,7 +216,7 @@ def trace_page(model: Any, given: Given) -> Any:
         seeds=(0, 1),
         steps=given.family.n_steps,
         n_groups=1,
-        **given.sizes(4),
+        **given.sizes(),
     )
 
 

@@ -115,19 +115,17 @@ class Given:
 
     prompt = "a cat"
 
-    def options(self, rows: int = 1) -> dict[str, Any]:
-        """What the pipeline takes beside the prompts and the seeds, for so many rows."""
-        if self.family.name == "instruct_pix2pix":  # Which repeats one picture itself.
-            rows = 1
+    def options(self) -> dict[str, Any]:
+        """What the pipeline takes beside the prompts and the seeds: one picture, where it takes some."""
         left_out = ("prompt", "seed", "true_cfg_scale", "output_type")
         given = {k: v for k, v in self.inputs.items() if k not in left_out}
         if given.get("negative_prompt") is not None:  # One for each row.
             del given["negative_prompt"]
-        return {k: v[:1].repeat_interleave(rows, 0) if isinstance(v, Tensor) else v for k, v in given.items()}
+        return {k: v[:1] if isinstance(v, Tensor) else v for k, v in given.items()}
 
-    def sizes(self, rows: int = 1) -> dict[str, Any]:
+    def sizes(self) -> dict[str, Any]:
         """The options without the number of steps, for methods that say it themselves."""
-        return {k: v for k, v in self.options(rows).items() if k != "num_inference_steps"}
+        return {k: v for k, v in self.options().items() if k != "num_inference_steps"}
 
     @property
     def drawing(self) -> dict[str, Any]:

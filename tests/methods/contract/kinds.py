@@ -17,7 +17,8 @@ FAMILIES: dict[Kind, str] = {
     "vision": """
         clip_vision clip_vision_projected siglip_vision vit deit vit_classifier deit_classifier dinov2
         dinov2_registers dinov3 dinov3_gated beit beit_plain beit_classifier timm_vit timm_vit_average
-        timm_eva timm_eva_fused timm_wrapper resnet resnet_classifier torch_resnet timm_resnet
+        timm_eva timm_eva_fused timm_wrapper ijepa ijepa_classifier swin swin_classifier swinv2
+        swinv2_classifier resnet resnet_classifier torch_resnet timm_resnet
     """,
     "text": "clip_text clip_text_projected siglip_text bert roberta t5_encoder mclip",
     "language": "llama opt_lm llama_lm",
