@@ -44,6 +44,7 @@ nb_execution_timeout = 240
 nb_execution_show_tb = True
 nb_output_stderr = "remove"
 nb_merge_streams = True
+nb_ipywidgets_js = {}  # They would be fetched.
 
 # ---- reference ----
 add_module_names = False

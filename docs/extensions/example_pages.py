@@ -10,6 +10,21 @@ from blocks import ROOT
 from shown_output import fingerprint
 
 FOLDER = ROOT / "docs" / "examples"
+# Arguments of the examples that would take longest.
+LIGHTER = {
+    "09_train_sae": ["--images", "300", "--steps", "300"],
+    "10_das": ["--epochs", "3"],
+    "12_trace_words": ["--steps", "6"],
+    "14_dissect": ["--images", "128"],
+    "15_which_training_images": ["--images", "24"],
+}
+# The sources it was run with: a change of them runs it again. Progress bars are text, which is left out: as
+# widgets they would ask for scripts from elsewhere.
+HIDDEN = """# {}
+import sys
+
+sys.modules["ipywidgets"] = None
+"""
 HEADER = """---
 file_format: mystnb
 kernelspec:
@@ -31,19 +46,16 @@ def page(example: Path) -> str:
     prose = "\n\n".join(part for part in rest if "python examples/" not in part)
     code = source.split('"""', 2)[2].split('\nif __name__ == "__main__":')[0].strip()
     out = "hooks.txt" if "hooks.txt" in source else f"{example.stem}.png"
-    show = (
-        f'Image(main(["--out", "{out}"]))'
-        if out.endswith(".png")
-        else f'print(main(["--out", "{out}"]).read_text())'
-    )
-    first = "from IPython.display import Image\n\n" if out.endswith(".png") else ""
+    arguments = ", ".join(f'"{word}"' for word in [*LIGHTER.get(example.stem, []), "--out", out])
+    show = f"print(main([{arguments}]).read_text())"
+    if out.endswith(".png"):
+        show = f"from IPython import display\n\ndisplay.Image(main([{arguments}]))"
     return (
         f"{HEADER}# {example.stem[:2]}. {question}\n\n{prose}\n\n"
         f"The whole script is `examples/{example.name}`:\n\n```bash\n{commands}\n```\n\n"
-        # The sources it was run with: a change of them runs it again.
-        f"```{{code-cell}} python\n:tags: [remove-cell]\n# {fingerprint()}\n```\n\n"
+        f"```{{code-cell}} python\n:tags: [remove-cell]\n{HIDDEN.format(fingerprint())}```\n\n"
         f"```{{code-cell}} python\n{code}\n```\n\n"
-        f"```{{code-cell}} python\n{first}{show}\n```\n"
+        f"```{{code-cell}} python\n{show}\n```\n"
     )
 
 

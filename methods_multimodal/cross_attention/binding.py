@@ -66,11 +66,11 @@ def bind_attributes(
     tower, _ = sampling_of(model)
     text_attention(model, tower)
     layout = prompt_layouts(model, [prompt], options)[0]
-    check_between_steps(model, "Binding")
     if model.towers[tower].input_name != "sample":
         raise MissingSiteError(
             f"Binding moves the latents of a UNet, and {model.name} has no {tower}.resnets.0.hook_out."
         )
+    check_between_steps(model, "Binding")
     for word in itertools.chain(*pairs):
         layout.where(word)
     words = list(dict.fromkeys([*(w.text for w in layout.words[0]), *itertools.chain(*pairs)]))

@@ -75,12 +75,9 @@ class Given:
 
     def layout(self, tower: str) -> Any:
         """What each position of one tower is, in the first row."""
+        view = self.model.check_tower(tower)
         layout = self.model.layout(**self.first).get(tower)
-        return (
-            self.model.check_tower(tower).patch_layout(self.first["pixel_values"])
-            if layout is None
-            else layout
-        )
+        return view.patch_layout(self.first[view.input_name]) if layout is None else layout
 
     @property
     def patched(self) -> tuple[Any, ...]:
