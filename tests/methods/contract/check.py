@@ -67,7 +67,8 @@ def outcome(method: str, name: str, engine: Engine) -> Outcome:
                     raise
                 refusal = error.with_traceback(None)
     left = count_hooks(model.wrapped) - hooks + len(torch.overrides._get_current_function_mode_stack())
-    moved = not torch.equal(tiny_family.output(engine), before)
+    # Of a refusal no module ran, so that there is nothing that could have moved it.
+    moved = count.n > 0 and not torch.equal(tiny_family.output(engine), before)
     return Outcome(numbers, refusal, count.n, left, moved)
 
 
