@@ -309,6 +309,6 @@ def test_a_class_has_one_record() -> None:
 
 def test_an_unknown_class_says_what_to_write() -> None:
     with pytest.raises(
-        mm.UnknownFamilyError, match=r"torch:Linear[\s\S]*import register\n[\s\S]*register\(ModelRecord"
+        mm.UnknownFamilyError, match=r"torch:Linear[\s\S]*import .*register\n[\s\S]*register\(\s*ModelRecord"
     ):
         lookup(nn.Linear(2, 2))

@@ -108,15 +108,19 @@ def copy_row(donor: int, heads: Sequence[int] | None = None) -> RowFn:
     return copy
 
 
-def _for_each_prompt(
-    image: Float[Tensor, "image channel height width"], n_prompts: int
-) -> Float[Tensor, "prompt channel height width"]:
-    """A picture for each prompt: some pipelines do not repeat a single one themselves."""
+def picture_for_each(options: Mapping[str, Any], n_prompts: int) -> dict[str, Any]:
+    """The options with a picture for each prompt: some pipelines do not repeat a single one themselves.
+
+    Raises: InputError if they hold another number of pictures.
+    """
+    image = options.get("image")
+    if not isinstance(image, Tensor) or image.ndim != 4:
+        return dict(options)
     if len(image) not in (1, n_prompts):
         raise InputError(
             f"The options hold {len(image)} pictures for {n_prompts} prompts: give one picture for all."
         )
-    return image.expand(n_prompts, *image.shape[1:])
+    return {**options, "image": image.expand(n_prompts, *image.shape[1:])}
 
 
 def generate(
@@ -138,9 +142,12 @@ def generate(
     taken = sorted(set(options) & {"prompt", "seed", "num_images_per_prompt", "output_type"})
     if taken:
         raise InputError(f"The options hold {', '.join(taken)}, which cases and seeds say here.")
-    if isinstance(options.get("image"), Tensor) and options["image"].ndim == 4:
-        options["image"] = _for_each_prompt(options["image"], len(prompts))
-    inputs = {**options, "prompt": list(prompts), "seed": list(seeds), "output_type": "pt"}
+    inputs = {
+        **picture_for_each(options, len(prompts)),
+        "prompt": list(prompts),
+        "seed": list(seeds),
+        "output_type": "pt",
+    }
     if len(prompts) != len(seeds):
         raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds: give a seed for each.")
     run = model.run(inputs, read=read, edit=edits(row_edits))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from methods_multimodal.core.record import Record
 from methods_multimodal.cross_attention._between import first_step_alone
-from methods_multimodal.cross_attention._rows import RowEdit, edits
+from methods_multimodal.cross_attention._rows import RowEdit, edits, picture_for_each
 from methods_multimodal.cross_attention._sites import prompt_layouts, text_attention
 from methods_multimodal.cross_attention._ssim import similarity
 from methods_multimodal.diffusion import sampling_of
@@ -86,7 +86,7 @@ def activations(
         return (flat * weight).sum(1) / weight.sum(1)
 
     reads = [Read(a.site("v"), reduce=size, steps=[0], rows="cond") for a in attention]
-    inputs = {**(options or {}), **first_step_alone(model)}
+    inputs = {**picture_for_each(options or {}, len(prompts)), **first_step_alone(model)}
     run = model.run({**inputs, "prompt": list(prompts), "seed": [0] * len(prompts)}, read=reads)
     return {str(a.layer): run[a.site("v")][0] for a in attention}
 
@@ -109,7 +109,7 @@ def first_noise(
         of_layer = [n for at, n in neurons if at == layer]
         for row in range(len(seeds)):
             row_edits.append(RowEdit(attention[layer].site("v"), row, _zeroed(of_layer)))
-    inputs = {**(options or {}), **first_step_alone(model)}
+    inputs = {**picture_for_each(options or {}, len(seeds)), **first_step_alone(model)}
     inputs |= {"prompt": [prompt] * len(seeds), "seed": list(seeds)}
     tower, sampling = sampling_of(model)
     sites = [f"{tower}.{part}" for part in (sampling.prediction, sampling.latents)]

@@ -81,7 +81,8 @@ def is_guided(model: Any, guidance: Guidance, arguments: Mapping[str, Any]) -> b
     if guidance.flag is not None:
         return bool(getattr(model, guidance.flag))
     taken = inspect.signature(type(model).__call__).parameters
-    return any(arguments.get(scale, taken[scale].default) > 1 for scale in guidance.scale.split("|"))
+    scales = [scale for scale in guidance.scale.split("|") if scale in taken]  # Without one it never guides.
+    return any(arguments.get(scale, taken[scale].default) > 1 for scale in scales)
 
 
 def _located(location: Location | tuple[Location, ...] | Built, owner: nn.Module) -> Location | None:

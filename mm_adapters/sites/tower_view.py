@@ -190,7 +190,9 @@ class TowerView:
         pooled = self.pooled_output(output)
         if pooled.ndim == 4:  # Of a convolutional tower: a map of one place.
             return pooled.flatten(1)
-        return pooled[:, 0] if pooled.ndim == 3 and self.pool == "first" else pooled
+        if pooled.ndim == 3 and self.pool in ("first", "mean"):
+            return pooled[:, 0] if self.pool == "first" else pooled.mean(1)
+        return pooled
 
     def embed(self, **arguments: Any) -> Float[Tensor, "row width"]:
         """Its embeddings of prepared inputs, by a call without hooks: gradients reach the arguments."""
@@ -226,7 +228,8 @@ class TowerView:
             raise MissingSiteError(
                 f"The {self.name} tower has no one residual stream: its positions are merged and made wider "
                 "from stage to stage, so what its blocks add is not one sum and their weights no one stack. "
-                "Read the sites of one stage, or the weights of one block."
+                f"The {self.name} tower's layout has no 'patch' role for all of it. Read the sites of one "
+                "stage, or the weights of one block."
             )
 
     def patch_grid(self, pixels: Float[Tensor, "*_ height width"]) -> Grid:

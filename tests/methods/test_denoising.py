@@ -145,7 +145,7 @@ def test_the_last_picture_is_the_pipelines_own(name: str) -> None:
 
 def test_what_makes_no_picture_is_said() -> None:
     model, run, reader, _ = loop_inputs(tiny_diffusion.kandinsky_prior(), 3)
-    with pytest.raises(mm.InputError, match="makes embeddings"):
+    with pytest.raises(mm.MissingSiteError, match="makes embeddings"):
         reader.pictures(model, run)
     with pytest.raises(mm.InputError, match="no sampling loop of 'prior'"):
         step_reader(model, 3, tower="prior")

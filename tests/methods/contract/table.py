@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from methods_multimodal import cross_attention as ca
 from methods_multimodal import data_attribution as da
 from methods_multimodal import diffusion, dissection, lenses, patching, relevance, report
@@ -102,10 +104,15 @@ OWN_REASONS: tuple[Reason, ...] = (
         ),
     ),
     Reason(
-        r"report\.contrastive_report",
-        r"pairs each image with one text",
-        "a forward that also captions makes no logits of all pairs: its record's language tower",
-        lambda x, _: any(t.role == "language" for t in x.model.towers.values()),
+        r"report\.contrastive_report|cross_attention\.bind_attributes",
+        r"pairs each image with one text|takes no (callback_on_step_end)",
+        "the model's own call does not allow it: it captions and makes no logits of all pairs, or it is a "
+        "pipeline that calls nobody between its steps",
+        lambda x, said: (
+            said[1] not in inspect.signature(type(x.model.wrapped).__call__).parameters
+            if said[1]
+            else any(t.role == "language" for t in x.model.towers.values())
+        ),
     ),
     Reason(
         r"relevance\.head_maps|dissection\.Units|report\.vlm_report",
