@@ -116,7 +116,7 @@ def test_vocabulary_logits_are_those_of_a_language_tower_only() -> None:
     inputs = model.prepare(text=["what colour is it?"], images=[next(iter(sample_images().values()))])
     output = model.run(inputs).output
     assert torch.equal(model.towers["language"].vocabulary_logits(output), output.logits)
-    with pytest.raises(mm.MissingSiteError, match="vision tower has no vocabulary"):
+    with pytest.raises(mm.MissingSiteError, match="vision tower has no unembedding"):
         model.towers["vision"].vocabulary_logits(output)
 
 
@@ -137,5 +137,5 @@ def test_a_towers_patch_layout_is_the_models(name: str) -> None:
 
 def test_a_tower_without_patches_says_so() -> None:
     model = mm.load("tiny-clip")
-    with pytest.raises(mm.InputError, match="text tower has no patches"):
+    with pytest.raises(mm.MissingSiteError, match="text tower's layout has no 'patch' role"):
         model.towers["text"].patch_layout(torch.zeros(1, 3, 8, 8))

@@ -192,7 +192,7 @@ def usual_neurons(model: Any, given: Given) -> Any:
 
 def memorised(model: Any, given: Given) -> Any:
     """`memorisation_score`."""
-    return [ca.memorisation_score(model, t, seeds=(0, 1), options=given.options()) for t in given.texts]
+    return [ca.memorisation_score(model, t, seeds=(0, 1, 2), options=given.options()) for t in given.texts]
 
 
 def diffusion_page(model: Any, given: Given) -> Any:
