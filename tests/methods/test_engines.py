@@ -56,6 +56,6 @@ def test_patching() -> None:
 def test_word_maps() -> None:
     _, model, traced = engines("stable_diffusion")
     inputs = {"prompt": "a cat", "num_inference_steps": 2, "seed": 0}
-    ours, theirs = (word_maps(model, inputs, lens=lens)[0] for lens in (None, traced))
+    ours, theirs = (word_maps(engine, inputs)[0] for engine in (model, traced))
     for grid, maps in ours.by_grid.items():
         assert torch.equal(maps, theirs.by_grid[grid])
