@@ -81,7 +81,7 @@ def beit() -> Case:
 
 def beit_plain() -> Case:
     config = hf.BeitConfig(
-        **_VIT, layer_scale_init_value=0, use_absolute_position_embeddings=True, use_mean_pooling=False
+        **_VIT, layer_scale_init_value=0.0, use_absolute_position_embeddings=True, use_mean_pooling=False
     )
     return _tower(lambda: hf.BeitModel(config), _hidden)
 
