@@ -68,7 +68,7 @@ class State:
         form: dict[str, Any] = {}
         for name, module in modules(self.subject.model.wrapped):
             hooks = tuple(
-                len(getattr(module, f"_{kind}_hooks"))
+                sum(_is_ours(hook) for hook in getattr(module, f"_{kind}_hooks").values())
                 for kind in ("forward_pre", "forward", "backward_pre", "backward")
             )
             form[f"hooks of {name}"] = hooks
@@ -84,6 +84,12 @@ class State:
         points = getattr(self.subject.model, "hook_dict", {})
         form["hooks on points"] = sum(len(p._forward_hooks) + len(p._backward_hooks) for p in points.values())
         return form
+
+
+def _is_ours(hook: Any) -> bool:
+    # transformers puts hooks of its own on when hidden states are first asked for, and leaves them.
+    module = getattr(getattr(hook, "__func__", hook), "__module__", None) or ""
+    return module.partition(".")[0] not in ("transformers", "diffusers", "accelerate")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
