@@ -22,6 +22,10 @@ class Mine(Exception):
     """What a caller's function raises in a generated call."""
 
 
+class Stop(BaseException):
+    """As when a user presses Ctrl-C: no `except Exception` catches it."""
+
+
 @dataclass(frozen=True)
 class OneOf:
     """Right answers of which one has to come."""

@@ -49,12 +49,34 @@ def caching(rng: Random, subject: Subject) -> Call:
     return Call("cache", line, Expect.VALUE, subject, perform, right)
 
 
+def _with_hooks(model: Any, given: dict[str, Any], hook: tuple[str, Any]) -> Any:
+    with torch.no_grad(), model.hooks(fwd_hooks=[hook]):
+        return model(**given)
+
+
+def _with_add_hook(model: Any, given: dict[str, Any], hook: tuple[str, Any]) -> Any:
+    model.add_hook(*hook)
+    try:
+        with torch.no_grad():
+            return model(**given)
+    finally:
+        model.reset_hooks()
+
+
+HOOK_WAYS: dict[str, Callable[[Any, dict[str, Any], tuple[str, Any]], Any]] = {
+    "run_with_hooks": lambda model, given, hook: model.run_with_hooks(**given, fwd_hooks=[hook]),
+    "hooks": _with_hooks,
+    "add_hook": _with_add_hook,
+}
+
+
 def hooking(rng: Random, subject: Subject) -> Call:
     """`run_with_hooks`: what the same plain hook gives. A hook that returns None changes nothing."""
     given = subject.draw(rng)
     probe = sample(rng, subject, given, 1)[0]
     nothing = rng.random() < 0.25
     move = rng.choice([m for m in MOVES if "double" not in m.text])
+    way = rng.choice(sorted(HOOK_WAYS))
     seen: list[Tensor] = []
 
     def look(value: Tensor, hook: Any) -> None:
@@ -63,7 +85,7 @@ def hooking(rng: Random, subject: Subject) -> Call:
     def perform() -> dict[str, Any]:
         seen.clear()
         hook: Any = look if nothing else lambda value, hook: move.fn(value)
-        output = subject.model.run_with_hooks(**given.ours, fwd_hooks=[(probe.site, hook)])
+        output = HOOK_WAYS[way](subject.model, given.ours, (probe.site, hook))
         return {"output": subject.head(output)} | ({"value": torch.cat(seen)} if nothing else {})
 
     def right() -> dict[str, Any]:
@@ -73,7 +95,7 @@ def hooking(rng: Random, subject: Subject) -> Call:
         return values | ({"value": torch.cat(kept[probe.site])} if nothing else {})
 
     what = "lambda v, hook: None" if nothing else move.text
-    line = f"run_with_hooks({given.text}, fwd_hooks=[({probe.site!r}, {what})])"
+    line = f"{way}({given.text}, fwd_hooks=[({probe.site!r}, {what})])"
     return Call("hook", line, Expect.VALUE, subject, perform, right)
 
 
@@ -177,6 +199,26 @@ def tracing(rng: Random, subject: Subject) -> Call:
     return Call("trace", line, Expect.VALUE, subject, perform, right)
 
 
+def laying_out(rng: Random, subject: Subject) -> Call:
+    """`layout`: where the model's own tokens of an image and its own padding are."""
+    given = subject.draw(rng)
+    tower = "language" if subject.kind == "vlm" else "text"
+
+    def perform() -> dict[str, Any]:
+        layout = subject.model.layout(**given.ours)[tower]
+        image = {"image": layout.mask("image")} if tower == "language" else {}
+        return {"pad": layout.mask("pad")} | image
+
+    def right() -> dict[str, Any]:
+        ids, config = given.plain["input_ids"], subject.plain.config
+        values = {"pad": given.plain["attention_mask"] == 0}
+        if tower == "language":
+            values["image"] = ids == getattr(config, "image_token_id", None)
+        return values
+
+    return Call("layout", f"layout({given.text})", Expect.VALUE, subject, perform, right)
+
+
 def of_a_tower(rng: Random, subject: Subject) -> Call:
     """A tower's own `run_with_cache`, under local names."""
     given = subject.draw(rng)
@@ -226,11 +268,12 @@ def positions_of_generation(rng: Random, subject: Subject) -> Call:
 
 _HOOKED: Callable[[Subject], bool] = lambda s: s.engine == "hooked"  # noqa: E731
 KINDS = (
-    Kind(caching, fits=_HOOKED, weight=2),
+    Kind(caching, fits=_HOOKED, weight=2.5),
     Kind(hooking, fits=_HOOKED, weight=2),
     Kind(generating, fits=lambda s: s.generates, weight=1.5),
     Kind(positions_of_generation, fits=lambda s: s.generates, weight=0.7),
     Kind(bad_generation, fits=lambda s: not s.is_pipeline, weight=0.6),
     Kind(tracing, fits=lambda s: s.engine == "nnsight", weight=3),
+    Kind(laying_out, fits=lambda s: s.name in ("tiny-clip", "tiny-llava", "qwen2-vl"), weight=0.7),
     Kind(of_a_tower, fits=lambda s: _HOOKED(s) and s.name in ("tiny-clip", "dinov2", "siglip"), weight=1),
 )

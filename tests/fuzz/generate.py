@@ -16,8 +16,8 @@ KINDS = tuple(
     for kind in module.KINDS
 )
 SHARES = {
-    "tiny-clip": 4, "tiny-llava": 4, "tiny-sd": 3, "flux": 1.5, "sd3": 1.5, "qwen2-vl": 1, "blip-2": 1,
-    "dinov2": 1, "siglip": 1,
+    "tiny-clip": 4, "tiny-llava": 4, "tiny-sd": 3, "flux": 1.5, "sd3": 1.5, "heun": 0.7, "qwen2-vl": 1,
+    "blip-2": 1, "dinov2": 1, "siglip": 1,
 }  # fmt: skip
 
 

@@ -183,7 +183,7 @@ def of_another_tower(rng: Random, subject: Subject) -> Call:
 
     def perform() -> dict[str, Any]:
         run = subject.model.run(given.ours, read=[site], grad_of=embeds)
-        told = any(site in str(note) for note in getattr(run, "notes", ()))
+        told = site in getattr(run, "unused", ())
         return {} if told else {"gradient": run.grads.get(site)}
 
     line = f"run({given.text}, read=[{site!r}], grad_of=lambda o: o.{text}.sum())"
@@ -191,7 +191,7 @@ def of_another_tower(rng: Random, subject: Subject) -> Call:
 
 
 KINDS = (
-    Kind(asking, weight=2),
+    Kind(asking, weight=2.5),
     Kind(under_a_mode, weight=0.7),
     Kind(of_no_scalar, weight=1.5),
     Kind(of_another_tower, fits=lambda s: s.kind == "contrastive", weight=0.6),

@@ -44,8 +44,7 @@ class Judge:
             self.states[key] = State(call.subject)
         verdict = judge(call, self.states[key])
         if verdict.outcome in (Outcome.STATE, Outcome.HANG):
-            forget()
-            self.states.clear()
+            forget(call.subject)
         return verdict
 
 

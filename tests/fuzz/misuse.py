@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mm_adapters as mm
-from tests.fuzz.call import Call, Expect, Kind, Mine
+from tests.fuzz.call import Call, Expect, Kind, Mine, Stop
 from tests.fuzz.reads import REDUCES, joined, sample
 from tests.fuzz.subjects import Given, Subject, plain_run
 
@@ -51,14 +51,15 @@ def bad_move(rng: Random, subject: Subject) -> Call:
     shown, fn = rng.choice(BAD_MOVES)
     expect, late = Expect.REFUSAL, True
     if raises:
-        shown, expect = "raise Mine", Expect.OWN_ERROR
+        mine = rng.choice([Mine, Stop])
+        shown, expect = f"raise {mine.__name__}", Expect.OWN_ERROR
 
         def fn(value: Tensor) -> Tensor:
-            raise Mine("mine")
+            raise mine("mine")
 
     elif rng.random() < 0.15:
         (shown, fn), late = rng.choice(NO_FUNCTIONS), False
-    hooks = subject.engine == "hooked" and not raises and late and rng.random() < 0.35 and "None" not in shown
+    hooks = subject.engine == "hooked" and late and rng.random() < 0.35 and "None" not in shown
 
     def perform() -> dict[str, Any]:
         if hooks:
@@ -69,7 +70,7 @@ def bad_move(rng: Random, subject: Subject) -> Call:
     what = f"edit=[Edit({probe.site!r}, {shown})]"
     if hooks:
         what = f"fwd_hooks=[({probe.site!r}, lambda v, hook: ({shown})(v))]"
-    kind = "bad hook" if hooks else "edit that raises" if raises else "bad edit function"
+    kind = "raises" if raises else "bad hook" if hooks else "bad edit function"
     return Call(kind, f"run({given.text}, {what})", expect, subject, perform, only_run_shows=late)
 
 

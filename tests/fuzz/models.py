@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from random import Random
 from typing import Any
 
 import torch
 
-from tests.fuzz.pipelines import flux, sd3, tiny_sd
+from tests.fuzz.pipelines import flux, heun, sd3, tiny_sd
 from tests.fuzz.probes import Probe
 from tests.fuzz.subjects import PICTURES, QUESTIONS, TEXTS, Given, Subject, pictures, wrapped
 
@@ -165,17 +164,23 @@ def _siglip(engine: str) -> Subject:
 
 
 BUILDERS: dict[str, Callable[[str], Subject]] = {
-    "tiny-clip": _clip, "tiny-llava": _llava, "tiny-sd": tiny_sd, "flux": flux, "sd3": sd3,
+    "tiny-clip": _clip, "tiny-llava": _llava, "tiny-sd": tiny_sd, "flux": flux, "sd3": sd3, "heun": heun,
     "qwen2-vl": _qwen2_vl, "blip-2": _blip_2, "dinov2": _dinov2, "siglip": _siglip,
 }  # fmt: skip
 ENGINES = ("hooked", "nnsight")
 
 
-@cache
+_BUILT: dict[tuple[str, str], Subject] = {}
+
+
 def subject(name: str, engine: str) -> Subject:
-    return BUILDERS[name](engine)
+    """The subject of this name, built when it is first asked for."""
+    if (name, engine) not in _BUILT:
+        _BUILT[name, engine] = BUILDERS[name](engine)
+    return _BUILT[name, engine]
 
 
-def forget() -> None:
-    """Builds the models anew when they are next asked for: one was left changed."""
-    subject.cache_clear()
+def forget(one: Subject) -> None:
+    """Has a subject built anew when it is next asked for: its model was left changed."""
+    for key in [key for key, built in _BUILT.items() if built is one]:
+        del _BUILT[key]

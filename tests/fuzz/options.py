@@ -58,11 +58,14 @@ def good_option(rng: Random, subject: Subject) -> Call:
     ]  # fmt: skip
     if sd:
         more += [("negative_prompt", "a blue square"), ("eta", 0.0), ("guidance_rescale", 0.5),
-                 ("height", 32), ("height", None), ("width", 32)]  # fmt: skip
+                 ("height", 32), ("height", None), ("width", 32),
+                 ("latents", latents(given.rows))]  # fmt: skip
     name, value = rng.choice(more)
     if name == "negative_prompt" and isinstance(given.ours["prompt"], list):
         value = [value] * given.rows
     options = given.ours | {name: value}
+    if name == "latents":
+        options.pop("height", None)
     as_generator = name != "seed" and rng.random() < 0.3
     site = subject.probes[0]
     way = rng.choice(["run", "call", "run_with_cache"] if subject.engine == "hooked" else ["run"])
@@ -84,8 +87,13 @@ def good_option(rng: Random, subject: Subject) -> Call:
         values = {"output": torch.as_tensor(output.images), "value": torch.stack(seen[site.site])}
         return values if way != "call" else {"output": values["output"]}
 
-    text = f"{way}({options}{' with generator=' if as_generator else ''})"
+    options_text = ", ".join(f"{k}={_shown(v)}" for k, v in options.items())
+    text = f"{way}({options_text}{' with generator=' if as_generator else ''})"
     return Call("good option", text, Expect.VALUE, subject, perform, right)
+
+
+def latents(rows: int) -> torch.Tensor:
+    return torch.randn(rows, 4, 16, 16, generator=torch.Generator().manual_seed(rows))
 
 
 def _keep(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.fuzz.call import Call, Expect, Mine, OneOf
+from tests.fuzz.call import Call, Expect, Mine, OneOf, Stop
 from tests.fuzz.state import State, counted
 
 SECONDS = 60
@@ -81,7 +81,7 @@ def judge(call: Call, state: State) -> Verdict:
             return Verdict(call, Outcome.HANG, str(stood))
         except TimeoutError as stood:
             return Verdict(call, Outcome.HANG, str(stood))
-        except (Exception, SystemExit) as raised:  # noqa: BLE001
+        except (Exception, SystemExit, Stop) as raised:  # noqa: BLE001
             error = raised
         finally:
             signal.alarm(0)
@@ -101,7 +101,7 @@ def _stand_still(*_: Any) -> None:
 def _of_error(call: Call, error: BaseException, ran: list[str]) -> tuple[Outcome, str]:
     text = " ".join(str(error).split())
     seen = f"{type(error).__name__}: {text[-160:] if 'Traceback' in text else text[:160]}"
-    if call.expect is Expect.OWN_ERROR and isinstance(error, Mine):
+    if call.expect is Expect.OWN_ERROR and isinstance(error, Mine | Stop):
         return Outcome.CLEAR, seen
     if not isinstance(error, own_classes()) or call.expect is Expect.OWN_ERROR:
         return Outcome.FOREIGN, f"{seen} {_place(error)}"
@@ -127,7 +127,7 @@ def _place(error: BaseException) -> str:
 def _of_values(call: Call, values: dict[str, Any]) -> tuple[Outcome, str]:
     if call.expect in (Expect.REFUSAL, Expect.OWN_ERROR):
         if not values:
-            return Outcome.CLEAR, "told in the run's notes"
+            return Outcome.CLEAR, "told in the run"
         return Outcome.SILENT, "no error; " + ", ".join(f"{k} {shown(v)}" for k, v in values.items())[:200]
     try:
         right = call.right()

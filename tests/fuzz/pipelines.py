@@ -79,6 +79,33 @@ def _joint(name: str, engine: str, drop: Sequence[str] = (), parts: int = 1) -> 
     )
 
 
+def heun(engine: str) -> Subject:
+    """Stable Diffusion under a scheduler of second order: two calls a step, but one in the last."""
+
+    def build() -> Any:
+        import tiny
+        from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+
+        case = tiny.stable_diffusion()
+        case.model.scheduler = HeunDiscreteScheduler.from_config(case.model.scheduler.config)
+        return case
+
+    model, case, plain = wrapped(engine, build)
+
+    def draw(rng: Random) -> Given:
+        steps = rng.choice([2, 3])
+        given = case.inputs | {"num_inference_steps": steps, "seed": rng.randrange(100)}
+        return Given(given, given, 2, f"Heun, {given}", None, 2)
+
+    path = model.towers["denoiser"].stacks["blocks"][0]
+    probes = (
+        Probe("denoiser.blocks.0.hook_resid_post", f"unet.{path}", loop=True),
+        Probe("denoiser.blocks.0.hook_mlp_out", f"unet.{path}.ff", loop=True),
+    )
+    smooth = {"output_type": "latent"}
+    return Subject("heun", engine, model, plain, probes, draw, _pictures, "diffusion", smooth=smooth)
+
+
 def flux(engine: str) -> Subject:
     return _joint("flux", engine, drop=("negative_prompt", "true_cfg_scale"))
 

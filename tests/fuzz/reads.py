@@ -214,4 +214,34 @@ def editing(rng: Random, subject: Subject) -> Call:
     return Call("edit", f"run({given.text}, {text})", expected(*where.values()), subject, perform, right)
 
 
-KINDS = (Kind(reading, weight=3), Kind(editing, weight=3))
+def two_edits(rng: Random, subject: Subject) -> Call:
+    """Two edits of one site, or of two: in the order given, reads after them."""
+    given = subject.draw(rng)
+    probes = sample(rng, subject, given, 2)
+    plan = [(rng.choice(probes), rng.choice(MOVES)) for _ in range(2)]
+    rows = [rows_of(rng, probe, given) for probe, _ in plan]
+
+    def perform() -> dict[str, Any]:
+        edits = [
+            mm.Edit(p.site, move.fn, **made(rows=index))
+            for (p, move), index in zip(plan, rows, strict=True)
+        ]  # fmt: skip
+        run = subject.model.run(given.ours, edit=edits, read=[p.site for p in probes])
+        return {"output": subject.head(run.output)} | {p.site: run[p.site] for p in probes}
+
+    def right() -> dict[str, Any]:
+        change = [
+            (p, change_of(move, index, None, None)) for (p, move), index in zip(plan, rows, strict=True)
+        ]
+        output, seen = plain_run(subject, given.plain, probes, change)
+        return {"output": subject.head(output)} | {p.site: joined(p, seen[p.site]) for p in probes}
+
+    edits = ", ".join(
+        f"Edit({p.site!r}, {move.text}{shown(rows=index)})"
+        for (p, move), index in zip(plan, rows, strict=True)
+    )
+    line = f"run({given.text}, edit=[{edits}], read={[p.site for p in probes]})"
+    return Call("two edits", line, expected(*rows), subject, perform, right)
+
+
+KINDS = (Kind(reading, weight=4.5), Kind(editing, weight=4), Kind(two_edits, weight=1))
