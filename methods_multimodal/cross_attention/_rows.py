@@ -108,19 +108,26 @@ def copy_row(donor: int, heads: Sequence[int] | None = None) -> RowFn:
     return copy
 
 
+# What is one for each prompt where a pipeline takes it: a picture, or what an encoder or a prior made of one.
+_PICTURES = ("image", "image_embeds", "negative_image_embeds")
+
+
 def picture_for_each(options: Mapping[str, Any], n_prompts: int) -> dict[str, Any]:
     """The options with a picture for each prompt: some pipelines do not repeat a single one themselves.
 
     Raises: InputError if they hold another number of pictures.
     """
-    image = options.get("image")
-    if not isinstance(image, Tensor) or image.ndim != 4:
-        return dict(options)
-    if len(image) not in (1, n_prompts):
-        raise InputError(
-            f"The options hold {len(image)} pictures for {n_prompts} prompts: give one picture for all."
-        )
-    return {**options, "image": image.expand(n_prompts, *image.shape[1:])}
+    repeated = dict(options)
+    for name in _PICTURES:
+        pictures = options.get(name)
+        if not isinstance(pictures, Tensor) or pictures.ndim not in (2, 4):
+            continue
+        if len(pictures) not in (1, n_prompts):
+            raise InputError(
+                f"{name} holds {len(pictures)} pictures for {n_prompts} prompts: give one picture for all."
+            )
+        repeated[name] = pictures.expand(n_prompts, *pictures.shape[1:])
+    return repeated
 
 
 def generate(
