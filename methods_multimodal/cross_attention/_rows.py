@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.diffusion.pictures import check_pictures, pictures_of
-from mm_adapters import AttentionUnreachableError, Edit, InputError, Model, Read
+from mm_adapters import AttentionUnreachableError, Call, Edit, InputError, Model, Read
 
 # Takes a row's value and the values of all rows, gives the row's new value.
 RowFn = Callable[[Tensor, Tensor], Tensor]
@@ -39,15 +39,13 @@ def edits(row_edits: Iterable[RowEdit]) -> list[Edit]:
 
 
 class _EachStep:
-    """Applies the row edits of one site; it is called once a step."""
+    """Applies the row edits of one site, at the steps of each."""
 
     def __init__(self, row_edits: Sequence[RowEdit]) -> None:
         self.row_edits = row_edits
-        self.step = -1
 
-    def __call__(self, value: Tensor) -> Tensor:
-        self.step += 1
-        now = [e for e in self.row_edits if e.steps is None or self.step in e.steps]
+    def __call__(self, value: Tensor, call: Call) -> Tensor:
+        now = [e for e in self.row_edits if e.steps is None or call.step in e.steps]
         if not now:
             return value
         new = value.clone()
