@@ -10,6 +10,7 @@ from mm_adapters._errors import (
     InputError,
     MetaDeviceError,
     MissingSiteError,
+    ReadNeverFiredError,
     StoreError,
     UnknownFamilyError,
     WordNotFoundError,
@@ -17,7 +18,7 @@ from mm_adapters._errors import (
 from mm_adapters.loading import load, wrap
 from mm_adapters.records.registry import register
 from mm_adapters.records.spec import Site
-from mm_adapters.runs.lens import Edit, Lens, Read, Receipt, Run
+from mm_adapters.runs.lens import Call, Edit, Lens, Read, Receipt, Run
 from mm_adapters.runs.model import Model
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.tower_view import TowerView
@@ -44,6 +45,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AttentionUnreachableError",
+    "Call",
     "CheckpointError",
     "Edit",
     "EditNeverFiredError",
@@ -54,6 +56,7 @@ __all__ = [
     "MissingSiteError",
     "Model",
     "Read",
+    "ReadNeverFiredError",
     "Receipt",
     "Run",
     "Site",

@@ -14,7 +14,11 @@ class UnknownFamilyError(LookupError):
 
 
 class EditNeverFiredError(RuntimeError):
-    """A run ended and an edit of it had never been applied, so its result would mislead."""
+    """A run ended and an edit, or a part of one, had never been applied, so its result would mislead."""
+
+
+class ReadNeverFiredError(RuntimeError):
+    """A run ended and a site that was asked for, or a hook of it, never had a value."""
 
 
 class AttentionUnreachableError(RuntimeError):

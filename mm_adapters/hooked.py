@@ -14,11 +14,14 @@ from mm_adapters._errors import InputError
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.inputs.generators import seeded
 from mm_adapters.runs.base_model import BaseModel
-from mm_adapters.runs.lens import Edit, Read, Run, as_read
+from mm_adapters.runs.foreseen import check_foreseen
+from mm_adapters.runs.gradients import differentiable
+from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_reads
 from mm_adapters.runs.session import Session
 from mm_adapters.sites.single_tower import callable_for
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.tl_engine.cache import ModelCache
+from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, names_of
 from mm_adapters.tl_engine.hook_point import SitePoint
 from mm_adapters.tl_engine.tower import HookedTower
 
@@ -99,13 +102,17 @@ class HookedModel(BaseModel, HookedRootModule):
     ) -> Any:
         """The wrapped model's `generate`, with raw inputs and with hooks or edits at every step.
 
-        Returns its token ids; a `Run` whose output they are if anything is read or edited.
+        Returns its token ids; a `Run` whose output they are if anything is read or edited. A language
+        tower's values are joined along the sequence, each position's from the call that computed it last;
+        what is reduced is [call, ...], and `Run.calls` says which. A step is a call.
         """
         self.check_ready()
-        session = self._session(read, edit, keep_graph=False)
-        with torch.no_grad(), self.hooks(fwd_hooks=list(fwd_hooks)), session.attached():
-            output = self.wrapped.generate(**self._arguments(kwargs))
-        return session.result(output) if session.read or session.meters else output
+        session = self._session(read, edit, generating=True)
+        arguments = self._arguments(kwargs)
+        check_foreseen(self, arguments, session.asked, generating=True)
+        with torch.no_grad(), self.hooks(fwd_hooks=list(fwd_hooks)), session.attached(arguments):
+            output = self.wrapped.generate(**arguments)
+        return session.result(output) if session.asked else output
 
     def run(
         self,
@@ -120,27 +127,43 @@ class HookedModel(BaseModel, HookedRootModule):
         Where the inputs are one tower's alone (images of a CLIP, or of a VLM), that tower is run.
         `grad_of` is a scalar function of the output; its gradients at the read sites come back too.
 
-        Raises: MissingSiteError before anything runs; EditNeverFiredError if an edit touched nothing.
+        Raises: MissingSiteError, InputError before anything runs; EditNeverFiredError, ReadNeverFiredError
+        if an edit or read, or a part of it, never came up.
         """
         self.check_ready()
         session = self._session(read, edit, keep_graph=grad_of is not None)
         arguments = self._arguments(dict(inputs))
-        with torch.set_grad_enabled(grad_of is not None), session.attached(arguments):
-            output = self._call(arguments, differentiable=grad_of is not None)
-        return session.result(output, grad_of)
+        check_foreseen(self, arguments, session.asked)
+        if grad_of is None:
+            with torch.no_grad(), session.attached(arguments):
+                output = self._call(arguments, differentiable=False)
+            return session.result(output)
+        with differentiable(arguments, next(self.parameters())) as followed:
+            with session.attached(followed):
+                output = self._call(followed, differentiable=True)
+            return session.result(output, grad_of)
 
     def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
         """As TransformerLens': the output and an ActivationCache, by full site name.
 
-        Through a sampling loop every value is [step, batch, ...].
+        Through a sampling loop every value is [call, batch, ...]. Raises: ReadNeverFiredError for a name that
+        had no value; what a function filters need not have one.
         """
         remove = kwargs.get("remove_batch_dim", False)
         if self.sitemap.model_record.loop is not None:
             output, values = self._cache_loop(*args, **kwargs)
         else:
             output, values = super().run_with_cache(*args, **kwargs)
+            check_cached(kwargs.get("names_filter"), values)
         cache = ModelCache(values, self, has_batch_dim=not remove) if return_cache_object else values
         return output, cache
+
+    def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), **kwargs: Any) -> Any:
+        """As TransformerLens'. Raises: ReadNeverFiredError if a hook was never called."""
+        counted = CountedHooks(fwd_hooks)
+        output = super().run_with_hooks(*args, fwd_hooks=counted.hooks, **kwargs)
+        counted.check()
+        return output
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
         """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
@@ -207,9 +230,16 @@ class HookedModel(BaseModel, HookedRootModule):
             return [self.wrapped]
         return [m for m in self.wrapped.components.values() if isinstance(m, nn.Module)]
 
-    def _session(self, read: Iterable[str | Read], edit: Iterable[Edit], keep_graph: bool) -> Session:
-        reads = [as_read(item) for item in read]
-        return Session(self.wrapped, self.sitemap, self.points, reads, list(edit), keep_graph)
+    def _session(
+        self,
+        read: Iterable[str | Read],
+        edit: Iterable[Edit],
+        *,
+        keep_graph: bool = False,
+        generating: bool = False,
+    ) -> Session:
+        asked = as_reads(read), as_edits(edit)
+        return Session(self.wrapped, self.sitemap, self.points, *asked, keep_graph, generating=generating)
 
     def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.sitemap.model_record.loop is not None:
@@ -251,10 +281,11 @@ class HookedModel(BaseModel, HookedRootModule):
         self.check_names(names_filter)
         keep = names_filter if callable(names_filter) else _among(names_filter)
         move = (lambda value: value.to(device)) if device else None
-        session = self._session([Read(n, move) for n in self.sitemap.sites if keep(n)], (), False)
+        session = self._session([Read(n, move) for n in self.sitemap.sites if keep(n)], ())
         with session.attached(kwargs):
             output = self.forward(*args, **kwargs)
-        values = dict(session.result(output).values)
+        named = set() if callable(names_filter) or names_filter is None else set(names_of(names_filter))
+        values = dict(session.result(output, optional=self.sitemap.sites.keys() - named).values)
         if remove_batch_dim:
             looped = {k for k in values if self.sitemap[k].tower in self.sitemap.loops}
             values = {k: v[:, 0] if k in looped else v[0] for k, v in values.items()}

@@ -71,7 +71,8 @@ def load(
     covers it; InputError for a dtype, device, engine or option there is none of.
     """
     build = _engine(engine)
-    model, inputs, origin, sites = open_checkpoint(os.fspath(name), device, dtype, options)
+    with torch.inference_mode(False):  # Weights made inside it could never be followed by autograd.
+        model, inputs, origin, sites = open_checkpoint(os.fspath(name), device, dtype, options)
     if engine == "hooked":
         return build(model, inputs=inputs, sites=sites, loaded_as=os.fspath(name))
     return build(model, inputs=inputs, sites=sites, origin=origin)

@@ -44,7 +44,9 @@ from mm_adapters.nnsight_engine.points import TracedPoint
 from mm_adapters.nnsight_engine.recorder import Recorder
 from mm_adapters.nnsight_engine.scan import SiteScanner, for_shapes, shapes_only
 from mm_adapters.records.spec import Guidance
-from mm_adapters.runs.lens import Edit, Read, Run, as_read
+from mm_adapters.runs.foreseen import check_foreseen
+from mm_adapters.runs.gradients import differentiable
+from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_reads
 from mm_adapters.runs.session import is_guided
 from mm_adapters.sites.single_tower import callable_for
 from mm_adapters.sites.site_map import SiteMap
@@ -198,7 +200,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             return fn(*inputs, **kwargs)
         # transformers' pipelines call the arguments of generate so.
         kwargs |= kwargs.pop("generate_kwargs", {})
-        reads, edits = list(read), list(edit)
+        reads, edits = as_reads(read), as_edits(edit)
         remote = {k: kwargs.pop(k) for k in REMOTE_OPTIONS if k in kwargs}
         if reads or edits:
             return self._recorded(self.named(inputs, kwargs), reads, edits, None, fn, **remote)
@@ -235,16 +237,17 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             blocking: Whether to wait for the service; if not, a `PendingRun` is returned.
             verbose: Whether nnsight prints what is sent.
 
-        Raises: MissingSiteError before anything runs; EditNeverFiredError if an edit touched nothing.
+        Raises: MissingSiteError, InputError before anything runs; EditNeverFiredError, ReadNeverFiredError
+        if an edit or read, or a part of it, never came up.
         """
         job = {"remote": remote, "blocking": blocking, "verbose": verbose} if remote else {}
-        return self._recorded(dict(inputs), list(read), list(edit), grad_of, self._plain, **job)
+        return self._recorded(dict(inputs), as_reads(read), as_edits(edit), grad_of, self._plain, **job)
 
     def _recorded(
         self,
         arguments: dict[str, Any],
-        read: list[str | Read],
-        edit: list[Edit],
+        reads: list[Read],
+        edits: list[Edit],
         grad_of: Any,
         fn: Any,
         *,
@@ -253,19 +256,38 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
     ) -> Run | PendingRun:
         if not remote:
             self.dispatch()  # A session looks at the pipeline that runs.
-        reads = [as_read(item) for item in read]
-        for item in (*reads, *edit):
+        for item in (*reads, *edits):
             self.sitemap.check(item.site)  # Before anything runs, or is sent.
+        generating = fn == self._generate
+        if not remote:
+            arguments = self.arguments((), arguments)
+            check_foreseen(self, arguments, [*reads, *edits], generating=generating)
         if grad_of is not None and self.kind == "diffusion":
             arguments["differentiable"] = True
         if remote:
             arguments = self._for_another_machine(arguments)
             if self.needs_own_inputs(remote["remote"]):
                 arguments = self.arguments((), arguments)
+        if grad_of is None or remote:
+            return self._traced_run(arguments, reads, edits, grad_of, fn, generating, blocking, remote)
+        with differentiable(arguments, next(self._module.parameters())) as followed:
+            return self._traced_run(followed, reads, edits, grad_of, fn, generating, blocking, remote)
+
+    def _traced_run(
+        self,
+        arguments: dict[str, Any],
+        reads: list[Read],
+        edits: list[Edit],
+        grad_of: Any,
+        fn: Any,
+        generating: bool,
+        blocking: bool,
+        remote: dict[str, Any],
+    ) -> Run | PendingRun:
         run_fields: dict[str, Any] = {}
         tracer = super().trace(fn=fn, tracer_cls=SiteTracer, blocking=blocking, **remote)
         with tracer:
-            recorder = Recorder(self, reads, edit, grad_of, arguments)
+            recorder = Recorder(self, reads, edits, grad_of, arguments, generating)
             with tracer.invoke(**arguments):
                 run_fields = nnsight.save(recorder.record(tracer))
             for site in recorder.followed:

@@ -82,7 +82,7 @@ class Blender:
 
     def region(self, index: int, row: int, blend: LocalBlend, size: tuple[int, int]) -> Bool[Tensor, "_ _"]:
         """Where the words are, in the source or in the target."""
-        means = [fold.parts[0] for fold in self.folds.values() if fold.parts]
+        means = [fold.sums[0] for fold in self.folds.values() if fold.sums]
         fine = [m for m in means if m.shape[-1] <= MOST_PIXELS] or means
         most = max(m.shape[-1] for m in fine)
         summed = torch.stack([m for m in fine if m.shape[-1] == most]).mean(0)[index]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from methods_multimodal.cross_attention._rows import RowEdit
 from methods_multimodal.cross_attention.word_reader import find
-from mm_adapters import Model
+from mm_adapters import Call, Model
 
 
 class BlockKeys:
@@ -66,13 +66,13 @@ class AttentionLeft:
     def __init__(self, site: str, edits: Sequence[RowEdit]) -> None:
         self.site = site
         self.edits = edits
-        self.step = -1
+        self.is_read = False
         self.most = 0.0
 
-    def __call__(self, pattern: Tensor) -> Tensor:
-        self.step += 1
+    def __call__(self, pattern: Tensor, call: Call) -> Tensor:
+        self.is_read = True
         for edit in self.edits:
-            if edit.steps is None or self.step in edit.steps:
+            if edit.steps is None or call.step in edit.steps:
                 fn = edit.fn
                 assert isinstance(fn, BlockKeys)
                 row = pattern[edit.row]
@@ -92,7 +92,7 @@ def watch(edits: Sequence[RowEdit]) -> dict[str, AttentionLeft]:
 def verify(left_by_site: dict[str, AttentionLeft]) -> None:
     """Raises: RuntimeError if any attention went where it was blocked."""
     leaks = {site: left.most for site, left in left_by_site.items() if left.most > 0}
-    unread = [site for site, left in left_by_site.items() if left.step < 0]
+    unread = [site for site, left in left_by_site.items() if not left.is_read]
     if leaks or unread:
         what = ", ".join(f"{site} still has {most:.2g}" for site, most in leaks.items())
         raise RuntimeError(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.diffusion.pictures import check_pictures, pictures_of
-from mm_adapters import AttentionUnreachableError, Edit, InputError, Model, Read
+from mm_adapters import AttentionUnreachableError, Call, Edit, InputError, Model, Read
 
 # Takes a row's value and the values of all rows, gives the row's new value.
 RowFn = Callable[[Tensor, Tensor], Tensor]
@@ -39,15 +39,13 @@ def edits(row_edits: Iterable[RowEdit]) -> list[Edit]:
 
 
 class _EachStep:
-    """Applies the row edits of one site; it is called once a step."""
+    """Applies the row edits of one site, at the steps of each."""
 
     def __init__(self, row_edits: Sequence[RowEdit]) -> None:
         self.row_edits = row_edits
-        self.step = -1
 
-    def __call__(self, value: Tensor) -> Tensor:
-        self.step += 1
-        now = [e for e in self.row_edits if e.steps is None or self.step in e.steps]
+    def __call__(self, value: Tensor, call: Call) -> Tensor:
+        now = [e for e in self.row_edits if e.steps is None or call.step in e.steps]
         if not now:
             return value
         new = value.clone()
@@ -108,19 +106,26 @@ def copy_row(donor: int, heads: Sequence[int] | None = None) -> RowFn:
     return copy
 
 
+# What is one for each prompt where a pipeline takes it: a picture, or what an encoder or a prior made of one.
+_PICTURES = ("image", "image_embeds", "negative_image_embeds")
+
+
 def picture_for_each(options: Mapping[str, Any], n_prompts: int) -> dict[str, Any]:
     """The options with a picture for each prompt: some pipelines do not repeat a single one themselves.
 
     Raises: InputError if they hold another number of pictures.
     """
-    image = options.get("image")
-    if not isinstance(image, Tensor) or image.ndim != 4:
-        return dict(options)
-    if len(image) not in (1, n_prompts):
-        raise InputError(
-            f"The options hold {len(image)} pictures for {n_prompts} prompts: give one picture for all."
-        )
-    return {**options, "image": image.expand(n_prompts, *image.shape[1:])}
+    repeated = dict(options)
+    for name in _PICTURES:
+        pictures = options.get(name)
+        if not isinstance(pictures, Tensor) or pictures.ndim not in (2, 4):
+            continue
+        if len(pictures) not in (1, n_prompts):
+            raise InputError(
+                f"{name} holds {len(pictures)} pictures for {n_prompts} prompts: give one picture for all."
+            )
+        repeated[name] = pictures.expand(n_prompts, *pictures.shape[1:])
+    return repeated
 
 
 def generate(

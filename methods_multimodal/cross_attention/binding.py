@@ -154,7 +154,9 @@ class _Mover:
 
             return fold
 
-        reads = [Read(site, reduce=keep(site)) for site in (a.site("pattern") for a in self.attention)]
+        reads = [
+            Read(site, reduce=keep(site), grad=False) for site in (a.site("pattern") for a in self.attention)
+        ]
         inputs = {**_conditional(self.arguments, *self.rows), "sample": sample, "timestep": time}
         with torch.enable_grad():  # Pipelines switch it off around their callbacks.
             run = self.denoiser.run(

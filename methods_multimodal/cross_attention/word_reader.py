@@ -21,7 +21,7 @@ from methods_multimodal.cross_attention._sites import (
     text_attention,
 )
 from methods_multimodal.cross_attention.word_maps_record import WordMaps
-from mm_adapters import InputError, Model, Read, Run, TokenLayout
+from mm_adapters import Call, InputError, Model, Read, Run, TokenLayout
 
 KEEPS = ("step", "head")
 ENDS = {"<start>": ("start",), "<end>": ("end",), "<pad>": ("pad",)}
@@ -32,28 +32,37 @@ MOST_POSITIONS, AFFINITY_STEPS = 1024, 1
 
 @dataclass
 class Fold:
-    """Takes what a site shows at each step, and holds its sum, or every step's own.
+    """Takes what a site shows at each call, and holds its sum, or every step's own.
 
-    As the `reduce` of a `Read` it hands nothing on, so that nothing but its sum is kept.
+    As the `reduce` of a `Read` it hands nothing on, so that nothing but its sum is kept. Of a sampler that
+    calls its denoiser more than once a step, a step's own is the mean of its calls.
     """
 
     of: Callable[[Tensor], Tensor]
     each_step: bool = False
-    parts: list[Tensor] = field(default_factory=list)
-    count: int = 0
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+    steps: set[int] = field(default_factory=set)
 
-    def __call__(self, value: Tensor) -> Tensor:
+    def __call__(self, value: Tensor, call: Call) -> Tensor:
         part = self.of(value.detach())
-        self.count += 1
-        if self.each_step or not self.parts:
-            self.parts.append(part)
+        at = call.step if self.each_step else 0
+        if at in self.sums:
+            self.sums[at] += part
         else:
-            self.parts[0] += part
+            self.sums[at] = part
+        self.counts[at] = self.counts.get(at, 0) + 1
+        self.steps.add(call.step)
         return value.new_zeros(0)
 
+    @property
+    def count(self) -> int:
+        """How many calls there were."""
+        return sum(self.counts.values())
+
     def mean(self) -> Tensor:
-        """The mean over steps, [1, ...], or each step."""
-        return torch.stack(self.parts) if self.each_step else self.parts[0][None] / self.count
+        """The mean over calls, [1, ...], or each step's."""
+        return torch.stack([total / self.counts[at] for at, total in self.sums.items()])
 
 
 class Affinity:
@@ -72,12 +81,12 @@ class Affinity:
         self._query = value.detach() if value.shape[1] <= MOST_POSITIONS else None
         return value.new_zeros(0)
 
-    def key(self, value: Float[Tensor, "image pixel head d"]) -> Tensor:
+    def key(self, value: Float[Tensor, "image pixel head d"], call: Call) -> Tensor:
         """The `reduce` of a read of the keys."""
         if self._query is not None:
             query, self._query = self._query, None
             q, k = (rearrange(x.float(), "i p h d -> i h p d") for x in (query, value.detach()))
-            self.fold((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1))
+            self.fold((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1), call)
         return value.new_zeros(0)
 
 
@@ -142,7 +151,7 @@ class WordReader:
             {layer.site("pattern"): self.folds[layer.site("pattern")].count for layer in self.layers}
         )
         affinity, grid = self._affinities((height, width))
-        steps = max(fold.count for fold in self.folds.values())
+        steps = max(len(fold.steps) for fold in self.folds.values())
         self.folds.clear()
         return WordMaps(
             by_grid={f"{h}x{w}": torch.stack(by_grid[h, w], 1) for h, w in order},
@@ -177,7 +186,7 @@ class WordReader:
         return words
 
     def _affinities(self, latent: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-        means = [a.fold.mean()[0] for a in self.affinities.values() if a.fold.parts]
+        means = [a.fold.mean()[0] for a in self.affinities.values() if a.fold.sums]
         self.affinities.clear()
         sizes = {x.shape[-1] for x in means}
         if not sizes:

@@ -14,8 +14,14 @@ from mm_adapters.records import Guidance
 def combine(guidance: Guidance, parts: Mapping[str, Tensor], numbers: Mapping[str, float]) -> Tensor:
     """The guided prediction, by the record's formula; "cond" alone where that is the only part.
 
-    Raises: InputError if the run does not say by which number it was guided.
+    Raises: InputError if the run does not say by which number it was guided, or was guided by a perturbed
+    attention too, whose weight may change from step to step.
     """
+    if "perturbed" in parts:
+        raise InputError(
+            "Perturbed-attention guidance weighs its part by step, so what its sampler was given cannot be "
+            "put together from the parts. Run with pag_scale=0."
+        )
     cond = parts["cond"]
     if set(parts) == {"cond"}:
         return cond

@@ -42,7 +42,8 @@ class StepPredictions(Record):
 
     `parts` are those of guidance: "cond", and where the run is guided "uncond" (and "image"). `guided` is
     what the sampler was given of them, with the variances after it where that sampler takes them.
-    `latents` are what each step began with, `times` the sampler's, `n_calls` how often the loop ran.
+    `latents` are what each step began with, `times` the sampler's and `timesteps` their numbers among all
+    that the sampler has.
     """
 
     guided: Float[Tensor, "step row ..."]
@@ -50,7 +51,7 @@ class StepPredictions(Record):
     latents: Float[Tensor, "step row ..."]
     steps: tuple[int, ...]
     times: tuple[float, ...]
-    n_calls: int
+    timesteps: tuple[int, ...]
 
 
 class StepReader:
@@ -84,7 +85,8 @@ class StepReader:
         latents, prediction = (
             f"{self.tower}.{part}" for part in (self.sampling.latents, self.sampling.prediction)
         )
-        return [Read(latents), Read(prediction, steps=self.steps)]
+        # Of a sampler of second order, the first call of each step: it begins at the step's own time.
+        return [Read(latents), Read(prediction, steps=self.steps, calls=[0])]
 
     def step_predictions(self, model: Model, run: Run) -> StepPredictions:
         """Each kept step's parts of guidance, and what the sampler was given of them.
@@ -101,7 +103,10 @@ class StepReader:
         predicted = run[f"{tower}.{sampling.prediction}"]
         rows = run.rows.get(tower, {"cond": slice(None)})
         sampler = getattr(model.wrapped, sampling.scheduler)
-        first = _first_timestep(sampler, len(latents_in), model.name)
+        calls = run.calls[f"{tower}.{sampling.latents}"]
+        first = _first_timestep(sampler, len(calls), model.name)
+        at = {call.step: i for i, call in enumerate(calls) if call.order == 0}
+        turns = [at[step] for step in self.steps]
         axis = predicted.ndim - 1 if sampling.packed else 2  # With steps and rows before it.
         n_channels = _n_channels(sampling, predicted.shape[axis], latents_in.shape[axis])
         parts = {name: predicted[:, where] for name, where in rows.items()}
@@ -116,8 +121,8 @@ class StepReader:
         if takes_variance(sampler) and predicted.shape[axis] > n_channels:
             n_more = predicted.shape[axis] - n_channels
             guided = torch.cat([guided, parts["cond"].narrow(axis, n_channels, n_more)], axis)
-        latents = latents_in[list(self.steps), rows["cond"]].narrow(axis, 0, n_channels)
-        times = [sampler.timesteps[first + step] for step in self.steps]
+        latents = latents_in[turns, rows["cond"]].narrow(axis, 0, n_channels)
+        times = [sampler.timesteps[first + turn] for turn in turns]
         scales = torch.tensor([input_scale(sampler, time) for time in times]).to(latents)
         return StepPredictions(
             guided=guided,
@@ -125,7 +130,7 @@ class StepReader:
             latents=latents / scales.reshape(-1, *[1] * (latents.ndim - 1)),
             steps=self.steps,
             times=tuple(float(time) for time in times),
-            n_calls=len(latents_in),
+            timesteps=tuple(first + turn for turn in turns),
         )
 
     def predictions(self, model: Model, run: Run) -> tuple[list[Tensor], list[float]]:
@@ -161,10 +166,9 @@ class StepReader:
     def _clean(self, model: Model, record: StepPredictions) -> list[Tensor] | None:
         _, sampling = sampling_of(model, self.tower)
         sampler = getattr(model.wrapped, sampling.scheduler)
-        first = _first_timestep(sampler, record.n_calls, model.name)
         latents: list[Tensor] = []
-        for i, step in enumerate(record.steps):
-            clean = clean_latents(sampler, record.guided[i], first + step, record.latents[i])
+        for i, timestep in enumerate(record.timesteps):
+            clean = clean_latents(sampler, record.guided[i], timestep, record.latents[i])
             if clean is None:
                 return None
             latents.append(clean)

@@ -75,6 +75,8 @@ register(
         calls="decoder",  # A pipeline calls its decode, and not it.
     )
 )  # fmt: skip
+# Perturbed attention, where a pipeline has it: self-attention gives its values (arXiv 2403.17377).
+_GUIDANCE = Guidance(rescale="guidance_rescale", perturbed="do_perturbed_attention_guidance")
 TOWERS = {
     "text": TowerMount("text_encoder"),
     "vision": TowerMount("image_encoder"),  # With an IP-Adapter.
@@ -92,12 +94,17 @@ register(
             "diffusers:StableDiffusionControlNetPipeline",
             "diffusers:StableDiffusionControlNetImg2ImgPipeline",
             "diffusers:StableDiffusionControlNetInpaintPipeline",
+            "diffusers:StableDiffusionPAGPipeline",
+            "diffusers:StableDiffusionPAGImg2ImgPipeline",
+            "diffusers:StableDiffusionPAGInpaintPipeline",
+            "diffusers:StableDiffusionControlNetPAGPipeline",
+            "diffusers:StableDiffusionControlNetPAGInpaintPipeline",
             "diffusers:LatentConsistencyModelPipeline",
             "diffusers:LatentConsistencyModelImg2ImgPipeline",
         ),
         TOWERS,
         loop="denoiser",
-        guidance=Guidance(rescale="guidance_rescale"),
+        guidance=_GUIDANCE,
     )
 )
 register(
@@ -111,9 +118,14 @@ register(
             "diffusers:StableDiffusionXLControlNetPipeline",
             "diffusers:StableDiffusionXLControlNetImg2ImgPipeline",
             "diffusers:StableDiffusionXLControlNetInpaintPipeline",
+            "diffusers:StableDiffusionXLPAGPipeline",
+            "diffusers:StableDiffusionXLPAGImg2ImgPipeline",
+            "diffusers:StableDiffusionXLPAGInpaintPipeline",
+            "diffusers:StableDiffusionXLControlNetPAGPipeline",
+            "diffusers:StableDiffusionXLControlNetPAGImg2ImgPipeline",
         ),
         {"text": TowerMount("text_encoder"), "text_2": TowerMount("text_encoder_2")} | TOWERS,
         loop="denoiser",
-        guidance=Guidance(rescale="guidance_rescale"),
+        guidance=_GUIDANCE,
     )
 )

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from mm_adapters._errors import InputError
 from mm_adapters.records.spec import Site
 
 
@@ -45,6 +46,23 @@ def show(point: Point, x: Tensor) -> tuple[Tensor, bool]:
     version = None if x.is_inference() else x._version
     new = point(x)
     return new, new is not x or (version is not None and x._version != version)
+
+
+def check_like(site: str, x: Tensor, new: object) -> None:
+    """Passes if `new` can stand in a value's place.
+
+    TransformerLens leaves it to the layers behind a hook; there another shape may broadcast, in silence.
+    Raises: InputError if it is no tensor, has another shape, or is complex.
+    """
+    if not isinstance(new, Tensor):
+        raise InputError(f"A hook at {site} returned {type(new).__name__}. It returns a tensor, or None.")
+    if new.shape != x.shape:
+        raise InputError(
+            f"A hook at {site} was given {tuple(x.shape)} and returned {tuple(new.shape)}. It returns a "
+            "tensor of the same shape, or None."
+        )
+    if new.is_complex() and not x.is_complex():
+        raise InputError(f"A hook at {site} was given {x.dtype} and returned complex numbers.")
 
 
 def tracked(x: Tensor) -> bool:

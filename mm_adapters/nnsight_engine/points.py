@@ -21,7 +21,7 @@ from mm_adapters._errors import AttentionUnreachableError
 from mm_adapters.hooks.attention import KERNELS
 from mm_adapters.hooks.kept import CarryResidual, Keep
 from mm_adapters.hooks.module_hooks import AttentionHook, ModuleHook
-from mm_adapters.hooks.point import PointHook
+from mm_adapters.hooks.point import PointHook, check_like
 from mm_adapters.hooks.readers import Reader, ResidualReader
 from mm_adapters.nnsight_engine.protocol import Interleaving
 from mm_adapters.records.spec import Site
@@ -60,7 +60,10 @@ class TracedPoint:
         return (location in engine.parked or location in engine.observers) and engine.is_requested(location)
 
     def __call__(self, value: Tensor) -> Tensor:
+        given = value
         value = self.engine.handle(self.location, value)
+        if value is not given:
+            check_like(self.site.name, given, value)
         if self.hooks:
             with self.engine.serving():
                 for hook in list(self.hooks.values()):

@@ -35,6 +35,7 @@ class Recorder:
         edit: list[Edit],
         grad_of: Callable[[Any], Tensor] | None,
         arguments: dict[str, Any],
+        generating: bool = False,
     ) -> None:
         self._model = model
         self._grad_of = grad_of
@@ -46,7 +47,9 @@ class Recorder:
                 "gradients. Run it here, or as a trusted job on a service of your own."
             )
         guided = None if model.in_process else (lambda guidance: model.is_guided(arguments, guidance))
-        self.session = Session(model.wrapped, model.sitemap, model.points, read, edit, keep_graph, guided)
+        self.session = Session(
+            model.wrapped, model.sitemap, model.points, read, edit, keep_graph, guided, generating
+        )
         self.session.arguments = arguments
 
     @property
@@ -67,7 +70,8 @@ class Recorder:
     def follow(self, name: str) -> None:
         """Requests one site's values until the run ends, and calls the hooks with each."""
         envoy, hooks = self._model.envoy(name), list(self.session.hooks(name))
-        clock = self.session.clocks[self._model.sitemap[name].tower]
+        tower = self._model.sitemap[name].tower
+        clock, calls_a_turn = self.session.clocks[tower], self.session.calls_a_turn(tower)
         mediator = current(name)
         before, last = 0, 0
         for call in count():
@@ -79,7 +83,8 @@ class Recorder:
             length = value.shape[1] if value.ndim > 1 else 0
             # With a key-value cache a later call holds new positions only; without one it holds all.
             before = 0 if call and length == last + 1 else before + last
-            clock.call, clock.offset, last = call, before, length
+            clock.moved_to(*divmod(call, calls_a_turn), before)
+            last = length
             for hook in hooks:
                 new = hook(None, (value,), value)
                 value = value if new is None else new

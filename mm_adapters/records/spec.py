@@ -267,6 +267,7 @@ class Guidance:
         from_zero: Whether a scale of zero, and not of one, is the conditional part alone.
         keeps_norm: Whether the guided prediction keeps the norm of the conditional part, on the last axis.
         rescale: The argument that draws the spread of a guided row towards that of the conditional one.
+        perturbed: The pipeline's attribute that says whether a part "perturbed" comes last in the batch.
 
     Of several `scale`s the first is the one this loop is guided by. The sampler is given
     uncond + scale (cond - uncond), or with a part "image"
@@ -283,6 +284,7 @@ class Guidance:
     from_zero: bool = False
     keeps_norm: bool = False
     rescale: str | None = None
+    perturbed: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,56 +3,45 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm_adapters._errors import EditNeverFiredError, InputError
+from mm_adapters._errors import InputError
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.records.resolve import is_guided
-from mm_adapters.records.spec import Guidance
-from mm_adapters.runs.lens import Edit, Read, Rows, Run
-from mm_adapters.runs.meter import Meter
+from mm_adapters.records.spec import Guidance, Sampling
+from mm_adapters.runs.clock import Clock
+from mm_adapters.runs.gradients import check_reads, gradients, scalar_of
+from mm_adapters.runs.guided_rows import GuidedRows, nth_part
+from mm_adapters.runs.indices import within
+from mm_adapters.runs.joining import Value, by_call, of_calls, of_generation, of_loop
+from mm_adapters.runs.lens import Call, Edit, Read, Run
+from mm_adapters.runs.meter import Meter, with_call
+from mm_adapters.runs.schedule import Schedule
+from mm_adapters.runs.seen import Seen, check_edits, check_reads_fired
 from mm_adapters.sites.site_map import SiteMap
-
-
-class CallCounter:
-    """Counts the calls of one tower within a run, and how many positions came before this call.
-
-    Where guidance calls a denoiser once for each part, `part` is which one this is, and those calls
-    are one step: the first call's text is the first part's.
-    """
-
-    def __init__(self, text: str | None = None) -> None:
-        self.call = -1
-        self.part = 0
-        self.offset = 0
-        self._text = text
-        self._first: Any = None
-
-    def tick(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A forward pre-hook of the tower."""
-        if self._text is not None:
-            text = kwargs.get(self._text)
-            self._first = text if self._first is None else self._first
-            self.part = 0 if text is self._first else self.part + 1
-        self.call += not self.part
-        past = kwargs.get("past_key_values")
-        self.offset = past.get_seq_length() if past is not None else 0
-
-    @property
-    def step(self) -> int:
-        """The number of this call. A tower whose parts alone are called (a VQ model's encoder) has one."""
-        return max(self.call, 0)
 
 
 class Session:
     """Puts a run's reads and edits on the points, and gathers what they gave.
 
     Reads see edits: of one site, edits come first.
+
+    Args:
+        model: The module or pipeline.
+        sites: Its sites.
+        points: Where their values pass.
+        read: What is read.
+        edit: What is edited.
+        keep_graph: Whether gradients are wanted.
+        guided: Whether a run under a guidance has unconditional parts; the model says so if this is None.
+        generating: Whether the run is a generation, whose calls go on along the sequence.
+
+    Raises: MissingSiteError, InputError for what cannot be asked of these sites.
     """
 
     def __init__(
@@ -64,25 +53,34 @@ class Session:
         edit: Sequence[Edit],
         keep_graph: bool,
         guided: Callable[[Guidance], bool] | None = None,
+        generating: bool = False,
     ) -> None:
         for item in (*read, *edit):
             sites[item.site]  # Raises MissingSiteError before anything runs.
         twice = {r.site for r in read if sum(r.site == o.site for o in read) > 1}
         if twice:
             raise InputError(f"{', '.join(sorted(twice))}: read twice in one run; values are by site.")
+        if keep_graph:
+            check_reads(read)
         self.model = model
         self.sites = sites
         self.points = points
         self.read = read
         self.meters = [Meter(e) for e in edit]
         self.keep_graph = keep_graph
+        self.generating = generating
         self.arguments: Mapping[str, Any] = {}
         self._guided = guided or self._asks_model
-        self.clocks = {
-            name: CallCounter(guidance_text_argument(sites.loops.get(name))) for name in sites.towers
-        }
-        self.values_seen: dict[int, list[Tensor]] = {i: [] for i in range(len(read))}
-        self.parts: dict[int, list[int]] = {i: [] for i in range(len(read))}
+        self._schedules = {name: _schedule(model, sites, name) for name in sites.loops}
+        self.clocks = {name: self._clock(name) for name in sites.towers}
+        self.rows = GuidedRows(model, sites, self.clocks, self._guided)
+        for item in (*read, *edit):
+            self.rows.check(item.site, item.rows)
+        self._position_axes = [self._position_axis(e) for e in edit]
+        self.values: list[list[Value]] = [[] for _ in read]
+        self._wholes: list[list[tuple[Tensor, Any]]] = [[] for _ in read]
+        self._edits_seen = [Seen() for _ in edit]
+        self._reads_seen = [Seen() for _ in read]
 
     @contextmanager
     def attached(self, arguments: Mapping[str, Any] | None = None) -> Iterator[None]:
@@ -91,12 +89,18 @@ class Session:
         `arguments` are the run's, by name.
         """
         self.arguments = arguments or {}
+        for item in self.asked:
+            self.rows.check_guided(item.site, item.rows, self.arguments)
+        towers = self._towers_used()
         with ExitStack() as stack:
             stack.callback(self.points.unwind)
             for name in self.sites_used():
                 for hook in self.hooks(name):
                     self._on(stack, name, hook)
-            for name in self._towers_used():
+            for name in towers:
+                schedule = self._schedules.get(name)
+                if schedule is not None:
+                    stack.enter_context(schedule.watched())
                 tower = self.sites.towers[name]
                 module = tower.module.get_submodule(tower.record.calls)
                 # Put on last to be first in line: a site may be the tower's own input.
@@ -106,65 +110,95 @@ class Session:
                 stack.callback(handle.remove)
             yield
 
+    @property
+    def asked(self) -> list[Read | Edit]:
+        """Everything that is read or edited."""
+        return [*self.read, *(m.edit for m in self.meters)]
+
     def sites_used(self) -> list[str]:
         """The sites read or edited, each once."""
         return list(dict.fromkeys(i.site for i in (*(m.edit for m in self.meters), *self.read)))
 
     def hooks(self, site: str) -> Iterator[Callable[..., Tensor | None]]:
         """What is done with each value of a site, in order."""
-        yield from (self._editor(m) for m in self.meters if m.edit.site == site)
+        yield from (self._editor(i, m) for i, m in enumerate(self.meters) if m.edit.site == site)
         yield from (self._reader(i, item) for i, item in enumerate(self.read) if item.site == site)
 
-    def result(self, output: Any, grad_of: Callable[[Any], Tensor] | None = None) -> Run:
-        """The run's values, gradients and receipts.
+    def calls_a_turn(self, tower: str) -> int:
+        """How many calls of a tower guidance makes for one evaluation."""
+        guidance = self.sites.loops.get(tower)
+        parts = () if guidance is None else guidance.denoiser_calls
+        return len(parts) if guidance is not None and parts and self._guided(guidance) else 1
 
-        Raises: EditNeverFiredError if an edit touched nothing.
+    def result(
+        self,
+        output: Any,
+        grad_of: Callable[[Any], Tensor] | None = None,
+        *,
+        optional: Collection[str] = (),
+    ) -> Run:
+        """The run's values, gradients and receipts. Reads of the sites in `optional` need not have come up.
+
+        Raises: EditNeverFiredError, ReadNeverFiredError if an edit or a read, or a part of one, never came
+        up; InputError for a scalar that has no gradient.
         """
-        receipts = tuple(m.receipt() for m in self.meters)
-        idle = [r.site for r in receipts if not r.fired]
-        if idle:
-            raise EditNeverFiredError(
-                f"The edit of {', '.join(idle)} never fired: this run did not reach it with "
-                "the steps, rows and positions it names. Check them, or that the inputs use the tower."
-            )
-        grads = self._gradients(output, grad_of) if grad_of is not None else {}
-        values = {
-            r.site: self._join(i, r, self.values_seen[i])
-            for i, r in enumerate(self.read)
-            if self.values_seen[i]
-        }
+        steps = {name: clock.n_steps for name, clock in self.clocks.items()}
+        check_edits([m.edit for m in self.meters], self._edits_seen, self.sites, steps)
+        needed = [i for i, r in enumerate(self.read) if self.values[i] or r.site not in optional]
+        check_reads_fired(
+            [self.read[i] for i in needed], [self._reads_seen[i] for i in needed], self.sites, steps
+        )
+        grads, unused = self._gradients(output, grad_of) if grad_of is not None else ({}, ())
+        values: dict[str, Tensor] = {}
+        calls: dict[str, tuple[Call, ...]] = {}
+        for i in needed:
+            item = self.read[i]
+            values[item.site], of_site = self._joined(item, self.values[i])
+            if of_site:
+                calls[item.site] = of_site
         if self.keep_graph:
             values = {k: v.detach() for k, v in values.items()}
-        return Run(output, values, grads, receipts, self._rows_seen(), self._guidance_numbers())
+        receipts = tuple(m.receipt() for m in self.meters)
+        return Run(
+            output, values, grads, receipts, self._rows_seen(), self._guidance_numbers(), calls, unused
+        )
 
-    def _gradients(self, output: Any, grad_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
-        scalar = grad_of(output)
-        if scalar.numel() != 1:
-            raise ValueError(f"grad_of gave a tensor of shape {tuple(scalar.shape)}; it gives a scalar.")
-        flat = [x for i in self.values_seen for x in self.values_seen[i]]
-        got = iter(torch.autograd.grad(scalar, flat, allow_unused=True)) if flat else iter(())
+    def _gradients(
+        self, output: Any, grad_of: Callable[[Any], Tensor]
+    ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        scalar = scalar_of(grad_of, output)
+        asked = [i for i, item in enumerate(self.read) if item.grad]
+        of_reads = gradients(scalar, [[whole for whole, _ in self._wholes[i]] for i in asked])
+        unused = [
+            self.read[i].site for i, g in zip(asked, of_reads, strict=True) if all(x is None for x in g)
+        ]
+        if len(unused) == len(asked):
+            raise InputError(
+                f"What grad_of gives does not depend on {', '.join(unused[:5])}"
+                f"{' and others' if len(unused) > 5 else ''}: it is computed from other parts of the output, "
+                "or an edit cuts the way. Read a site that it depends on."
+            )
         grads: dict[str, Tensor] = {}
-        for i, item in enumerate(self.read):
-            own = [next(got) for _ in self.values_seen[i]]
-            filled = [
-                torch.zeros_like(x) if g is None else g for x, g in zip(self.values_seen[i], own, strict=True)
+        for i, of_read in zip(asked, of_reads, strict=True):
+            item = self.read[i]
+            parts = [
+                Value((torch.zeros_like(whole) if g is None else g)[rows], v.call, v.part, v.n_before)
+                for (whole, rows), g, v in zip(self._wholes[i], of_read, self.values[i], strict=True)
             ]
-            if filled:
-                grads[item.site] = self._join(i, item, filled)
-        return grads
+            grads[item.site] = self._joined(item, parts)[0]
+        return grads, tuple(unused)
 
-    def _join(self, index: int, item: Read, parts: list[Tensor]) -> Tensor:
-        if self.sites[item.site].tower in self.sites.loops:
-            steps = _by_step(parts, self.parts[index])
-            shapes = {tuple(step.shape): None for step in steps}
-            if len(shapes) > 1:
-                listed = " and ".join(str(list(shape)) for shape in shapes)
-                raise InputError(
-                    f"{item.site} has the shapes {listed} at different steps: guidance adds or drops rows on "
-                    "the way. Read steps= that are alike, or reduce them to one shape."
-                )
-            return torch.stack(steps)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _joined(self, item: Read, values: list[Value]) -> tuple[Tensor, tuple[Call, ...]]:
+        site = self.sites[item.site]
+        tower = self.sites.towers[site.tower]
+        if site.tower in self.sites.loops:
+            return of_loop(site, values)
+        if self.generating and tower.record.role == "language":
+            calls = tuple(value.call for value in values)
+            return (
+                (of_generation(site, values), ()) if item.reduce is None else (by_call(site, values), calls)
+            )
+        return of_calls(site, values, packed=tower.record.packed and item.reduce is None), ()
 
     def _on(self, stack: ExitStack, site: str, hook: Callable[..., Tensor | None]) -> None:
         # Torch's own hook, not TransformerLens': only this handle is removed afterwards.
@@ -173,88 +207,112 @@ class Session:
         stack.callback(point.refresh)
         stack.callback(handle.remove)
 
-    def _editor(self, meter: Meter) -> Callable[..., Tensor | None]:
-        edit = meter.edit
+    def _editor(self, index: int, meter: Meter) -> Callable[..., Tensor | None]:
+        edit, seen, axis = meter.edit, self._edits_seen[index], self._position_axes[index]
         clock = self.clocks[self.sites[edit.site].tower]
 
         def hook(point: Any, args: Any, value: Tensor) -> Tensor | None:
-            rows = self._rows(edit.site, edit.rows, value.shape[0])
-            if rows is None or not _wanted(edit.steps, clock.step):
+            rows = self._wanted_rows(edit, value, clock)
+            if rows is None:
                 return None
-            if edit.positions is None:
+            if axis is None:
+                seen.note(clock.call)
                 if rows == slice(None):
-                    return meter(value)
+                    return meter(value, clock.call)
                 new = value.clone()
-                new[rows] = meter(value[rows])
+                new[rows] = meter(value[rows], clock.call)
                 return new
-            here = [p - clock.offset for p in edit.positions]
-            here = [p for p in here if 0 <= p < value.shape[1]]
+            here = self._positions(edit, value.shape[axis], clock.n_before)
             if not here:
                 return None
+            seen.note(clock.call, [p + clock.n_before for p in here])
+            at = torch.tensor(here, device=value.device)
+            edited = value[rows].clone()
+            edited.index_copy_(axis, at, meter(edited.index_select(axis, at), clock.call))
+            if rows == slice(None):
+                return edited
             new = value.clone()
-            part = value[rows]
-            edited = part.clone()
-            edited[:, here] = meter(part[:, here])
             new[rows] = edited
             return new
 
         return hook
 
     def _reader(self, index: int, item: Read) -> Callable[..., Tensor | None]:
-        clock = self.clocks[self.sites[item.site].tower]
+        clock, seen = self.clocks[self.sites[item.site].tower], self._reads_seen[index]
+        fold = None if item.reduce is None else with_call(item.reduce)
 
         def hook(point: Any, args: Any, value: Tensor) -> Tensor | None:
-            rows = self._rows(item.site, item.rows, value.shape[0])
-            if rows is None or not _wanted(item.steps, clock.step):
+            rows = self._wanted_rows(item, value, clock)
+            if rows is None:
                 return None
+            seen.note(clock.call)
             # Of a model whose weights are frozen nothing is followed until the first read.
-            fresh = self.keep_graph and not value.requires_grad
+            fresh = self.keep_graph and not value.requires_grad and value.is_floating_point()
             value = value.detach().requires_grad_() if fresh else value
             part = value if rows == slice(None) else value[rows]
-            part = part if item.reduce is None else item.reduce(part)
-            self.values_seen[index].append(part if self.keep_graph else part.detach())
-            self.parts[index].append(clock.part)
+            if fold is not None:
+                # A copy, for a reduce may write into what it is given.
+                part = fold(part.clone() if rows == slice(None) else part, clock.call)
+                if not isinstance(part, Tensor):
+                    raise InputError(
+                        f"The reduce of {item.site} returned a {type(part).__name__}. It returns a tensor."
+                    )
+            if self.keep_graph and item.grad:
+                # The derivative is by the whole value, on which the output depends; then its rows are taken.
+                self._wholes[index].append((value, rows))
+            kept = part if self.keep_graph else part.detach()
+            self.values[index].append(Value(kept, clock.call, clock.part, clock.n_before))
             return value if fresh else None
 
         return hook
 
-    def _towers_used(self) -> list[str]:
-        wanted = {self.sites[i.site].tower for i in (*self.read, *(m.edit for m in self.meters))}
-        return [name for name in self.sites.towers if name in wanted]
+    def _wanted_rows(self, asked: Read | Edit, value: Tensor, clock: Clock) -> slice | list[int] | None:
+        call = clock.call
+        if asked.steps is not None and call.step not in asked.steps:  # type: ignore[operator]
+            return None
+        if asked.calls is not None and call.order not in asked.calls:  # type: ignore[operator]
+            return None
+        return self.rows.of(asked.site, asked.rows, value.shape[0])
 
-    def _rows(self, site: str, rows: Rows, n: int) -> Any | None:
-        """What to index the batch with; None if this call has none of these rows."""
-        if rows == "all":
-            return slice(None)
-        if not isinstance(rows, str):
-            return rows if isinstance(rows, slice) else list(rows)
-        tower = self.sites[site].tower
-        guidance = self.sites.loops.get(tower, self.sites.model_record.guidance)
-        if guidance is None:
+    def _positions(self, edit: Edit, n: int, n_before: int) -> list[int]:
+        """Which of a call's `n` positions, behind so many, are edited."""
+        assert edit.positions is not None
+        if not self.generating and n_before == 0:
+            return within(edit.site, tuple(edit.positions), n, "position")
+        here = [p - n_before for p in edit.positions]
+        return [p for p in here if 0 <= p < n]
+
+    def _position_axis(self, edit: Edit) -> int | None:
+        if edit.positions is None:
+            return None
+        axes = self.sites[edit.site].axes
+        if "pos" not in axes:
             raise InputError(
-                f"rows={rows!r} at {site}: {self.sites.family} has no classifier-free guidance there; "
-                'give row numbers, a slice, or "all".'
+                f"{edit.site} has no axis of positions: it is [{', '.join(axes)}]. Leave positions out, and "
+                "let fn choose."
             )
-        if tower in self.sites.loops and guidance.denoiser_calls:
-            return slice(None) if guidance.denoiser_calls[self.clocks[tower].part] == rows else None
-        if tower in self.sites.loops:
-            if not self._guided(guidance):
-                return slice(None) if rows == "cond" else None
-            if rows not in guidance.denoiser_rows:
-                known = ", ".join(guidance.denoiser_rows)
-                raise InputError(f"rows={rows!r} at {site}: {self.sites.family} has {known}, all.")
-            return nth_part(guidance.denoiser_rows.index(rows), n, len(guidance.denoiser_rows))
-        if tower.partition("_")[0] == "text":
-            call = self.clocks[tower].call
-            return slice(None) if guidance.text_calls[call : call + 1] == (rows,) else None
-        return slice(None) if rows == "cond" else None
+        if self.generating and min(edit.positions) < 0:
+            raise InputError(
+                f"{edit.site}: position {min(edit.positions)} of a text that is still being written. Count "
+                "from its start."
+            )
+        return axes.index("pos")
+
+    def _clock(self, tower: str) -> Clock:
+        guidance = self.sites.loops.get(tower)
+        parts = () if guidance is None else guidance.denoiser_calls
+        return Clock(self._schedules.get(tower), parts)
+
+    def _towers_used(self) -> list[str]:
+        wanted = {self.sites[item.site].tower for item in self.asked}
+        return [name for name in self.sites.towers if name in wanted]
 
     def _asks_model(self, guidance: Guidance) -> bool:
         return is_guided(self.model, guidance, self.arguments)
 
     def _rows_seen(self) -> dict[str, dict[str, slice]]:
-        found = {name: self._rows_of(name, g) for name, g in self.sites.loops.items() if g is not None}
-        return {name: rows for name, rows in found.items() if rows}
+        by_tower = {name: self._rows_of(name, g) for name, g in self.sites.loops.items() if g is not None}
+        return {name: rows for name, rows in by_tower.items() if rows}
 
     def _guidance_numbers(self) -> dict[str, float]:
         """What the run was guided by, by the pipeline's arguments."""
@@ -269,46 +327,22 @@ class Session:
         return {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
 
     def _rows_of(self, loop: str, guidance: Guidance) -> dict[str, slice]:
-        if not guidance.denoiser_calls and not self._guided(guidance):
-            return {"cond": slice(None)}
-        for i, item in enumerate(self.read):
+        if not guidance.denoiser_calls:
+            parts = self.rows.parts(guidance)
+            if parts == ("cond",):
+                return {"cond": slice(None)}
+        for item, values in zip(self.read, self.values, strict=True):
             if self.sites[item.site].tower == loop and item.rows == "all" and item.reduce is None:
-                n, parts = self.values_seen[i][0].shape[0], guidance.denoiser_rows
+                n = values[0].tensor.shape[0]
                 if guidance.denoiser_calls:
-                    parts = guidance.denoiser_calls[: 1 + max(self.parts[i])]
+                    parts = guidance.denoiser_calls[: 1 + max(v.part for v in values)]
                     n *= len(parts)
                 return {name: nth_part(k, n, len(parts)) for k, name in enumerate(parts)}
         return {}
 
 
-def guidance_text_argument(guidance: Guidance | None) -> str | None:
-    """The argument that tells the calls of one step apart, where guidance makes several."""
-    return guidance.text if guidance is not None and guidance.denoiser_calls else None
-
-
-def _by_step(values: list[Tensor], parts: list[int]) -> list[Tensor]:
-    """Each step's values, the rows of its calls one after the other."""
-    steps: list[list[Tensor]] = []
-    for i, (value, part) in enumerate(zip(values, parts, strict=True)):
-        if i and part > parts[i - 1]:
-            steps[-1].append(value)
-        else:
-            steps.append([value])
-    for step in steps:
-        if len({value.shape[1:] for value in step}) > 1:
-            shapes = " and ".join(str(list(value.shape)) for value in step)
-            raise InputError(
-                f"The calls of one step have {shapes}, for their prompts differ in length: "
-                'read rows="cond" or rows="uncond", or reduce them to one shape.'
-            )
-    return [step[0] if len(step) == 1 else torch.cat(step) for step in steps]
-
-
-def nth_part(which: int, n: int, parts: int) -> slice:
-    """The `which`-th of `parts` equal runs of `n` rows."""
-    size = n // parts
-    return slice(which * size, (which + 1) * size)
-
-
-def _wanted(steps: Any, call: int) -> bool:
-    return steps is None or call in steps
+def _schedule(model: Any, sites: SiteMap, loop: str) -> Schedule | None:
+    record = sites.model_record
+    sampling = record.sampling.get(loop, Sampling() if loop == record.loop else None)
+    schedule = None if sampling is None else Schedule(model, sampling.scheduler)
+    return schedule if schedule is not None and schedule.is_known else None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from mm_adapters.hooks.module_hooks import ModuleHook
+from mm_adapters.hooks.point import check_like
 from mm_adapters.records.spec import Site
 
 
@@ -27,6 +29,13 @@ class SitePoint(HookPoint):
         if self.site.layer is None:
             raise ValueError(f"{self.site.name} belongs to no layer.")
         return self.site.layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The value, or what its hooks return in its place. Raises: InputError if that cannot stand there."""
+        new = super().__call__(x)
+        if new is not x:
+            check_like(self.site.name, x, new)
+        return new
 
     # Every way on passes through torch's own two; TransformerLens' one way off is `remove_hooks`.
     def remove_hooks(self, *args: Any, **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ from mm_adapters.sites.site_map import resolve
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.sites.weights import tensor_at
 from mm_adapters.tl_engine.cache import TowerCache
+from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached
 from mm_adapters.tl_engine.tower_tokens import TowerTokens
 from mm_adapters.tl_engine.tower_weights import TowerWeights
 
@@ -173,10 +174,18 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         """As HookedTransformer's: the output and an ActivationCache under local names."""
         remove = kwargs.get("remove_batch_dim", False)
         output, values = super().run_with_cache(*args, **kwargs)
+        check_cached(kwargs.get("names_filter"), values, f"{self.name}.")
         local_values = {key.removeprefix(f"{self.name}."): value for key, value in values.items()}
         return output, TowerCache(
             local_values, self, has_batch_dim=not remove
         ) if return_cache_object else local_values
+
+    def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), **kwargs: Any) -> Any:
+        """As TransformerLens'. Raises: ReadNeverFiredError if a hook was never called."""
+        counted = CountedHooks(fwd_hooks)
+        output = super().run_with_hooks(*args, fwd_hooks=counted.hooks, **kwargs)
+        counted.check()
+        return output
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
         """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
