@@ -34,7 +34,7 @@ KINDS = tuple(
         entries,
         generation,
         together,
-    )  # fmt: skip
+    )
     for kind in module.KINDS
 )
 SHARES = {
