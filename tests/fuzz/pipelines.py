@@ -23,7 +23,7 @@ def tiny_sd(engine: str) -> Subject:
     import mm_adapters as mm
     from mm_adapters.zoo import path
 
-    plain = StableDiffusionPipeline.from_pretrained(path("tiny-sd"), torch_dtype=torch.float32)
+    plain = StableDiffusionPipeline.from_pretrained(path("tiny-sd"), dtype=torch.float32)
     model: Any = mm.load("tiny-sd", device="cpu", engine=engine)
     for pipe in (plain, model.wrapped):
         pipe.set_progress_bar_config(disable=True)
