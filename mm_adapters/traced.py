@@ -180,6 +180,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             raise ValueError("scan computes nothing and runs here. Leave remote out.")
         if self.kind == "diffusion" and fn is None:
             kwargs = self._one_step() | kwargs
+        self.check_traced(fn or self._forward, inputs, kwargs)
         return SiteScanner(self, fn or self._forward, *inputs, **kwargs)
 
     def edit(self, *, inplace: bool = False, backend: Any = None) -> SiteEditor:
@@ -198,6 +199,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             return fn(*inputs, **kwargs)
         # transformers' pipelines call the arguments of generate so.
         kwargs |= kwargs.pop("generate_kwargs", {})
+        self.call_names("generate")  # Says so if the model generates nothing.
         reads, edits = list(read), list(edit)
         remote = {k: kwargs.pop(k) for k in REMOTE_OPTIONS if k in kwargs}
         if reads or edits:
@@ -256,6 +258,9 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         reads = [as_read(item) for item in read]
         for item in (*reads, *edit):
             self.sitemap.check(item.site)  # Before anything runs, or is sent.
+        self.check_traced(fn, (), arguments)
+        if not remote:
+            arguments = self.arguments((), arguments)
         if grad_of is not None and self.kind == "diffusion":
             arguments["differentiable"] = True
         if remote:

@@ -1,0 +1,145 @@
+"""Tensors that a user prepared: can they be what the model reads? Found out before any module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from mm_adapters._errors import InputError
+
+_PIXELS = ("pixel_values", "image")
+# Each with the tokens that it has an entry for.
+_BESIDE = {
+    "attention_mask": "input_ids", "token_type_ids": "input_ids", "mm_token_type_ids": "input_ids",
+    "decoder_attention_mask": "decoder_input_ids", "qformer_attention_mask": "qformer_input_ids",
+}  # fmt: skip
+# What a model takes in place of an image's pixels.
+_FEATURES = ("image_embeds", "inputs_embeds", "mm_encoder_outputs", "past_key_values", "encoder_outputs")
+
+
+@dataclass(frozen=True)
+class Readable:
+    """What a model reads.
+
+    `text_key` and `image_key` are its arguments, `context` the longest sequence in tokens, `n_tokens`
+    tells the size of its vocabulary, `placeholders` ids that may lie outside it, `image_size` (height, width)
+    in pixels, None for any; `image_id` the token that stands for a picture among the words.
+    """
+
+    text_key: str = ""
+    image_key: str = ""
+    context: int | None = None
+    n_tokens: Callable[[], int | None] | None = None
+    placeholders: frozenset[int] = frozenset()
+    image_size: tuple[int, int] | None = None
+    n_channels: int | None = None
+    image_id: int | None = None
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Passes if these arguments can be what the model reads.
+
+        Raises: InputError for what is no tensor, a batch of none, NaN or infinite pixels, the wrong number
+        of pixels or channels, tokens that the vocabulary does not have or more than the model reads, a mask
+        of another shape than the tokens, or pictures that no token stands for.
+        """
+        for key, value in arguments.items():
+            if key in (*_PIXELS, self.text_key) and value is not None and not isinstance(value, Tensor):
+                self._check_kind(key, value)
+            if not isinstance(value, Tensor):
+                continue
+            if value.ndim and value.shape[0] == 0:
+                raise InputError(f"{key} is empty: its shape is {list(value.shape)}.")
+            if key in _PIXELS:
+                self._check_pixels(key, value, resized=bool(arguments.get("interpolate_pos_encoding")))
+            if key == self.text_key:
+                self._check_tokens(key, value)
+        if arguments.get("past_key_values") is None:
+            _check_beside(arguments)
+        self._check_placeholders(arguments)
+
+    def _check_kind(self, key: str, value: Any) -> None:
+        if isinstance(value, list | tuple) and value and all(isinstance(one, Tensor) for one in value):
+            return
+        raw = "images" if key in _PIXELS else "text"
+        raise InputError(
+            f"{key} is {type(value).__name__}, and the model's own argument is a tensor. Pass {raw}= for raw "
+            f"{'pictures' if raw == 'images' else 'text'}."
+        )
+
+    def _check_tokens(self, key: str, value: Tensor) -> None:
+        if self.context and value.shape[-1] > self.context:
+            raise InputError(
+                f"{key} has {value.shape[-1]} tokens a row and this model reads at most "
+                f"{self.context}. Shorten the text."
+            )
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise InputError(f"{key} is {str(value.dtype).removeprefix('torch.')}. Pass tokens as whole numbers.")
+        n_tokens = None if self.n_tokens is None else self.n_tokens()
+        if not n_tokens or not _has_values(value):
+            return
+        outside = (value < 0) | (value >= n_tokens)
+        if bool(outside.any()):
+            wrong = sorted({*value[outside].tolist()} - self.placeholders)
+            if wrong:
+                raise InputError(
+                    f"{key} has the token {wrong[0]}, and this model's vocabulary is 0 to {n_tokens - 1}. "
+                    "Pass tokens of its own tokenizer."
+                )
+
+    def _check_pixels(self, key: str, value: Tensor, *, resized: bool) -> None:
+        shape = list(value.shape)
+        if not value.is_floating_point():
+            raise InputError(
+                f"{key} is {str(value.dtype).removeprefix('torch.')}, and this model reads normalised pixels as "
+                "floats. Pass images=, which are converted."
+            )
+        if _has_values(value) and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{key} has values that are NaN or infinite. Replace them.")
+        if self.image_size is None:  # It reads any size, or patches cut beforehand.
+            return
+        height, width = self.image_size
+        want = f"[batch, {self.n_channels or 'channel'}, {height}, {width}]"
+        if value.ndim < 4:
+            raise InputError(f"{key} is {shape} and this model reads {want}. Add the batch axis.")
+        if self.n_channels and shape[-3] != self.n_channels:
+            raise InputError(
+                f"{key} is {shape}, with {shape[-3]} channels, and this model reads {want}. Pass "
+                "images=, which are converted."
+            )
+        if not resized and (shape[-2], shape[-1]) != (height, width):
+            raise InputError(
+                f"{key} is {shape[-2]} x {shape[-1]} pixels and this model reads {height} x "
+                f"{width}. Resize it, or pass images=, which are resized."
+            )
+
+    def _check_placeholders(self, arguments: Mapping[str, Any]) -> None:
+        ids, pixels = arguments.get(self.text_key), arguments.get(self.image_key)
+        if self.image_id is None or not isinstance(ids, Tensor) or not isinstance(pixels, Tensor):
+            return
+        if any(arguments.get(name) is not None for name in _FEATURES):
+            return
+        if _has_values(ids) and not bool((ids == self.image_id).any()):
+            raise InputError(
+                f"{self.image_key} has pictures, and no token of {self.text_key} stands for one (id "
+                f"{self.image_id}). Pass text= with images=, or the tokens that the processor makes for both."
+            )
+
+
+def _check_beside(arguments: Mapping[str, Any]) -> None:
+    for key, tokens in _BESIDE.items():
+        value, ids = arguments.get(key), arguments.get(tokens)
+        if not isinstance(value, Tensor) or not isinstance(ids, Tensor) or value.ndim != 2 or ids.ndim != 2:
+            continue
+        if value.shape != ids.shape:
+            raise InputError(
+                f"{key} is {list(value.shape)} and {tokens} is {list(ids.shape)}. Pass one entry for each token."
+            )
+
+
+def _has_values(value: Tensor) -> bool:
+    return not value.is_meta and not isinstance(value, FakeTensor) and value.numel() > 0
