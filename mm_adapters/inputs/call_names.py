@@ -87,7 +87,7 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The named parameters of a function or method, in their order."""
     fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     parameters = inspect.signature(function).parameters
-    return {n: p for n, p in parameters.items() if n != "self" and p.kind not in fixed}
+    return {n: p for n, p in parameters.items() if n not in ("self", "cls") and p.kind not in fixed}
 
 
 def _of_pipeline(pipeline: Any) -> CallNames:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mm_adapters._errors import InputError
 
 _PIXELS = ("pixel_values", "image")
+_MASK = "pixel_attention_mask"
 # Each with the tokens that it has an entry for.
 _BESIDE = {
     "attention_mask": "input_ids", "token_type_ids": "input_ids", "mm_token_type_ids": "input_ids",
@@ -47,25 +48,26 @@ class Readable:
         of pixels or channels, tokens that the vocabulary does not have or more than the model reads, a mask
         of another shape than the tokens, or pictures that no token stands for.
         """
+        pictures = {*_PIXELS, self.image_key}
         for key, value in arguments.items():
-            if key in (*_PIXELS, self.text_key) and value is not None and not isinstance(value, Tensor):
-                self._check_kind(key, value)
+            if key in {*pictures, self.text_key} and value is not None and not isinstance(value, Tensor):
+                self._check_kind(key, value, "images" if key in pictures else "text")
             if not isinstance(value, Tensor):
                 continue
             if value.ndim and value.shape[0] == 0:
                 raise InputError(f"{key} is empty: its shape is {list(value.shape)}.")
-            if key in _PIXELS:
+            if key in pictures:
                 self._check_pixels(key, value, resized=bool(arguments.get("interpolate_pos_encoding")))
             if key == self.text_key:
                 self._check_tokens(key, value)
         if arguments.get("past_key_values") is None:
             _check_beside(arguments)
+        _check_mask(arguments, arguments.get(self.image_key))
         self._check_placeholders(arguments)
 
-    def _check_kind(self, key: str, value: Any) -> None:
+    def _check_kind(self, key: str, value: Any, raw: str) -> None:
         if isinstance(value, list | tuple) and value and all(isinstance(one, Tensor) for one in value):
             return
-        raw = "images" if key in _PIXELS else "text"
         raise InputError(
             f"{key} is {type(value).__name__}, and the model's own argument is a tensor. Pass {raw}= for raw "
             f"{'pictures' if raw == 'images' else 'text'}."
@@ -100,18 +102,18 @@ class Readable:
             )
         if _has_values(value) and not bool(torch.isfinite(value).all()):
             raise InputError(f"{key} has values that are NaN or infinite. Replace them.")
-        if self.image_size is None:  # It reads any size, or patches cut beforehand.
-            return
-        height, width = self.image_size
+        height, width = self.image_size or ("height", "width")
         want = f"[batch, {self.n_channels or 'channel'}, {height}, {width}]"
         if value.ndim < 4:
+            if self.image_size is None:  # Patches cut beforehand.
+                return
             raise InputError(f"{key} is {shape} and this model reads {want}. Add the batch axis.")
         if self.n_channels and shape[-3] != self.n_channels:
             raise InputError(
                 f"{key} is {shape}, with {shape[-3]} channels, and this model reads {want}. Pass "
                 "images=, which are converted."
             )
-        if not resized and (shape[-2], shape[-1]) != (height, width):
+        if self.image_size is not None and not resized and (shape[-2], shape[-1]) != self.image_size:
             raise InputError(
                 f"{key} is {shape[-2]} x {shape[-1]} pixels and this model reads {height} x "
                 f"{width}. Resize it, or pass images=, which are resized."
@@ -127,6 +129,15 @@ class Readable:
             raise InputError(
                 f"{self.image_key} has pictures, and no token of {self.text_key} stands for one (id "
                 f"{self.image_id}). Pass text= with images=, or the tokens that the processor makes for both."
+            )
+
+
+def _check_mask(arguments: Mapping[str, Any], pixels: Any) -> None:
+    mask = arguments.get(_MASK)
+    if isinstance(mask, Tensor) and isinstance(pixels, Tensor) and pixels.ndim >= 4 and mask.ndim >= 2:
+        if mask.shape[-2:] != pixels.shape[-2:]:
+            raise InputError(
+                f"{_MASK} is {list(mask.shape)} for pictures of {list(pixels.shape)}. Pass one entry for each pixel."
             )
 
 

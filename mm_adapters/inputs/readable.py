@@ -71,9 +71,19 @@ def _image_size(model: Any, sites: SiteMap) -> tuple[int, int] | None:
     size = getattr(_vision_config(model), "image_size", None)
     if size is None:
         size = getattr(getattr(model, "visual", model), "image_size", None)
+    if size is None:
+        size = _timm_size(getattr(model, "timm_model", model))
     if size is None or isinstance(size, Mapping):
         return None
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _timm_size(model: Any) -> Any:
+    """What timm's patches check a picture against; None if they take others."""
+    patches = getattr(model, "patch_embed", None)
+    if not getattr(patches, "strict_img_size", False) or getattr(patches, "dynamic_img_pad", False):
+        return None
+    return None if getattr(model, "dynamic_img_size", False) else getattr(patches, "img_size", None)
 
 
 def _n_channels(model: Any) -> int | None:
