@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mm_adapters.records.image_tokens import ImageTokens
+from mm_adapters.records.image_tokens import ImageTokens, VideoTokens
 from mm_adapters.records.stages import Stages
 
 Kind = Literal["contrastive", "vlm", "diffusion", "tower"]
@@ -332,6 +332,8 @@ class ModelRecord:
         sampling: What a loop denoises, by tower; the loop of one that is not here as in Stable Diffusion.
         image_token: The config's attribute with the token in whose place image features go.
         images: How they lie among the words; the vision tower's `images` if None.
+        video_token: The config's attribute with the token in whose place a video's features go.
+        videos: How a video's frames lie among the words; None if the family does not say.
         prompt: What a text has in an image's place, written with the processor's own attributes; None if the
             processor makes that place itself.
         logit_scale: The parameter whose exponential multiplies cosines.
@@ -352,6 +354,8 @@ class ModelRecord:
     sampling: Mapping[str, Sampling] = field(default_factory=dict)
     image_token: str | None = None
     images: ImageTokens | None = None
+    video_token: str | None = None
+    videos: VideoTokens | None = None
     prompt: str | None = "{image_token}"
     logit_scale: str | None = None
     joint_text: tuple[str, ...] = ()

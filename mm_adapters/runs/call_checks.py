@@ -52,8 +52,9 @@ class CallChecks:
         model cannot read, and prompts that are cut.
         """
         if self._is_pipeline:
-            check_options(self.wrapped, arguments)
-            return self._pipeline_arguments(dict(arguments))
+            with unset_fake_temporarily():  # In a scan the arguments are real, and nothing else is.
+                check_options(self.wrapped, arguments)
+                return self._pipeline_arguments(dict(arguments))
         own = dict(arguments)
         raw = {k: own.pop(k) for k in RAW if own.get(k) is not None and not _is_own(k, own[k])}
         if self._inputs is None:
@@ -64,7 +65,7 @@ class CallChecks:
                 raise InputError(f"{name}= and {key}= were both given, and one would be left out. Pass one.")
         out = {**self.prepare(**raw), **own} if raw else own
         if own:
-            with unset_fake_temporarily():  # In a scan the arguments are real, and nothing else is.
+            with unset_fake_temporarily():
                 reads.check(out)
         return out
 
