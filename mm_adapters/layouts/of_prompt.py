@@ -108,8 +108,12 @@ def prompt_layouts(
             by_tower[name] = prompt_layout(context, tokenizer_of(name), texts, length)
     denoiser = sites.towers.get(sites.model_record.loop or "")
     joint = None if denoiser is None else denoiser.record.joint
-    if denoiser is not None and joint is not None and by_tower.keys() >= {*sites.model_record.joint_text}:
-        parts = [by_tower[name] for name in sites.model_record.joint_text]
+    named = sites.model_record.joint_text
+    here = [name for name in named if name in by_tower]
+    # In place of an encoder that was left out (SD3 without T5) a pipeline puts zeros.
+    if denoiser is not None and joint is not None and all(n in by_tower or n not in sites.towers for n in named):
+        n_rows = len(texts)
+        parts = [by_tower[n] if n in here else blank_layout(n_rows, sizes["max_sequence_length"]) for n in named]
         if template is not None:
             start, n = getattr(pipeline, template[1]), sizes["max_sequence_length"]
             parts = [seen_of(part, start, n) for part in parts]
@@ -119,6 +123,13 @@ def prompt_layouts(
     if pictures:
         by_tower["image_prompt"] = image_prompt_layout(pipeline, sites, max(len(texts), 1), pictures)
     return by_tower
+
+
+def blank_layout(n_rows: int, n_pos: int) -> TokenLayout:
+    """The layout of positions that hold nothing."""
+    pads: tuple[Role, ...] = ("pad",) * n_pos
+    none: tuple[tuple[Word, ...], ...] = ((),) * n_rows
+    return TokenLayout(roles=(pads,) * n_rows, texts=("",) * n_rows, words=none, marks=none)
 
 
 def image_prompt_layout(pipeline: Any, sites: SiteMap, n_rows: int, n_pictures: int) -> TokenLayout:
