@@ -200,7 +200,12 @@ class HookedModel(BaseModel, HookedRootModule):
             yield from module.named_parameters(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.wrapped.state_dict(*args, **kwargs)
+        """The wrapped model's; of a pipeline, its parts' behind their names."""
+        return as_module(self.wrapped).state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As the wrapped model's, under the names of `state_dict`."""
+        return as_module(self.wrapped).load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
         self.check_names(name)
@@ -265,6 +270,14 @@ class HookedModel(BaseModel, HookedRootModule):
             looped = {k for k in values if self.sitemap[k].tower in self.sitemap.loops}
             values = {k: v[:, 0] if k in looped else v[0] for k, v in values.items()}
         return output, values
+
+
+def as_module(wrapped: Any) -> nn.Module:
+    """A module, or a pipeline's modules under their names."""
+    if isinstance(wrapped, nn.Module):
+        return wrapped
+    parts = {name: part for name, part in wrapped.components.items() if isinstance(part, nn.Module)}
+    return nn.ModuleDict(parts)
 
 
 def _among(names: str | Sequence[str] | None) -> Callable[[str], bool]:

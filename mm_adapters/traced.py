@@ -10,6 +10,7 @@ does nothing outside a trace.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -25,6 +26,7 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.open import open_checkpoint
 from mm_adapters.checkpoints.origin import CheckpointRef
 from mm_adapters.hooks.module_hooks import AttentionHook
@@ -34,6 +36,7 @@ from mm_adapters.ndif_client.remotable import ServedModel
 from mm_adapters.nnsight_engine.batcher import RowBatcher
 from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
 from mm_adapters.nnsight_engine.calls import CallsModel
+from mm_adapters.nnsight_engine.deep_copy import without_controllers
 from mm_adapters.nnsight_engine.envoys import SiteEnvoy, TracedPart
 from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
 from mm_adapters.nnsight_engine.invokes import Rows
@@ -133,6 +136,18 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return next(p.dtype for p in self._module.parameters() if p.is_floating_point())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
+        """A model of its own, with weights of its own. Raises: InputError if it has edits, which name its parts."""
+        if self._edits:
+            raise InputError("This model has edits, which are its own. Copy it before they are made.")
+        wrapped = without_controllers(self._module, self.wrapped, memo)
+        inputs = copy.deepcopy(self._inputs, memo)
+        copied = TracedModel(
+            wrapped, inputs=inputs, origin=self.origin, task=self._task, rename=self._rename
+        )
+        copied.automodel, copied._unread = self.automodel, copy.copy(self._unread)
+        return copied
 
     def site(self, name: str, new: Any = _NOT_SET) -> Any:
         """In a trace: a site's value, which may be saved and written into; with `new`, sets it.

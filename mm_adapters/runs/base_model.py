@@ -14,7 +14,7 @@ from mm_adapters.inputs.call_names import RAW, refuse_unknown
 from mm_adapters.inputs.from_model import own_tokenizer
 from mm_adapters.inputs.texts import as_texts
 from mm_adapters.layouts.of_model import layouts
-from mm_adapters.layouts.of_prompt import prompt_layout, prompt_layouts
+from mm_adapters.layouts.of_prompt import prompt_layouts
 from mm_adapters.records.spec import Guidance, Kind, ModelRecord, Site
 from mm_adapters.runs.call_checks import CallChecks
 from mm_adapters.sites.site_map import SiteMap, SiteTable
@@ -129,9 +129,8 @@ class BaseModel(CallChecks):
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
         """What each position of a pipeline's prompts is, padded as the pipeline pads them."""
-        if self.sitemap.model_record.template is not None:
-            return self.layout(text=texts)[tower]
-        return prompt_layout(self.check_tower(tower).context_length, self.tokenizer_of(tower), texts)
+        self.check_tower(tower)
+        return self.layout(text=texts)[tower]
 
     def tokenizer_of(self, tower: str) -> Any:
         """The tokenizer of a text tower, or None."""

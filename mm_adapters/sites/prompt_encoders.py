@@ -30,7 +30,12 @@ class PromptEncoder:
         return name, arguments.get(name)
 
     def converted(self, texts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-        """The texts as its tokenizer is given them: cleaned, tokens of many vectors spelt out, in a template."""
+        """The texts as its tokenizer is given them: as `spelt_out`, in the pipeline's template."""
+        before, behind = self._around(options)
+        return [before + text + behind for text in self.spelt_out(texts, options)]
+
+    def spelt_out(self, texts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+        """The texts cleaned as the pipeline cleans them, with each vector of a token of many a token."""
         given = list(texts)
         clean = getattr(self.pipeline, "_text_preprocessing", None)
         if clean is not None:
@@ -38,8 +43,7 @@ class PromptEncoder:
         spell = getattr(self.pipeline, "maybe_convert_prompt", None)
         if spell is not None and hasattr(self.tokenizer, "added_tokens_encoder"):
             given = list(spell(given, self.tokenizer))
-        before, behind = self._around(options)
-        return [before + text + behind for text in given]
+        return given
 
     def limit(self, options: Mapping[str, Any]) -> int | None:
         """How many tokens of a converted text it reads; None if nothing says it."""
@@ -69,7 +73,9 @@ class PromptEncoder:
 
     def _option(self, name: str, options: Mapping[str, Any]) -> Any:
         parameter = inspect.signature(type(self.pipeline).__call__).parameters.get(name)
-        return None if parameter is None else options.get(name, parameter.default)
+        if parameter is None:
+            return None
+        return parameter.default if options.get(name) is None else options[name]
 
 
 def prompt_encoders(pipeline: Any, record: ModelRecord) -> list[PromptEncoder]:
