@@ -233,7 +233,7 @@ class HookedModel(BaseModel, HookedRootModule):
         return named | kwargs
 
     def _arguments(self, kwargs: dict[str, Any], call: Call = "forward") -> dict[str, Any]:
-        self.call_names(call).check(kwargs)
+        self.check_call(kwargs, call)
         arguments = self.call_arguments(kwargs)
         if self.sitemap.model_record.loop is None:
             return arguments

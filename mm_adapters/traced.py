@@ -222,11 +222,12 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         tracer = self.trace(*inputs, fn=fn, **kwargs, **remote)
         try:
             tracer.capture()
+            return tracer
         except WithBlockNotFoundError:
-            if remote.get("remote"):
-                return self._recorded(self.named(inputs, kwargs), [], [], None, fn, **remote).output
-            return self.interleave(fn, *inputs, **kwargs)
-        return tracer
+            pass  # What is raised below is not about the missing block.
+        if remote.get("remote"):
+            return self._recorded(self.named(inputs, kwargs), [], [], None, fn, **remote).output
+        return self.interleave(fn, *inputs, **kwargs)
 
     def run(
         self,

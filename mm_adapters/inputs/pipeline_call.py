@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,13 @@ def check_options(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         elif name == "denoising_end":
             check_between(name, value, 0, 1, above=True)
         elif name in takes and _is_number(takes[name].default):
+            if isinstance(value, list | tuple) and not name.startswith("control"):  # One for each control net.
+                raise InputError(f"{name}={value!r} is a list. Pass one number.")
             check_finite(name, value)
+        elif name in ("timesteps", "sigmas"):
+            _check_schedule(pipeline, name, value)
+        elif name.endswith("_kwargs") and not isinstance(value, Mapping):
+            raise InputError(f"{name}={value!r} is {type(value).__name__}. Pass a dictionary.")
         elif name in _TENSORS and isinstance(value, Tensor) and value.is_floating_point():
             if not bool(torch.isfinite(value).all()):
                 raise InputError(f"{name} has values that are NaN or infinite. Replace them.")
@@ -53,6 +60,19 @@ def check_options(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     if output is not None and output not in _OUTPUTS:
         raise InputError(f"output_type={output!r}; there is {', '.join(_OUTPUTS)}.")
     check_size(pipeline, given)
+
+
+def _check_schedule(pipeline: Any, name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple | Tensor | np.ndarray) or not len(value):
+        raise InputError(f"{name}={value!r}: pass a list of numbers, one a step.")
+    for i, one in enumerate(value):
+        check_finite(f"{name}[{i}]", one)
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is not None and name not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise InputError(
+            f"{type(scheduler).__name__} takes no {name} of your own. Pass num_inference_steps, or give the pipeline "
+            "another scheduler."
+        )
 
 
 def settled(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +105,7 @@ def check_run(pipeline: Any, arguments: Mapping[str, Any]) -> None:
                         f"There are {len(value)} texts in {name} and {n_prompts} in prompt. Pass one for each, or one text."
                     )
         n_pictures = n_prompts * int(arguments.get("num_images_per_prompt") or 1)
+        _check_latents(pipeline, arguments.get("latents"), n_pictures)
         for name in (SEED, "generator"):
             seeds = arguments.get(name)
             if isinstance(seeds, list | tuple) and len(seeds) != n_pictures:
@@ -92,6 +113,17 @@ def check_run(pipeline: Any, arguments: Mapping[str, Any]) -> None:
                     f"There are {len(seeds)} in {name} for {n_pictures} pictures. Pass one for each, or one alone."
                 )
     _check_inputs(pipeline, arguments)
+
+
+def _check_latents(pipeline: Any, latents: Any, n_pictures: int) -> None:
+    if not isinstance(latents, Tensor) or latents.ndim != 4:
+        return
+    channels = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "latent_channels", None)
+    if latents.shape[0] != n_pictures or channels not in (None, latents.shape[1]):
+        raise InputError(
+            f"latents are {list(latents.shape)} for {n_pictures} pictures of {channels or 'some'} channels. Pass "
+            "[picture, channel, height, width]."
+        )
 
 
 def _check_inputs(pipeline: Any, arguments: Mapping[str, Any]) -> None:

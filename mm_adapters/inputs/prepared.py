@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mm_adapters._errors import InputError
+from mm_adapters.inputs.image_counts import check_images, check_videos
+from mm_adapters.records.image_tokens import ImageTokens, VideoTokens
 
 _PIXELS = ("pixel_values", "image")
 _MASK = "pixel_attention_mask"
@@ -20,7 +22,7 @@ _BESIDE = {
     "decoder_attention_mask": "decoder_input_ids", "qformer_attention_mask": "qformer_input_ids",
 }  # fmt: skip
 # What a model takes in place of an image's pixels.
-_FEATURES = ("image_embeds", "inputs_embeds", "mm_encoder_outputs", "past_key_values", "encoder_outputs")
+_FEATURES = ("mm_encoder_outputs", "past_key_values", "encoder_outputs", "decoder_input_ids", "pixel_values_videos")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Readable:
 
     `text_key` and `image_key` are its arguments, `context` the longest sequence in tokens, `n_tokens`
     tells the size of its vocabulary, `placeholders` ids that may lie outside it, `image_size` (height, width)
-    in pixels, None for any; `image_id` the token that stands for a picture among the words.
+    in pixels, None for any; `image_id` the token that stands for a picture among the words,
+    `feeds` the arguments of which a call has one at least. `images` and `videos` say, with `config`, how
+    many tokens they take.
     """
 
     text_key: str = ""
@@ -40,6 +44,11 @@ class Readable:
     image_size: tuple[int, int] | None = None
     n_channels: int | None = None
     image_id: int | None = None
+    feeds: tuple[str, ...] = ()
+    images: ImageTokens | None = None
+    videos: VideoTokens | None = None
+    video_id: int | None = None
+    config: Any = field(default=None, repr=False)
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Passes if these arguments can be what the model reads.
@@ -48,6 +57,7 @@ class Readable:
         of pixels or channels, tokens that the vocabulary does not have or more than the model reads, a mask
         of another shape than the tokens, or pictures that no token stands for.
         """
+        self._check_fed(arguments)
         pictures = {*_PIXELS, self.image_key}
         for key, value in arguments.items():
             if key in {*pictures, self.text_key} and value is not None and not isinstance(value, Tensor):
@@ -60,9 +70,16 @@ class Readable:
                 self._check_pixels(key, value, resized=bool(arguments.get("interpolate_pos_encoding")))
             if key == self.text_key:
                 self._check_tokens(key, value)
-        if arguments.get("past_key_values") is None:
+        past = arguments.get("past_key_values")
+        if past is None:
             _check_beside(arguments)
+        elif not isinstance(past, tuple) and not hasattr(past, "get_seq_length"):
+            raise InputError(f"past_key_values is {type(past).__name__}. Pass a cache of transformers.")
         _check_mask(arguments, arguments.get(self.image_key))
+        ids = arguments.get(self.text_key)
+        if self.video_id is not None and isinstance(ids, Tensor) and _has_values(ids) and past is None:
+            if arguments.get("pixel_values_videos") is not None:
+                check_videos(self.videos, self.config, arguments, int((ids == self.video_id).sum()))
         self._check_placeholders(arguments)
 
     def _check_kind(self, key: str, value: Any, raw: str) -> None:
@@ -73,12 +90,19 @@ class Readable:
             f"{'pictures' if raw == 'images' else 'text'}."
         )
 
+    def _check_fed(self, arguments: Mapping[str, Any]) -> None:
+        fed = (k for k, v in arguments.items() if v is not None)
+        if self.feeds and not any(k in self.feeds or "embeds" in k or k in _FEATURES for k in fed):
+            raise InputError(f"There is nothing to run on. Pass text= or images=, or {' or '.join(self.feeds)}.")
+
     def _check_tokens(self, key: str, value: Tensor) -> None:
         if self.context and value.shape[-1] > self.context:
             raise InputError(
                 f"{key} has {value.shape[-1]} tokens a row and this model reads at most "
                 f"{self.context}. Shorten the text."
             )
+        if value.ndim != 2:
+            raise InputError(f"{key} is {list(value.shape)} and this model reads [row, token]. Add the batch axis.")
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise InputError(f"{key} is {str(value.dtype).removeprefix('torch.')}. Pass tokens as whole numbers.")
         n_tokens = None if self.n_tokens is None else self.n_tokens()
@@ -123,9 +147,14 @@ class Readable:
         ids, pixels = arguments.get(self.text_key), arguments.get(self.image_key)
         if self.image_id is None or not isinstance(ids, Tensor) or not isinstance(pixels, Tensor):
             return
-        if any(arguments.get(name) is not None for name in _FEATURES):
+        if any(v is not None and (k in _FEATURES or "embeds" in k) for k, v in arguments.items()):
             return
-        if _has_values(ids) and not bool((ids == self.image_id).any()):
+        if not _has_values(ids):
+            return
+        n_tokens = int((ids == self.image_id).sum())
+        if n_tokens:
+            check_images(self.images, self.config, arguments, n_tokens, pixels)
+        else:
             raise InputError(
                 f"{self.image_key} has pictures, and no token of {self.text_key} stands for one (id "
                 f"{self.image_id}). Pass text= with images=, or the tokens that the processor makes for both."
@@ -150,6 +179,11 @@ def _check_beside(arguments: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{key} is {list(value.shape)} and {tokens} is {list(ids.shape)}. Pass one entry for each token."
             )
+    places, ids = arguments.get("position_ids"), arguments.get("input_ids")
+    if isinstance(places, Tensor) and isinstance(ids, Tensor) and places.shape[-1] != ids.shape[-1]:
+        raise InputError(
+            f"position_ids is {list(places.shape)} and input_ids is {list(ids.shape)}. Pass one for each token."
+        )
 
 
 def _has_values(value: Tensor) -> bool:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from mm_adapters.inputs.prepared import Readable
-from mm_adapters.records.image_tokens import Queries
+from mm_adapters.records.image_tokens import ImageTokens, Queries, Square
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.sites.weights import tensor_at
@@ -25,6 +25,11 @@ def readable(model: Any, sites: SiteMap, tokenizer: Any = None) -> Readable:
         image_size=_image_size(model, sites),
         n_channels=_n_channels(model),
         image_id=_image_id(model, sites),
+        images=_image_tokens(sites, vision),
+        videos=sites.model_record.videos,
+        video_id=_id_at(model, sites.model_record.video_token),
+        config=getattr(model, "config", None),
+        feeds=tuple(dict.fromkeys(t.input_name for t in sites.towers.values() if t.input_name)),
     )
 
 
@@ -51,8 +56,18 @@ def _image_id(model: Any, sites: SiteMap) -> int | None:
     marked = isinstance(record.images, Queries) and record.images.mask is not None
     if record.kind != "vlm" or marked or record.image_token is None:
         return None
-    value = getattr(getattr(model, "config", None), record.image_token, None)
+    return _id_at(model, record.image_token)
+
+
+def _id_at(model: Any, name: str | None) -> int | None:
+    value = None if name is None else getattr(getattr(model, "config", None), name, None)
     return value if isinstance(value, int) else None
+
+
+def _image_tokens(sites: SiteMap, vision: TowerView | None) -> ImageTokens | None:
+    record = sites.model_record
+    own = record.images or (None if vision is None else vision.record.images)
+    return Square() if own is None and record.image_token is not None else own
 
 
 def _context(model: Any, tokenizer: Any) -> int | None:

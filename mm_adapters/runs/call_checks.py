@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mm_adapters._errors import InputError
 from mm_adapters.inputs.call_names import RAW, Call, CallNames, call_names
+from mm_adapters.inputs.generation import check_generation
 from mm_adapters.inputs.images import to_rgb_list
 from mm_adapters.inputs.pipeline_call import check_options
 from mm_adapters.inputs.prompts import check_prompts
@@ -43,7 +44,10 @@ class CallChecks:
         """
         self.call_names(call).check(arguments)
         if self._is_pipeline:
-            check_options(self.wrapped, arguments)
+            with unset_fake_temporarily():
+                check_options(self.wrapped, arguments)
+        elif call == "generate":
+            check_generation(self.wrapped, arguments)
 
     def call_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The wrapped model's own arguments: their values checked, and raw text and images prepared.
@@ -64,7 +68,7 @@ class CallChecks:
             if name in raw and key != name and own.get(key) is not None:
                 raise InputError(f"{name}= and {key}= were both given, and one would be left out. Pass one.")
         out = {**self.prepare(**raw), **own} if raw else own
-        if own:
+        if own or not raw:
             with unset_fake_temporarily():
                 reads.check(out)
         return out

@@ -110,16 +110,25 @@ def _squares(prepared: Mapping[str, Any], count: int) -> list[list[ImagePosition
     n_images = math.prod(pixels.shape[:-3])
     each, left = divmod(count, n_images)
     height, width = pixels.shape[-2:]
-    for extra in (0, 1):  # A class token, or the mean of all patches, comes first.
-        down = round(math.sqrt((each - extra) * height / width))
-        if down and not left and (each - extra) % down == 0:
-            grid = (down, (each - extra) // down)
-            if abs(grid[0] * width - grid[1] * height) < max(height, width):
-                return [[ImagePosition()] * extra + raster(grid)] * n_images
+    square = None if left else square_of(each, height, width)
+    if square is not None:
+        extra, grid = square
+        return [[ImagePosition()] * extra + raster(grid)] * n_images
     raise InputError(
         f"There are {count} image tokens for {n_images} images of {height} x {width} pixels, which is no "
         "grid for each. Pass the tokens that the model's processor makes."
     )
+
+
+def square_of(count: int, height: int, width: int) -> tuple[int, Grid] | None:
+    """How many of an image's tokens are no patch, and the grid of the others; None if it is none."""
+    for extra in (0, 1):  # A class token, or the mean of all patches, comes first.
+        down = round(math.sqrt((count - extra) * height / width)) if count > extra else 0
+        if down and (count - extra) % down == 0:
+            grid = (down, (count - extra) // down)
+            if abs(grid[0] * width - grid[1] * height) < max(height, width):
+                return extra, grid
+    return None
 
 
 def _queries(
