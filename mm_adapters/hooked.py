@@ -95,7 +95,7 @@ class HookedModel(BaseModel, HookedRootModule):
         fwd_hooks: Sequence[tuple[Any, Callable[..., Any]]] = (),
         **kwargs: Any,
     ) -> Any:
-        """The wrapped model's `generate` (a pipeline's call), with raw inputs and with hooks or edits at every step.
+        """The wrapped model's `generate` (a pipeline's call), with raw inputs, and hooks or edits at each step.
 
         Returns its token ids; a `Run` whose output they are if anything is read or edited.
         """
@@ -203,7 +203,9 @@ class HookedModel(BaseModel, HookedRootModule):
         """The wrapped model's; of a pipeline, its parts' behind their names."""
         return as_module(self.wrapped).state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """As the wrapped model's, under the names of `state_dict`."""
         return as_module(self.wrapped).load_state_dict(state_dict, strict=strict, assign=assign)
 

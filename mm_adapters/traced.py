@@ -138,14 +138,12 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         return next(p.dtype for p in self._module.parameters() if p.is_floating_point())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
-        """A model of its own, with weights of its own. Raises: InputError if it has edits, which name its parts."""
+        """A model with weights of its own. Raises: InputError if this one has edits, which name its parts."""
         if self._edits:
             raise InputError("This model has edits, which are its own. Copy it before they are made.")
         wrapped = without_controllers(self._module, self.wrapped, memo)
         inputs = copy.deepcopy(self._inputs, memo)
-        copied = TracedModel(
-            wrapped, inputs=inputs, origin=self.origin, task=self._task, rename=self._rename
-        )
+        copied = TracedModel(wrapped, inputs=inputs, origin=self.origin, task=self._task, rename=self._rename)
         copied.automodel, copied._unread = self.automodel, copy.copy(self._unread)
         return copied
 

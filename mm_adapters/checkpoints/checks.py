@@ -139,10 +139,13 @@ def _header(raw: bytes, file: Path) -> dict[str, Any]:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    variants = sorted({v for stem in _STEMS for p in folder.glob(f"{stem}.*.safetensors*") if (v := _variant(p))})
+    variants = sorted(
+        {v for stem in _STEMS for p in folder.glob(f"{stem}.*.safetensors*") if (v := _variant(p))}
+    )
     if variants:
         return CheckpointError(
-            f"{folder} has only weights of the variant{'s' * (len(variants) > 1)} {', '.join(variants)}. Load it "
+            f"{folder} has only weights of the variant{'s' * (len(variants) > 1)} {', '.join(variants)}. "
+            "Load it "
             f'with variant="{variants[0]}".'
         )
     pickled = sorted(p.name for pattern in _PICKLED for p in folder.glob(pattern))

@@ -27,9 +27,14 @@ def check_report(where: str, report: Mapping[str, Any]) -> None:
         return
     spare = sorted(report["unexpected_keys"])
     near = [n for name in missing for n in difflib.get_close_matches(name, spare, n=1, cutoff=0.8)]
-    hint = f" Its files have {', '.join(near[:3])}, which the model does not know: is it misspelt?" if near else ""
+    hint = (
+        f" Its files have {', '.join(near[:3])}, which the model does not know: is it misspelt?"
+        if near
+        else ""
+    )
     raise CheckpointError(
-        f"{where} lacks {len(missing)} weight{'s' * (len(missing) > 1)} of the model: {_some(missing)}.{hint} They "
+        f"{where} lacks {len(missing)} weight{'s' * (len(missing) > 1)} of the model: "
+        f"{_some(missing)}.{hint} They "
         "would be random. Get the checkpoint again, or load it yourself and pass it to mm_adapters.wrap."
     )
 
@@ -43,7 +48,8 @@ def check_filled(parts: Mapping[str, nn.Module]) -> None:
         empty = [name for name, tensor in module.named_parameters() if tensor.is_meta]
         if empty:
             raise CheckpointError(
-                f"{part} lacks {len(empty)} weight{'s' * (len(empty) > 1)} of the model: {_some(empty)}. Get the "
+                f"{part} lacks {len(empty)} weight{'s' * (len(empty) > 1)} of the model: {_some(empty)}. "
+                "Get the "
                 "checkpoint again."
             )
 
@@ -59,18 +65,20 @@ def check_numbers(name: str, parts: Mapping[str, nn.Module]) -> None:
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 at = f"{part}.{weight}" if part else weight
                 raise CheckpointError(
-                    f"{name}: the weight {at} holds NaN or infinity, so every output would. Get the checkpoint "
+                    f"{name}: the weight {at} holds NaN or infinity, so every output would. Get the "
+                    "checkpoint "
                     "again; in another dtype, pass dtype='float32'."
                 )
 
 
 def check_kinds(files: Iterable[Path]) -> None:
-    """Raises: CheckpointError naming the first weight that is stored in whole numbers, which are not its own."""
+    """Raises: CheckpointError naming the first weight that is stored in whole numbers."""
     for file in files:
         for name, entry in check_safetensors(file).items():
             if name.endswith((".weight", ".bias")) and entry["dtype"] in _WHOLE:
                 raise CheckpointError(
-                    f"{file}: {name} is stored as {entry['dtype']}, whole numbers, and nothing says that it is "
+                    f"{file}: {name} is stored as {entry['dtype']}, whole numbers, and nothing says that "
+                    "it is "
                     "quantised. Get the checkpoint again; load a quantised one yourself and pass it to "
                     "mm_adapters.wrap."
                 )

@@ -20,7 +20,6 @@ from mm_adapters.records.registry import covers
 from mm_adapters.records.spec import ModelRecord
 from mm_adapters.sites.lookup import unknown
 
-
 # What a pipeline's from_pretrained takes without declaring it.
 _OPTIONS = (
     "dtype", "variant", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies",
@@ -78,16 +77,22 @@ def load_pipeline(
 
 
 def load_diffusers_model(
-    source: Source, config: dict[str, Any], device_wanted: torch.device, dtype: torch.dtype | None, **options: Any
+    source: Source,
+    config: dict[str, Any],
+    device_wanted: torch.device,
+    dtype: torch.dtype | None,
+    **options: Any,
 ) -> torch.nn.Module:
     """One model of diffusers (a UNet, an autoencoder), as it stands in a pipeline's folder.
 
-    Raises: CheckpointError if it is none, or cannot be read; UnknownFamilyError if no family covers its class.
+    Raises: CheckpointError if it is none, or cannot be read; UnknownFamilyError if no family covers it.
     """
     cls = _named(source, config)
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
         at = "" if source.folder is None else f": mm_adapters.load({str(source.folder.parent)!r})"
-        raise CheckpointError(f"{source.name} is a {cls.__name__}, which has no sites. Load its pipeline{at}.")
+        raise CheckpointError(
+            f"{source.name} is a {cls.__name__}, which has no sites. Load its pipeline{at}."
+        )
     kind: Any = cls
     with torch.device("meta"):
         outline = kind.from_config(config)
@@ -108,7 +113,7 @@ def load_diffusers_model(
 def _transformers_parts(
     folder: Path, index: dict[str, Any], files: Mapping[str, Any], dtype: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The parts of a pipeline that are transformers' models, read here: diffusers does not say what they lack."""
+    """A pipeline's models of transformers, read here: diffusers does not say what they lack."""
     import transformers
 
     parts: dict[str, Any] = {}

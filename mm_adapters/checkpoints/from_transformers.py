@@ -21,9 +21,9 @@ from mm_adapters.sites.lookup import unknown
 
 # What from_pretrained takes without declaring it.
 _OPTIONS = (
-    "attn_implementation", "variant", "subfolder", "device", "dtype", "quantization_config", "low_cpu_mem_usage",
+    "attn_implementation", "variant", "subfolder", "dtype", "quantization_config", "low_cpu_mem_usage",
     "key_mapping", "generation_config", "experts_implementation", "max_memory", "offload_folder",
-    "offload_buffers", "state_dict", "adapter_kwargs", "use_kernels", "tp_plan", "proxies", "engine",
+    "offload_buffers", "state_dict", "adapter_kwargs", "use_kernels", "tp_plan", "proxies",
 )  # fmt: skip
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model",
@@ -105,7 +105,7 @@ def processor_beside(source: Source) -> dict[str, Any]:
         return {}
     try:
         return {part: auto.from_pretrained(source.name, trust_remote_code=False, **source.where)}
-    except Exception as error:  # The tokenizers library raises no narrower one.
+    except Exception as error:  # noqa: BLE001  The tokenizers library raises no narrower one.
         raise CheckpointError(
             f"The {part} beside {source.name} cannot be read: {error}. Repair it, or load the model "
             "yourself and pass both to mm_adapters.wrap."

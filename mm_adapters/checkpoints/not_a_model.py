@@ -19,7 +19,8 @@ def of_file(file: Path) -> str:
         return f"{said} It is pickled, which can run code as it is read: get it as .safetensors."
     return (
         f"{said} If it is a whole diffusion model, diffusers reads it: "
-        f"pipe = diffusers.StableDiffusionPipeline.from_single_file({str(file)!r}); mm_adapters.wrap(pipe). If it is "
+        f"pipe = diffusers.StableDiffusionPipeline.from_single_file({str(file)!r}); "
+        "mm_adapters.wrap(pipe). If it is "
         "open_clip's: mm_adapters.load('open_clip:ARCH/FILE')."
     )
 
@@ -32,18 +33,21 @@ def of_folder(folder: Path) -> str | None:
     if settings.is_file():
         base = _base(settings)
         return (
-            f"{folder} is an adapter of {base} (peft), not a model. Load that with transformers and put the adapter "
+            f"{folder} is an adapter of {base} (peft), not a model. Load that with transformers and put "
+            "the adapter "
             f"on it: base = ...from_pretrained({base!r}); model = peft.PeftModel.from_pretrained(base, "
             f"{str(folder)!r}).merge_and_unload(); mm_adapters.wrap(model, processor=...)."
         )
     if (folder / _LORA).is_file():
         return (
-            f"{folder} is a LoRA adapter of a pipeline, not a model. Load the pipeline it was trained on and put the "
+            f"{folder} is a LoRA adapter of a pipeline, not a model. Load the pipeline it was trained on "
+            "and put the "
             f"adapter on it: pipe.load_lora_weights({str(folder)!r}); mm_adapters.wrap(pipe)."
         )
     if (folder / _EMBEDDING).is_file():
         return (
-            f"{folder} is a textual inversion embedding, not a model. Load the pipeline it was trained on and put "
+            f"{folder} is a textual inversion embedding, not a model. Load the pipeline it was trained "
+            "on and put "
             f"it there: pipe.load_textual_inversion({str(folder)!r}); mm_adapters.wrap(pipe)."
         )
     return None

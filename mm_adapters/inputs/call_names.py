@@ -17,7 +17,14 @@ Call = Literal["forward", "generate"]
 RAW = ("text", "images")
 SEED = "seed"
 # transformers' decorators take these from the keywords of any forward.
-_OF_ANY_FORWARD = ("return_dict", "use_cache", "debug_io", "debug_io_dir", "prune_layers", "mm_encoder_outputs")
+_OF_ANY_FORWARD = (
+    "return_dict",
+    "use_cache",
+    "debug_io",
+    "debug_io_dir",
+    "prune_layers",
+    "mm_encoder_outputs",
+)
 # diffusers' pipelines pop these from keywords that they do not declare.
 _OLD_CALLBACKS = ("callback", "callback_steps", "prior_callback", "prior_callback_steps")
 # transformers' generate pops these from its keywords.
@@ -109,13 +116,17 @@ def _of_forward(model: Any, sites: SiteMap) -> CallNames:
 def _of_generate(model: Any, sites: SiteMap) -> CallNames:
     if not callable(getattr(type(model), "generate", None)):
         raise InputError(
-            f"{type(model).__name__} generates nothing: it has no generate. Call it, or run it: model.run(...)."
+            f"{type(model).__name__} generates nothing: it has no generate. Call it, or run it: "
+            "model.run(...)."
         )
     forward = _of_forward(model, sites)
     own = tuple(parameters_of(type(model).generate))
     from transformers import GenerationConfig
 
-    settings = {*vars(GenerationConfig()), *getattr(getattr(model, "generation_config", None), "__dict__", {})}
+    settings = {
+        *vars(GenerationConfig()),
+        *getattr(getattr(model, "generation_config", None), "__dict__", {}),
+    }
     passes_on = {n for n in settings if not n.startswith("_")} | {*_OF_ANY_GENERATE, *forward.own}
     base = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
     for part, prefix in (("encoder", ""), ("decoder", "decoder_")):

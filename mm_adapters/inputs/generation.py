@@ -29,7 +29,9 @@ def check_generation(model: Any, arguments: Mapping[str, Any]) -> None:
         elif name in (*_POSITIVE, *_SHARES):
             check_finite(name, value)
             if name in _POSITIVE and float(value) <= 0:
-                raise InputError(f"{name}={value}: pass a number above 0. To take the likeliest, do_sample=False.")
+                raise InputError(
+                    f"{name}={value}: pass a number above 0. To take the likeliest, do_sample=False."
+                )
             if name in _SHARES and not 0 <= float(value) <= 1:
                 raise InputError(f"{name}={value}: it is a probability, from 0 to 1.")
     config = given.get("generation_config") or getattr(model, "generation_config", None)

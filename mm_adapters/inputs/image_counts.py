@@ -28,7 +28,8 @@ def check_images(
         height, width = pixels.shape[-2:]
         if n_tokens % n_images or square_of(n_tokens // n_images, height, width) is None:
             raise InputError(
-                f"There are {n_tokens} image tokens for {n_images} pictures of {height} x {width} pixels, which "
+                f"There are {n_tokens} image tokens for {n_images} pictures of {height} x {width} "
+                "pixels, which "
                 f"is no grid for each. {_HOW}"
             )
     elif isinstance(image_tokens, Merged) and isinstance(arguments.get(image_tokens.grids), Tensor):

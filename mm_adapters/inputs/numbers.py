@@ -41,8 +41,11 @@ def check_finite(name: str, value: Any) -> None:
 def check_between(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
     """Raises: InputError if it is outside low..high; `above`: `low` itself is outside too."""
     check_finite(name, value)
-    if isinstance(value, Real) and not (low < value <= high if above else low <= value <= high):
-        raise InputError(f"{name}={value}: it is a share of the run, {'above' if above else 'from'} {low} to {high}.")
+    number = float(value)
+    if not (low < number <= high if above else low <= number <= high):
+        raise InputError(
+            f"{name}={value}: it is a share of the run, {'above' if above else 'from'} {low} to {high}."
+        )
 
 
 def check_seed(seed: Any) -> None:
@@ -54,7 +57,8 @@ def check_seed(seed: Any) -> None:
         number = _whole(one)
         if number is None or not _SEEDS[0] <= number < _SEEDS[1]:
             raise InputError(
-                f"seed={seed!r}: a seed is a whole number of at most 64 bits, or a list with one for each picture."
+                f"seed={seed!r}: a seed is a whole number of at most 64 bits, or a list with one for "
+                "each picture."
             )
 
 

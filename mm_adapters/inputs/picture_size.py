@@ -34,7 +34,11 @@ def both_sizes(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, int]:
     """
     takes = parameters_of(type(pipeline).__call__)
     missing = [name for name in SIZES if arguments.get(name) is None]
-    if len(missing) != 1 or not {*SIZES} <= takes.keys() or any("image" in n and n in arguments for n in takes):
+    if (
+        len(missing) != 1
+        or not {*SIZES} <= takes.keys()
+        or any("image" in n and n in arguments for n in takes)
+    ):
         return {}
     if takes[missing[0]].default is not None:
         return {}

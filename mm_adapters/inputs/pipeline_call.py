@@ -14,10 +14,12 @@ from mm_adapters._errors import InputError
 from mm_adapters.inputs.call_names import SEED, parameters_of
 from mm_adapters.inputs.numbers import check_between, check_finite, check_seed, check_whole
 from mm_adapters.inputs.picture_size import SIZES, both_sizes, check_size
+from mm_adapters.inputs.prompts import is_prompt
 
 _COUNTS = ("num_images_per_prompt", "num_images", "batch_size", "callback_steps", "max_sequence_length")
 _OUTPUTS = ("pil", "np", "pt", "latent")
 _TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds", "image")
+_CALLBACKS = ("callback", "prior_callback")
 _ANY_SIZE = 1024  # Stands for a size that the pipeline chooses, where its own checks ask for one.
 
 
@@ -43,19 +45,19 @@ def check_options(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         elif name == "denoising_end":
             check_between(name, value, 0, 1, above=True)
         elif name in takes and _is_number(takes[name].default):
-            if isinstance(value, list | tuple) and not name.startswith("control"):  # One for each control net.
+            if isinstance(value, list | tuple) and not name.startswith(
+                "control"
+            ):  # One for each control net.
                 raise InputError(f"{name}={value!r} is a list. Pass one number.")
             check_finite(name, value)
         elif name in ("timesteps", "sigmas"):
             _check_schedule(pipeline, name, value)
         elif name.endswith("_kwargs") and not isinstance(value, Mapping):
             raise InputError(f"{name}={value!r} is {type(value).__name__}. Pass a dictionary.")
-        elif name in _TENSORS and isinstance(value, Tensor) and value.is_floating_point():
-            if not bool(torch.isfinite(value).all()):
-                raise InputError(f"{name} has values that are NaN or infinite. Replace them.")
-        elif name.startswith(("callback", "prior_callback")) and not name.endswith("inputs"):
-            if not callable(value):
-                raise InputError(f"{name}={value!r} is {type(value).__name__}. Pass a function.")
+        elif name in _TENSORS and not _is_finite(value):
+            raise InputError(f"{name} has values that are NaN or infinite. Replace them.")
+        elif name.startswith(_CALLBACKS) and not name.endswith("inputs") and not callable(value):
+            raise InputError(f"{name}={value!r} is {type(value).__name__}. Pass a function.")
     output = given.get("output_type")
     if output is not None and output not in _OUTPUTS:
         raise InputError(f"output_type={output!r}; there is {', '.join(_OUTPUTS)}.")
@@ -70,7 +72,8 @@ def _check_schedule(pipeline: Any, name: str, value: Any) -> None:
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is not None and name not in inspect.signature(scheduler.set_timesteps).parameters:
         raise InputError(
-            f"{type(scheduler).__name__} takes no {name} of your own. Pass num_inference_steps, or give the pipeline "
+            f"{type(scheduler).__name__} takes no {name} of your own. Pass num_inference_steps, or give "
+            "the pipeline "
             "another scheduler."
         )
 
@@ -85,7 +88,7 @@ def settled(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     prompt = out.get("prompt")
     if isinstance(prompt, list | tuple):
         for name, value in arguments.items():
-            if name.startswith("negative_prompt") and isinstance(value, str):
+            if name.startswith("negative_prompt") and is_prompt(name) and isinstance(value, str):
                 out[name] = [value] * len(prompt)
     return out
 
@@ -99,18 +102,19 @@ def check_run(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     n_prompts = _n_prompts(arguments)
     if n_prompts is not None:
         for name, value in arguments.items():
-            if name.startswith(("negative_prompt", "prompt_")) and isinstance(value, list | tuple):
-                if len(value) != n_prompts:
-                    raise InputError(
-                        f"There are {len(value)} texts in {name} and {n_prompts} in prompt. Pass one for each, or one text."
-                    )
+            if is_prompt(name) and isinstance(value, list | tuple) and len(value) != n_prompts:
+                raise InputError(
+                    f"There are {len(value)} texts in {name} and {n_prompts} in prompt. Pass one for each, "
+                    "or one text."
+                )
         n_pictures = n_prompts * int(arguments.get("num_images_per_prompt") or 1)
         _check_latents(pipeline, arguments.get("latents"), n_pictures)
         for name in (SEED, "generator"):
             seeds = arguments.get(name)
             if isinstance(seeds, list | tuple) and len(seeds) != n_pictures:
                 raise InputError(
-                    f"There are {len(seeds)} in {name} for {n_pictures} pictures. Pass one for each, or one alone."
+                    f"There are {len(seeds)} in {name} for {n_pictures} pictures. Pass one for each, or "
+                    "one alone."
                 )
     _check_inputs(pipeline, arguments)
 
@@ -121,7 +125,8 @@ def _check_latents(pipeline: Any, latents: Any, n_pictures: int) -> None:
     channels = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "latent_channels", None)
     if latents.shape[0] != n_pictures or channels not in (None, latents.shape[1]):
         raise InputError(
-            f"latents are {list(latents.shape)} for {n_pictures} pictures of {channels or 'some'} channels. Pass "
+            f"latents are {list(latents.shape)} for {n_pictures} pictures of {channels or 'some'} "
+            "channels. Pass "
             "[picture, channel, height, width]."
         )
 
@@ -154,6 +159,11 @@ def _n_prompts(arguments: Mapping[str, Any]) -> int | None:
     if isinstance(prompt, str):
         return 1
     return len(prompt) if isinstance(prompt, list | tuple) else None
+
+
+def _is_finite(value: Any) -> bool:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return not is_float or bool(torch.isfinite(value).all())
 
 
 def _is_number(value: Any) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mm_adapters._errors import InputError
 from mm_adapters.inputs.images import to_rgb_list

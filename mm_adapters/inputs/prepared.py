@@ -22,7 +22,13 @@ _BESIDE = {
     "decoder_attention_mask": "decoder_input_ids", "qformer_attention_mask": "qformer_input_ids",
 }  # fmt: skip
 # What a model takes in place of an image's pixels.
-_FEATURES = ("mm_encoder_outputs", "past_key_values", "encoder_outputs", "decoder_input_ids", "pixel_values_videos")
+_FEATURES = (
+    "mm_encoder_outputs",
+    "past_key_values",
+    "encoder_outputs",
+    "decoder_input_ids",
+    "pixel_values_videos",
+)
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,14 @@ class Readable:
         elif not isinstance(past, tuple) and not hasattr(past, "get_seq_length"):
             raise InputError(f"past_key_values is {type(past).__name__}. Pass a cache of transformers.")
         _check_mask(arguments, arguments.get(self.image_key))
-        ids = arguments.get(self.text_key)
-        if self.video_id is not None and isinstance(ids, Tensor) and _has_values(ids) and past is None:
-            if arguments.get("pixel_values_videos") is not None:
-                check_videos(self.videos, self.config, arguments, int((ids == self.video_id).sum()))
+        if past is None:
+            self._check_videos(arguments)
         self._check_placeholders(arguments)
+
+    def _check_videos(self, arguments: Mapping[str, Any]) -> None:
+        ids, pixels = arguments.get(self.text_key), arguments.get("pixel_values_videos")
+        if self.video_id is not None and pixels is not None and isinstance(ids, Tensor) and _has_values(ids):
+            check_videos(self.videos, self.config, arguments, int((ids == self.video_id).sum()))
 
     def _check_kind(self, key: str, value: Any, raw: str) -> None:
         if isinstance(value, list | tuple) and value and all(isinstance(one, Tensor) for one in value):
@@ -93,7 +102,9 @@ class Readable:
     def _check_fed(self, arguments: Mapping[str, Any]) -> None:
         fed = (k for k, v in arguments.items() if v is not None)
         if self.feeds and not any(k in self.feeds or "embeds" in k or k in _FEATURES for k in fed):
-            raise InputError(f"There is nothing to run on. Pass text= or images=, or {' or '.join(self.feeds)}.")
+            raise InputError(
+                f"There is nothing to run on. Pass text= or images=, or {' or '.join(self.feeds)}."
+            )
 
     def _check_tokens(self, key: str, value: Tensor) -> None:
         if self.context and value.shape[-1] > self.context:
@@ -102,9 +113,13 @@ class Readable:
                 f"{self.context}. Shorten the text."
             )
         if value.ndim != 2:
-            raise InputError(f"{key} is {list(value.shape)} and this model reads [row, token]. Add the batch axis.")
+            raise InputError(
+                f"{key} is {list(value.shape)} and this model reads [row, token]. Add the batch axis."
+            )
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-            raise InputError(f"{key} is {str(value.dtype).removeprefix('torch.')}. Pass tokens as whole numbers.")
+            raise InputError(
+                f"{key} is {str(value.dtype).removeprefix('torch.')}. Pass tokens as whole numbers."
+            )
         n_tokens = None if self.n_tokens is None else self.n_tokens()
         if not n_tokens or not _has_values(value):
             return
@@ -121,7 +136,8 @@ class Readable:
         shape = list(value.shape)
         if not value.is_floating_point():
             raise InputError(
-                f"{key} is {str(value.dtype).removeprefix('torch.')}, and this model reads normalised pixels as "
+                f"{key} is {str(value.dtype).removeprefix('torch.')}, and this model reads normalised "
+                "pixels as "
                 "floats. Pass images=, which are converted."
             )
         if _has_values(value) and not bool(torch.isfinite(value).all()):
@@ -163,11 +179,13 @@ class Readable:
 
 def _check_mask(arguments: Mapping[str, Any], pixels: Any) -> None:
     mask = arguments.get(_MASK)
-    if isinstance(mask, Tensor) and isinstance(pixels, Tensor) and pixels.ndim >= 4 and mask.ndim >= 2:
-        if mask.shape[-2:] != pixels.shape[-2:]:
-            raise InputError(
-                f"{_MASK} is {list(mask.shape)} for pictures of {list(pixels.shape)}. Pass one entry for each pixel."
-            )
+    if not isinstance(mask, Tensor) or not isinstance(pixels, Tensor) or pixels.ndim < 4 or mask.ndim < 2:
+        return
+    if mask.shape[-2:] != pixels.shape[-2:]:
+        raise InputError(
+            f"{_MASK} is {list(mask.shape)} for pictures of {list(pixels.shape)}. Pass one entry for each "
+            "pixel."
+        )
 
 
 def _check_beside(arguments: Mapping[str, Any]) -> None:
@@ -177,12 +195,14 @@ def _check_beside(arguments: Mapping[str, Any]) -> None:
             continue
         if value.shape != ids.shape:
             raise InputError(
-                f"{key} is {list(value.shape)} and {tokens} is {list(ids.shape)}. Pass one entry for each token."
+                f"{key} is {list(value.shape)} and {tokens} is {list(ids.shape)}. Pass one entry for "
+                "each token."
             )
     places, ids = arguments.get("position_ids"), arguments.get("input_ids")
     if isinstance(places, Tensor) and isinstance(ids, Tensor) and places.shape[-1] != ids.shape[-1]:
         raise InputError(
-            f"position_ids is {list(places.shape)} and input_ids is {list(ids.shape)}. Pass one for each token."
+            f"position_ids is {list(places.shape)} and input_ids is {list(ids.shape)}. Pass one for each "
+            "token."
         )
 
 

@@ -21,15 +21,17 @@ def check_prompts(pipeline: Any, record: ModelRecord, arguments: Mapping[str, An
     Raises: InputError for what is no text, or a prompt that every encoder cuts.
     """
     encoders = prompt_encoders(pipeline, record)
+    for argument, values in arguments.items():
+        if values is not None and is_prompt(argument):
+            as_texts(values, argument)
     for name in ("prompt", "negative_prompt"):
-        for argument, values in arguments.items():
-            if values is not None and (argument == name or argument.startswith(f"{name}_") and _is_text(argument)):
-                as_texts(values, argument)
         _check_lengths(encoders, name, arguments)
 
 
-def _is_text(argument: str) -> bool:
-    return argument.rpartition("_")[2].isdigit()
+def is_prompt(argument: str) -> bool:
+    """Whether a pipeline's argument of this name is a text: prompt, prompt_2, negative_prompt, ..."""
+    name = argument.rstrip("0123456789").removesuffix("_") if argument[-1:].isdigit() else argument
+    return name in ("prompt", "negative_prompt")
 
 
 def _check_lengths(encoders: list[PromptEncoder], name: str, arguments: Mapping[str, Any]) -> None:

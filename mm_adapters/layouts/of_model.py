@@ -123,7 +123,8 @@ def _videos(model: Any, sites: SiteMap, prepared: Mapping[str, Any]) -> list[lis
     record = sites.model_record.videos
     if record is None:
         raise InputError(
-            f"{sites.family} does not say how the tokens of a video lie among the words. Leave {_VIDEO} out, or "
+            f"{sites.family} does not say how the tokens of a video lie among the words. Leave {_VIDEO} "
+            "out, or "
             "ask for the layout of pictures."
         )
     return positions_of_videos(record, model.config, prepared)

@@ -22,7 +22,7 @@ _APART = 1_000_000
 def prompt_layout(
     encoder: PromptEncoder, context: int | None, texts: Sequence[str], options: Mapping[str, Any]
 ) -> TokenLayout:
-    """What each position of one text encoder's prompts is: of the text it is given, padded as the pipeline pads it.
+    """What each position of one text encoder's prompts is, padded as the pipeline pads them.
 
     `context` is how many positions the encoder has, None for any; `options` are the pipeline's.
     """
@@ -121,9 +121,15 @@ def prompt_layouts(
     named = sites.model_record.joint_text
     here = [name for name in named if name in by_tower]
     # In place of an encoder that was left out (SD3 without T5) a pipeline puts zeros.
-    if denoiser is not None and joint is not None and all(n in by_tower or n not in sites.towers for n in named):
+    if (
+        denoiser is not None
+        and joint is not None
+        and all(n in by_tower or n not in sites.towers for n in named)
+    ):
         n_rows = len(texts)
-        parts = [by_tower[n] if n in here else blank_layout(n_rows, sizes["max_sequence_length"]) for n in named]
+        parts = [
+            by_tower[n] if n in here else blank_layout(n_rows, sizes["max_sequence_length"]) for n in named
+        ]
         if template is not None:
             start, n = getattr(pipeline, template[1]), sizes["max_sequence_length"]
             parts = [seen_of(part, start, n) for part in parts]

@@ -35,7 +35,8 @@ class Reference:
         """Raises: InputError: who pickles a job never comes here, for it takes the name."""
         raise InputError(
             "A traced model is not pickled. Copy it with copy.deepcopy; to keep it, save what it wraps "
-            "(model.wrapped.save_pretrained(folder)) and load that: mm_adapters.load(folder, engine='nnsight')."
+            "(model.wrapped.save_pretrained(folder)) and load that: mm_adapters.load(folder, "
+            "engine='nnsight')."
         )
 
 

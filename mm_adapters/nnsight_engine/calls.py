@@ -36,7 +36,7 @@ class CallsModel(BaseModel):
         return kwargs if "pipe" in kwargs else self.call_arguments(self.named(inputs, kwargs))
 
     def check_traced(self, fn: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Passes if these are arguments of what a trace runs, as far as they go; of another's function any are.
+        """Passes if these are arguments of what a trace runs, as far as they go; of others' functions any.
 
         Raises: InputError for a name that the call does not take, with the nearest; for a value that means
         nothing.

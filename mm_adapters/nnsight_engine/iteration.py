@@ -54,7 +54,7 @@ class Steps(Iterations):
 
 
 class SiteTracer(InterleavingTracer):
-    """nnsight's tracer, with loops over steps that end when the run does, of arguments that the call takes."""
+    """nnsight's tracer, with loops over steps that end when the run does; its arguments are checked."""
 
     def __init__(self, envoy: Any, fn: Any, *args: Any, backend: Any = None, **kwargs: Any) -> None:
         envoy.check_traced(fn, args, kwargs)
@@ -62,7 +62,8 @@ class SiteTracer(InterleavingTracer):
 
     def invoke(self, *args: Any, **kwargs: Any) -> Any:
         """As nnsight's. Raises: InputError for what the call does not take."""
-        self.envoy.check_traced(self.fn, args, kwargs)
+        model: Any = self.envoy
+        model.check_traced(self.fn, args, kwargs)
         return super().invoke(*args, **kwargs)
 
     @property

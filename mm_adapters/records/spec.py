@@ -340,8 +340,8 @@ class ModelRecord:
         joint_text: The text towers whose sequences, one after the other, are the text of a joint attention.
         template: The pipeline's attributes with the text around each prompt ("{}" is its place), and with how
             many tokens of it the denoiser does not see. Such prompts are as long as the longest of them.
-        prompt_length: To how many tokens its code cuts and pads every prompt, whatever its tokenizer says; None
-            where the text encoder, the tokenizer or `max_sequence_length` says it.
+        prompt_length: To how many tokens its code cuts and pads every prompt, whatever its tokenizer says;
+            None where the text encoder, the tokenizer or `max_sequence_length` says it.
     """
 
     name: str

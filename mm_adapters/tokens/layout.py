@@ -340,7 +340,8 @@ def _by_row(
         used += image
         if len(places) != n:
             raise InputError(
-                f"Row {row} has {n} {what} tokens and its {image} {what}s take {len(places)}. Pass the grid of "
+                f"Row {row} has {n} {what} tokens and its {image} {what}s take {len(places)}. Pass the "
+                "grid of "
                 f"each {what}, in order, and the tokens that the model's processor makes."
             )
         out.append(places)

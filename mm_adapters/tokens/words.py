@@ -50,7 +50,9 @@ def align_words(
     """
     tokenizer_view = tokenizer_view_of(tokenizer)
     if text is None:
-        text = tokenizer_view.decode([i for i in ids if i not in tokenizer_view.special and i not in image_ids])
+        text = tokenizer_view.decode(
+            [i for i in ids if i not in tokenizer_view.special and i not in image_ids]
+        )
     encoded, offsets = tokenizer_view.encode(text)
     match = _match(ids, encoded, mask, tokenizer_view, image_ids)
     live = [m is not None for m in match] if match else _not_padding(ids, mask, tokenizer_view)
@@ -130,9 +132,7 @@ def _match(
 
     An image token stands in the text once and in the tokens many times.
     """
-    encoded_at = [
-        i for i, t in enumerate(encoded) if not (i and t in image_ids and encoded[i - 1] == t)
-    ]
+    encoded_at = [i for i, t in enumerate(encoded) if not (i and t in image_ids and encoded[i - 1] == t)]
     leading = next((i for i, t in enumerate(ids) if t != tokenizer_view.pad), 0)
     starts = [list(mask).index(1)] if mask is not None and 1 in mask else sorted({0, leading})
     for start in starts:
