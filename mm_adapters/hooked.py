@@ -12,7 +12,9 @@ from transformer_lens import HookedRootModule
 
 from mm_adapters._errors import InputError
 from mm_adapters.hooks.wiring import Points
+from mm_adapters.inputs.call_names import RAW, Call, parameters_of, refuse_unknown
 from mm_adapters.inputs.generators import seeded
+from mm_adapters.inputs.pipeline_call import check_run, settled
 from mm_adapters.runs.base_model import BaseModel
 from mm_adapters.runs.foreseen import check_foreseen
 from mm_adapters.runs.gradients import differentiable
@@ -27,8 +29,6 @@ from mm_adapters.tl_engine.tower import HookedTower
 
 if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
-
-_RAW = ("text", "images")
 
 
 class HookedModel(BaseModel, HookedRootModule):
@@ -88,9 +88,7 @@ class HookedModel(BaseModel, HookedRootModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped model; raw `text` and `images` are prepared first."""
         self.check_ready()
-        if args and self.sitemap.model_record.loop is not None:
-            args, kwargs = args[1:], {"prompt": args[0], **kwargs}
-        return self.wrapped(*args, **self._arguments(kwargs))
+        return self.wrapped(**self._arguments(self._by_name(args, kwargs)))
 
     def generate(
         self,
@@ -100,7 +98,7 @@ class HookedModel(BaseModel, HookedRootModule):
         fwd_hooks: Sequence[tuple[Any, Callable[..., Any]]] = (),
         **kwargs: Any,
     ) -> Any:
-        """The wrapped model's `generate`, with raw inputs and with hooks or edits at every step.
+        """The wrapped model's `generate` (a pipeline's call), with raw inputs, and hooks or edits at each step.
 
         Returns its token ids; a `Run` whose output they are if anything is read or edited. A language
         tower's values are joined along the sequence, each position's from the call that computed it last;
@@ -108,10 +106,11 @@ class HookedModel(BaseModel, HookedRootModule):
         """
         self.check_ready()
         session = self._session(read, edit, generating=True)
-        arguments = self._arguments(kwargs)
+        arguments = self._arguments(kwargs, "generate")
         check_foreseen(self, arguments, session.asked, generating=True)
+        call = self.wrapped if self.sitemap.model_record.loop is not None else self.wrapped.generate
         with torch.no_grad(), self.hooks(fwd_hooks=list(fwd_hooks)), session.attached(arguments):
-            output = self.wrapped.generate(**arguments)
+            output = call(**arguments)
         return session.result(output) if session.asked else output
 
     def run(
@@ -184,8 +183,12 @@ class HookedModel(BaseModel, HookedRootModule):
             finally:
                 self.points.unwind()
 
-    def embed(self, *, text: Any = None, images: Any = None) -> Tensor:
-        """Un-normalised embeddings in the joint space, [row, d_joint], of texts or of images."""
+    def embed(self, *, text: Any = None, images: Any = None, **unknown: Any) -> Tensor:
+        """Un-normalised embeddings in the joint space, [row, d_joint], of texts or of images.
+
+        Raises: InputError if not one of the two is given; MissingSiteError without such a tower.
+        """
+        refuse_unknown("embed", unknown, RAW)
         if (text is None) == (images is None):
             raise InputError("embed takes text or images, one of the two.")
         name = "text" if images is None else "vision"
@@ -219,7 +222,14 @@ class HookedModel(BaseModel, HookedRootModule):
             yield from module.named_parameters(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.wrapped.state_dict(*args, **kwargs)
+        """The wrapped model's; of a pipeline, its parts' behind their names."""
+        return as_module(self.wrapped).state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As the wrapped model's, under the names of `state_dict`."""
+        return as_module(self.wrapped).load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
         self.check_names(name)
@@ -241,25 +251,27 @@ class HookedModel(BaseModel, HookedRootModule):
         asked = as_reads(read), as_edits(edit)
         return Session(self.wrapped, self.sitemap, self.points, *asked, keep_graph, generating=generating)
 
-    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name; a pipeline's first is its prompt."""
+        own = self.call_names().own
         if self.sitemap.model_record.loop is not None:
-            return self._pipeline_arguments(kwargs)
-        raw = {k: kwargs.pop(k) for k in _RAW if kwargs.get(k) is not None and self._is_raw(k, kwargs[k])}
-        if self.inputs is not None:
-            self.inputs.check_prepared(kwargs)
-        return {**self.prepare(**raw), **kwargs} if raw else kwargs
+            own = tuple(parameters_of(type(self.wrapped).__call__))
+        if len(args) > len(own):
+            raise InputError(f"{len(args)} arguments were given by position; there are {', '.join(own)}.")
+        named = dict(zip(own, args, strict=False))
+        for name in named.keys() & kwargs.keys():
+            raise InputError(f"{name} was given twice: by position, and as {name}=. Give it once.")
+        return named | kwargs
 
-    def _is_raw(self, name: str, value: Any) -> bool:
-        # open_clip's own argument is called text too, and is a tensor of tokens.
-        return not (name == "text" and isinstance(value, Tensor))
-
-    def _pipeline_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if "text" in kwargs:
-            kwargs["prompt"] = kwargs.pop("text")
-        if self.inputs is not None and kwargs.get("prompt") is not None:
-            self.inputs.prepare(text=kwargs["prompt"])  # For its checks: a pipeline cuts long prompts.
-        seed = kwargs.pop("seed", None)
-        return kwargs if seed is None else {**kwargs, "generator": seeded(seed, self.device)}
+    def _arguments(self, kwargs: dict[str, Any], call: Call = "forward") -> dict[str, Any]:
+        self.check_call(kwargs, call)
+        arguments = self.call_arguments(kwargs)
+        if self.sitemap.model_record.loop is None:
+            return arguments
+        arguments = settled(self.wrapped, arguments)
+        check_run(self.wrapped, arguments)
+        seed = arguments.pop("seed", None)
+        return arguments if seed is None else {**arguments, "generator": seeded(seed, self.device)}
 
     def _call(self, arguments: dict[str, Any], differentiable: bool) -> Any:
         if differentiable and self.sitemap.model_record.loop is not None:
@@ -290,6 +302,14 @@ class HookedModel(BaseModel, HookedRootModule):
             looped = {k for k in values if self.sitemap[k].tower in self.sitemap.loops}
             values = {k: v[:, 0] if k in looped else v[0] for k, v in values.items()}
         return output, values
+
+
+def as_module(wrapped: Any) -> nn.Module:
+    """A module, or a pipeline's modules under their names."""
+    if isinstance(wrapped, nn.Module):
+        return wrapped
+    parts = {name: part for name, part in wrapped.components.items() if isinstance(part, nn.Module)}
+    return nn.ModuleDict(parts)
 
 
 def _among(names: str | Sequence[str] | None) -> Callable[[str], bool]:

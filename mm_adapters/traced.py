@@ -10,6 +10,7 @@ does nothing outside a trace.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -25,6 +26,7 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.open import open_checkpoint
 from mm_adapters.checkpoints.origin import CheckpointRef
 from mm_adapters.hooks.module_hooks import AttentionHook
@@ -34,6 +36,7 @@ from mm_adapters.ndif_client.remotable import ServedModel
 from mm_adapters.nnsight_engine.batcher import RowBatcher
 from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
 from mm_adapters.nnsight_engine.calls import CallsModel
+from mm_adapters.nnsight_engine.deep_copy import without_controllers
 from mm_adapters.nnsight_engine.envoys import SiteEnvoy, TracedPart
 from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
 from mm_adapters.nnsight_engine.invokes import Rows
@@ -136,6 +139,16 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         """The dtype of the weights."""
         return next(p.dtype for p in self._module.parameters() if p.is_floating_point())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
+        """A model with weights of its own. Raises: InputError if this one has edits, which name its parts."""
+        if self._edits:
+            raise InputError("This model has edits, which are its own. Copy it before they are made.")
+        wrapped = without_controllers(self._module, self.wrapped, memo)
+        inputs = copy.deepcopy(self._inputs, memo)
+        copied = TracedModel(wrapped, inputs=inputs, origin=self.origin, task=self._task, rename=self._rename)
+        copied.automodel, copied._unread = self.automodel, copy.copy(self._unread)
+        return copied
+
     def site(self, name: str, new: Any = _NOT_SET) -> Any:
         """In a trace: a site's value, which may be saved and written into; with `new`, sets it.
 
@@ -182,6 +195,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             raise ValueError("scan computes nothing and runs here. Leave remote out.")
         if self.kind == "diffusion" and fn is None:
             kwargs = self._one_step() | kwargs
+        self.check_traced(fn or self._forward, inputs, kwargs)
         return SiteScanner(self, fn or self._forward, *inputs, **kwargs)
 
     def edit(self, *, inplace: bool = False, backend: Any = None) -> SiteEditor:
@@ -200,6 +214,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             return fn(*inputs, **kwargs)
         # transformers' pipelines call the arguments of generate so.
         kwargs |= kwargs.pop("generate_kwargs", {})
+        self.call_names("generate")  # Says so if the model generates nothing.
         reads, edits = as_reads(read), as_edits(edit)
         remote = {k: kwargs.pop(k) for k in REMOTE_OPTIONS if k in kwargs}
         if reads or edits:
@@ -207,11 +222,12 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         tracer = self.trace(*inputs, fn=fn, **kwargs, **remote)
         try:
             tracer.capture()
+            return tracer
         except WithBlockNotFoundError:
-            if remote.get("remote"):
-                return self._recorded(self.named(inputs, kwargs), [], [], None, fn, **remote).output
-            return self.interleave(fn, *inputs, **kwargs)
-        return tracer
+            pass  # What is raised below is not about the missing block.
+        if remote.get("remote"):
+            return self._recorded(self.named(inputs, kwargs), [], [], None, fn, **remote).output
+        return self.interleave(fn, *inputs, **kwargs)
 
     def run(
         self,
@@ -258,6 +274,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             self.dispatch()  # A session looks at the pipeline that runs.
         for item in (*reads, *edits):
             self.sitemap.check(item.site)  # Before anything runs, or is sent.
+        self.check_traced(fn, (), arguments)
         generating = fn == self._generate
         if not remote:
             arguments = self.arguments((), arguments)

@@ -54,7 +54,17 @@ class Steps(Iterations):
 
 
 class SiteTracer(InterleavingTracer):
-    """nnsight's tracer, with loops over steps that end when the run does."""
+    """nnsight's tracer, with loops over steps that end when the run does; its arguments are checked."""
+
+    def __init__(self, envoy: Any, fn: Any, *args: Any, backend: Any = None, **kwargs: Any) -> None:
+        envoy.check_traced(fn, args, kwargs)
+        super().__init__(envoy, fn, *args, backend=backend, **kwargs)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Any:
+        """As nnsight's. Raises: InputError for what the call does not take."""
+        model: Any = self.envoy
+        model.check_traced(self.fn, args, kwargs)
+        return super().invoke(*args, **kwargs)
 
     @property
     def iter(self) -> Steps:

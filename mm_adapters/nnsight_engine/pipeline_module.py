@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch._guards import detect_fake_mode
 
 from mm_adapters.checkpoints.fill_weights import load_weights_into
 from mm_adapters.inputs.generators import seeded
+from mm_adapters.inputs.pipeline_call import check_run, settled
 
 
 class PipelineModule(nn.Module):
@@ -34,7 +36,11 @@ class PipelineModule(nn.Module):
 
     def forward(self, *args: Any, seed: Any = None, differentiable: bool = False, **kwargs: Any) -> Any:
         pipe = self.pipeline
-        if seed is not None and kwargs.get("generator") is None:
+        if detect_fake_mode() is None:
+            given = kwargs if seed is None else {**kwargs, "seed": seed}
+            kwargs = {k: v for k, v in settled(pipe, given).items() if k != "seed"}
+            check_run(pipe, given)
+        if seed is not None:
             kwargs["generator"] = seeded(seed, next(self.parameters()).device)
         if differentiable:
             kwargs.setdefault("output_type", "pt")

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mm_adapters._errors import InputError, MetaDeviceError
+from mm_adapters.inputs.call_names import RAW, refuse_unknown
 from mm_adapters.inputs.from_model import own_tokenizer
 from mm_adapters.inputs.texts import as_texts
 from mm_adapters.layouts.of_model import layouts
-from mm_adapters.layouts.of_prompt import prompt_layout, prompt_layouts
+from mm_adapters.layouts.of_prompt import prompt_layouts
 from mm_adapters.records.spec import Guidance, Kind, ModelRecord, Site
+from mm_adapters.runs.call_checks import CallChecks
 from mm_adapters.sites.site_map import SiteMap, SiteTable
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tokens.by_part import Layouts
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
 
 
-class BaseModel:
+class BaseModel(CallChecks):
     """A module or pipeline, with its map of sites and what prepares its inputs.
 
     An engine's model is one of these, and has `wrapped`, `_inputs`, `sitemap`, `device` and `dtype`.
@@ -87,8 +89,12 @@ class BaseModel:
         """The towers that sampling loops call, each with how it is guided; none outside pipelines."""
         return self.sitemap.loops
 
-    def prepare(self, *, text: Any = None, images: Any = None) -> dict[str, Any]:
-        """Raw text and images as the wrapped model's own arguments, on its device, in its dtype."""
+    def prepare(self, *, text: Any = None, images: Any = None, **unknown: Any) -> dict[str, Any]:
+        """Raw text and images as the wrapped model's own arguments, on its device, in its dtype.
+
+        Raises: InputError for what cannot be prepared, or is neither.
+        """
+        refuse_unknown("prepare", unknown, RAW)
         if self._inputs is None:
             raise InputError(
                 "This model came without a processor, so it cannot take raw text or images. "
@@ -106,6 +112,7 @@ class BaseModel:
         `max_sequence_length` as to the pipeline. With an IP-Adapter and its `ip_adapter_image`, also what
         the "image_prompt" is made of.
         """
+        self.call_names().check(prepared)
         texts = None
         if isinstance(text, Tensor):  # open_clip's argument of tokens has this name.
             prepared, text = prepared | {"text": text}, None
@@ -122,9 +129,8 @@ class BaseModel:
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
         """What each position of a pipeline's prompts is, padded as the pipeline pads them."""
-        if self.sitemap.model_record.template is not None:
-            return self.layout(text=texts)[tower]
-        return prompt_layout(self.check_tower(tower).context_length, self.tokenizer_of(tower), texts)
+        self.check_tower(tower)
+        return self.layout(text=texts)[tower]
 
     def tokenizer_of(self, tower: str) -> Any:
         """The tokenizer of a text tower, or None."""

@@ -13,6 +13,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.config import TransformerLensConfig
 
 from mm_adapters.hooks.wiring import Points
+from mm_adapters.inputs.call_names import tower_names
 from mm_adapters.records.resolve import head_count
 from mm_adapters.records.spec import Attention, Input, Norm, Output
 from mm_adapters.records.stages import Stages
@@ -146,6 +147,10 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         name = mounted.input_name
         run = mounted.mount.run
         target = mounted.module if run is None else resolve(self._root.wrapped, run)
+        if kwargs:
+            whole = target is self._root.wrapped
+            names = self._root.call_names() if whole else tower_names(f"The {mounted.name} tower", target)
+            names.check(kwargs)
         output = target(**{name: input}, **kwargs) if mounted.record.gives else target(input, **kwargs)
         if return_type is None:
             return None
