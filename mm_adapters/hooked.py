@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 
-from mm_adapters._errors import InputError
+from mm_adapters._errors import InputError, ModelStateError
+from mm_adapters.hooks.eager import eagerly, is_compiled
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.inputs.generators import seeded
 from mm_adapters.runs.base_model import BaseModel
 from mm_adapters.runs.lens import Edit, Read, Run, as_read
 from mm_adapters.runs.session import Session
+from mm_adapters.runs.turns import Turns, in_turn
+from mm_adapters.sites.held import place
 from mm_adapters.sites.single_tower import callable_for
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.tl_engine.cache import ModelCache
@@ -47,15 +50,13 @@ class HookedModel(BaseModel, HookedRootModule):
         loaded_as: str | None = None,
     ) -> None:
         super().__init__()
-        # Not registered: the wrapped model keeps its parameters, its keys and its hooks to itself.
-        self.__dict__["wrapped"] = wrapped
-        self.__dict__["inputs"] = inputs
         self.sitemap = SiteMap(wrapped) if sites is None else sites
+        # Not registered: the wrapped model keeps its parameters, its keys and its hooks to itself.
+        self.__dict__["wrapped"] = self.sitemap.model
+        self.__dict__["inputs"] = inputs
         self._loaded_as = loaded_as
-        self.points = Points(wrapped, self.sitemap, SitePoint)
-        for name, mounted in self.sitemap.towers.items():
-            self.add_module(name, HookedTower(self, mounted, self.points))
-        self.setup()
+        self.points = Points(self.sitemap, SitePoint)
+        self._hang_towers()
         self.eval()
 
     wrapped: Any
@@ -64,6 +65,46 @@ class HookedModel(BaseModel, HookedRootModule):
     @property
     def _inputs(self) -> Inputs | None:  # type: ignore[override]
         return self.inputs
+
+    def follow(self) -> None:
+        """Maps the sites again if modules of the model were put in place of others.
+
+        Hooks stay on the sites whose names stay.
+
+        Raises: ModelStateError if a site that has hooks is no more.
+        """
+        if not self.sitemap.follow():
+            return
+        before = dict(self.points.by_name)
+        self.points.wire()
+        self._hang_towers()
+        gone = [
+            name for name, point in before.items() if name not in self.sitemap.sites and point.has_hooks()
+        ]
+        if gone:
+            raise ModelStateError(
+                f"The model was changed, and it has no {', '.join(gone[:3])} any more, where hooks are on. "
+                "They are off now. model.sites('*') lists the sites that there are."
+            )
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """No other thread runs the model inside, and its sites are those of the modules that it has.
+
+        Inside another run of this thread, what that has on the model is set aside.
+
+        Raises: ModelBusyError if another thread has the model and does not go on.
+        """
+        with self._turns.taken() as is_first:
+            if is_first:
+                self.follow()
+            yield
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The model's modules run inside: as they are written, if a hook is active and they were compiled."""
+        with self._turns.running(self.points), self._eagerly():
+            yield
 
     def tower(self, name: str) -> HookedTower:
         """One tower as a TransformerLens model."""
@@ -74,21 +115,27 @@ class HookedModel(BaseModel, HookedRootModule):
 
     @property
     def device(self) -> torch.device:
-        """Where the wrapped model's weights are."""
-        return next(self.parameters()).device
+        """Where the wrapped model computes: where its weights are, or are fetched to."""
+        device = place(self._modules_wrapped())
+        assert device is not None
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the wrapped model's weights."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
+    @in_turn
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped model; raw `text` and `images` are prepared first."""
         self.check_ready()
         if args and self.sitemap.model_record.loop is not None:
             args, kwargs = args[1:], {"prompt": args[0], **kwargs}
-        return self.wrapped(*args, **self._arguments(kwargs))
+        arguments = self._arguments(kwargs)
+        with self.running():
+            return self.wrapped(*args, **arguments)
 
+    @in_turn
     def generate(
         self,
         *,
@@ -103,10 +150,11 @@ class HookedModel(BaseModel, HookedRootModule):
         """
         self.check_ready()
         session = self._session(read, edit, keep_graph=False)
-        with torch.no_grad(), self.hooks(fwd_hooks=list(fwd_hooks)), session.attached():
+        with torch.no_grad(), self.hooks(fwd_hooks=list(fwd_hooks)), session.attached(), self.running():
             output = self.wrapped.generate(**self._arguments(kwargs))
         return session.result(output) if session.read or session.meters else output
 
+    @in_turn
     def run(
         self,
         inputs: Mapping[str, Any],
@@ -125,10 +173,11 @@ class HookedModel(BaseModel, HookedRootModule):
         self.check_ready()
         session = self._session(read, edit, keep_graph=grad_of is not None)
         arguments = self._arguments(dict(inputs))
-        with torch.set_grad_enabled(grad_of is not None), session.attached(arguments):
+        with torch.set_grad_enabled(grad_of is not None), session.attached(arguments), self.running():
             output = self._call(arguments, differentiable=grad_of is not None)
         return session.result(output, grad_of)
 
+    @in_turn
     def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
         """As TransformerLens': the output and an ActivationCache, by full site name.
 
@@ -142,6 +191,7 @@ class HookedModel(BaseModel, HookedRootModule):
         cache = ModelCache(values, self, has_batch_dim=not remove) if return_cache_object else values
         return output, cache
 
+    @in_turn
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
         """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
         self.check_names(names_filter)
@@ -154,8 +204,11 @@ class HookedModel(BaseModel, HookedRootModule):
 
     @contextmanager
     def hooks(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """As TransformerLens'; an interrupted forward leaves nothing standing."""
-        with super().hooks(*args, **kwargs) as hooked:
+        """As TransformerLens'; an interrupted forward leaves nothing standing.
+
+        No other thread runs the model inside.
+        """
+        with self.turn(), super().hooks(*args, **kwargs) as hooked:
             try:
                 yield hooked
             finally:
@@ -201,6 +254,21 @@ class HookedModel(BaseModel, HookedRootModule):
     def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
         self.check_names(name)
         super()._enable_hook_with_name(name, hook, dir)
+
+    def _hang_towers(self) -> None:
+        """Its towers, and the turn that is taken for a run of them."""
+        for name in [n for n in self._modules if n not in self.sitemap.towers]:
+            del self._modules[name]
+        for name, mounted in self.sitemap.towers.items():
+            if name in self._modules:
+                getattr(self, name).move(mounted, self.points)
+            else:
+                self.add_module(name, HookedTower(self, mounted, self.points))
+        self.setup()
+        self._turns = Turns([self.wrapped, *(t.module for t in self.sitemap.towers.values())])
+
+    def _eagerly(self) -> AbstractContextManager[None]:
+        return eagerly() if self.points.are_live and is_compiled(self._modules_wrapped()) else nullcontext()
 
     def _modules_wrapped(self) -> list[nn.Module]:
         if isinstance(self.wrapped, nn.Module):

@@ -120,6 +120,7 @@ def wrap(
     """
     build = _engine(engine)
     sites = SiteMap(model)
+    model = sites.model
     inputs = inputs_for(
         model, processor=processor, tokenizer=tokenizer, image_processor=image_processor, sites=sites
     )

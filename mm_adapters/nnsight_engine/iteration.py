@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 from nnsight.intervention.editing import EditingTracer
@@ -54,7 +55,13 @@ class Steps(Iterations):
 
 
 class SiteTracer(InterleavingTracer):
-    """nnsight's tracer, with loops over steps that end when the run does."""
+    """nnsight's tracer, with loops over steps that end when the run does, one run at a time on a model."""
+
+    def execute(self, code: CodeType) -> None:
+        envoy: Any = self.envoy
+        model = envoy.root
+        with model.turn(), model.running():
+            super().execute(code)
 
     @property
     def iter(self) -> Steps:
