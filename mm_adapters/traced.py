@@ -49,6 +49,7 @@ from mm_adapters.records.spec import Guidance
 from mm_adapters.runs.lens import Edit, Read, Run, as_read
 from mm_adapters.runs.session import is_guided
 from mm_adapters.runs.turns import Turns
+from mm_adapters.sites.held import place
 from mm_adapters.sites.single_tower import callable_for
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.wrappers import inside
@@ -170,6 +171,11 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
     def points(self) -> Points:
         """The sites' points, which their values pass."""
         return self._points
+
+    @property
+    def device(self) -> torch.device | None:  # type: ignore[override]
+        """Where the wrapped model computes: where its weights are, or are fetched to."""
+        return place([self._module])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -153,7 +153,7 @@ class _Table:
                 if time.monotonic() - since > STILL_S or self._waits_for(held, me):
                     raise ModelBusyError(
                         "Another thread has this model in a run or in model.hooks(...), and does not go "
-                        "on: it may wait for this thread. Let it end first, or load a second model for this one."
+                        "on: it may wait for this one. Let it end first, or load a second model for this thread."
                     )
                 self.changed.wait(timeout=0.5)
         finally:
