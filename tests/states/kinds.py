@@ -46,7 +46,13 @@ class Kind:
     def inputs(self) -> dict[str, Any]:
         """What the model is run with, prepared."""
         given = zoo_inputs.INPUTS[self.zoo]
-        return given | {"num_inference_steps": 1} if self.zoo == "tiny-sd" else _loaded(self.zoo).prepare(**given)
+        if self.zoo == "tiny-sd":
+            return given | {"num_inference_steps": 1, "output_type": "latent"}
+        return _loaded(self.zoo).prepare(**given)
+
+    def before(self) -> Seen:
+        """What is seen in the model as it is loaded."""
+        return _seen_before(self)
 
 
 KINDS = {
@@ -72,6 +78,11 @@ KINDS = {
 @functools.cache
 def _loaded(name: str) -> Any:
     return mm.load(name, device="cpu")
+
+
+@functools.cache
+def _seen_before(kind: Kind) -> Seen:
+    return watch(kind, _loaded(kind.zoo).wrapped)
 
 
 @dataclass(frozen=True)

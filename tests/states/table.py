@@ -128,7 +128,7 @@ def _other_attention(kind: Kind, raw: Any) -> Any:
 
 def _other_part(kind: Kind, raw: Any) -> Any:
     """Another tower in place of the one that is read."""
-    above, _, name = kind.block.partition(".")
+    above = kind.block.partition(".")[0]
     if kind.zoo == "tiny-llava":
         raw.model.language_model = _louder(raw.model.language_model)
     else:

@@ -1,4 +1,4 @@
-"""In every state of a model, reads, edits and weights are those of the library's model, or one error says why."""
+"""In every state of a model reads, edits and weights are the library's own, or one error says why not."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ def cells() -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore")  # What libraries say of what they are asked for here.
 @pytest.mark.parametrize(("state", "name", "engine"), cells())
-def test_reads_edits_and_weights_are_the_models_own_in_this_state(state: State, name: str, engine: Any) -> None:
+def test_reads_edits_and_weights_are_the_models_own_in_this_state(
+    state: State, name: str, engine: Any
+) -> None:
     kind = KINDS[name]
     raw = kind.fresh()
-    before = watch(kind, raw)
+    before = kind.before()
     weight_before = kind.module(raw, f"{kind.attention}.{kind.query}").weight.detach().clone()
     model = mm.wrap(raw, engine=engine)
-    check(state, kind, model, before, weight_before, refused=())
+    close(numbers(model.run(kind.inputs(), read=[f"{kind.prefix}.hook_resid_post"]).output), before.output, 0)
 
     given = state.put(kind, raw)
     right = before if state.as_before else watch(kind, raw)
@@ -59,14 +61,18 @@ def right_weight(kind: Kind, raw: Any, before: Tensor) -> Tensor:
 def check(
     state: State, kind: Kind, model: Any, right: Seen, weight: Tensor, refused: tuple[str, ...]
 ) -> None:
-    sites = [f"{kind.prefix}.{part}" for part in ("attn.hook_q", "attn.hook_z", "hook_resid_post")]
-    readable = [s for s in sites if not s.endswith(refused)] if refused else sites
-    run = model.run(kind.inputs(), read=readable)
+    parts = ("attn.hook_q", "attn.hook_z", "hook_resid_post", "attn.hook_v", "attn.hook_pattern")
+    sites = [f"{kind.prefix}.{part}" for part in parts]
+    run = model.run(kind.inputs(), read=[s for s in sites if not refused or not s.endswith(refused)])
     close(numbers(run.output), right.output, state.atol)
-    for site, value in zip(sites, right, strict=True):
-        if site in readable:
-            seen = run[site][0] if kind.zoo == "tiny-sd" else run[site]
-            close(seen, value, state.atol)
+    values = {s: v[0] if kind.zoo == "tiny-sd" else v for s, v in run.values.items()}
+    for site, value in zip(sites, right, strict=False):
+        if site in values:
+            close(values[site], value, state.atol)
+    if not refused:  # What the heads attend to, with what is there, is what leaves them.
+        v, pattern = values[sites[3]].transpose(1, 2), values[sites[4]]
+        attended = pattern @ v.repeat_interleave(pattern.shape[1] // v.shape[1], 1)
+        close(attended.transpose(1, 2), right.z, 1e-5)
     half = mm.Edit(sites[2], lambda v: v / 2)
     edited = model.run(kind.inputs(), edit=[half])
     close(numbers(edited.output), right.halved, max(state.atol, 1e-5))
@@ -77,28 +83,25 @@ def check(
     close(w_q, weight.T.unflatten(1, (kind.heads, -1)).transpose(0, 1), state.off_weight)
 
     for part in refused:
-        assert state.refusal is not None
         site = f"{kind.prefix}.{part}"
-        if state.refusal.tower:
+        if state.refusal and state.refusal.tower:
             site = next(s.name for s in model.sites(f"{state.refusal.tower}.*{part}") if s.reason is None)
-        ran: list[None] = []
-        root = model.wrapped.text_encoder
-        handle = root.register_forward_pre_hook(lambda *_: ran.append(None))
-        try:
-            for asked in ({"read": [site]}, {"edit": [mm.Edit(site, lambda v: v)]}):
-                with pytest.raises(state.refusal.error, match=re.escape(state.refusal.says)) as told:
-                    model.run(kind.inputs(), **asked)
-                assert told.value.__cause__ is None
-        finally:
-            handle.remove()
-        assert not ran, "it was refused when the model had run"
-    if not refused:
-        pattern, v = f"{kind.prefix}.attn.hook_pattern", f"{kind.prefix}.attn.hook_v"
-        inner = model.run(kind.inputs(), read=[pattern, v, sites[1]])
-        attended = inner[pattern] @ inner[v].transpose(-2, -3).repeat_interleave(
-            inner[pattern].shape[-3] // inner[v].shape[-2], -3
-        )
-        close(attended.transpose(-2, -3), inner[sites[1]], 1e-5)
+        for asked in ({"read": [site]}, {"edit": [mm.Edit(site, lambda v: v)]}):
+            check_refused(state, kind, model, asked)
+
+
+def check_refused(state: State, kind: Kind, model: Any, asked: dict[str, Any]) -> None:
+    """The error says what to do, comes of no other, and comes before the first module runs."""
+    assert state.refusal is not None
+    ran: list[None] = []
+    handle = model.wrapped.text_encoder.register_forward_pre_hook(lambda *_: ran.append(None))
+    try:
+        with pytest.raises(state.refusal.error, match=re.escape(state.refusal.says)) as told:
+            model.run(kind.inputs(), **asked)
+    finally:
+        handle.remove()
+    assert told.value.__cause__ is None
+    assert not ran
 
 
 def close(seen: Tensor, right: Tensor, atol: float) -> None:
