@@ -124,6 +124,7 @@ def wrap(
     refuse_unknown("wrap", unknown, ("processor", "tokenizer", "image_processor", "engine"))
     build = _engine(engine)
     sites = SiteMap(model)
+    model = sites.model
     inputs = inputs_for(
         model, processor=processor, tokenizer=tokenizer, image_processor=image_processor, sites=sites
     )

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, no_type_check
 
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from mm_adapters._errors import InputError
-from mm_adapters.checkpoints.open import open_checkpoint
+from mm_adapters.checkpoints.open import modules_of, open_checkpoint
 from mm_adapters.checkpoints.origin import CheckpointRef
+from mm_adapters.hooks.eager import eagerly, is_compiled
 from mm_adapters.hooks.module_hooks import AttentionHook
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.ndif_client.pending_run import PendingRun
@@ -51,8 +53,11 @@ from mm_adapters.runs.foreseen import check_foreseen
 from mm_adapters.runs.gradients import differentiable
 from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_reads
 from mm_adapters.runs.session import is_guided
+from mm_adapters.runs.turns import Turns
+from mm_adapters.sites.held import place
 from mm_adapters.sites.single_tower import callable_for
 from mm_adapters.sites.site_map import SiteMap
+from mm_adapters.sites.wrappers import inside
 
 if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
@@ -103,6 +108,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             wrapped, inputs, origin, sites = checkpoint
         elif named:
             raise TypeError(f"{', '.join(named)}: of use with a name only, and the model is here already.")
+        wrapped = inside(wrapped)
         module = wrapped if isinstance(wrapped, nn.Module) else PipelineModule(wrapped)
         super().__init__(module, interleaver=SiteInterleaver(), envoys=TracedPart, rename=rename)
         self._inputs = inputs
@@ -115,14 +121,51 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         self.sitemap = SiteMap(wrapped) if sites is None else sites
         engine = self.interleaver
         assert isinstance(engine, SiteInterleaver)
-        self._points = Points(wrapped, self.sitemap, lambda site: TracedPoint(site, engine))
+        self._points = Points(self.sitemap, lambda site: TracedPoint(site, engine))
+        self._attach_sites(engine)
+
+    def _attach_sites(self, engine: SiteInterleaver) -> None:
+        """The sites at the modules there are, in the interleaver, with the rows of each, and the turn."""
         module_hooks = self._points.module_hooks
         heads = {
             engine.envoys[id(t.module)].path: t.n_heads for t in module_hooks if isinstance(t, AttentionHook)
         }
         engine.attach_sites(self._points.by_name, module_hooks, self._loop_module())  # type: ignore[arg-type]
         paths = {at: envoy.path for at, envoy in engine.envoys.items()} | {-1: self.path}
-        self.rows = Rows(module, self.sitemap, paths, heads)
+        self.rows = Rows(self._module, self.sitemap, paths, heads)
+        self._turns = Turns([self.wrapped, *(t.module for t in self.sitemap.towers.values())])
+
+    def follow(self) -> None:
+        """Maps the sites again if modules of the model were put in place of others."""
+        if not self.sitemap.follow(self.wrapped):
+            return
+        if isinstance(self._module, PipelineModule):
+            self._module.hold()
+        self._update(self._module)
+        self._points.wire()
+        assert isinstance(self.interleaver, SiteInterleaver)
+        self._attach_sites(self.interleaver)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """No other thread runs the model inside, and its sites are those of the modules that it has.
+
+        Raises: ModelBusyError inside another run of this thread, or if another thread does not go on.
+        """
+        self._turns.check_free(self.interleaver, "A run was started")  # type: ignore[arg-type]
+        with self._turns.taken() as is_first:
+            if is_first:
+                self.follow()
+            yield
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The model's modules run inside: as they are written, if they were compiled."""
+        modules = modules_of(self.wrapped)
+        eager = eagerly() if is_compiled(modules) else nullcontext()
+        # A block that is cut off may leave the mode that it had set.
+        with torch.set_grad_enabled(torch.is_grad_enabled()), eager, self._turns.running(self.interleaver):
+            yield
 
     @property
     def wrapped(self) -> Any:
@@ -133,6 +176,11 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
     def points(self) -> Points:
         """The sites' points, which their values pass."""
         return self._points
+
+    @property
+    def device(self) -> torch.device | None:  # type: ignore[override]
+        """Where the wrapped model computes: where its weights are, or are fetched to."""
+        return place([self._module])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,7 +213,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
 
         Raises: MissingSiteError for a name that is no site.
         """
-        self.sitemap.check(name)
+        self.check_site(name)
         return SiteEnvoy(self, self._points.by_name[name])
 
     def trace(self, *inputs: Any, fn: Any = None, tracer_cls: Any = None, **kwargs: Any) -> Any:
@@ -227,7 +275,8 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             pass  # What is raised below is not about the missing block.
         if remote.get("remote"):
             return self._recorded(self.named(inputs, kwargs), [], [], None, fn, **remote).output
-        return self.interleave(fn, *inputs, **kwargs)
+        with self.turn(), self.running():
+            return self.interleave(fn, *inputs, **kwargs)
 
     def run(
         self,
@@ -272,6 +321,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
     ) -> Run | PendingRun:
         if not remote:
             self.dispatch()  # A session looks at the pipeline that runs.
+        self.follow()
         for item in (*reads, *edits):
             self.sitemap.check(item.site)  # Before anything runs, or is sent.
         self.check_traced(fn, (), arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 from nnsight.intervention.editing import EditingTracer
@@ -54,7 +55,10 @@ class Steps(Iterations):
 
 
 class SiteTracer(InterleavingTracer):
-    """nnsight's tracer, with loops over steps that end when the run does; its arguments are checked."""
+    """nnsight's tracer, with loops over steps that end when the run does, one run at a time on a model.
+
+    Its arguments are checked.
+    """
 
     def __init__(self, envoy: Any, fn: Any, *args: Any, backend: Any = None, **kwargs: Any) -> None:
         envoy.check_traced(fn, args, kwargs)
@@ -65,6 +69,12 @@ class SiteTracer(InterleavingTracer):
         model: Any = self.envoy
         model.check_traced(self.fn, args, kwargs)
         return super().invoke(*args, **kwargs)
+
+    def execute(self, code: CodeType) -> None:
+        envoy: Any = self.envoy
+        model = envoy.root
+        with model.turn(), model.running():
+            super().execute(code)
 
     @property
     def iter(self) -> Steps:

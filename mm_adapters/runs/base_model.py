@@ -55,6 +55,7 @@ class BaseModel(CallChecks):
     @property
     def towers(self) -> Mapping[str, TowerView]:
         """Its towers by name, in the order they run: modules, weights, summaries, patch layouts."""
+        self.follow()
         return self.sitemap.towers
 
     @property
@@ -75,19 +76,27 @@ class BaseModel(CallChecks):
 
     def sites(self, pattern: str = "*") -> SiteTable:
         """The sites whose names match a glob, with axes; and what is absent there, with the reason."""
+        self.follow()
         return SiteTable(self.sitemap.find(pattern))
 
     def check_site(self, name: str) -> Site:
         """The site of this name. Raises: MissingSiteError with the reason, or the nearest names."""
+        self.follow()
         return self.sitemap.check(name)
 
     def check_tower(self, name: str) -> TowerView:
         """The tower of this name. Raises: MissingSiteError naming those there are."""
+        self.follow()
         return self.sitemap.tower(name)
 
     def loops(self) -> Mapping[str, Guidance | None]:
         """The towers that sampling loops call, each with how it is guided; none outside pipelines."""
+        self.follow()
         return self.sitemap.loops
+
+    def follow(self) -> None:
+        """Maps the sites again if modules of the model were put in place of others."""
+        raise NotImplementedError
 
     def prepare(self, *, text: Any = None, images: Any = None, **unknown: Any) -> dict[str, Any]:
         """Raw text and images as the wrapped model's own arguments, on its device, in its dtype.

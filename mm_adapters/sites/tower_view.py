@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mm_adapters._errors import InputError, MissingSiteError
 from mm_adapters.records.spec import Location, Norm, Tower, TowerMount
 from mm_adapters.records.stages import Stages
+from mm_adapters.sites.held import place
 from mm_adapters.sites.weights import BlockWeights, norm_bias, norm_weight, tensor_at
 from mm_adapters.tokens.image_positions import Grid
 from mm_adapters.tokens.layout import TokenLayout, cut_layout, vision_layout
@@ -77,7 +78,9 @@ class TowerView:
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return next(self.module.parameters()).device
+        device = place([self.module])
+        assert device is not None
+        return device
 
     def n_layers(self, stack: str = "blocks") -> int:
         """How many repeated modules a stack has; 0 if there is no such stack."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.config import TransformerLensConfig
+from transformer_lens.hook_points import HookPoint
 
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.inputs.call_names import tower_names
@@ -46,11 +47,15 @@ class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weights: dict[str, Callable[[], Tensor]] = {}
+        self.follow: Callable[[], None] | None = None  # Called first: the model may have other modules now.
         self.stands_for: list[nn.Module] = []  # In a list: not a submodule.
 
     def __getattr__(self, name: str) -> Any:
-        weights = self.__dict__.get("weights", {})
-        return weights[name]() if name in weights else super().__getattr__(name)
+        if name not in self.__dict__.get("weights", {}):
+            return super().__getattr__(name)
+        if self.follow is not None:
+            self.follow()
+        return self.weights[name]()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module that it represents returns."""
@@ -73,8 +78,26 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         self._class_names = None
         self._class_directions = None
         self.__dict__["_given"] = {}
+        self._build(points)
+        self.eval()
+
+    def move(self, mounted: TowerView, points: Points) -> None:
+        """Stands for the tower as it is now, after modules were put in place of others."""
+        self.__dict__["_mounted"] = mounted
+        for part in list(self.modules()):
+            for name in [n for n, child in part._modules.items() if isinstance(child, HookPoint)]:
+                del part._modules[name]
+        self._build(points)
+        if self._class_names is not None:
+            self._resize(len(self._class_names))
+
+    def _build(self, points: Points) -> None:
+        """The tree of parts and points, with the weights of the modules that they stand for."""
+        mounted = self.__dict__["_mounted"]
         for stack, paths in mounted.stacks.items():
-            self.add_module(stack, nn.ModuleList([Part() for _ in paths]))
+            parts: Any = self._modules.get(stack, ())
+            kept = list(parts)[: len(paths)]
+            self.add_module(stack, nn.ModuleList([*kept, *(Part() for _ in paths[len(kept) :])]))
         if "blocks" not in mounted.stacks:
             self.blocks = nn.ModuleList()
         for name, point in points.by_name.items():
@@ -83,7 +106,6 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         self.setup()
         self._name_weights()
         self.cfg = self._config()
-        self.eval()
 
     # TransformerLens gives every module a name attribute; the tower's is the prefix of its sites.
     @property
@@ -93,6 +115,11 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
     @name.setter
     def name(self, value: str) -> None:
         assert value == self.__dict__["_tower_name"]
+
+    @property
+    def _mounted(self) -> TowerView:
+        self._root.follow()
+        return self.__dict__["_mounted"]
 
     # Points are shared with the whole model, and so is the level that says which hooks are whose.
     @property
@@ -137,8 +164,12 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         "both" for a language tower's next-token loss, "module" for the module's own output, None
         for nothing.
         """
-        self._root.check_ready()
-        mounted = self._mounted
+        with self._root.turn():
+            self._root.check_ready()
+            return self._forward(input, return_type, **kwargs)
+
+    def _forward(self, input: Any, return_type: str | None, **kwargs: Any) -> Any:
+        mounted = self.__dict__["_mounted"]
         kwargs = {**self.__dict__["_given"], **kwargs}
         kwargs.pop("prepend_bos", None)
         kwargs.pop("padding_side", None)
@@ -151,7 +182,8 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
             whole = target is self._root.wrapped
             names = self._root.call_names() if whole else tower_names(f"The {mounted.name} tower", target)
             names.check(kwargs)
-        output = target(**{name: input}, **kwargs) if mounted.record.gives else target(input, **kwargs)
+        with self._root.running():
+            output = target(**{name: input}, **kwargs) if mounted.record.gives else target(input, **kwargs)
         if return_type is None:
             return None
         if return_type == "module":
@@ -172,8 +204,18 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         """Continues a text, or tokens, with the whole model's `generate`; a text gives a text back."""
         tokens = self.to_tokens(input) if isinstance(input, str) else input
         kwargs.setdefault("do_sample", False)
-        out = self._root.wrapped.generate(input_ids=tokens, max_new_tokens=max_new_tokens, **kwargs)
+        with self._root.turn(), self._root.running():
+            out = self._root.wrapped.generate(input_ids=tokens, max_new_tokens=max_new_tokens, **kwargs)
         return self.to_string(out[0]) if isinstance(input, str) else out
+
+    @contextmanager
+    def hooks(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """As TransformerLens'. No other thread runs the model inside."""
+        with self._root.turn(), super().hooks(*args, **kwargs) as hooked:
+            try:
+                yield hooked
+            finally:
+                self._root.points.unwind()
 
     def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
         """As HookedTransformer's: the output and an ActivationCache under local names."""
@@ -217,7 +259,10 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         owner.add_module(leaf, point)
 
     def _name_weights(self) -> None:
-        mounted = self._mounted
+        mounted = self.__dict__["_mounted"]
+        for part in self.modules():
+            if isinstance(part, Part):
+                part.weights, part.stands_for, part.follow = {}, [], self._root.follow
         for stack in mounted.stacks:
             repeated: Any = self.get_submodule(stack)
             for layer, block in enumerate(repeated):
@@ -236,7 +281,8 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
             final.stands_for = [norm.module]
 
     def _config(self) -> TowerConfig:
-        mounted, record = self._mounted, self._mounted.record
+        mounted: TowerView = self.__dict__["_mounted"]
+        record = mounted.record
         parts = mounted.parts["blocks"][0] if mounted.parts.get("blocks") else {}
         device, dtype = self._root.device, self._root.dtype
         common: dict[str, Any] = {
