@@ -106,6 +106,25 @@ def test_an_interrupted_call_leaves_no_hook() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
 
 
+@pytest.mark.parametrize("name", ["clip_vision", "llava"])
+def test_a_call_interrupted_while_a_source_is_read_leaves_no_hook(name: str) -> None:
+    case = CASES[name]()
+    site = SITES.get(name, "vision.blocks.1.hook_resid_post")
+    base, source = swapped(case)
+    case.model(**base)  # transformers puts hooks of its own on a LLaVA at its first run.
+    for kind in (pv.VanillaIntervention, pv.CollectIntervention):
+        found = made(case, site, kind)
+        before = hooks_of(case.model)
+        *_, late = [m for m in case.model.modules() if isinstance(m, torch.nn.LayerNorm | torch.nn.Linear)]
+        handle = late.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(InterruptedError))
+        sources = None if kind is pv.CollectIntervention else [source]
+        with pytest.raises(InterruptedError):
+            found(base, sources, {"sources->base": 1} if sources else {"base": 1})
+        handle.remove()
+        assert hooks_of(case.model) == before
+        case.model(**base)
+
+
 THREE = {"clip_vision": "vision.blocks.1.hook_resid_post"} | {n: SITES[n] for n in ("llava", "unet")}
 KINDS = {
     "rotated": (pv.RotatedSpaceIntervention, {}),
