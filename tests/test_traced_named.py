@@ -3,6 +3,7 @@
 # ruff: noqa: SIM117  A traced block is one statement, and its `with` stands alone.
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,20 @@ def test_pipe_is_transformers_whole_pipeline_with_the_block_in_it(llava: Any) ->
     assert travelled == expected
     with pytest.raises(ValueError, match="goes remote as a block"):
         llava.pipe(**call, remote="local")
+
+
+def test_a_pipe_without_a_processor_takes_the_parts_that_there_are() -> None:
+    from transformers import pipeline
+
+    (picture,) = INPUTS["tiny-llava"]["images"]
+    clip = mm.load("tiny-clip")
+    assert clip.inputs is not None
+    parts = {"tokenizer": clip.inputs.tokenizer, "image_processor": clip.inputs.image_processor}
+    theirs: Any = pipeline("zero-shot-image-classification", model=clip.wrapped, **parts)
+    call = {"candidate_labels": ["a red circle", "a blue square", "a star"]}
+    traced = TracedModel(clip.wrapped, inputs=replace(clip.inputs, processor=None))
+    assert traced.processor is None
+    assert traced.pipe(str(picture), **call) == theirs(str(picture), **call)
 
 
 # -- pipelines -----------------------------------------------------------------------------------

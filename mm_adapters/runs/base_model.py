@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -135,6 +136,22 @@ class BaseModel(CallChecks):
             by_tower = prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, prompts or [], prepared)
             return Layouts(by_tower)
         return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)
+
+    def row_positions(
+        self, inputs: Mapping[str, Any], position: int = -1, tower: str = "language"
+    ) -> Int[Tensor, " row"]:
+        """Where one position of each row stands in a text or language tower's padded sequence.
+
+        -1 is the last position that the row's attention mask has, -2 the one before it, wherever the
+        padding is. From 0 on it is the position itself, which may be padding. `inputs` are raw or prepared.
+
+        Raises: InputError if a row has no such position, or the inputs have no tokens for this tower.
+        """
+        raw = {name: inputs[name] for name in ("text", "images") if inputs.get(name) is not None}
+        if isinstance(raw.get("text"), Tensor):  # open_clip's argument of tokens has this name.
+            del raw["text"]
+        ready = {**inputs, **(self.prepare(**raw) if raw else {})}
+        return self.check_tower(tower).row_positions(ready, position)
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
         """What each position of a pipeline's prompts is, padded as the pipeline pads them."""

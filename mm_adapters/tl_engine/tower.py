@@ -161,8 +161,9 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         """Runs the tower on text, tokens or pixels, whichever it takes.
 
         `return_type`: "logits" as the class docstring says, "embeds" for the summary, "loss" or
-        "both" for a language tower's next-token loss, "module" for the module's own output, None
-        for nothing.
+        "both" for a language tower's next-token loss, "module" for the module's own output, None for
+        nothing. Texts of a language tower that differ in length get an `attention_mask`; where it is 0
+        nothing is attended to, and no loss counted.
         """
         with self._root.turn():
             self._root.check_ready()
@@ -174,7 +175,10 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         kwargs.pop("prepend_bos", None)
         kwargs.pop("padding_side", None)
         if isinstance(input, str) or (isinstance(input, list) and input and isinstance(input[0], str)):
-            input = self.to_tokens(input)
+            texts = [input] if isinstance(input, str) else input
+            input = self.to_tokens(texts)
+            if mounted.role == "language" and not bool((attended := self.attended(texts)).all()):
+                kwargs.setdefault("attention_mask", attended)
         name = mounted.input_name
         run = mounted.mount.run
         target = mounted.module if run is None else resolve(self._root.wrapped, run)
@@ -190,7 +194,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
             return output
         summary = mounted.pooled_output(output)
         if return_type in ("loss", "both"):
-            loss = next_token_loss(summary, input)
+            loss = next_token_loss(summary, input, kwargs.get("attention_mask"))
             return loss if return_type == "loss" else (summary, loss)
         if return_type == "logits" and self._class_directions is not None:
             return summary @ self._class_directions.to(summary).T
@@ -329,6 +333,14 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         )
 
 
-def next_token_loss(logits: Tensor, tokens: Any) -> Tensor:
-    """The mean cross-entropy of each token given those before it."""
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+def next_token_loss(logits: Tensor, tokens: Any, attended: Tensor | None = None) -> Tensor:
+    """The mean cross-entropy of each token given those before it, as TransformerLens'.
+
+    Where `attended` is 0 a position neither predicts nor is predicted.
+    """
+    targets = tokens[:, 1:]
+    if attended is not None:
+        targets = targets.masked_fill(~(attended[:, :-1].bool() & attended[:, 1:].bool()), -100)
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100
+    )
