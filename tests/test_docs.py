@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+import mm_adapters as mm
 from docs.extensions.blocks import blocks, pages
-from mm_adapters import _errors
 from tests import write_docs
 from tests.write_docs import DOCS, HOSTS, PACKAGES, PAGES, ROOT, WRITERS, front_matter, marked, method_pages
 
@@ -69,11 +70,35 @@ def test_every_number_that_was_measured_names_a_command_that_there_is() -> None:
             assert (ROOT / test).exists(), (page, test)
 
 
-def test_every_error_has_a_paragraph_and_every_paragraph_an_error() -> None:
-    ours = {
-        e.__name__ for e in vars(_errors).values() if isinstance(e, type) and e.__module__ == _errors.__name__
-    }
-    assert set(re.findall(r"^## (\w+)$", (DOCS / "errors.md").read_text(), re.MULTILINE)) == ours
+def exceptions() -> set[str]:
+    """The error classes that the packages define, whatever they derive from."""
+    bases: dict[str, set[str]] = {}
+    for package in ("mm_adapters", "methods_multimodal", "integrations"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    bases[node.name] = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+    known = {n for n, e in vars(builtins).items() if isinstance(e, type) and issubclass(e, BaseException)}
+    known.add("RemoteError")
+    while more := {name for name, of in bases.items() if of & known} - known:
+        known |= more
+    return {name for name in known & bases.keys() if name.endswith("Error")}
+
+
+def test_every_error_has_a_line_and_a_paragraph_and_every_paragraph_an_error() -> None:
+    page = (DOCS / "errors.md").read_text()
+    paragraphs = re.findall(r"^## (\w+)$", page, re.MULTILINE)
+    lines = re.findall(r"^\| [^|]+ \| `(\w+)`", page, re.MULTILINE)
+    assert len(set(paragraphs)) == len(paragraphs)
+    assert set(paragraphs) == set(lines) == exceptions()
+    assert {name for name in mm.__all__ if name.endswith("Error")} <= set(lines)
+
+
+def test_what_an_error_is_also_is_as_the_page_says() -> None:
+    page = (DOCS / "errors.md").read_text()
+    for name, base in re.findall(r"^\| [^|]+ \| `(\w+)`[^|]*\| `(\w+)` \|$", page, re.MULTILINE):
+        if hasattr(mm, name):
+            assert issubclass(getattr(mm, name), getattr(builtins, base, None) or getattr(mm, base)), name
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
