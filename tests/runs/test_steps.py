@@ -37,6 +37,7 @@ def stable_diffusion(scheduler: str) -> tiny.Case:
     return case
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # diffusers' KDPM2.
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_call_is_read_and_says_its_step(scheduler: str, engine: Any) -> None:
@@ -111,8 +112,8 @@ def test_guidance_by_two_calls_is_one_call_of_both_rows(engine: Any) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_guider_that_calls_once_more_is_a_call_of_its_own(engine: Any) -> None:
     case = tiny.CASES["stable_diffusion_3"]()
-    inputs = case.inputs | FOUR | {
-        "skip_guidance_layers": [0], "skip_layer_guidance_start": 0.2, "skip_layer_guidance_stop": 0.9}  # fmt: skip
+    skipped = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.2, "skip_layer_guidance_stop": 0.9}
+    inputs = case.inputs | FOUR | skipped
     right = calls_of(case.model.transformer, case, inputs)
     sizes = [len(call) for call in right]
     assert sizes == [4, 4, 2, 4, 2, 4, 2], "the guider no longer calls as this test expects"
