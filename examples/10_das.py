@@ -32,16 +32,17 @@ def pairs(
     other = torch.tensor(
         [next(j % n for j in range(i + 1, i + n) if colour[j % n] != colour[i]) for i in range(n)]
     )
-    last = ready["attention_mask"].shape[1] - 1
-    assert bool(ready["attention_mask"][:, -1].all()), "rows are padded on the left"
+    last = model.row_positions(ready)
     made = []
     for at in range(0, n, size):
         b, s = torch.arange(at, min(at + size, n)), other[at : at + size]
         base, source = ({k: v[i] for k, v in ready.items()} for i in (b, s))
+        places = mm_pv.units(last[b], sources=last[s])
         made.append(
-            {"base": base, "sources": [source], "unit_locations": {"sources->base": last}, "label": colour[s]}
+            {"base": base, "sources": [source], "unit_locations": places, "label": colour[s], "last": last[b]}
         )
-    ids = [model.tokenizer_of("language")(f" {c}", add_special_tokens=False).input_ids[-1] for c in COLOURS]
+    # A name of several tokens is told by its first, which is what the model says next.
+    ids = [model.tokenizer_of("language")(f" {c}", add_special_tokens=False).input_ids[0] for c in COLOURS]
     return made, torch.tensor(ids)
 
 
@@ -58,11 +59,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     train, tokens = pairs(model, options.pairs, "train")
     test, _ = pairs(model, 32, "test")
 
+    def said(output: Any, batch: Any) -> torch.Tensor:
+        return output.logits[torch.arange(len(batch["last"])), batch["last"]]
+
     def right(output: Any, batch: Any) -> torch.Tensor:
-        return output.logits[:, -1].argmax(-1) == tokens[batch["label"]]
+        return said(output, batch).argmax(-1) == tokens[batch["label"]]
 
     def loss(output: Any, batch: Any) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(output.logits[:, -1][:, tokens], batch["label"])
+        return torch.nn.functional.cross_entropy(said(output, batch)[:, tokens], batch["label"])
 
     one = mm_pv.intervention(model, SITE, pv.LowRankRotatedSpaceIntervention, low_rank_dimension=options.rank)
     subspace = mm_pv.MMIntervenableModel(pv.IntervenableConfig([one]), model)

@@ -43,3 +43,11 @@ class StoreError(OSError):
 
 class MetaDeviceError(RuntimeError):
     """A model whose weights are on the meta device, so have no values, was asked to run."""
+
+
+class ModelStateError(RuntimeError):
+    """The model was changed into a state in which a site or weight asked for would not hold what it says."""
+
+
+class ModelBusyError(RuntimeError):
+    """A run was asked of a model in the middle of another run, which it would mix with."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 
-from mm_adapters._errors import InputError
+from mm_adapters._errors import InputError, ModelStateError
+from mm_adapters.hooks.eager import eagerly, is_compiled
 from mm_adapters.hooks.wiring import Points
+from mm_adapters.inputs.call_names import RAW, Call, parameters_of, refuse_unknown
 from mm_adapters.inputs.generators import seeded
+from mm_adapters.inputs.pipeline_call import check_run, settled
 from mm_adapters.runs.base_model import BaseModel
 from mm_adapters.runs.foreseen import check_foreseen
 from mm_adapters.runs.gradients import differentiable
 from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_reads
 from mm_adapters.runs.session import Session
+from mm_adapters.runs.turns import Turns, in_turn
+from mm_adapters.sites.held import place
 from mm_adapters.sites.single_tower import callable_for
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.tl_engine.cache import ModelCache
@@ -27,8 +32,6 @@ from mm_adapters.tl_engine.tower import HookedTower
 
 if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
-
-_RAW = ("text", "images")
 
 
 class HookedModel(BaseModel, HookedRootModule):
@@ -50,15 +53,13 @@ class HookedModel(BaseModel, HookedRootModule):
         loaded_as: str | None = None,
     ) -> None:
         super().__init__()
-        # Not registered: the wrapped model keeps its parameters, its keys and its hooks to itself.
-        self.__dict__["wrapped"] = wrapped
-        self.__dict__["inputs"] = inputs
         self.sitemap = SiteMap(wrapped) if sites is None else sites
+        # Not registered: the wrapped model keeps its parameters, its keys and its hooks to itself.
+        self.__dict__["wrapped"] = self.sitemap.model
+        self.__dict__["inputs"] = inputs
         self._loaded_as = loaded_as
-        self.points = Points(wrapped, self.sitemap, SitePoint)
-        for name, mounted in self.sitemap.towers.items():
-            self.add_module(name, HookedTower(self, mounted, self.points))
-        self.setup()
+        self.points = Points(self.sitemap, SitePoint)
+        self._hang_towers()
         self.eval()
 
     wrapped: Any
@@ -67,6 +68,46 @@ class HookedModel(BaseModel, HookedRootModule):
     @property
     def _inputs(self) -> Inputs | None:  # type: ignore[override]
         return self.inputs
+
+    def follow(self) -> None:
+        """Maps the sites again if modules of the model were put in place of others.
+
+        Hooks stay on the sites whose names stay.
+
+        Raises: ModelStateError if a site that has hooks is no more.
+        """
+        if not self.sitemap.follow():
+            return
+        before = dict(self.points.by_name)
+        self.points.wire()
+        self._hang_towers()
+        gone = [
+            name for name, point in before.items() if name not in self.sitemap.sites and point.has_hooks()
+        ]
+        if gone:
+            raise ModelStateError(
+                f"The model was changed, and it has no {', '.join(gone[:3])} any more, where hooks are on. "
+                "They are off now. model.sites('*') lists the sites that there are."
+            )
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """No other thread runs the model inside, and its sites are those of the modules that it has.
+
+        Inside another run of this thread, what that has on the model is set aside.
+
+        Raises: ModelBusyError if another thread has the model and does not go on.
+        """
+        with self._turns.taken() as is_first:
+            if is_first:
+                self.follow()
+            yield
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The model's modules run inside: as they are written, if a hook is active and they were compiled."""
+        with self._turns.running(self.points), self._eagerly():
+            yield
 
     def tower(self, name: str) -> HookedTower:
         """One tower as a TransformerLens model."""
@@ -77,21 +118,25 @@ class HookedModel(BaseModel, HookedRootModule):
 
     @property
     def device(self) -> torch.device:
-        """Where the wrapped model's weights are."""
-        return next(self.parameters()).device
+        """Where the wrapped model computes: where its weights are, or are fetched to."""
+        device = place(self._modules_wrapped())
+        assert device is not None
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the wrapped model's weights."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
+    @in_turn
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped model; raw `text` and `images` are prepared first."""
         self.check_ready()
-        if args and self.sitemap.model_record.loop is not None:
-            args, kwargs = args[1:], {"prompt": args[0], **kwargs}
-        return self.wrapped(*args, **self._arguments(kwargs))
+        arguments = self._arguments(self._by_name(args, kwargs))
+        with self.running():
+            return self.wrapped(**arguments)
 
+    @in_turn
     def generate(
         self,
         *,
@@ -100,7 +145,7 @@ class HookedModel(BaseModel, HookedRootModule):
         fwd_hooks: Sequence[tuple[Any, Callable[..., Any]]] = (),
         **kwargs: Any,
     ) -> Any:
-        """The wrapped model's `generate`, with raw inputs and with hooks or edits at every step.
+        """The wrapped model's `generate` (a pipeline's call), with raw inputs, and hooks or edits at steps.
 
         Returns its token ids; a `Run` whose output they are if anything is read or edited. A language
         tower's values are joined along the sequence, each position's from the call that computed it last;
@@ -108,12 +153,15 @@ class HookedModel(BaseModel, HookedRootModule):
         """
         self.check_ready()
         session = self._session(read, edit, generating=True)
-        arguments = self._arguments(kwargs)
+        arguments = self._arguments(kwargs, "generate")
         check_foreseen(self, arguments, session.asked, generating=True)
-        with torch.no_grad(), self.hooks(fwd_hooks=list(fwd_hooks)), session.attached(arguments):
-            output = self.wrapped.generate(**arguments)
+        call = self.wrapped if self.sitemap.model_record.loop is not None else self.wrapped.generate
+        hooks = self.hooks(fwd_hooks=list(fwd_hooks))
+        with torch.no_grad(), hooks, session.attached(arguments), self.running():
+            output = call(**arguments)
         return session.result(output) if session.asked else output
 
+    @in_turn
     def run(
         self,
         inputs: Mapping[str, Any],
@@ -135,14 +183,15 @@ class HookedModel(BaseModel, HookedRootModule):
         arguments = self._arguments(dict(inputs))
         check_foreseen(self, arguments, session.asked)
         if grad_of is None:
-            with torch.no_grad(), session.attached(arguments):
+            with torch.no_grad(), session.attached(arguments), self.running():
                 output = self._call(arguments, differentiable=False)
             return session.result(output)
         with differentiable(arguments, next(self.parameters())) as followed:
-            with session.attached(followed):
+            with session.attached(followed), self.running():
                 output = self._call(followed, differentiable=True)
             return session.result(output, grad_of)
 
+    @in_turn
     def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
         """As TransformerLens': the output and an ActivationCache, by full site name.
 
@@ -158,6 +207,7 @@ class HookedModel(BaseModel, HookedRootModule):
         cache = ModelCache(values, self, has_batch_dim=not remove) if return_cache_object else values
         return output, cache
 
+    @in_turn
     def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), **kwargs: Any) -> Any:
         """As TransformerLens'. Raises: ReadNeverFiredError if a hook was never called."""
         counted = CountedHooks(fwd_hooks)
@@ -165,6 +215,7 @@ class HookedModel(BaseModel, HookedRootModule):
         counted.check()
         return output
 
+    @in_turn
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
         """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
         self.check_names(names_filter)
@@ -177,15 +228,22 @@ class HookedModel(BaseModel, HookedRootModule):
 
     @contextmanager
     def hooks(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """As TransformerLens'; an interrupted forward leaves nothing standing."""
-        with super().hooks(*args, **kwargs) as hooked:
+        """As TransformerLens'; an interrupted forward leaves nothing standing.
+
+        No other thread runs the model inside.
+        """
+        with self.turn(), super().hooks(*args, **kwargs) as hooked:
             try:
                 yield hooked
             finally:
                 self.points.unwind()
 
-    def embed(self, *, text: Any = None, images: Any = None) -> Tensor:
-        """Un-normalised embeddings in the joint space, [row, d_joint], of texts or of images."""
+    def embed(self, *, text: Any = None, images: Any = None, **unknown: Any) -> Tensor:
+        """Un-normalised embeddings in the joint space, [row, d_joint], of texts or of images.
+
+        Raises: InputError if not one of the two is given; MissingSiteError without such a tower.
+        """
+        refuse_unknown("embed", unknown, RAW)
         if (text is None) == (images is None):
             raise InputError("embed takes text or images, one of the two.")
         name = "text" if images is None else "vision"
@@ -219,11 +277,33 @@ class HookedModel(BaseModel, HookedRootModule):
             yield from module.named_parameters(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.wrapped.state_dict(*args, **kwargs)
+        """The wrapped model's; of a pipeline, its parts' behind their names."""
+        return as_module(self.wrapped).state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As the wrapped model's, under the names of `state_dict`."""
+        return as_module(self.wrapped).load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
         self.check_names(name)
         super()._enable_hook_with_name(name, hook, dir)
+
+    def _hang_towers(self) -> None:
+        """Its towers, and the turn that is taken for a run of them."""
+        for name in [n for n in self._modules if n not in self.sitemap.towers]:
+            del self._modules[name]
+        for name, mounted in self.sitemap.towers.items():
+            if name in self._modules:
+                getattr(self, name).move(mounted, self.points)
+            else:
+                self.add_module(name, HookedTower(self, mounted, self.points))
+        self.setup()
+        self._turns = Turns([self.wrapped, *(t.module for t in self.sitemap.towers.values())])
+
+    def _eagerly(self) -> AbstractContextManager[None]:
+        return eagerly() if self.points.are_live and is_compiled(self._modules_wrapped()) else nullcontext()
 
     def _modules_wrapped(self) -> list[nn.Module]:
         if isinstance(self.wrapped, nn.Module):
@@ -241,25 +321,27 @@ class HookedModel(BaseModel, HookedRootModule):
         asked = as_reads(read), as_edits(edit)
         return Session(self.wrapped, self.sitemap, self.points, *asked, keep_graph, generating=generating)
 
-    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name; a pipeline's first is its prompt."""
+        own = self.call_names().own
         if self.sitemap.model_record.loop is not None:
-            return self._pipeline_arguments(kwargs)
-        raw = {k: kwargs.pop(k) for k in _RAW if kwargs.get(k) is not None and self._is_raw(k, kwargs[k])}
-        if self.inputs is not None:
-            self.inputs.check_prepared(kwargs)
-        return {**self.prepare(**raw), **kwargs} if raw else kwargs
+            own = tuple(parameters_of(type(self.wrapped).__call__))
+        if len(args) > len(own):
+            raise InputError(f"{len(args)} arguments were given by position; there are {', '.join(own)}.")
+        named = dict(zip(own, args, strict=False))
+        for name in named.keys() & kwargs.keys():
+            raise InputError(f"{name} was given twice: by position, and as {name}=. Give it once.")
+        return named | kwargs
 
-    def _is_raw(self, name: str, value: Any) -> bool:
-        # open_clip's own argument is called text too, and is a tensor of tokens.
-        return not (name == "text" and isinstance(value, Tensor))
-
-    def _pipeline_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if "text" in kwargs:
-            kwargs["prompt"] = kwargs.pop("text")
-        if self.inputs is not None and kwargs.get("prompt") is not None:
-            self.inputs.prepare(text=kwargs["prompt"])  # For its checks: a pipeline cuts long prompts.
-        seed = kwargs.pop("seed", None)
-        return kwargs if seed is None else {**kwargs, "generator": seeded(seed, self.device)}
+    def _arguments(self, kwargs: dict[str, Any], call: Call = "forward") -> dict[str, Any]:
+        self.check_call(kwargs, call)
+        arguments = self.call_arguments(kwargs)
+        if self.sitemap.model_record.loop is None:
+            return arguments
+        arguments = settled(self.wrapped, arguments)
+        check_run(self.wrapped, arguments)
+        seed = arguments.pop("seed", None)
+        return arguments if seed is None else {**arguments, "generator": seeded(seed, self.device)}
 
     def _call(self, arguments: dict[str, Any], differentiable: bool) -> Any:
         if differentiable and self.sitemap.model_record.loop is not None:
@@ -290,6 +372,14 @@ class HookedModel(BaseModel, HookedRootModule):
             looped = {k for k in values if self.sitemap[k].tower in self.sitemap.loops}
             values = {k: v[:, 0] if k in looped else v[0] for k, v in values.items()}
         return output, values
+
+
+def as_module(wrapped: Any) -> nn.Module:
+    """A module, or a pipeline's modules under their names."""
+    if isinstance(wrapped, nn.Module):
+        return wrapped
+    parts = {name: part for name, part in wrapped.components.items() if isinstance(part, nn.Module)}
+    return nn.ModuleDict(parts)
 
 
 def _among(names: str | Sequence[str] | None) -> Callable[[str], bool]:

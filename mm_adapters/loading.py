@@ -9,6 +9,7 @@ import torch
 
 from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.open import modules_of, open_checkpoint
+from mm_adapters.inputs.call_names import refuse_unknown
 from mm_adapters.inputs.from_model import inputs_for
 from mm_adapters.sites.site_map import SiteMap
 
@@ -112,15 +113,18 @@ def wrap(
     tokenizer: Any = None,
     image_processor: Any = None,
     engine: str = "hooked",
+    **unknown: Any,
 ) -> Any:
     """Your own module or pipeline, to be read and edited; it is set to eval mode, else left as it is.
 
     A processor, or a tokenizer and an image processor, let it take raw text and images.
 
-    Raises: UnknownFamilyError if no family covers it; InputError if there is no such engine.
+    Raises: UnknownFamilyError if no family covers it; InputError if there is no such engine, or option.
     """
+    refuse_unknown("wrap", unknown, ("processor", "tokenizer", "image_processor", "engine"))
     build = _engine(engine)
     sites = SiteMap(model)
+    model = sites.model
     inputs = inputs_for(
         model, processor=processor, tokenizer=tokenizer, image_processor=image_processor, sites=sites
     )

@@ -114,8 +114,11 @@ class Store:
         before is not read.
         """
         names = self._names(columns)
-        if size < 1:
-            raise StoreError(f"A batch has at least one row, not {size}.")
+        if size < 1 or buffer_rows < 1 or block_rows < 1 or start < 0:
+            raise StoreError(
+                f"Batches, buffers and blocks have at least one row, and the first batch is 0: size={size}, "
+                f"buffer_rows={buffer_rows}, block_rows={block_rows}, start={start}."
+            )
         if seed is None:
             for at in range(start * size, len(self) - (size - 1 if drop_last else 0), size):
                 yield self.rows(at, at + size, names)

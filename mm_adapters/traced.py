@@ -10,8 +10,10 @@ does nothing outside a trace.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, no_type_check
 
@@ -25,8 +27,10 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from mm_adapters.checkpoints.open import open_checkpoint
+from mm_adapters._errors import InputError
+from mm_adapters.checkpoints.open import modules_of, open_checkpoint
 from mm_adapters.checkpoints.origin import CheckpointRef
+from mm_adapters.hooks.eager import eagerly, is_compiled
 from mm_adapters.hooks.module_hooks import AttentionHook
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.ndif_client.pending_run import PendingRun
@@ -34,6 +38,7 @@ from mm_adapters.ndif_client.remotable import ServedModel
 from mm_adapters.nnsight_engine.batcher import RowBatcher
 from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
 from mm_adapters.nnsight_engine.calls import CallsModel
+from mm_adapters.nnsight_engine.deep_copy import without_controllers
 from mm_adapters.nnsight_engine.envoys import SiteEnvoy, TracedPart
 from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
 from mm_adapters.nnsight_engine.invokes import Rows
@@ -48,8 +53,11 @@ from mm_adapters.runs.foreseen import check_foreseen
 from mm_adapters.runs.gradients import differentiable
 from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_reads
 from mm_adapters.runs.session import is_guided
+from mm_adapters.runs.turns import Turns
+from mm_adapters.sites.held import place
 from mm_adapters.sites.single_tower import callable_for
 from mm_adapters.sites.site_map import SiteMap
+from mm_adapters.sites.wrappers import inside
 
 if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
@@ -100,6 +108,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             wrapped, inputs, origin, sites = checkpoint
         elif named:
             raise TypeError(f"{', '.join(named)}: of use with a name only, and the model is here already.")
+        wrapped = inside(wrapped)
         module = wrapped if isinstance(wrapped, nn.Module) else PipelineModule(wrapped)
         super().__init__(module, interleaver=SiteInterleaver(), envoys=TracedPart, rename=rename)
         self._inputs = inputs
@@ -112,14 +121,51 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         self.sitemap = SiteMap(wrapped) if sites is None else sites
         engine = self.interleaver
         assert isinstance(engine, SiteInterleaver)
-        self._points = Points(wrapped, self.sitemap, lambda site: TracedPoint(site, engine))
+        self._points = Points(self.sitemap, lambda site: TracedPoint(site, engine))
+        self._attach_sites(engine)
+
+    def _attach_sites(self, engine: SiteInterleaver) -> None:
+        """The sites at the modules there are, in the interleaver, with the rows of each, and the turn."""
         module_hooks = self._points.module_hooks
         heads = {
             engine.envoys[id(t.module)].path: t.n_heads for t in module_hooks if isinstance(t, AttentionHook)
         }
         engine.attach_sites(self._points.by_name, module_hooks, self._loop_module())  # type: ignore[arg-type]
         paths = {at: envoy.path for at, envoy in engine.envoys.items()} | {-1: self.path}
-        self.rows = Rows(module, self.sitemap, paths, heads)
+        self.rows = Rows(self._module, self.sitemap, paths, heads)
+        self._turns = Turns([self.wrapped, *(t.module for t in self.sitemap.towers.values())])
+
+    def follow(self) -> None:
+        """Maps the sites again if modules of the model were put in place of others."""
+        if not self.sitemap.follow(self.wrapped):
+            return
+        if isinstance(self._module, PipelineModule):
+            self._module.hold()
+        self._update(self._module)
+        self._points.wire()
+        assert isinstance(self.interleaver, SiteInterleaver)
+        self._attach_sites(self.interleaver)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """No other thread runs the model inside, and its sites are those of the modules that it has.
+
+        Raises: ModelBusyError inside another run of this thread, or if another thread does not go on.
+        """
+        self._turns.check_free(self.interleaver, "A run was started")  # type: ignore[arg-type]
+        with self._turns.taken() as is_first:
+            if is_first:
+                self.follow()
+            yield
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The model's modules run inside: as they are written, if they were compiled."""
+        modules = modules_of(self.wrapped)
+        eager = eagerly() if is_compiled(modules) else nullcontext()
+        # A block that is cut off may leave the mode that it had set.
+        with torch.set_grad_enabled(torch.is_grad_enabled()), eager, self._turns.running(self.interleaver):
+            yield
 
     @property
     def wrapped(self) -> Any:
@@ -132,9 +178,24 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         return self._points
 
     @property
+    def device(self) -> torch.device | None:  # type: ignore[override]
+        """Where the wrapped model computes: where its weights are, or are fetched to."""
+        return place([self._module])
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return next(p.dtype for p in self._module.parameters() if p.is_floating_point())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
+        """A model with weights of its own. Raises: InputError if this one has edits, which name its parts."""
+        if self._edits:
+            raise InputError("This model has edits, which are its own. Copy it before they are made.")
+        wrapped = without_controllers(self._module, self.wrapped, memo)
+        inputs = copy.deepcopy(self._inputs, memo)
+        copied = TracedModel(wrapped, inputs=inputs, origin=self.origin, task=self._task, rename=self._rename)
+        copied.automodel, copied._unread = self.automodel, copy.copy(self._unread)
+        return copied
 
     def site(self, name: str, new: Any = _NOT_SET) -> Any:
         """In a trace: a site's value, which may be saved and written into; with `new`, sets it.
@@ -152,7 +213,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
 
         Raises: MissingSiteError for a name that is no site.
         """
-        self.sitemap.check(name)
+        self.check_site(name)
         return SiteEnvoy(self, self._points.by_name[name])
 
     def trace(self, *inputs: Any, fn: Any = None, tracer_cls: Any = None, **kwargs: Any) -> Any:
@@ -182,6 +243,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             raise ValueError("scan computes nothing and runs here. Leave remote out.")
         if self.kind == "diffusion" and fn is None:
             kwargs = self._one_step() | kwargs
+        self.check_traced(fn or self._forward, inputs, kwargs)
         return SiteScanner(self, fn or self._forward, *inputs, **kwargs)
 
     def edit(self, *, inplace: bool = False, backend: Any = None) -> SiteEditor:
@@ -200,6 +262,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             return fn(*inputs, **kwargs)
         # transformers' pipelines call the arguments of generate so.
         kwargs |= kwargs.pop("generate_kwargs", {})
+        self.call_names("generate")  # Says so if the model generates nothing.
         reads, edits = as_reads(read), as_edits(edit)
         remote = {k: kwargs.pop(k) for k in REMOTE_OPTIONS if k in kwargs}
         if reads or edits:
@@ -207,11 +270,13 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         tracer = self.trace(*inputs, fn=fn, **kwargs, **remote)
         try:
             tracer.capture()
+            return tracer
         except WithBlockNotFoundError:
-            if remote.get("remote"):
-                return self._recorded(self.named(inputs, kwargs), [], [], None, fn, **remote).output
+            pass  # What is raised below is not about the missing block.
+        if remote.get("remote"):
+            return self._recorded(self.named(inputs, kwargs), [], [], None, fn, **remote).output
+        with self.turn(), self.running():
             return self.interleave(fn, *inputs, **kwargs)
-        return tracer
 
     def run(
         self,
@@ -256,8 +321,10 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
     ) -> Run | PendingRun:
         if not remote:
             self.dispatch()  # A session looks at the pipeline that runs.
+        self.follow()
         for item in (*reads, *edits):
             self.sitemap.check(item.site)  # Before anything runs, or is sent.
+        self.check_traced(fn, (), arguments)
         generating = fn == self._generate
         if not remote:
             arguments = self.arguments((), arguments)

@@ -162,12 +162,21 @@ def _types(inputs: dict[str, Any], name: str) -> None:
     inputs[name] = (inputs["input_ids"] == I).int()
 
 
+def _shrunk() -> tiny_vlm.Case:
+    """Four tiles are more than it takes: their features are scaled to fewer places."""
+    case = _finer(tiny_vlm.llava_onevision)()
+    case.model.config.vision_aspect_ratio = "anyres_max_2"
+    return case
+
+
 SETTINGS: dict[str, Setting] = {
     "llava": Setting(tiny_vlm.llava_square, _plain(hf.SiglipImageProcessor, 8), features),
     "llava_next": Setting(_finer(tiny_vlm.llava_next), _anyres(hf.LlavaNextImageProcessor), features,
                           ((8, 16), (16, 6), (16, 16))),
     "llava_onevision": Setting(_finer(tiny_vlm.llava_onevision), _anyres(hf.LlavaOnevisionImageProcessor),
                                features, ((8, 16), (16, 6))),
+    "llava_onevision, shrunk": Setting(_shrunk, _anyres(hf.LlavaOnevisionImageProcessor), features,
+                                       ((16, 16), (16, 14))),
     "qwen2_vl": Setting(tiny_vlm.qwen2_vl, _qwen(hf.Qwen2VLImageProcessor), features, ((16, 24), (32, 8))),
     "qwen2_5_vl": Setting(tiny_vlm.qwen2_5_vl, _qwen(hf.Qwen2VLImageProcessor), features,
                           ((40, 24), (16, 32))),

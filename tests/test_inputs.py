@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -195,7 +194,7 @@ def test_open_clip_gets_its_own_tokens_and_transform() -> None:
     assert inputs.prepare(text="red " * 75)["text"].shape == (1, 77)
     with pytest.raises(InputError, match="is 78 tokens long"):
         inputs.prepare(text="red " * 76)
-    assert (inputs.image_size, inputs.n_channels) == ((28, 28), 3)
+    assert (inputs.reads.image_size, inputs.reads.n_channels) == ((28, 28), 3)
     with pytest.raises(InputError, match="image is 30 x 28 pixels and this model reads 28 x 28"):
         inputs.check_prepared({"image": torch.zeros(1, 3, 30, 28)})
 
@@ -278,20 +277,24 @@ def test_without_a_padding_token_rows_of_one_length_pass_and_others_say_what_to_
         tokenizer.pad_token = pad
 
 
-def test_a_prompt_longer_than_any_of_a_pipelines_tokenizers_is_refused() -> None:
-    roomy = SimpleNamespace(model_max_length=int(1e30), convert_ids_to_tokens=None)
-    roomy_tokenizer = lambda texts, **_: {"input_ids": [[0] * 500 for _ in texts]}  # noqa: E731
-    roomy = type("Roomy", (), {"__call__": staticmethod(roomy_tokenizer), **vars(roomy)})()
-    inputs = Inputs("diffusion", image_key="", prompt_tokenizers=(roomy, made_here.clip()))
-    assert inputs.prepare(text="a red circle") == {"prompt": ["a red circle"]}
-    with pytest.raises(InputError, match=r"text\[1\] is 102 tokens long.*at most 77"):
-        inputs.prepare(text=["a", "red " * 100])
+@cache
+def drawn() -> Any:
+    from tiny import stable_diffusion
+
+    return stable_diffusion().model
+
+
+def test_a_prompt_that_every_text_encoder_cuts_is_refused() -> None:
+    inputs = inputs_for(drawn())
+    assert inputs.prepare(text="a cat") == {"prompt": ["a cat"]}
+    with pytest.raises(InputError, match=r"text\[1\] is 42 tokens long.*at most 16"):
+        inputs.prepare(text=["a", "cat " * 13 + "x"])
     with pytest.raises(InputError, match="Pass text"):
         inputs.prepare(images=RED)
     with pytest.raises(InputError, match="from text alone"):
         inputs.prepare(text="a", images=RED)
-    drawn = Inputs("diffusion", image_key="image").prepare(text="a", images=RED)
-    assert [i.size for i in drawn["image"]] == [(40, 30)]
+    pictures = Inputs("diffusion", image_key="image").prepare(text="a", images=RED)
+    assert [i.size for i in pictures["image"]] == [(40, 30)]
 
 
 def ok(**changed: Any) -> dict[str, Any]:

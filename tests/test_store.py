@@ -236,6 +236,62 @@ def test_shuffled_batches_hold_every_row_once_and_columns_stay_together(tmp_path
         assert torch.equal(batch["site"], whole["site"][batch["label"]])
 
 
+def labelled(folder: Path, n_rows: int) -> Store:
+    with Writer(folder, {"label": Column((), torch.int64)}) as writer:
+        writer.append({"label": torch.arange(n_rows)})
+    return Store(folder)
+
+
+@pytest.mark.parametrize("buffer_rows", [1, 4, 12, 13, 1000])
+def test_a_windows_rows_are_whole_blocks_from_all_over_and_are_mixed(
+    tmp_path: Path, buffer_rows: int
+) -> None:
+    store = labelled(tmp_path / "s", 60)  # Fifteen blocks of four.
+    options = {"seed": 3, "buffer_rows": buffer_rows, "block_rows": 4}
+    rows = [batch["label"] for batch in store.batches(2, **options)]
+    every = torch.cat(rows)
+    assert sorted(every.tolist()) == list(range(60))
+    blocks = every // 4
+    per_window = max(1, buffer_rows // 4)
+    for window in blocks.split(4 * per_window):
+        assert len(window.unique()) == len(window) // 4
+    together = [len(set((batch // 4).tolist())) for batch in rows]
+    if per_window == 1:
+        assert together == [1] * 30
+        assert blocks.unique_consecutive().tolist() != sorted(blocks.unique().tolist())
+    else:
+        assert sum(n > 1 for n in together) > 15
+    if buffer_rows == 1000:  # Neighbours are parted, and where a row comes says nothing of its number.
+        assert int((every.diff().abs() == 1).sum()) < 8
+        places = torch.arange(60.0)
+        assert abs(float(torch.corrcoef(torch.stack([places, every.float()]))[0, 1])) < 0.4
+
+
+@pytest.mark.parametrize("n_rows", [1, 9, 58])
+def test_a_short_last_block_is_read_whole(tmp_path: Path, n_rows: int) -> None:
+    store = labelled(tmp_path / "s", n_rows)
+    for buffer_rows in (2, 8, 100):
+        rows = [b["label"] for b in store.batches(3, seed=0, buffer_rows=buffer_rows, block_rows=4)]
+        assert sorted(torch.cat(rows).tolist()) == list(range(n_rows))
+
+
+def test_the_last_batch_may_be_dropped_in_either_order(tmp_path: Path) -> None:
+    store = labelled(tmp_path / "s", 11)
+    for seed in (None, 1):
+        sizes = [len(batch["label"]) for batch in store.batches(4, seed=seed)]
+        assert sizes == [4, 4, 3]
+        kept = [len(batch["label"]) for batch in store.batches(4, seed=seed, drop_last=True)]
+        assert kept == [4, 4]
+    assert [len(batch["label"]) for batch in store.batches(11, seed=None, drop_last=True)] == [11]
+
+
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"buffer_rows": 0}, {"block_rows": 0}, {"start": -1}])
+def test_sizes_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+    store = labelled(tmp_path / "s", 11)
+    with pytest.raises(StoreError, match=next(iter(wrong)).split("_")[0]):
+        list(store.batches(**({"size": 2} | wrong)))
+
+
 def test_a_seed_and_an_epoch_fix_the_order_and_any_batch_can_be_the_first(tmp_path: Path) -> None:
     fill(tmp_path / "s", 20)
     folder = tmp_path / "s"

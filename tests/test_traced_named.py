@@ -3,6 +3,7 @@
 # ruff: noqa: SIM117  A traced block is one statement, and its `with` stands alone.
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,20 @@ def test_pipe_is_transformers_whole_pipeline_with_the_block_in_it(llava: Any) ->
         llava.pipe(**call, remote="local")
 
 
+def test_a_pipe_without_a_processor_takes_the_parts_that_there_are() -> None:
+    from transformers import pipeline
+
+    (picture,) = INPUTS["tiny-llava"]["images"]
+    clip = mm.load("tiny-clip")
+    assert clip.inputs is not None
+    parts = {"tokenizer": clip.inputs.tokenizer, "image_processor": clip.inputs.image_processor}
+    theirs: Any = pipeline("zero-shot-image-classification", model=clip.wrapped, **parts)
+    call = {"candidate_labels": ["a red circle", "a blue square", "a star"]}
+    traced = TracedModel(clip.wrapped, inputs=replace(clip.inputs, processor=None))
+    assert traced.processor is None
+    assert traced.pipe(str(picture), **call) == theirs(str(picture), **call)
+
+
 # -- pipelines -----------------------------------------------------------------------------------
 
 
@@ -287,7 +302,10 @@ def test_every_step_of_a_scan_has_a_shape_and_no_weights_are_read() -> None:
 def test_a_scan_that_needs_a_value_says_so() -> None:
     _, _, traced = both("stable_diffusion_3")
     with pytest.raises(NotImplementedError, match="its code branches on a value"):
-        with traced.scan(prompt=["a prompt that is cut"], height=8, width=8, max_sequence_length=6):
+        with (
+            pytest.warns(UserWarning, match="text_encoder reads 16 of its 18 tokens"),
+            traced.scan(prompt=["a prompt that is cut"], height=8, width=8, max_sequence_length=20),
+        ):
             traced.output.save()
     with pytest.raises(ValueError, match="runs here"):
         traced.scan(prompt="a", remote=True)

@@ -16,6 +16,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 import mm_adapters as mm
 from mm_adapters.inputs.prepare import Inputs
 from mm_adapters.nnsight_engine.batcher import RowBatcher
+from mm_adapters.nnsight_engine.invokes import combine
 from mm_adapters.traced import TracedModel
 
 
@@ -118,6 +119,62 @@ def test_images_alone_and_texts_alone_share_a_run() -> None:
                 z = traced.site(Z_VISION).save()
             with tracer.invoke(**text):
                 z = traced.site(Z_VISION).save()
+
+
+def test_images_alone_share_a_run_with_texts_of_several_lengths() -> None:
+    _, traced = model("clip")
+    pixels = tiny.pixels(3)
+    texts = [ids([58, 3, 4, 7, 59]), ids([58, 5, 59])]
+    with torch.no_grad(), traced.trace() as tracer:
+        with tracer.invoke(pixel_values=pixels[:2]):
+            first = traced.site(Z_VISION).save()
+        with tracer.invoke(**texts[0]):
+            long = traced.site(Z_TEXT).save()
+        with tracer.invoke(pixel_values=pixels[2:]):
+            last = traced.site(Z_VISION).save()
+        with tracer.invoke(**texts[1]):
+            short = traced.site(Z_TEXT).save()
+    close(first, traced.run({"pixel_values": pixels[:2]}, read=[Z_VISION])[Z_VISION])
+    close(last, traced.run({"pixel_values": pixels[2:]}, read=[Z_VISION])[Z_VISION])
+    close(long, traced.run(texts[0], read=[Z_TEXT])[Z_TEXT])
+    close(short[:, :3], traced.run(texts[1], read=[Z_TEXT])[Z_TEXT])
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_invokes_are_joined_row_after_row_and_padded(left: bool) -> None:
+    pixels = tiny.pixels(2)
+    one = {"input_ids": torch.tensor([[1, 5, 6]]), "mm_token_type_ids": torch.tensor([[0, 1, 1]])}
+    two = {
+        "input_ids": torch.tensor([[1, 7], [1, 8]]),
+        "attention_mask": torch.tensor([[0, 1], [1, 1]]),
+        "mm_token_type_ids": torch.tensor([[0, 1], [0, 0]]),
+    }
+    found = combine([one, {"pixel_values": pixels}, two | {"use_cache": False}], 9, left)
+    rows = {
+        "input_ids": ([1, 7], [1, 8]),
+        "attention_mask": ([0, 1], [1, 1]),
+        "mm_token_type_ids": ([0, 1], [0, 0]),
+    }
+    first = {"input_ids": [1, 5, 6], "attention_mask": [1, 1, 1], "mm_token_type_ids": [0, 1, 1]}
+    for key, own in rows.items():
+        pad = 9 if key == "input_ids" else 0
+        want = [first[key], *([pad, *row] if left else [*row, pad] for row in own)]
+        assert found[key].tolist() == want
+    assert torch.equal(found["pixel_values"], pixels)
+    assert found["use_cache"] is False
+    assert found.keys() == {*rows, "pixel_values", "use_cache"}
+
+
+def test_a_bare_towers_rows_are_those_of_its_own_argument() -> None:
+    _, traced = model("clip_text")
+    tokens = torch.tensor([[58, 3, 59], [58, 4, 59]])
+    for arguments in (
+        {"position_ids": torch.arange(3)[None], "input_ids": tokens},
+        {"input_ids": tokens, "position_ids": torch.arange(3)[None]},
+    ):
+        assert traced.rows.count(arguments, {}) == {"rows": 2}
+    assert traced.rows.count({}, {}) == {"rows": 0}
+    assert traced.rows.count({"inputs_embeds": torch.zeros(3, 2, 24)}, {}) == {"rows": 3}
 
 
 def test_raw_texts_and_images_are_prepared_for_each_invoke() -> None:

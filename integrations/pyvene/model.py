@@ -17,6 +17,7 @@ from integrations.pyvene._files import read, write
 from integrations.pyvene._pipeline import ModelLike, PipelineHost, host
 from integrations.pyvene.gates import StepGate, layers_of
 from integrations.pyvene.interventions import refuse_subspaces
+from integrations.pyvene.locations import alike, counted
 from integrations.pyvene.options import check_options
 from integrations.pyvene.registration import register
 from mm_adapters import InputError, SiteMap
@@ -32,6 +33,9 @@ class MMIntervenableModel(pv.IntervenableModel):
     (modeling_utils.remove_forward_hooks); transformers 5 captures hidden states with such hooks, so
     that a LLaVA would be broken for good, and a user's hooks are gone.
 
+    A location below 0 counts back from each row's last attended position: -1 is its last token, wherever
+    the padding is. pyvene counts from 0 only.
+
     `model` is an `mm.Model`, or the module or pipeline that it wraps. `options` are pyvene's.
 
     Raises: InputError for an option that pyvene does not have, or a StepGate whose rows are no part of
@@ -43,8 +47,10 @@ class MMIntervenableModel(pv.IntervenableModel):
         register(model)
         self._handlers: list[Any] = []
         self._arguments: Mapping[str, Any] = {}
+        self._sources: Any = None
+        self._sites = SiteMap(getattr(model, "wrapped", model))
         super().__init__(config, host(model), **options)
-        loops = SiteMap(getattr(model, "wrapped", model)).loops
+        loops = self._sites.loops
         for key, intervention in self.interventions.items():
             site = str(self.representations[key].component)
             guidance = loops.get(site.partition(".")[0])
@@ -59,6 +65,25 @@ class MMIntervenableModel(pv.IntervenableModel):
     def disable_model_gradients(self) -> None:
         """The model's weights take no gradient during a call; they are not frozen for good."""
         self.model_has_grad = False
+
+    def _broadcast_unit_locations(self, batch_size: int, unit_locations: Any) -> Any:
+        every = super()._broadcast_unit_locations(batch_size, unit_locations)
+        groups = {key: group for group, keys in self._intervention_group.items() for key in keys}
+        sources = self._sources if isinstance(self._sources, list) else [self._sources]
+        located = {}
+        for name, pair in every.items():
+            parts: list[Any] = [None if part is None else list(part) for part in pair]
+            for i, key in enumerate(self.sorted_keys):
+                # In turn, one source after the other, what is read and written has no one row.
+                source = sources[groups[key] if len(sources) > 1 else 0] if name == "sources->base" else None
+                base = self._arguments if name == "sources->base" else None
+                for part, arguments in zip(parts, (source, base), strict=True):
+                    if part is not None and i < len(part):
+                        part[i] = counted(part[i], self.representations[key], self._sites, arguments)
+            located[name] = tuple(parts)
+        # It makes pyvene write at the first row's locations, and one number for all rows sets it for good.
+        self.use_fast = alike(located)
+        return located
 
     def _remove_forward_hooks(self) -> None:
         """Takes off the hooks that an interrupted call of this model left, and no others."""
@@ -105,6 +130,7 @@ class MMIntervenableModel(pv.IntervenableModel):
         """One call: what it cannot honour is refused before it, and hooks are gone after it."""
         base, subspaces = call.arguments.get("base"), call.arguments.get("subspaces")
         self._arguments = base if isinstance(base, Mapping) else {}
+        self._sources = call.arguments.get("sources")
         interventions = list(self.interventions.values())
         each = self._broadcast_subspaces(1, subspaces)
         for i, intervention in enumerate(interventions):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyvene as pv
 from pyvene.models import intervenable_modelcard as card
+from torch import Tensor
 
 from integrations.pyvene._pipeline import ModelLike, host
 from integrations.pyvene.interventions import BoundlessPositions
@@ -80,16 +81,39 @@ def intervention(
     )
 
 
-def units(positions: Sequence[int], n_rows: int, sources: Sequence[int] | None = None) -> dict[str, Any]:
-    """`unit_locations` for these positions of every row, read at `sources` (None: the same positions).
+def units(
+    positions: Sequence[int] | Tensor,
+    n_rows: int | None = None,
+    sources: Sequence[int] | Tensor | None = None,
+) -> dict[str, Any]:
+    """`unit_locations` for these positions, read at `sources` (None: the same positions).
 
+    A list is the positions of every one of `n_rows` rows. A tensor, [row] or [row, unit], has each row's:
+    `units(model.row_positions(base), sources=model.row_positions(source))` are the last tokens of rows.
     pyvene's shorthand takes a list of two positions for a source's and a base's.
 
     Raises: InputError for a negative position, or another number of them in the source.
     """
-    base, source = list(positions), list(positions if sources is None else sources)
-    if not base or n_rows < 1 or min((*base, *source)) < 0:
-        raise InputError(f"Positions count from 0, at least one in at least one row; not {base}, {source}.")
+    base = _rows_of(positions, n_rows)
+    source = base if sources is None else _rows_of(sources, len(base))
     if len(base) != len(source):
-        raise InputError(f"{len(base)} positions are read at {len(source)} of the source; give as many.")
-    return {"sources->base": ([[source] * n_rows], [[base] * n_rows])}
+        raise InputError(f"There are {len(base)} rows of positions and {len(source)} of the source.")
+    if len(base[0]) != len(source[0]):
+        raise InputError(
+            f"{len(base[0])} positions are read at {len(source[0])} of the source; give as many."
+        )
+    return {"sources->base": ([source], [base])}
+
+
+def _rows_of(positions: Sequence[int] | Tensor, n_rows: int | None) -> list[list[int]]:
+    if isinstance(positions, Tensor):
+        rows = positions.reshape(len(positions), -1).tolist() if positions.ndim else []
+        if n_rows not in (None, len(rows)):
+            raise InputError(f"{len(rows)} rows of positions for {n_rows} rows.")
+    else:
+        rows = [list(positions)] * (n_rows or 0)
+    if not rows or not rows[0] or min(position for row in rows for position in row) < 0:
+        raise InputError(
+            f"Positions count from 0, at least one in at least one row; not {positions} in {n_rows} rows."
+        )
+    return rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
@@ -223,8 +223,9 @@ def recovered(
             "zero": [_set(model, sae_site.site.name, torch.zeros_like(mean), mask)],
             "mean": [_set(model, sae_site.site.name, mean, mask)],
         }
+        ends = {"last": model.row_positions(arguments)} if isinstance(score, _AnswerLikelihood) else {}
         for name, edit in edits.items():
-            scores = score(model.run(arguments, edit=edit).output, numbers).float()
+            scores = score(model.run(arguments, edit=edit).output, numbers, **ends).float()
             sums[name] += float(scores.sum())
         n += len(numbers)
     return Recovered(**{name: total / n for name, total in sums.items()})
@@ -256,19 +257,29 @@ def retrieval(k: int = 1) -> Score:
     return score
 
 
+@dataclass(frozen=True)
+class _AnswerLikelihood:
+    """`last` is where each row's last token stands; None: at the end, as rows padded on the left have it."""
+
+    tokens: tuple[Tensor, ...]
+
+    def __call__(
+        self, output: Any, numbers: Sequence[int], last: Int[Tensor, " row"] | None = None
+    ) -> Float[Tensor, " row"]:
+        logs = torch.log_softmax(output.logits.float(), -1).cpu()
+        ends = [logs.shape[1] - 1] * len(logs) if last is None else last.tolist()
+        rows = [(row[:end], self.tokens[i]) for row, end, i in zip(logs, ends, numbers, strict=True)]
+        return torch.stack([row[-len(answer) :].gather(1, answer[:, None]).sum() for row, answer in rows])
+
+
 def answer_likelihood(tokenizer: Any, answers: Sequence[str]) -> Score:
     """The log-likelihood, in nats, of each item's answer, whose tokens end its text.
 
-    Rows are padded on the left, as a model that generates pads them.
+    In `evaluate` and `recovered` rows may be padded on either side. Called by itself it takes rows that are
+    padded on the left, or `last=model.row_positions(inputs)`.
     """
-    tokens = [torch.tensor(tokenizer(f" {a}", add_special_tokens=False).input_ids) for a in answers]
-
-    def score(output: Any, numbers: Sequence[int]) -> Tensor:
-        logs = torch.log_softmax(output.logits.float(), -1).cpu()
-        ends = [(row, tokens[i]) for row, i in zip(logs, numbers, strict=True)]
-        return torch.stack([row[-1 - len(t) : -1].gather(1, t[:, None]).sum() for row, t in ends])
-
-    return score
+    ids = (tokenizer(f" {answer}", add_special_tokens=False).input_ids for answer in answers)
+    return _AnswerLikelihood(tuple(torch.tensor(one) for one in ids))
 
 
 @torch.no_grad()

@@ -85,12 +85,12 @@ def prompt_layouts(
     Raises: MissingSiteError if the model reads no prompt; InputError for prompts of several lengths, where a
     pipeline pads them to the longest.
     """
-    model.check_tower("text")
+    reader = text_reader(model)
     loop = model.record.loop
     sizes = {k: v for k, v in (options or {}).items() if k in ("height", "width", "max_sequence_length")}
     joint = loop is not None and model.towers[loop].record.joint is not None
     if joint or "max_sequence_length" in sizes:
-        name = "text" if loop is None or not joint else loop
+        name = reader if loop is None or not joint else loop
         layouts = tuple(model.layout(text=[prompt], **sizes)[name] for prompt in prompts)
         if len({layout.n_pos for layout in layouts}) > 1:
             lengths = ", ".join(str(len(text_positions(layout))) for layout in layouts)
@@ -100,7 +100,18 @@ def prompt_layouts(
                 "tokens each."
             )
         return layouts
-    return tuple(model.prompt_layout("text", [prompt]) for prompt in prompts)
+    return tuple(model.prompt_layout(reader, [prompt]) for prompt in prompts)
+
+
+def text_reader(model: Model) -> str:
+    """The tower whose tokens are the words that a denoiser attends to: "text", or the first that reads text.
+
+    Raises: MissingSiteError if the model reads no prompt.
+    """
+    reads = [name for name, tower in model.towers.items() if tower.role == "text"]
+    if reads and "text" not in reads:
+        return reads[0]
+    return model.check_tower("text").name
 
 
 def prompts_of(inputs: Mapping[str, Any]) -> tuple[str, ...]:

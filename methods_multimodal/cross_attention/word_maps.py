@@ -7,6 +7,7 @@ from typing import Any
 
 from methods_multimodal.cross_attention.word_maps_record import WordMaps
 from methods_multimodal.cross_attention.word_reader import WordReader, word_reader
+from methods_multimodal.diffusion.step_count import fewest_steps
 from mm_adapters import Model
 
 
@@ -36,7 +37,7 @@ def word_maps(
         spread=spread,
         denoiser=denoiser,
         per_prompt=int(inputs.get("num_images_per_prompt") or 1),
-        n_steps=inputs.get("num_inference_steps"),
+        n_steps=fewest_steps(model, inputs),
         options=inputs,
     )
     run = model.run(inputs, read=reader.reads())

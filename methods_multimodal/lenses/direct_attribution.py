@@ -12,6 +12,7 @@ from torch import Tensor
 
 from methods_multimodal.core.model import check_pool, check_sites
 from methods_multimodal.core.outputs import contrast_of, logit_scale
+from methods_multimodal.core.positions import in_rows
 from methods_multimodal.core.record import Record
 from methods_multimodal.lenses.residual_parts import needed_sites, project, reads, writes
 from mm_adapters import Model
@@ -82,7 +83,7 @@ def attribute_logits(
     norm = tower.final_norm
     assert norm is not None
     scale = logit_scale(model)
-    run = model.run(inputs, read=reads(tower, 0))
+    run = model.run(inputs, read=reads(tower, lambda x: x[:, 0]))
     output = contrast_of(run.output)
     parts = writes(run.values, tower)
     gain, offset = norm.gain.detach().float(), norm.bias.detach().float()
@@ -116,21 +117,25 @@ def attribute_tokens(
     """Splits the logit of each token, at one position, into what each part of a language tower adds.
 
     `text` in the shapes of the record is then a token, called as in `names`. Rows are rows of the batch.
+    Position -1 is the last position of each row that its attention mask has, -2 the one before it. From 0
+    on it is the position itself, counted over the whole sequence with its padding.
 
     Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
-    Raises: MissingSiteError if the tower has no unembedding, or no single stream that its parts add to.
+    Raises: MissingSiteError if the tower has no unembedding, or no single stream that its parts add to;
+    InputError if a row has no such position.
     """
     view = model.check_tower(tower)
     check_sites(model, needed_sites(view))
     norm, bias = view.final_norm, view.unembedding_bias
     assert norm is not None
     ids = torch.as_tensor(list(tokens), device=view.unembedding.device)
-    run = model.run(inputs, read=reads(view, position))
+    at = in_rows(model, inputs, position, tower)
+    run = model.run(inputs, read=reads(view, at.of))
     parts = writes(run.values, view)
     directions = view.token_directions(ids).detach().float().T
     ones = torch.ones_like(parts.scale)
     shares = project(parts, directions, ones, centred=norm.kind == "LN")
-    logits = view.vocabulary_logits(run.output)[:, position, ids].detach().float()
+    logits = at.of(view.vocabulary_logits(run.output))[:, ids].detach().float()
     return LogitAttribution(
         embed=shares.embed,
         heads=shares.heads,

@@ -50,12 +50,8 @@ def needed_sites(tower: TowerView) -> list[str]:
     return [*names, f"{tower.name}.ln_final.hook_scale", f"{tower.name}.ln_final.hook_normalized"]
 
 
-def reads(tower: TowerView, position: int) -> list[Read]:
-    """The reads that `writes` needs; of each site only this position is kept."""
-
-    def at(x: Tensor) -> Tensor:
-        return x[:, position]
-
+def reads(tower: TowerView, at: Callable[[Tensor], Tensor]) -> list[Read]:
+    """The reads that `writes` needs; of each site only the position that `at` takes is kept."""
     return [Read(name, reduce=at) for name in needed_sites(tower)]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods_multimodal.core.model import check_sites
+from methods_multimodal.core.positions import in_rows
 from methods_multimodal.core.record import Record
 from mm_adapters import Edit, InputError, Model, Read
 
@@ -79,7 +80,7 @@ def patch_positions(
 ) -> ActivationPatching:
     """Patches each position (or each group of them in `units`) of each layer's input.
 
-    The rest as in `patch_units`.
+    Of a text or language tower -1 is each row's last attended position. The rest as in `patch_units`.
     """
     site = f"{tower}.blocks.{{}}.hook_resid_pre"
     options: dict[str, Any] = {"layers": layers, "units": units, "stacked": stacked, "batch": batch}
@@ -110,18 +111,23 @@ def patch_units(
         site: The site of each layer, with "{}" where the layer goes.
         axis: What a unit is: "head" (of a site [batch, pos, head, d_head]) or "pos".
         layers: Which layers are patched, one at a time.
-        units: Groups of heads or positions that are patched together (None: each by itself).
+        units: Groups of heads or positions that are patched together (None: each by itself). Below 0 they
+            count back: heads from the last, positions of text from each row's last attended one.
         stacked: The arguments that have a row for each input (None: every tensor does, if all have as many
             rows; empty: nothing is stacked and units run one by one).
         batch: The most rows of one run.
 
     Source: Meng et al. 2022, arXiv 2202.05262; Heimersheim and Nanda 2024, arXiv 2404.15255.
-    Raises: MissingSiteError for a layer without the site; InputError if the two inputs differ in shape, or
-        the layers in how many units they have.
+    Raises: MissingSiteError for a layer without the site; InputError if the two inputs differ in shape, the
+        layers in how many units they have, or there is no such unit.
     """
     names = {layer: site.format(layer) for layer in layers}
     check_sites(model, names.values())
     _check_same_shape(clean, corrupted)
+    places = {
+        unit: tuple(_place(model, inputs, unit, site, axis) for inputs in (clean, corrupted))
+        for unit in {int(i) for group in units or () for i in group}
+    }
     source = model.run(clean, read=[Read(name) for name in names.values()])
     base = metric(model.run(corrupted).output).detach().float()
     n_rows, dim = len(base), _AXES[axis]
@@ -133,9 +139,15 @@ def patch_units(
                 "with as many together, or give the units."
             )
         units = [(i,) for i in range(counts[0])]
+        places = {i: (torch.tensor(i),) * 2 for i in range(counts[0])}
     groups = tuple(tuple(int(i) for i in unit) for unit in units)
+    _check_there(groups, min(source[name].shape[dim] for name in names.values()), site)
     per_run = max(1, batch // n_rows) if _stacks(model, site, corrupted, stacked, n_rows) else 1
-    chunks = [groups[i : i + per_run] for i in range(0, len(groups), per_run)]
+    pairs = [
+        [torch.stack([places[unit][side].expand(n_rows) for unit in group], 1) for side in (0, 1)]
+        for group in groups
+    ]
+    chunks = [pairs[i : i + per_run] for i in range(0, len(pairs), per_run)]
     rows: list[Tensor] = []
     with tqdm(total=len(names) * len(chunks), desc="patching", unit="run", disable=None, leave=False) as bar:
         for name in names.values():
@@ -157,17 +169,41 @@ def patch_units(
     )
 
 
-def _swap(clean: Tensor, chunk: Sequence[Sequence[int]], dim: int) -> Callable[[Tensor], Tensor]:
-    """An edit that gives each unit, in its own copy of the rows, its clean value."""
+def _place(model: Model, inputs: Mapping[str, Any], unit: int, site: str, axis: str) -> Tensor:
+    """Where a unit stands: one number, or one for each row.
+
+    Raises: InputError if a row has no such position.
+    """
+    tower, stack, *_ = site.split(".")
+    if unit >= 0 or axis != "pos":
+        return torch.tensor(unit)
+    if stack == "decoder":
+        raise InputError(f"units: the positions of {site} are counted from 0, not {unit}.")
+    return torch.as_tensor(in_rows(model, inputs, unit, tower).index)
+
+
+def _swap(clean: Tensor, chunk: Sequence[Sequence[Tensor]], dim: int) -> Callable[[Tensor], Tensor]:
+    """An edit that gives each unit, in its own copy of the rows, its clean value.
+
+    A unit is where it stands in the clean rows, and where in the corrupted ones.
+    """
+    rows = torch.arange(len(clean), device=clean.device)[:, None]
+    before = (slice(None),) * (dim - 1)
 
     def swap(value: Tensor) -> Tensor:
         copies = rearrange(value.clone(), "(u r) ... -> u r ...", u=len(chunk))
-        for copy, unit in zip(copies, chunk, strict=True):
-            index = torch.tensor(unit, device=value.device)
-            copy.index_copy_(dim, index, clean.index_select(dim, index).to(copy))
+        for copy, (source, target) in zip(copies, chunk, strict=True):
+            new = clean[rows, *before, source.to(clean.device)]
+            copy[rows.to(copy.device), *before, target.to(copy.device)] = new.to(copy)
         return rearrange(copies, "u r ... -> (u r) ...")
 
     return swap
+
+
+def _check_there(groups: Sequence[Sequence[int]], n: int, site: str) -> None:
+    for unit in (unit for group in groups for unit in group):
+        if not -n <= unit < n:
+            raise InputError(f"There is no unit {unit}: {site} has units 0 to {n - 1}.")
 
 
 def _stacks(

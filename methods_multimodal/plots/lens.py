@@ -33,6 +33,7 @@ def lens_table(
     names = ["embedding", *(f"layer {i}" for i in range(len(table) - 1))]
     ax.set_yticks(range(len(table)), names, fontsize=8)
     ax.set_xticks(range(k), [f"{j + 1}." for j in range(k)], fontsize=8)
-    ax.set_title("logit lens at the last position", fontsize=10)
+    where = "the last position" if record.position == -1 else f"position {record.position}"
+    ax.set_title(f"logit lens at {where}", fontsize=10)
     colour_bar(ax, image, "probability")
     return ax

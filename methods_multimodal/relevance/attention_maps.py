@@ -13,8 +13,9 @@ from torch import Tensor
 
 from methods_multimodal.core.grids import one_grid
 from methods_multimodal.core.model import check_sites
+from methods_multimodal.core.positions import RowPositions, in_rows
 from methods_multimodal.core.record import Record
-from mm_adapters import Model, Read, TokenLayout
+from mm_adapters import InputError, Model, Read, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,34 @@ def head_maps(
         layout: Which positions of the tower are patches, and of what grid: `model.layout(...)[tower]`.
         tower: The tower whose heads attend.
         layers: Which of its blocks.
-        query: The position that attends. None is the mean over all positions.
+        query: The position that attends: of a language tower -1 is each row's last attended one, of a
+            vision tower the last that is no padding. None is the mean over all positions, padding too.
         query_name: What the result calls that position.
 
     Raises: MissingSiteError if the layout has no patches, or the tower no patterns; InputError if the layout
-    has not one grid of patches, at the same positions in every row.
+    has not one grid of patches, at the same positions in every row, or a row has no such position.
     """
     sites = [f"{tower}.blocks.{layer}.attn.hook_pattern" for layer in layers]
     check_sites(model, sites)
     columns, grid = one_grid(layout, tower)
+    at = None if query is None else _query(model, inputs, layout, query, tower)
 
     def to_patches(pattern: Tensor) -> Tensor:
-        rows = pattern.float().mean(2) if query is None else pattern[:, :, query].float()
+        rows = pattern.float().mean(2) if at is None else at.of(pattern.transpose(1, 2)).float()
         return rows[..., columns]
 
     run = model.run(inputs, read=[Read(site, reduce=to_patches) for site in sites])
     flat = torch.stack([run[site] for site in sites], 1)
     maps = rearrange(flat, "row layer head (down across) -> row layer head down across", down=grid[0])
     return HeadMaps(maps=maps, query=query_name, layers=tuple(int(i) for i in layers))
+
+
+def _query(
+    model: Model, inputs: Mapping[str, Any], layout: TokenLayout, query: int, tower: str
+) -> RowPositions:
+    if query < 0 and model.check_tower(tower).role == "vision":  # Its rows have one grid, so one padding.
+        kept = [pos for pos, role in enumerate(layout.roles[0]) if role != "pad"]
+        if len(kept) < -query:
+            raise InputError(f"query={query}: the rows of {tower} have {len(kept)} positions.")
+        return RowPositions(kept[query])
+    return in_rows(model, inputs, query, tower)

@@ -120,8 +120,10 @@ def _gather(model: Model, clean: dict[str, Any], corrupted: dict[str, Any]) -> E
     name = name_of(model)
     target = f"{name(first)!r}" if first == other else f"{name(first)!r} − {name(other)!r}"
 
+    last = int(model.row_positions(clean, tower=TOWER)[0])  # Patching runs copies of this one row.
+
     def metric(output: Any) -> Tensor:
-        logits = vocabulary_logits(model, output)[:, -1]
+        logits = vocabulary_logits(model, output)[:, last]
         return logits[:, first] if first == other else logits[:, first] - logits[:, other]
 
     tokens = [first] if first == other else [first, other]

@@ -32,11 +32,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_pipeline(folder: Path, index: dict[str, Any], *, given: Collection[str] = ()) -> None:
-    """Passes if the weights of every component are there and whole; `given` are not read.
+def check_pipeline(
+    folder: Path, index: dict[str, Any], *, given: Collection[str] = (), variant: str | None = None
+) -> dict[str, list[Path]]:
+    """The weight files of every component, each of them whole; `given` are not read.
 
     Raises: CheckpointError naming the first file that is missing, cut or pickled.
     """
+    files: dict[str, list[Path]] = {}
     for name, value in index.items():
         if name in given or not isinstance(value, list) or value[0] is None:
             continue
@@ -46,27 +49,17 @@ def check_pipeline(folder: Path, index: dict[str, Any], *, given: Collection[str
                 f"Get the checkpoint again, or pass {name}=None if the pipeline can do without."
             )
         if (folder / name / "config.json").is_file():
-            check_weights(folder / name)
+            files[name] = check_weights(folder / name, variant)
+    return files
 
 
-def check_weights(folder: Path) -> list[Path]:
-    """The weight files of one model, each of them whole.
+def check_weights(folder: Path, variant: str | None = None) -> list[Path]:
+    """The weight files of one model, each of them whole; with `variant`, those of that name if it has them.
 
-    Raises: CheckpointError if there is none, or one is missing, cut, or pickled.
+    Raises: CheckpointError if there is none, or one is missing, cut, pickled, or of a variant not asked for.
     """
     for stem in _STEMS:
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            missing = [n for n in names if not (folder / n).is_file()]
-            if missing or not names:
-                raise CheckpointError(
-                    f"{index} lists {len(names)} files and {len(missing)} are missing: "
-                    f"{', '.join(missing[:3])}. Get them again."
-                )
-            files = [folder / n for n in names]
-            break
-        files = sorted(folder.glob(f"{stem}.safetensors")) or sorted(folder.glob(f"{stem}.*.safetensors"))
+        files = (_files_of(folder, stem, variant) if variant else []) or _files_of(folder, stem, None)
         if files:
             break
     else:
@@ -74,6 +67,23 @@ def check_weights(folder: Path) -> list[Path]:
     for file in files:
         check_safetensors(file)
     return files
+
+
+def _files_of(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """model.fp16.safetensors, or what model.safetensors.index.fp16.json lists; none if there is neither."""
+    mark = f".{variant}" if variant else ""
+    index = folder / f"{stem}.safetensors.index{mark}.json"
+    if not index.is_file():
+        single = folder / f"{stem}{mark}.safetensors"
+        return [single] if single.is_file() else []
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    missing = [n for n in names if not (folder / n).is_file()]
+    if missing or not names:
+        raise CheckpointError(
+            f"{index} lists {len(names)} files and {len(missing)} are missing: "
+            f"{', '.join(missing[:3])}. Get them again."
+        )
+    return [folder / n for n in names]
 
 
 def check_safetensors(file: Path) -> dict[str, Any]:
@@ -129,6 +139,15 @@ def _header(raw: bytes, file: Path) -> dict[str, Any]:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
+    variants = sorted(
+        {v for stem in _STEMS for p in folder.glob(f"{stem}.*.safetensors*") if (v := _variant(p))}
+    )
+    if variants:
+        return CheckpointError(
+            f"{folder} has only weights of the variant{'s' * (len(variants) > 1)} {', '.join(variants)}. "
+            "Load it "
+            f'with variant="{variants[0]}".'
+        )
     pickled = sorted(p.name for pattern in _PICKLED for p in folder.glob(pattern))
     if pickled:
         return CheckpointError(
@@ -140,3 +159,10 @@ def _no_weights(folder: Path) -> CheckpointError:
         f"{folder} has a configuration and no weights. Expected {_STEMS[0]}.safetensors, or "
         f"{_STEMS[1]}.safetensors. Get the checkpoint again."
     )
+
+
+def _variant(file: Path) -> str:
+    """fp16 of model.fp16.safetensors and of model.safetensors.index.fp16.json; "" without one."""
+    parts = [p.partition("-")[0] for p in file.name.split(".")]
+    rest = [p for p in parts[1:] if p not in ("safetensors", "index", "json")]
+    return rest[0] if rest else ""

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mm_adapters._errors import CheckpointError
+from mm_adapters._errors import CheckpointError, InputError
 from mm_adapters.checkpoints.checks import check_pipeline, check_weights, read_json, stored_dtype
+from mm_adapters.checkpoints.complete import check_filled, check_kinds, check_report
 from mm_adapters.checkpoints.source import Source
+from mm_adapters.inputs.call_names import parameters_of, unknown_name
 from mm_adapters.records.registry import covers
 from mm_adapters.records.spec import ModelRecord
 from mm_adapters.sites.lookup import unknown
+
+# What a pipeline's from_pretrained takes without declaring it.
+_OPTIONS = (
+    "dtype", "variant", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies",
+    "custom_pipeline", "custom_revision", "low_cpu_mem_usage", "quantization_config", "max_memory",
+    "offload_folder", "offload_state_dict", "provider", "sess_options", "provider_options", "use_onnx",
+    "load_connected_pipeline", "disable_mmap", "use_flashpack",
+)  # fmt: skip
 
 
 def load_pipeline(
@@ -33,19 +45,11 @@ def load_pipeline(
 
     Raises: CheckpointError if it cannot be read; UnknownFamilyError if no family covers its class.
     """
-    import diffusers
-
     path = source.file("model_index.json")
     assert path is not None
     index = read_json(path)
-    named = index.get("_class_name")
-    cls = getattr(diffusers, named, None) if isinstance(named, str) else None
-    if cls is None:
-        raise CheckpointError(
-            f"{source.name} is a {named}, which diffusers {diffusers.__version__} does not have. "
-            "Build it yourself and pass it to mm_adapters.wrap."
-        )
-    chosen = getattr(diffusers, automodel) if isinstance(automodel, str) else automodel or cls
+    cls = _named(source, index)
+    chosen = _chosen(automodel) or cls
     if _can_be_built(chosen):
         cls = chosen
     if not covers(cls):
@@ -56,13 +60,113 @@ def load_pipeline(
     if folder is None:
         fetch = {k: v for k, v in options.items() if k in {*source.where, "variant"}}
         folder = Path(source.read(cls.download, **fetch))
-    check_pipeline(folder, index, given=options.keys())
+    _check_options(cls if _can_be_built(chosen) else None, index, options)
+    variant = options.get("variant")
+    files = check_pipeline(folder, index, given=options.keys(), variant=variant)
+    check_kinds(file for part in files.values() for file in part)
     if dtype is None:
-        denoiser = next((folder / n for n in ("unet", "transformer") if (folder / n).is_dir()), None)
-        dtype = stored_dtype(check_weights(denoiser)[0]) if denoiser else torch.float32
-    local = Source(str(folder), folder)
+        denoiser = next((files[n] for n in ("unet", "transformer") if n in files), None)
+        dtype = stored_dtype(denoiser[0]) if denoiser else torch.float32
     rest = {k: v for k, v in options.items() if k not in source.where}
-    return local.read(chosen.from_pretrained, dtype=dtype, **rest)
+    if "quantization_config" not in rest:
+        rest |= _transformers_parts(folder, index, files, dtype, rest)
+    pipeline = Source(str(folder), folder).read(chosen.from_pretrained, dtype=dtype, **rest)
+    parts = {n: p for n, p in pipeline.components.items() if isinstance(p, torch.nn.Module)}
+    check_filled({f"{source.name}/{name}": part for name, part in parts.items()})
+    return pipeline
+
+
+def load_diffusers_model(
+    source: Source,
+    config: dict[str, Any],
+    device_wanted: torch.device,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> torch.nn.Module:
+    """One model of diffusers (a UNet, an autoencoder), as it stands in a pipeline's folder.
+
+    Raises: CheckpointError if it is none, or cannot be read; UnknownFamilyError if no family covers it.
+    """
+    cls = _named(source, config)
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        at = "" if source.folder is None else f": mm_adapters.load({str(source.folder.parent)!r})"
+        raise CheckpointError(
+            f"{source.name} is a {cls.__name__}, which has no sites. Load its pipeline{at}."
+        )
+    kind: Any = cls
+    with torch.device("meta"):
+        outline = kind.from_config(config)
+    if not covers(cls):
+        raise unknown(outline, ModelRecord)
+    if device_wanted.type == "meta":
+        return outline
+    if source.folder is not None:
+        files = check_weights(source.folder, options.get("variant"))
+        check_kinds(files)
+        dtype = dtype or stored_dtype(files[0])
+    more = {} if dtype is None else {"dtype": dtype}
+    model, report = source.read(kind.from_pretrained, output_loading_info=True, **more, **options)
+    check_report(source.name, report)
+    return model
+
+
+def _transformers_parts(
+    folder: Path, index: dict[str, Any], files: Mapping[str, Any], dtype: Any, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A pipeline's models of transformers, read here: diffusers does not say what they lack."""
+    import transformers
+
+    parts: dict[str, Any] = {}
+    for name in files.keys() - options.keys():
+        library, class_name = index[name]
+        cls = getattr(transformers, str(class_name), None) if library == "transformers" else None
+        if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+            continue
+        kind: Any = cls
+        variant = options.get("variant")
+        more = {"variant": variant} if variant and any(variant in file.name for file in files[name]) else {}
+        source = Source(str(folder / name), folder / name)
+        own = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+        parts[name], report = source.read(kind.from_pretrained, dtype=own, output_loading_info=True, **more)
+        check_report(source.name, report)
+    return parts
+
+
+def _named(source: Source, index: dict[str, Any]) -> Any:
+    import diffusers
+
+    named = index.get("_class_name")
+    cls = getattr(diffusers, named, None) if isinstance(named, str) else None
+    if cls is None:
+        raise CheckpointError(
+            f"{source.name} is a {named}, which diffusers {diffusers.__version__} does not have. "
+            "Build it yourself and pass it to mm_adapters.wrap."
+        )
+    return cls
+
+
+def _chosen(automodel: Any) -> Any:
+    import diffusers
+
+    if not isinstance(automodel, str):
+        return automodel
+    cls = getattr(diffusers, automodel, None)
+    if cls is None:
+        names = [n for n in dir(diffusers) if n.endswith("Pipeline") or n.startswith("AutoPipeline")]
+        near = difflib.get_close_matches(automodel, names, n=3)
+        raise InputError(
+            f"automodel={automodel!r}: diffusers has no such class. "
+            + (f"Did you mean {' or '.join(near)}?" if near else "Pass a pipeline's class, or its name.")
+        )
+    return cls
+
+
+def _check_options(cls: Any, index: dict[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises: InputError for an option that neither from_pretrained nor the pipeline takes."""
+    takes = parameters_of(cls.__init__).keys() if cls is not None else index.keys()
+    known = {*takes, *_OPTIONS}
+    if unknown_options := [name for name in options if name not in known]:
+        raise unknown_name("Loading a pipeline does not take", unknown_options, sorted(known))
 
 
 def _can_be_built(cls: Any) -> bool:

@@ -40,9 +40,7 @@ def load_open_clip(name: str, **options: Any) -> tuple[Any, Any, Any]:
             arch, pretrained=pretrained, device="cpu", **options
         )
     except RuntimeError as error:  # As load_state_dict reports weights that do not fit.
-        raise CheckpointError(
-            f"The weights at {pretrained} are not of open_clip's {arch}: {error}"
-        ) from error
+        raise CheckpointError(f"The weights at {pretrained} are not of open_clip's {arch}: {error}") from None
     return model, open_clip.get_tokenizer(arch), transform
 
 
@@ -84,9 +82,9 @@ def _fetch_safetensors(tag: str, config: dict[str, Any], cache_dir: str | None) 
         )
     try:
         hf_hub_download(folder, filename, cache_dir=cache_dir)
-    except errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{folder} is not in the cache and the hub cannot be reached.") from error
+    except errors.LocalEntryNotFoundError:
+        raise CheckpointError(f"{folder} is not in the cache and the hub cannot be reached.") from None
     except (errors.EntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"The hub gave no {filename} of {folder} for open_clip's {tag!r}: {error}"
-        ) from error
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,20 @@ from torch import nn
 
 from mm_adapters._errors import CheckpointError
 from mm_adapters.checkpoints.checks import check_weights, read_json
+from mm_adapters.checkpoints.complete import check_kinds, check_report
+from mm_adapters.checkpoints.from_diffusers import load_diffusers_model
 from mm_adapters.checkpoints.source import Source
+from mm_adapters.inputs.call_names import parameters_of, unknown_name
 from mm_adapters.records.registry import covers
 from mm_adapters.records.spec import ModelRecord
 from mm_adapters.sites.lookup import unknown
 
+# What from_pretrained takes without declaring it.
+_OPTIONS = (
+    "attn_implementation", "variant", "subfolder", "dtype", "quantization_config", "low_cpu_mem_usage",
+    "key_mapping", "generation_config", "experts_implementation", "max_memory", "offload_folder",
+    "offload_buffers", "state_dict", "adapter_kwargs", "use_kernels", "tp_plan", "proxies",
+)  # fmt: skip
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model",
 )  # fmt: skip
@@ -31,14 +41,34 @@ def load_module(
     path = source.file("config.json")
     if path is None:
         raise CheckpointError(f"{source.name} has no config.json. Is it the right folder?")
-    cls = _transformers_class(read_json(path), source)
+    config = read_json(path)
+    if isinstance(config.get("_class_name"), str):
+        return load_diffusers_model(source, config, device_wanted, dtype, **options)
+    cls = _transformers_class(config, source)
+    check_options(cls, options)
     if not covers(cls):  # Before any weight is read.
         raise unknown(_outline(cls, source), ModelRecord)
     if device_wanted.type == "meta":
         return _without_weights(cls, source, options.get("attn_implementation"))
     if source.folder is not None:
-        check_weights(source.folder)
-    return source.read(cls.from_pretrained, dtype=dtype or "auto", **options)
+        files = check_weights(source.folder, options.get("variant"))
+        if "quantization_config" not in config:
+            check_kinds(files)
+    model, report = source.read(
+        cls.from_pretrained, dtype=dtype or "auto", output_loading_info=True, **options
+    )
+    check_report(source.name, report)
+    return model
+
+
+def check_options(cls: Any, options: Mapping[str, Any]) -> None:
+    """Raises: InputError for an option that neither from_pretrained nor the configuration takes."""
+    if options:
+        known = {*parameters_of(cls.from_pretrained), *_OPTIONS} - {"pretrained_model_name_or_path"}
+        settings = {n for n in dir(cls.config_class()) if not n.startswith("_")}
+        unknown = [n for n in options if n not in known | settings]
+        if unknown:
+            raise unknown_name(f"Loading a {cls.__name__} does not take", unknown, sorted(known), settings)
 
 
 def _without_weights(cls: Any, source: Source, attention: str | None = None) -> nn.Module:
@@ -75,11 +105,11 @@ def processor_beside(source: Source) -> dict[str, Any]:
         return {}
     try:
         return {part: auto.from_pretrained(source.name, trust_remote_code=False, **source.where)}
-    except Exception as error:  # The tokenizers library raises no narrower one.
+    except Exception as error:  # noqa: BLE001  The tokenizers library raises no narrower one.
         raise CheckpointError(
             f"The {part} beside {source.name} cannot be read: {error}. Repair it, or load the model "
             "yourself and pass both to mm_adapters.wrap."
-        ) from error
+        ) from None
 
 
 def _transformers_class(config: dict[str, Any], source: Source) -> Any:

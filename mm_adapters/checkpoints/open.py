@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from mm_adapters._errors import CheckpointError, InputError
+from mm_adapters.checkpoints.complete import check_numbers
 from mm_adapters.checkpoints.from_diffusers import load_pipeline
 from mm_adapters.checkpoints.from_open_clip import load_open_clip
 from mm_adapters.checkpoints.from_transformers import load_module, processor_beside
+from mm_adapters.checkpoints.not_a_model import of_file, of_folder
 from mm_adapters.checkpoints.origin import CheckpointRef
 from mm_adapters.checkpoints.source import Source
 from mm_adapters.inputs.from_model import inputs_for
@@ -24,6 +26,7 @@ _REFUSED = {
     "trust_remote_code": "Code that comes with a checkpoint is never run",
     "use_safetensors": "Weights are read from safetensors only",
     "torch_dtype": "It is called dtype",
+    "output_loading_info": "Weights that are missing are an error",
     "device_map": "Pass device; to spread a model, load it yourself and wrap it",
 }
 
@@ -56,13 +59,15 @@ def open_checkpoint(
         source = _source(name, options)
         if source.file("model_index.json") is not None:
             model = load_pipeline(source, device_wanted, precision, **options)
-            precision = None  # A pipeline's parts were given it; some keep a dtype of their own.
+            precision = None  # As of a module, below.
         else:
             model = load_module(source, device_wanted, precision, **options)
+            precision = None  # from_pretrained was given it, and keeps some weights and buffers in float32.
             parts = parts or processor_beside(source)
     model = model.to(device_wanted) if precision is None else model.to(device_wanted, precision)
     for module in modules_of(model):
         module.eval()
+    check_numbers(name, {"": model} if isinstance(model, nn.Module) else parts_of(model))
     sites = SiteMap(model)
     return OpenedCheckpoint(
         model, inputs_for(model, sites=sites, **parts), CheckpointRef.of(name, options), sites
@@ -91,10 +96,12 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def modules_of(model: Any) -> list[nn.Module]:
-    if isinstance(model, nn.Module):
-        return [model]
-    parts = getattr(model, "components", {})
-    return [part for part in parts.values() if isinstance(part, nn.Module)]
+    return [model] if isinstance(model, nn.Module) else [*parts_of(model).values()]
+
+
+def parts_of(pipeline: Any) -> dict[str, nn.Module]:
+    parts = getattr(pipeline, "components", {})
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _source(name: str, options: Mapping[str, Any]) -> Source:
@@ -111,6 +118,8 @@ def _source(name: str, options: Mapping[str, Any]) -> Source:
     folder = Path(name).expanduser()
     if folder.is_dir():
         source = Source(str(folder), folder)
+        if (advice := of_folder(folder)) is not None:
+            raise CheckpointError(advice)
         if not source.has_any(("config.json", "model_index.json")):
             raise CheckpointError(
                 f"{folder} has neither config.json nor model_index.json, so it is no checkpoint of "
@@ -118,7 +127,7 @@ def _source(name: str, options: Mapping[str, Any]) -> Source:
             )
         return source
     if folder.is_file():
-        raise CheckpointError(f"{name} is a file. Pass its folder, which holds config.json too.")
+        raise CheckpointError(of_file(folder))
     return _at_hub(name, options, list(zoo.NAMES))
 
 

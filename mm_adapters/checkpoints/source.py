@@ -41,11 +41,11 @@ class Source:
         except errors.LocalEntryNotFoundError as error:
             if self._is_cached():  # Offline, and this file was never asked for.
                 return None
-            raise CheckpointError(f"the hub cannot be reached ({_first_line(error)})") from error
+            raise CheckpointError(f"the hub cannot be reached ({_first_line(error)})") from None
         except errors.EntryNotFoundError:
             return None
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-            raise CheckpointError(f"the hub says: {_first_line(error)}") from error
+            raise CheckpointError(f"the hub says: {_first_line(error)}") from None
 
     def has_any(self, names: Iterable[str]) -> bool:
         """Whether the checkpoint has a file of one of these names."""
@@ -60,7 +60,7 @@ class Source:
         try:
             return method(self.name, **safe | options)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.name} cannot be loaded: {error}") from error
+            raise CheckpointError(f"{self.name} cannot be loaded: {error}") from None
 
     def _is_cached(self) -> bool:
         from huggingface_hub import try_to_load_from_cache

@@ -14,6 +14,7 @@ from mm_adapters.records import (
     Stack,
     Tower,
     TowerMount,
+    VideoTokens,
     gated_mlp,
     mlp,
     norm,
@@ -75,11 +76,14 @@ def vlm(
     *classes: str,
     towers: Mapping[str, TowerMount],
     images: ImageTokens | None = None,
+    videos: VideoTokens | None = None,
     prompt: str | None = "{image_token}",
 ) -> ModelRecord:
-    """A model of images and text, of these transformers classes."""
+    """A model of images and text, of these transformers classes; with `videos`, also of videos."""
     named = tuple(f"transformers:{c}" for c in classes)
-    return ModelRecord(name, "vlm", named, towers, image_token="image_token_id", images=images, prompt=prompt)
+    video_token = None if videos is None else "video_token_id"
+    return ModelRecord(name, "vlm", named, towers, image_token="image_token_id", images=images,
+                       video_token=video_token, videos=videos, prompt=prompt)  # fmt: skip
 
 
 def language(path: str, tower: str | None = None) -> TowerMount:

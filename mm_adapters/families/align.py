@@ -23,6 +23,7 @@ register(
         absent=NO_ATTENTION,
         norm=None,
         pool="mean",
+        any_size=True,
     )
 )  # fmt: skip
 register(replace(bert.BERT, name="align_text", classes=("transformers:AlignTextModel",)))

@@ -25,6 +25,7 @@ register(
         },
         gives="last_hidden_state",
         position="embeddings.position_embeddings",
+        any_size=True,
         patch="embeddings.patch_embeddings.projection",
         n_class=1,
     )

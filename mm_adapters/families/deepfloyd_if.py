@@ -11,6 +11,7 @@ register(
         {"text": TowerMount("text_encoder"), "denoiser": TowerMount("unet")},
         loop="denoiser",
         guidance=Guidance(flag=None),
+        prompt_length=77,
         sampling={"denoiser": Sampling(variance="always", signed=True)},
     )
 )  # fmt: skip

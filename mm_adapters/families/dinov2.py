@@ -30,6 +30,7 @@ register(
         after=norm("layernorm", "ln_final"),
         absent={"hook_pos_embed": "the position table is added without a module; see W_pos"},
         position="embeddings.position_embeddings",
+        any_size=True,
         patch="embeddings.patch_embeddings.projection",
         n_class=1,
         n_register=Built((("embeddings.register_tokens", True, "config.num_register_tokens"),), 0),

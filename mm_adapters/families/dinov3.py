@@ -25,6 +25,7 @@ register(
         before={"hook_embed": Output("embeddings")},
         after=norm("norm", "ln_final"),
         patch="embeddings.patch_embeddings",
+        any_size=True,
         n_class=1,
         n_register="config.num_register_tokens",
     )

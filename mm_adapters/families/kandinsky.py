@@ -28,6 +28,7 @@ register(
         loop="denoiser",
         guidance=Guidance(flag=None),
         sampling=_SAMPLING,
+        prompt_length=77,
     )
 )
 register(

@@ -65,6 +65,7 @@ register(
         {"text": TowerMount("text_encoder"), "denoiser": TowerMount("unet"), "vae": TowerMount("movq")},
         loop="denoiser",
         guidance=Guidance(from_zero=True),
+        prompt_length=128,
         sampling={"denoiser": MOVQ},
     )
 )

@@ -2,6 +2,9 @@
 
 from mm_adapters.families._parts import vlm
 from mm_adapters.families.llava import TOWERS
-from mm_adapters.records import Anyres, register
+from mm_adapters.records import Anyres, PooledFrames, register
 
-register(vlm("llava_onevision", "LlavaOnevisionForConditionalGeneration", towers=TOWERS, images=Anyres()))
+register(
+    vlm("llava_onevision", "LlavaOnevisionForConditionalGeneration", towers=TOWERS, images=Anyres(),
+        videos=PooledFrames())
+)  # fmt: skip

@@ -3,6 +3,7 @@
 from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.qwen2_vl import MERGER, PROMPT, TOWERS
 from mm_adapters.records import (
+    GridFrames,
     Input,
     Merged,
     Stack,
@@ -42,5 +43,5 @@ register(
 )
 register(
     vlm("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", towers=TOWERS,
-        images=Merged(merge="vision_config.spatial_merge_size"), prompt=PROMPT)
+        images=Merged(merge="vision_config.spatial_merge_size"), videos=GridFrames(), prompt=PROMPT)
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.llava import LANGUAGE
 from mm_adapters.records import (
+    GridFrames,
     Input,
     Merged,
     Output,
@@ -45,5 +46,5 @@ register(
 register(projector("qwen2_vl_merger", "PatchMerger", inside=norm("ln_q", "ln") | MERGER, packed=True))
 register(
     vlm("qwen2_vl", "Qwen2VLForConditionalGeneration", towers=TOWERS,
-        images=Merged(merge="vision_config.spatial_merge_size"), prompt=PROMPT)
+        images=Merged(merge="vision_config.spatial_merge_size"), videos=GridFrames(), prompt=PROMPT)
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from mm_adapters.families._parts import projector, vlm
 from mm_adapters.families.qwen2_vl import PROMPT, TOWERS
 from mm_adapters.records import (
+    GridFrames,
     Input,
     Merged,
     Output,
@@ -43,5 +44,5 @@ register(
 )
 register(
     vlm("qwen3_vl", "Qwen3VLForConditionalGeneration", towers=TOWERS,
-        images=Merged(merge="vision_config.spatial_merge_size"), prompt=PROMPT)
+        images=Merged(merge="vision_config.spatial_merge_size"), videos=GridFrames(), prompt=PROMPT)
 )  # fmt: skip

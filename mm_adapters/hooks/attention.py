@@ -65,6 +65,7 @@ class AttentionInterceptor(TorchFunctionMode):
         self.n_kv_heads = n_kv_heads
         self.joint = joint
         self.calls = 0
+        self.is_paused = False
         self.lengths: list[int] = []
 
     def __torch_function__(
@@ -74,6 +75,8 @@ class AttentionInterceptor(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if self.is_paused:
+            return func(*args, **(kwargs or {}))
         if func is torch.split and not self.calls and self._splits_packed(*args, **(kwargs or {})):
             return (args[0],)
         if func not in KERNELS or self.calls >= self.n_calls:

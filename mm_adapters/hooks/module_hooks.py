@@ -7,7 +7,8 @@ sites come in.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from mm_adapters.hooks.attention import AttentionInterceptor, Fire, IsLive, Join
 from mm_adapters.hooks.kept import Keep, Kept
 from mm_adapters.hooks.point import Point, tracked
 from mm_adapters.hooks.readers import Reader, TextLength
+from mm_adapters.hooks.watchable import check_watchable
 
 Side = Literal["input", "output", "inside"]
 Slot = int | str | None
@@ -34,6 +36,8 @@ class ModuleHook:
         packed: Whether its tensors have no batch axis; its readers are shown one row.
     """
 
+    # What holds the module, under which name, and its tower: their state is checked before a hook goes on.
+    home: tuple[str, nn.Module, nn.Module] | None = None
     # Where a module folds batch and positions into one axis: the hook of the block's input, which has both.
     unfolds: ModuleHook | None = None
 
@@ -51,6 +55,16 @@ class ModuleHook:
     def live(self) -> bool:
         """Whether a point that it feeds is live."""
         return self._n_live > 0
+
+    def check(self) -> None:
+        """Raises: ModelStateError if the module is in a state in which its sites cannot be watched."""
+        if self.home is not None:
+            check_watchable(self.module, self.side, *self.home)
+
+    def close(self) -> None:
+        """Takes its torch hooks off for good: another one stands in its place."""
+        self._n_live = 0
+        self._detach()
 
     def add(self, reader: Reader | Keep[Any], slot: Slot = None, *, first: bool = False) -> None:
         """Adds a reader of what is in a slot, before the other readers if `first`."""
@@ -166,8 +180,23 @@ class AttentionHook(ModuleHook):
         while self._interceptors:
             self._interceptors.pop().__exit__(None, None, None)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Its interceptors let every call pass inside, where another forward of the module may run."""
+        waiting, self._interceptors = self._interceptors, []
+        for interceptor in waiting:
+            interceptor.is_paused = True
+        try:
+            yield
+        finally:
+            self.unwind()
+            self._interceptors = waiting
+            for interceptor in waiting:
+                interceptor.is_paused = False
+
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.unwind()
+        self.check()
         interceptor = self.interceptor(self._fire, self._is_live)
         self._interceptors.append(interceptor)
         interceptor.__enter__()

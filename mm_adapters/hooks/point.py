@@ -21,6 +21,8 @@ class PointHook(Protocol):
 
     def count(self, change: int) -> None: ...
 
+    def check(self) -> None: ...
+
 
 @runtime_checkable
 class Point(Protocol):
@@ -37,6 +39,14 @@ class Point(Protocol):
 
     @property
     def module_hooks(self) -> list[PointHook]: ...
+
+    def move(self, site: Site) -> None:
+        """Leaves its module hooks, for the model has other modules now; those of the site are added next."""
+        ...
+
+    def refresh(self) -> None:
+        """Tells its module hooks whether it is live."""
+        ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from mm_adapters.hooks.readers import (
     TextLength,
     View,
 )
+from mm_adapters.hooks.set_aside import hooks_set_aside, values_set_aside
 from mm_adapters.records.resolve import head_count
 from mm_adapters.records.spec import Attention, Input, Norm, Output, Residual, Site, Stream
 from mm_adapters.sites.site_map import SiteMap, resolve
@@ -33,19 +35,41 @@ class Points:
     `make` builds a point: a SitePoint for TransformerLens, a TracedPoint for nnsight.
     """
 
-    def __init__(self, model: Any, sites: SiteMap, make: Callable[[Site], Any]) -> None:
-        self._model = model
+    def __init__(self, sites: SiteMap, make: Callable[[Site], Any]) -> None:
         self._sites = sites
+        self._make = make
         self._module_hooks: dict[tuple[int, Side], ModuleHook] = {}
         self._residuals: dict[str, ResidualReader] = {}
-        self.by_name: dict[str, Any] = {site.name: make(site) for site in sites}
-        for site in sites:
+        self.by_name: dict[str, Any] = {}
+        self.wire()
+
+    def wire(self) -> None:
+        """Wires every site to the modules there are now; a point whose name stays keeps its hooks."""
+        for module_hook in self._module_hooks.values():
+            module_hook.close()
+        before, self.by_name = self.by_name, {}
+        self._module_hooks, self._residuals = {}, {}
+        for site in self._sites:
+            point = before.get(site.name)
+            if point is None:
+                point = self._make(site)
+            else:
+                point.move(site)
+            self.by_name[site.name] = point
+        for site in self._sites:
             self._wire(site, self.by_name[site.name])
+        for point in self.by_name.values():
+            point.refresh()
 
     @property
     def module_hooks(self) -> list[ModuleHook]:
         """Every module hook, in the order the sites come in."""
         return list(self._module_hooks.values())
+
+    @property
+    def are_live(self) -> bool:
+        """Whether a hook is active on any."""
+        return any(point.live for point in self.by_name.values())
 
     def n_heads(self, site: Site) -> int | None:
         """How many heads a module's input or output holds; None where heads are not apart."""
@@ -57,6 +81,18 @@ class Points:
         for module_hook in self._module_hooks.values():
             if isinstance(module_hook, AttentionHook):
                 module_hook.unwind()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, the model is as if no hook were active, so that it can be run in the middle of a run."""
+        modules = {id(m): m for t in self._sites.towers.values() for m in t.module.modules()}
+        with ExitStack() as stack:
+            stack.enter_context(values_set_aside(self.module_hooks))
+            for point in self.by_name.values():
+                if point.live:
+                    stack.enter_context(point.set_aside())
+            stack.enter_context(hooks_set_aside(modules.values()))
+            yield
 
     def _wire(self, site: Site, point: Point) -> None:
         location = site.location
@@ -154,7 +190,10 @@ class Points:
 
     def _hook_at(self, module: nn.Module, side: Side, site: Site) -> ModuleHook:
         packed = self._sites.towers[site.tower].record.packed
-        return self._module_hooks.setdefault((id(module), side), ModuleHook(module, side, packed))
+        key: tuple[int, Side] = (id(module), side)
+        if key not in self._module_hooks:
+            self._module_hooks[key] = self._at_home(ModuleHook(module, side, packed), site)
+        return self._module_hooks[key]
 
     def _attention(self, site: Site, heads: str) -> AttentionHook:
         module = self._module(site)
@@ -162,13 +201,20 @@ class Points:
         if key not in self._module_hooks:
             count = self._heads(site, heads)
             assert count is not None
-            self._module_hooks[key] = AttentionHook(module, count)
+            self._module_hooks[key] = self._at_home(AttentionHook(module, count), site)
         module_hook = self._module_hooks[key]
         assert isinstance(module_hook, AttentionHook)
         return module_hook
 
+    def _at_home(self, module_hook: Any, site: Site) -> Any:
+        above, _, name = site.module.rpartition(".")
+        owner = resolve(self._sites.model, above)
+        if module_hook.module is self._module(site) and isinstance(owner, nn.Module):
+            module_hook.home = name, owner, self._sites.towers[site.tower].module
+        return module_hook
+
     def _module(self, site: Site) -> nn.Module:
-        return resolve(self._model, site.module)
+        return resolve(self._sites.model, site.module)
 
     def _heads(self, site: Site, where: str | None) -> int | None:
         return None if where is None else head_count(self._owner(site), where)

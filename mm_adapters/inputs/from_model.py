@@ -6,10 +6,11 @@ import inspect
 from typing import Any
 
 from mm_adapters.inputs.prepare import Inputs
+from mm_adapters.inputs.readable import readable
+from mm_adapters.records.spec import ModelRecord
+from mm_adapters.sites.prompt_encoders import prompt_encoders
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.tower_view import TowerView
-
-_PROMPT_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "prior_tokenizer")
 
 
 def inputs_for(
@@ -36,24 +37,24 @@ def inputs_for(
     tokenizer = tokenizer or getattr(processor, "tokenizer", None)
     image_processor = image_processor or getattr(processor, "image_processor", None)
     if kind == "diffusion":
-        return _pipeline_inputs(model, tokenizer)
+        return _pipeline_inputs(model, tokenizer, sites.model_record)
     takes = frozenset(inspect.signature(model.forward).parameters)
     prompt, token = sites.model_record.prompt, getattr(processor, "image_token", None)
+    reads = readable(model, sites, tokenizer)
     return Inputs(
         kind,
         processor=processor,
         tokenizer=tokenizer,
         image_processor=image_processor,
-        context=_context(model, tokenizer),
+        context=reads.context,
         image_token=None if token is None or prompt is None else str(token),
         image_prompt=None if token is None or prompt is None else prompt.format(image_token=token),
         processor_places_images=prompt is None,
-        text_key=_taken(sites, "text", "language"),
-        image_key=_taken(sites, "vision"),
+        text_key=reads.text_key,
+        image_key=reads.image_key,
         accepts=takes,
         pad_to_context=_reads_last_position(sites),
-        image_size=_image_size(model, sites),
-        n_channels=_n_channels(model),
+        reads=reads,
     )
 
 
@@ -65,59 +66,23 @@ def own_tokenizer(pipeline: Any, tower: TowerView | None) -> Any:
     )
 
 
-def _pipeline_inputs(pipeline: Any, tokenizer: Any) -> Inputs:
-    of_pipeline = [getattr(pipeline, name, None) for name in _PROMPT_TOKENIZERS]
-    tokenizers = tuple(t for t in of_pipeline if t is not None) or ((tokenizer,) if tokenizer else ())
+def _pipeline_inputs(pipeline: Any, tokenizer: Any, record: ModelRecord) -> Inputs:
+    encoders = prompt_encoders(pipeline, record)
     takes = frozenset(inspect.signature(pipeline.__call__).parameters)
     return Inputs(
         "diffusion",
-        tokenizer=tokenizer or (tokenizers[0] if tokenizers else None),
+        tokenizer=tokenizer or (encoders[0].tokenizer if encoders else None),
         image_processor=getattr(pipeline, "image_processor", None),
         text_key="prompt",
         image_key=_first(takes, "image"),
         accepts=takes,
-        prompt_tokenizers=tokenizers,
+        pipeline=pipeline,
+        record=record,
     )
-
-
-def _taken(sites: SiteMap, *roles: str) -> str:
-    """The argument by which the first tower of one of these roles is given its input; "" if none is."""
-    return next((tower.input_name for tower in sites.towers.values() if tower.role in roles), "")
 
 
 def _first(takes: frozenset[str], *names: str) -> str:
     return next((name for name in names if name in takes), "")
-
-
-def _context(model: Any, tokenizer: Any) -> int | None:
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", config)
-    length = getattr(config, "max_position_embeddings", None)
-    # open_clip's models and tokenizers say it themselves.
-    length = length or getattr(model, "context_length", None)
-    return length or getattr(tokenizer, "context_length", None)
-
-
-def _image_size(model: Any, sites: SiteMap) -> tuple[int, int] | None:
-    vision = sites.towers.get("vision")
-    if vision is not None and vision.record.any_size:
-        return None
-    size = getattr(_vision_config(model), "image_size", None)
-    if size is None:
-        size = getattr(getattr(model, "visual", model), "image_size", None)
-    if size is None:
-        return None
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _n_channels(model: Any) -> int | None:
-    n_channels = getattr(_vision_config(model), "num_channels", None)
-    return 3 if n_channels is None and hasattr(model, "visual") else n_channels
-
-
-def _vision_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
-    return getattr(config, "vision_config", config)
 
 
 def _reads_last_position(sites: SiteMap) -> bool:

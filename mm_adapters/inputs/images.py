@@ -110,7 +110,7 @@ def _numbered(index: int, image: Any) -> Image.Image:
     try:
         return to_rgb(image)
     except InputError as error:
-        raise InputError(f"images[{index}]: {error}") from error
+        raise InputError(f"images[{index}]: {error}") from None
 
 
 def _from_file(path: str) -> Image.Image:
@@ -125,7 +125,7 @@ def _from_file(path: str) -> Image.Image:
     except UnidentifiedImageError:
         raise InputError(f"{path} is not in an image format that Pillow reads.") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large to open: {error}") from error
+        raise InputError(f"{path} is too large to open: {error}") from None
 
 
 def _from_pil(image: Image.Image) -> Image.Image:
@@ -135,7 +135,7 @@ def _from_pil(image: Image.Image) -> Image.Image:
         image.load()
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks.
         name = getattr(image, "filename", "") or "The image"
-        raise InputError(f"{name} is truncated or corrupt: {error}. Get the file again.") from error
+        raise InputError(f"{name} is truncated or corrupt: {error}. Get the file again.") from None
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _from_array(_checked_depth(image))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mm_adapters._errors import InputError
 from mm_adapters.inputs.images import to_rgb_list
+from mm_adapters.inputs.prepared import Readable
+from mm_adapters.inputs.prompts import check_prompts
 from mm_adapters.inputs.texts import as_texts, check_lengths, image_rows, interleave, token_counts
-from mm_adapters.records.spec import Kind
+from mm_adapters.records.spec import Kind, ModelRecord
 
 Side = Literal["left", "right"]
 
@@ -21,7 +22,6 @@ _HOW = {
     "image_processor": "mm_adapters.wrap(model, image_processor=...)",
     "processor": "mm_adapters.wrap(model, processor=...)",
 }
-_IMAGE_KEYS = ("pixel_values", "image")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Inputs:
     longest sequence, in tokens. `image_token` stands for an image in a text; a text that has none gets
     `image_prompt` in front for each, unless the processor makes places itself. `pad_to_context`: the
     model was trained on texts padded to their full length and reads the last position (SigLIP), so no
-    attention mask is given. `image_size` is (height, width) in pixels. `prompt_tokenizers`: a
-    pipeline's tokenizers, each with its limit.
+    attention mask is given. `reads`: what prepared tensors are checked against. `pipeline`, with its
+    `record`, is whose text encoders a prompt is for.
     """
 
     kind: Kind
@@ -50,9 +50,9 @@ class Inputs:
     accepts: frozenset[str] | None = None
     pad_to_context: bool = False
     padding_side: Side | None = None
-    image_size: tuple[int, int] | None = None
-    n_channels: int | None = None
-    prompt_tokenizers: tuple[Any, ...] = ()
+    reads: Readable = field(default_factory=Readable)
+    pipeline: Any = field(default=None, repr=False)
+    record: ModelRecord | None = field(default=None, repr=False)
 
     def prepare(
         self, *, text: Any = None, images: Any = None, padding_side: Side | None = None
@@ -155,13 +155,8 @@ class Inputs:
     def _prompts(self, texts: list[str] | None, images: Any) -> dict[str, Any]:
         if texts is None:
             raise InputError("This pipeline draws what a text says. Pass text.")
-        for tokenizer in self.prompt_tokenizers or (self.tokenizer,):
-            if tokenizer is None:
-                continue
-            limit = getattr(tokenizer, "model_max_length", None)
-            # transformers writes int(1e30) where a tokenizer has no limit.
-            limit = self.context if limit is None or limit > 10**9 else limit
-            check_lengths(texts, token_counts(tokenizer, texts), limit)
+        if self.record is not None:
+            check_prompts(self.pipeline, self.record, {"prompt": texts})
         if images is None:
             return {"prompt": texts}
         if not self.image_key:
@@ -190,41 +185,5 @@ class Inputs:
         return {k: v for k, v in batch.items() if self.accepts is None or k in self.accepts}
 
     def check_prepared(self, arguments: Mapping[str, Any]) -> None:
-        """Passes if tensors a user prepared can be what this model reads.
-
-        Raises: InputError for a batch of none, NaN or infinite pixels, the wrong number of pixels
-        or channels, or more tokens than the model reads.
-        """
-        for key, value in arguments.items():
-            if not isinstance(value, Tensor):
-                continue
-            if value.ndim and value.shape[0] == 0:
-                raise InputError(f"{key} is empty: its shape is {list(value.shape)}.")
-            if key in _IMAGE_KEYS:
-                self._check_pixels(key, value, resized=bool(arguments.get("interpolate_pos_encoding")))
-            if key == self.text_key and self.context and value.shape[-1] > self.context:
-                raise InputError(
-                    f"{key} has {value.shape[-1]} tokens a row and this model reads at most "
-                    f"{self.context}. Shorten the text."
-                )
-
-    def _check_pixels(self, key: str, value: Tensor, *, resized: bool) -> None:
-        shape = list(value.shape)
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InputError(f"{key} has values that are NaN or infinite. Replace them.")
-        if self.image_size is None:  # It reads any size, or patches cut beforehand.
-            return
-        height, width = self.image_size
-        want = f"[batch, {self.n_channels or 'channel'}, {height}, {width}]"
-        if value.ndim < 4:
-            raise InputError(f"{key} is {shape} and this model reads {want}. Add the batch axis.")
-        if self.n_channels and shape[-3] != self.n_channels:
-            raise InputError(
-                f"{key} is {shape}, with {shape[-3]} channels, and this model reads {want}. Pass "
-                "images=, which are converted."
-            )
-        if not resized and (shape[-2], shape[-1]) != (height, width):
-            raise InputError(
-                f"{key} is {shape[-2]} x {shape[-1]} pixels and this model reads {height} x "
-                f"{width}. Resize it, or pass images=, which are resized."
-            )
+        """Passes if tensors a user prepared can be what this model reads. Raises: as `Readable.check`."""
+        self.reads.check(arguments)

@@ -9,19 +9,19 @@ from mm_adapters._errors import InputError
 from mm_adapters.inputs.images import as_list
 
 
-def as_texts(text: Any) -> list[str]:
-    """A list of the texts; one string is one text. "" is a text.
+def as_texts(text: Any, name: str = "text") -> list[str]:
+    """A list of the texts; one string is one text. "" is a text. `name` is the argument's.
 
     Raises: InputError if there is none, or one that is not a string.
     """
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, Sequence) or isinstance(texts, bytes):
-        raise InputError(f"text is {type(text).__name__}. Pass a string or a list of strings.")
+        raise InputError(f"{name} is {type(text).__name__}. Pass a string or a list of strings.")
     if not texts:
-        raise InputError('text is empty. Pass at least one string; "" is one.')
+        raise InputError(f'{name} is empty. Pass at least one string; "" is one.')
     for i, item in enumerate(texts):
         if not isinstance(item, str):
-            raise InputError(f"text[{i}] is {type(item).__name__} ({item!r}), not a string.")
+            raise InputError(f"{name}[{i}] is {type(item).__name__} ({item!r}), not a string.")
     return list(texts)
 
 

@@ -11,6 +11,7 @@ from mm_adapters._errors import InputError
 from mm_adapters.layouts.of_stages import stage_layouts
 from mm_adapters.records.image_tokens import (
     Anyres,
+    GridFrames,
     ImageTokens,
     Merged,
     Queries,
@@ -22,15 +23,17 @@ from mm_adapters.records.stages import Stages
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tokens.by_part import Layouts
-from mm_adapters.tokens.image_positions import ImagePosition, merged_grids, positions_of_images
+from mm_adapters.tokens.image_positions import Grid, ImagePosition, merged_grids, positions_of_images
 from mm_adapters.tokens.layout import (
     TokenLayout,
     language_layout,
     text_layout,
 )
 from mm_adapters.tokens.patch_order import all_tiles, by_cell, by_tile, end_to_end
+from mm_adapters.tokens.video_positions import frames_of_videos, positions_of_videos
 
 _NO_TOKEN = -1  # Stands for image tokens that a mask marks.
+_VIDEO = "pixel_values_videos"
 
 
 def _count(number: object) -> int:
@@ -59,24 +62,40 @@ def layouts(
                 f"The {name} tower has no tokenizer, so its tokens have no words. "
                 "Pass one: mm_adapters.wrap(model, tokenizer=...)."
             )
-        image_tokens = _image_tokens_of(sites, vision)
+        image_tokens, videos = _image_tokens_of(sites, vision), _videos(model, sites, prepared)
         mask = prepared.get("attention_mask") if tokens.shape == _shape(prepared) else None
-        if vision is None or pixels is None or image_tokens is None or images is not None:
+        sees = pixels is not None or bool(videos)
+        if vision is None or not sees or image_tokens is None or images is not None:
             by_tower[name] = text_layout(texts, tokenizer, tokens, mask)
             continue
         ids, image_id = _image_tokens(model, sites, image_tokens, tokens, prepared)
-        images = positions_of_images(image_tokens, model.config, prepared, tokenizer, ids.tolist(), image_id)
+        images = []
+        if pixels is not None:
+            images = positions_of_images(
+                image_tokens, model.config, prepared, tokenizer, ids.tolist(), image_id
+            )
         ends = image_tokens.newlines if isinstance(image_tokens, Merged | Views) else ()
         newline_ids = [tokenizer.convert_tokens_to_ids(token) for token in ends]
         by_tower[name] = language_layout(
-            texts, tokenizer, ids, mask, image_id, places=images, newline_ids=newline_ids
+            texts,
+            tokenizer,
+            ids,
+            mask,
+            image_id,
+            places=images,
+            newline_ids=newline_ids,
+            video_token_id=_video_id(model, sites),
+            videos=videos,
         )
-    if vision is None or pixels is None:
+    if vision is None or (pixels is None and sites.model_record.videos is None):
         return Layouts(by_tower)
     order = vision.record.order
-    if isinstance(order, Stages):
+    if isinstance(order, Stages) and pixels is not None:
         return Layouts(stage_layouts(vision, order, pixels, vision.patch_grid(pixels)) | by_tower)
-    of_vision = _vision(model, sites, vision, prepared, images)
+    if isinstance(sites.model_record.videos, GridFrames):
+        of_vision = _packed_frames(model, sites.model_record.videos, vision, prepared)
+    else:
+        of_vision = None if pixels is None else _vision(model, sites, vision, prepared, images)
     return Layouts(by_tower if of_vision is None else {vision.name: of_vision} | by_tower)
 
 
@@ -97,6 +116,43 @@ def _image_tokens(
     return ids, int(getattr(model.config, str(sites.model_record.image_token)))
 
 
+def _videos(model: Any, sites: SiteMap, prepared: Mapping[str, Any]) -> list[list[ImagePosition]]:
+    """The places of each video of the batch, in order; none if there are no videos."""
+    if prepared.get(_VIDEO) is None:
+        return []
+    record = sites.model_record.videos
+    if record is None:
+        raise InputError(
+            f"{sites.family} does not say how the tokens of a video lie among the words. Leave {_VIDEO} "
+            "out, or "
+            "ask for the layout of pictures."
+        )
+    return positions_of_videos(record, model.config, prepared)
+
+
+def _video_id(model: Any, sites: SiteMap) -> int | None:
+    name = sites.model_record.video_token
+    return None if name is None else getattr(model.config, name, None)
+
+
+def _packed_frames(
+    model: Any, videos: GridFrames, vision: TowerView, prepared: Mapping[str, Any]
+) -> TokenLayout | None:
+    """One row: the patches of all images, then those of all videos, frame by frame, as the tower has them."""
+    merge, window = _cells(model.config, windows=vision.record.order == "windows")
+    grids: list[Grid] = []
+    frames: list[tuple[int, int | None]] = []
+    if prepared.get(vision.input_name) is not None:
+        grids += merged_grids(Merged(), model.config, prepared)
+        frames += [(image, None) for image in range(len(grids))]
+    if prepared.get(_VIDEO) is not None:
+        first = len(grids)
+        for i, video in enumerate(frames_of_videos(videos, model.config, prepared, merged=False)):
+            grids += video
+            frames += [(first + i, frame) for frame in range(len(video))]
+    return by_cell(grids, merge, window, frames) if grids else None
+
+
 def _vision(
     model: Any,
     sites: SiteMap,
@@ -111,9 +167,6 @@ def _vision(
     if vision.record.grids is not None:
         return vision.patch_layout(pixels, prepared.get(vision.record.grids))
     config: Any = getattr(model, "config", None)
-    if order in ("cells", "windows"):
-        merge, window = _cells(config, windows=order == "windows")
-        return by_cell(merged_grids(Merged(), config, prepared), merge, window)
     if order == "end to end":
         return end_to_end(merged_grids(Merged("image_sizes"), config, prepared))
     if vision.record.patch is None:

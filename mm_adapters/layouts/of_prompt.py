@@ -10,6 +10,8 @@ from itertools import chain
 from typing import Any
 
 from mm_adapters._errors import InputError
+from mm_adapters.layouts.spelt_out import by_prompt_words
+from mm_adapters.sites.prompt_encoders import PromptEncoder, prompt_encoders
 from mm_adapters.sites.site_map import SiteMap, resolve
 from mm_adapters.tokens.layout import Role, TokenLayout, text_layout, vision_layout
 from mm_adapters.tokens.words import Word
@@ -18,15 +20,24 @@ _APART = 1_000_000
 
 
 def prompt_layout(
-    context: int | None, tokenizer: Any, texts: Sequence[str], length: int | None = None
+    encoder: PromptEncoder, context: int | None, texts: Sequence[str], options: Mapping[str, Any]
 ) -> TokenLayout:
-    """What each position of a pipeline's prompts is, padded as the pipeline pads them: to `length`."""
-    # Some tokenizers know of no limit, and some text towers have none.
-    limits = [n for n in (tokenizer.model_max_length, context) if n and n < 10**9]
-    length = length or min(limits)
-    options = {"padding": "max_length", "max_length": length, "truncation": True}
-    ids = tokenizer(list(texts), return_tensors="pt", **options).input_ids
-    return text_layout(texts, tokenizer, ids)
+    """What each position of one text encoder's prompts is, padded as the pipeline pads them.
+
+    `context` is how many positions the encoder has, None for any; `options` are the pipeline's.
+    """
+    _, given = encoder.text_of({**options, "prompt": list(texts)})
+    prompts = as_list(given)
+    length = encoder.limit(options) or context
+    spelt = encoder.spelt_out(prompts, options)
+    padding = {"padding": "max_length", "max_length": length, "truncation": True}
+    ids = encoder.tokenizer(spelt, return_tensors="pt", **padding).input_ids
+    return by_prompt_words(text_layout(spelt, encoder.tokenizer, ids), encoder.tokenizer, prompts)
+
+
+def as_list(text: str | Sequence[str]) -> list[str]:
+    """A text, or several, as a list."""
+    return [text] if isinstance(text, str) else list(text)
 
 
 def template_layout(
@@ -98,18 +109,27 @@ def prompt_layouts(
     defaults = {n: p.default for n, p in inspect.signature(type(pipeline).__call__).parameters.items()}
     sizes = {k: options.get(k, defaults.get(k)) for k in ("height", "width", "max_sequence_length")}
     by_tower: dict[str, TokenLayout] = {}
+    encoders = {encoder.part: encoder for encoder in prompt_encoders(pipeline, sites.model_record)}
     for name, tower in sites.towers.items():
+        encoder = encoders.get(tower.path.partition(".")[0])
         if template is not None and name in sites.model_record.joint_text:
             by_tower[name] = template_layout(pipeline, template, tokenizer_of(name), texts)
-        elif tower.record.role == "text" and tokenizer_of(name) is not None:
-            context = _context(tower.module)
-            # Towers without a limit of their own are given the pipeline's.
-            length = None if context else sizes["max_sequence_length"]
-            by_tower[name] = prompt_layout(context, tokenizer_of(name), texts, length)
+        elif tower.record.role == "text" and encoder is not None:
+            by_tower[name] = prompt_layout(encoder, _context(tower.module), texts, options)
     denoiser = sites.towers.get(sites.model_record.loop or "")
     joint = None if denoiser is None else denoiser.record.joint
-    if denoiser is not None and joint is not None and by_tower.keys() >= {*sites.model_record.joint_text}:
-        parts = [by_tower[name] for name in sites.model_record.joint_text]
+    named = sites.model_record.joint_text
+    here = [name for name in named if name in by_tower]
+    # In place of an encoder that was left out (SD3 without T5) a pipeline puts zeros.
+    if (
+        denoiser is not None
+        and joint is not None
+        and all(n in by_tower or n not in sites.towers for n in named)
+    ):
+        n_rows = len(texts)
+        parts = [
+            by_tower[n] if n in here else blank_layout(n_rows, sizes["max_sequence_length"]) for n in named
+        ]
         if template is not None:
             start, n = getattr(pipeline, template[1]), sizes["max_sequence_length"]
             parts = [seen_of(part, start, n) for part in parts]
@@ -119,6 +139,13 @@ def prompt_layouts(
     if pictures:
         by_tower["image_prompt"] = image_prompt_layout(pipeline, sites, max(len(texts), 1), pictures)
     return by_tower
+
+
+def blank_layout(n_rows: int, n_pos: int) -> TokenLayout:
+    """The layout of positions that hold nothing."""
+    pads: tuple[Role, ...] = ("pad",) * n_pos
+    none: tuple[tuple[Word, ...], ...] = ((),) * n_rows
+    return TokenLayout(roles=(pads,) * n_rows, texts=("",) * n_rows, words=none, marks=none)
 
 
 def image_prompt_layout(pipeline: Any, sites: SiteMap, n_rows: int, n_pictures: int) -> TokenLayout:

@@ -31,6 +31,14 @@ class Reference:
     def __init__(self, name: str) -> None:
         self._persistent_id = name
 
+    def __reduce__(self) -> Any:
+        """Raises: InputError: who pickles a job never comes here, for it takes the name."""
+        raise InputError(
+            "A traced model is not pickled. Copy it with copy.deepcopy; to keep it, save what it wraps "
+            "(model.wrapped.save_pretrained(folder)) and load that: mm_adapters.load(folder, "
+            "engine='nnsight')."
+        )
+
 
 class ServedModel(BaseModel, Remotable):
     """A Remotable whose key is a `CheckpointRef`; without one it runs on this machine only.
@@ -108,7 +116,7 @@ class ServedModel(BaseModel, Remotable):
         edits = self._edits or None
         return (
             unpickle_model,
-            (self.interleaver, Reference(MODEL), bool(edits)),
+            (Reference(MODEL), self.interleaver, bool(edits)),
             edits,
             None,
             None,
@@ -119,7 +127,7 @@ class ServedModel(BaseModel, Remotable):
         return self._shallow_copy()
 
 
-def unpickle_model(interleaver: Any, model: Any, edited: bool) -> Any:
+def unpickle_model(model: Any, interleaver: Any, edited: bool) -> Any:
     """The model of a job where the job runs: the service's own, or a copy of it that is to have edits.
 
     In a sandbox the interleaver is one that asks the model's process.

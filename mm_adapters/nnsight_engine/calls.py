@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm_adapters.inputs.call_names import RAW, Call
 from mm_adapters.inputs.images import opened
 from mm_adapters.nnsight_engine.call_arguments import by_name
 from mm_adapters.nnsight_engine.invokes import combine, combine_prompts, n_prompts
 from mm_adapters.runs.base_model import BaseModel
 
-_RAW = ("text", "images")
+# What this package's own functions call, by their name.
+_CALLS: dict[str, Call] = {"_plain": "forward", "_forward": "forward", "_generate": "generate"}
+_OF_THE_TRACE = ("differentiable",)
 
 
 class CallsModel(BaseModel):
@@ -30,9 +33,18 @@ class CallsModel(BaseModel):
 
     def arguments(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """One call's arguments by name, with raw text and images prepared."""
-        kwargs = self.named(inputs, kwargs)
-        raw = {k: kwargs.pop(k) for k in _RAW if kwargs.get(k) is not None and not _is_own(k, kwargs[k])}
-        return {**self.prepare(**raw), **kwargs} if raw else kwargs
+        return kwargs if "pipe" in kwargs else self.call_arguments(self.named(inputs, kwargs))
+
+    def check_traced(self, fn: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Passes if these are arguments of what a trace runs, as far as they go; of others' functions any.
+
+        Raises: InputError for a name that the call does not take, with the nearest; for a value that means
+        nothing.
+        """
+        call = _CALLS.get(getattr(fn, "__name__", ""))
+        if call is not None:
+            arguments = self.named(inputs, kwargs)
+            self.check_call({k: v for k, v in arguments.items() if k not in _OF_THE_TRACE}, call)
 
     def _for_another_machine(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments with pictures for paths, and tensors on the CPU."""
@@ -51,7 +63,7 @@ class CallsModel(BaseModel):
         return [name for name in inspect.signature(function).parameters if name != "self"]
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
-        if inputs or any(kwargs.get(k) is not None for k in (*_RAW, "pipe")):
+        if inputs or any(kwargs.get(k) is not None for k in (*RAW, "pipe")):
             return 1
         if self.kind == "diffusion":
             return n_prompts(kwargs, by_text="prompt" in self._takes())
@@ -76,8 +88,3 @@ class CallsModel(BaseModel):
         if not floats or self.kind == "diffusion" or (dtype := self.dtype) == torch.float32:
             return arguments
         return arguments | {k: arguments[k].to(dtype) for k in floats}
-
-
-def _is_own(name: str, value: Any) -> bool:
-    # open_clip's own argument is called text too, and is a tensor of tokens.
-    return name == "text" and isinstance(value, Tensor)

@@ -7,14 +7,15 @@ from typing import Any
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.interleaver import Mediator
-from nnsight.intervention.tracer import ScanningTracer
 from torch import Tensor
 
 from mm_adapters.hooks.point import tracked
 from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
+from mm_adapters.nnsight_engine.iteration import SiteTracer
 from mm_adapters.nnsight_engine.points import TracedPoint
 from mm_adapters.nnsight_engine.protocol import SiteModel
 from mm_adapters.nnsight_engine.raw_values import raw_location, shown
+from mm_adapters.nnsight_engine.scan import SiteScanner
 
 
 class SiteEnvoy:
@@ -103,12 +104,12 @@ class TracedPart(Envoy):
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         # nnsight 0.8.1 passes remote= on to the module, whose **kwargs swallow it: a local run.
         self._refuse(kwargs)
-        return super().trace(*args, **kwargs)
+        return super().trace(*args, tracer_cls=kwargs.pop("tracer_cls", SiteTracer), **kwargs)
 
-    def scan(self, *args: Any, fn: Any = None, backend: Any = None, **kwargs: Any) -> ScanningTracer:
+    def scan(self, *args: Any, fn: Any = None, backend: Any = None, **kwargs: Any) -> SiteScanner:
         """As the whole model's: shapes without computing."""
         self._refuse(kwargs)
-        return ScanningTracer(self, fn or "__call__", *args, backend=backend, **kwargs)
+        return SiteScanner(self, fn or "__call__", *args, backend=backend, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse(kwargs)

@@ -11,6 +11,7 @@ from nnsight.intervention.interleaver import Event, Mediator, OutOfOrderError
 
 from mm_adapters.hooks.kept import Kept
 from mm_adapters.hooks.module_hooks import AttentionHook, ModuleHook
+from mm_adapters.hooks.set_aside import hooks_set_aside
 from mm_adapters.nnsight_engine.batcher import RowBatcher
 from mm_adapters.nnsight_engine.fast_path import FastPathInterleaver, LocationState
 from mm_adapters.nnsight_engine.points import ROOT, AttentionGate, SiteAtModule, TracedPoint
@@ -47,6 +48,7 @@ class SiteInterleaver(FastPathInterleaver):
 
     def attach_sites(self, points: dict[str, TracedPoint], module_hooks: list[ModuleHook], loop: Any) -> None:
         """Derives sites at the hooks' modules; `loop` is the module that is called once a step."""
+        self._leave_sites()
         self.points = {p.location: p for p in points.values()}
         for module_hook in module_hooks:
             path = self.envoys[id(module_hook.module)].path
@@ -74,6 +76,17 @@ class SiteInterleaver(FastPathInterleaver):
             self._marks.add(f"{self._loop}.input")
         self.sides.clear()
         self._activate(self._marks | self._always_active)
+
+    def _leave_sites(self) -> None:
+        """Forgets what it derived at modules that the model has no more."""
+        self.location_states.clear()
+        self.active = {"result"}
+        self._active_all_run = {"result"}
+        self._marks = {"result"}
+        self._always_active.clear()
+        self._sources.clear()
+        self._kept.clear()
+        self._loop = ""
 
     def update_hooks(self, point: ServedPoint) -> None:
         """Notes whether a point has hooks; called when it is given one, or loses one."""
@@ -114,13 +127,26 @@ class SiteInterleaver(FastPathInterleaver):
     def check_request(self, point: TracedPoint) -> None:
         """Checks a block's request for a site before it is made.
 
-        Raises: OutOfOrderError if the model has come past it; ValueError outside a trace.
+        Raises: OutOfOrderError if the model has come past it; ValueError outside a trace; ModelStateError if
+        the model is in a state in which the site cannot be watched.
         """
         mediator = current(point.site.name)
+        point.check()
         if mediator.iteration == 0 and mediator.occurrence(point.location) > 0:
             raise OutOfOrderError(_too_late(point.site.name, mediator))
         if isinstance(self.batcher, RowBatcher):
             self.batcher.check_rows(mediator.batch_group, point.location, point.site.name)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Modules run inside as outside a trace: another engine has a run in the middle of this one's."""
+        before, self.interleaving = self.interleaving, False
+        modules = [envoy._module for envoy in self.envoys.values()]
+        try:
+            with hooks_set_aside(modules):
+                yield
+        finally:
+            self.interleaving = before
 
     @contextmanager
     def serving(self) -> Iterator[None]:

@@ -231,6 +231,8 @@ def _padded(invokes: list[dict[str, Any]], pad: int, left: bool) -> list[dict[st
         mask = arguments.get("attention_mask", torch.ones_like(ids))
         short = longest - ids.shape[1]
         sides = (short, 0) if left else (0, short)
+        # Kinds of tokens, as some processors tell them beside the tokens.
+        beside = {k: F.pad(v, sides) for k, v in arguments.items() if k.endswith("token_type_ids")}
         padded = {"input_ids": F.pad(ids, sides, value=pad), "attention_mask": F.pad(mask, sides)}
-        out.append(arguments | padded)
+        out.append(arguments | beside | padded)
     return out

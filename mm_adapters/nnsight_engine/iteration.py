@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 from nnsight.intervention.editing import EditingTracer
@@ -54,7 +55,26 @@ class Steps(Iterations):
 
 
 class SiteTracer(InterleavingTracer):
-    """nnsight's tracer, with loops over steps that end when the run does."""
+    """nnsight's tracer, with loops over steps that end when the run does, one run at a time on a model.
+
+    Its arguments are checked.
+    """
+
+    def __init__(self, envoy: Any, fn: Any, *args: Any, backend: Any = None, **kwargs: Any) -> None:
+        envoy.check_traced(fn, args, kwargs)
+        super().__init__(envoy, fn, *args, backend=backend, **kwargs)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Any:
+        """As nnsight's. Raises: InputError for what the call does not take."""
+        model: Any = self.envoy
+        model.check_traced(self.fn, args, kwargs)
+        return super().invoke(*args, **kwargs)
+
+    def execute(self, code: CodeType) -> None:
+        envoy: Any = self.envoy
+        model = envoy.root
+        with model.turn(), model.running():
+            super().execute(code)
 
     @property
     def iter(self) -> Steps:

@@ -64,6 +64,8 @@ class NamedModel(BaseModel):
     interleaver: Any
     trace: Any
     interleave: Any
+    turn: Any
+    running: Any
     _module: nn.Module
     generator: Envoy | None = None
     _pipeline: Any = None
@@ -152,7 +154,8 @@ class NamedModel(BaseModel):
                 raise ValueError(
                     "A pipe goes remote as a block: with model.pipe(..., remote=...) as tracer:"
                 ) from None
-            return self.interleave(self._piped, **call)
+            with self.turn(), self.running():
+                return self.interleave(self._piped, **call)
         return tracer
 
     def _piped(self, pipe: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:

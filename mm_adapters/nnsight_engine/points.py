@@ -72,11 +72,25 @@ class TracedPoint:
         return value
 
     def register_forward_hook(self, hook: Hook) -> Handle:
-        """As a module's: `hook(point, (value,), value)` may return a new value."""
+        """As a module's: `hook(point, (value,), value)` may return a new value.
+
+        Raises: ModelStateError if the model is in a state in which the site cannot be watched.
+        """
+        self.check()
         handle = Handle(self)
         self.hooks[id(handle)] = hook
         self.engine.update_hooks(self)
         return handle
+
+    def check(self) -> None:
+        """Raises: ModelStateError if the model is in a state in which the site cannot be watched."""
+        for module_hook in self.module_hooks:
+            module_hook.check()
+
+    def move(self, site: Site) -> None:
+        """Leaves its module hooks, for the model has other modules now; those of the site are added next."""
+        self.site = site
+        self.module_hooks = []
 
     def refresh(self) -> None:
         """Does nothing: there is no torch hook to put on or take off."""

@@ -10,7 +10,7 @@ import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 from nnsight.intervention.tracer import ScanningTracer
@@ -25,7 +25,13 @@ _SAME_SHAPE = ("scale_model_input", "add_noise", "scale_noise")
 
 
 class SiteScanner(ScanningTracer):
-    """nnsight's scanning tracer, with loops over steps that end when the run does."""
+    """nnsight's scanning tracer, with loops over steps that end when the run does, one at a time."""
+
+    def execute(self, code: CodeType) -> None:
+        envoy: Any = self.envoy
+        model = envoy.root
+        with model.turn(), model.running():
+            super().execute(code)
 
     @property
     def iter(self) -> Steps:

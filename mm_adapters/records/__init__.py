@@ -2,12 +2,15 @@
 
 from mm_adapters.records.image_tokens import (
     Anyres,
+    GridFrames,
     ImageTokens,
     Lines,
     Merged,
+    PooledFrames,
     Queries,
     Square,
     Tiles,
+    VideoTokens,
     Views,
 )
 from mm_adapters.records.parts import (
@@ -49,6 +52,7 @@ __all__ = [
     "Anyres",
     "Attention",
     "Built",
+    "GridFrames",
     "Guidance",
     "ImageTokens",
     "Input",
@@ -62,6 +66,7 @@ __all__ = [
     "Norm",
     "Output",
     "Parts",
+    "PooledFrames",
     "Queries",
     "Residual",
     "Sampling",
@@ -73,6 +78,7 @@ __all__ = [
     "Tiles",
     "Tower",
     "TowerMount",
+    "VideoTokens",
     "Views",
     "attention",
     "fused_attention",

@@ -70,4 +70,27 @@ class Views:
     newlines: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class GridFrames:
+    """The frames of a video one after another, each merged as an image is (Qwen2-VL).
+
+    `grids` is the argument with each video's steps in time, rows and columns, in patches; `merge` is an
+    attribute of the config.
+    """
+
+    grids: str = "video_grid_thw"
+    merge: str = "vision_config.spatial_merge_size"
+
+
+@dataclass(frozen=True)
+class PooledFrames:
+    """The frames of a video, each pooled to half its side, then a newline (LLaVA-OneVision).
+
+    `pixels` is the argument with the frames, [video, frame, channel, height, width].
+    """
+
+    pixels: str = "pixel_values_videos"
+
+
+VideoTokens = GridFrames | PooledFrames
 ImageTokens = Square | Queries | Anyres | Merged | Tiles | Lines | Views

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mm_adapters.records.image_tokens import ImageTokens
+from mm_adapters.records.image_tokens import ImageTokens, VideoTokens
 from mm_adapters.records.stages import Stages
 
 Kind = Literal["contrastive", "vlm", "diffusion", "tower"]
@@ -334,12 +334,16 @@ class ModelRecord:
         sampling: What a loop denoises, by tower; the loop of one that is not here as in Stable Diffusion.
         image_token: The config's attribute with the token in whose place image features go.
         images: How they lie among the words; the vision tower's `images` if None.
+        video_token: The config's attribute with the token in whose place a video's features go.
+        videos: How a video's frames lie among the words; None if the family does not say.
         prompt: What a text has in an image's place, written with the processor's own attributes; None if the
             processor makes that place itself.
         logit_scale: The parameter whose exponential multiplies cosines.
         joint_text: The text towers whose sequences, one after the other, are the text of a joint attention.
         template: The pipeline's attributes with the text around each prompt ("{}" is its place), and with how
             many tokens of it the denoiser does not see. Such prompts are as long as the longest of them.
+        prompt_length: To how many tokens its code cuts and pads every prompt, whatever its tokenizer says;
+            None where the text encoder, the tokenizer or `max_sequence_length` says it.
     """
 
     name: str
@@ -352,10 +356,13 @@ class ModelRecord:
     sampling: Mapping[str, Sampling] = field(default_factory=dict)
     image_token: str | None = None
     images: ImageTokens | None = None
+    video_token: str | None = None
+    videos: VideoTokens | None = None
     prompt: str | None = "{image_token}"
     logit_scale: str | None = None
     joint_text: tuple[str, ...] = ()
     template: tuple[str, str] | None = None
+    prompt_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mm_adapters._errors import InputError, MetaDeviceError
+from mm_adapters.inputs.call_names import RAW, refuse_unknown
 from mm_adapters.inputs.from_model import own_tokenizer
 from mm_adapters.inputs.texts import as_texts
 from mm_adapters.layouts.of_model import layouts
-from mm_adapters.layouts.of_prompt import prompt_layout, prompt_layouts
+from mm_adapters.layouts.of_prompt import prompt_layouts
 from mm_adapters.records.spec import Guidance, Kind, ModelRecord, Site
+from mm_adapters.runs.call_checks import CallChecks
 from mm_adapters.sites.site_map import SiteMap, SiteTable
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tokens.by_part import Layouts
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
 
 
-class BaseModel:
+class BaseModel(CallChecks):
     """A module or pipeline, with its map of sites and what prepares its inputs.
 
     An engine's model is one of these, and has `wrapped`, `_inputs`, `sitemap`, `device` and `dtype`.
@@ -53,6 +56,7 @@ class BaseModel:
     @property
     def towers(self) -> Mapping[str, TowerView]:
         """Its towers by name, in the order they run: modules, weights, summaries, patch layouts."""
+        self.follow()
         return self.sitemap.towers
 
     @property
@@ -73,22 +77,34 @@ class BaseModel:
 
     def sites(self, pattern: str = "*") -> SiteTable:
         """The sites whose names match a glob, with axes; and what is absent there, with the reason."""
+        self.follow()
         return SiteTable(self.sitemap.find(pattern))
 
     def check_site(self, name: str) -> Site:
         """The site of this name. Raises: MissingSiteError with the reason, or the nearest names."""
+        self.follow()
         return self.sitemap.check(name)
 
     def check_tower(self, name: str) -> TowerView:
         """The tower of this name. Raises: MissingSiteError naming those there are."""
+        self.follow()
         return self.sitemap.tower(name)
 
     def loops(self) -> Mapping[str, Guidance | None]:
         """The towers that sampling loops call, each with how it is guided; none outside pipelines."""
+        self.follow()
         return self.sitemap.loops
 
-    def prepare(self, *, text: Any = None, images: Any = None) -> dict[str, Any]:
-        """Raw text and images as the wrapped model's own arguments, on its device, in its dtype."""
+    def follow(self) -> None:
+        """Maps the sites again if modules of the model were put in place of others."""
+        raise NotImplementedError
+
+    def prepare(self, *, text: Any = None, images: Any = None, **unknown: Any) -> dict[str, Any]:
+        """Raw text and images as the wrapped model's own arguments, on its device, in its dtype.
+
+        Raises: InputError for what cannot be prepared, or is neither.
+        """
+        refuse_unknown("prepare", unknown, RAW)
         if self._inputs is None:
             raise InputError(
                 "This model came without a processor, so it cannot take raw text or images. "
@@ -106,6 +122,7 @@ class BaseModel:
         `max_sequence_length` as to the pipeline. With an IP-Adapter and its `ip_adapter_image`, also what
         the "image_prompt" is made of.
         """
+        self.call_names().check(prepared)
         texts = None
         if isinstance(text, Tensor):  # open_clip's argument of tokens has this name.
             prepared, text = prepared | {"text": text}, None
@@ -120,11 +137,26 @@ class BaseModel:
             return Layouts(by_tower)
         return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)
 
+    def row_positions(
+        self, inputs: Mapping[str, Any], position: int = -1, tower: str = "language"
+    ) -> Int[Tensor, " row"]:
+        """Where one position of each row stands in a text or language tower's padded sequence.
+
+        -1 is the last position that the row's attention mask has, -2 the one before it, wherever the
+        padding is. From 0 on it is the position itself, which may be padding. `inputs` are raw or prepared.
+
+        Raises: InputError if a row has no such position, or the inputs have no tokens for this tower.
+        """
+        raw = {name: inputs[name] for name in ("text", "images") if inputs.get(name) is not None}
+        if isinstance(raw.get("text"), Tensor):  # open_clip's argument of tokens has this name.
+            del raw["text"]
+        ready = {**inputs, **(self.prepare(**raw) if raw else {})}
+        return self.check_tower(tower).row_positions(ready, position)
+
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:
         """What each position of a pipeline's prompts is, padded as the pipeline pads them."""
-        if self.sitemap.model_record.template is not None:
-            return self.layout(text=texts)[tower]
-        return prompt_layout(self.check_tower(tower).context_length, self.tokenizer_of(tower), texts)
+        self.check_tower(tower)
+        return self.layout(text=texts)[tower]
 
     def tokenizer_of(self, tower: str) -> Any:
         """The tokenizer of a text tower, or None."""

@@ -98,8 +98,12 @@ def n_steps(model: BaseModel, site: Site, arguments: Mapping[str, Any]) -> int |
     """How many steps a site's tower will take at most; None if the arguments do not tell."""
     record = model.sitemap.model_record
     if record.loop is None:
-        once = model.sitemap.towers[site.tower].record.role in ("text", "language")
-        return 1 if once else None
+        # A language model may call its vision tower for pictures and for videos.
+        many = model.kind == "vlm" and model.sitemap.towers[site.tower].record.role not in (
+            "text",
+            "language",
+        )
+        return None if many else 1
     if site.tower not in model.sitemap.loops:
         return None
     sampling = record.sampling.get(site.tower, Sampling() if site.tower == record.loop else None)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from mm_adapters.inputs.prepare import Inputs
 from mm_adapters.records.spec import Guidance, Kind, ModelRecord, Site
@@ -82,6 +84,12 @@ class Model(Lens, Protocol):
 
     def layout(self, *, text: Any = None, images: Any = None, **prepared: Any) -> Layouts:
         """What each position of each tower is, for raw or prepared inputs; `.at(site)`, of a site."""
+        ...
+
+    def row_positions(
+        self, inputs: Mapping[str, Any], position: int = -1, tower: str = "language"
+    ) -> Int[Tensor, " row"]:
+        """Where one position of each row stands; -1 is the row's last attended position."""
         ...
 
     def prompt_layout(self, tower: str, texts: list[str]) -> TokenLayout:

@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase, translate
-from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -26,7 +25,9 @@ from mm_adapters.records.spec import (
     Tower,
 )
 from mm_adapters.sites.lookup import lookup, unknown
+from mm_adapters.sites.module_tree import ModuleTree
 from mm_adapters.sites.tower_view import TowerView
+from mm_adapters.sites.wrappers import inside
 
 _TOKEN = ("batch", "pos", "d_model")
 _AXES: dict[str, tuple[str, ...]] = {
@@ -55,6 +56,7 @@ class SiteMap:
     """
 
     def __init__(self, model: Any) -> None:
+        self.model = model = inside(model)
         self.model_record = lookup(model)
         self.family = self.model_record.name
         # The towers that sampling loops call, each with how it is guided.
@@ -94,6 +96,19 @@ class SiteMap:
                 elif not any(fnmatchcase(present, site.name) for present in self.sites):
                     # A family's reason is for those of its models that were built without the site.
                     self.absent[site.name] = site
+        mounts = (mount.path.partition(".")[0] for mount in self.model_record.towers.values())
+        self._tree = ModuleTree(model, mounts)
+
+    def follow(self, model: Any = None) -> bool:
+        """Reads the model again if modules in it were put in place of others; returns whether it did.
+
+        `model` is one that stands for it from now on.
+        """
+        if (model is None or model is self.model) and self._tree.is_whole():
+            return False
+        # Changed as a whole, so that one that cannot be read leaves this as it was.
+        vars(self).update(vars(SiteMap(self.model if model is None else model)))
+        return True
 
     def __getitem__(self, name: str) -> Site:
         return self.check(name)
@@ -145,7 +160,9 @@ class SiteTable(tuple[Site, ...]):
 
 def resolve(model: Any, path: str) -> Any:
     """What stands at a dotted path; "" is the model itself. Works for modules and pipelines."""
-    return attrgetter(path)(model) if path else model
+    for name in path.split(".") if path else ():
+        model = inside(getattr(model, name))
+    return model
 
 
 def _tower_sites(tower: TowerView) -> Iterator[Site]:

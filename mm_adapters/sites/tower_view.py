@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import attrgetter
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from mm_adapters._errors import InputError, MissingSiteError
 from mm_adapters.records.spec import Location, Norm, Tower, TowerMount
 from mm_adapters.records.stages import Stages
+from mm_adapters.sites.held import place
 from mm_adapters.sites.weights import BlockWeights, norm_bias, norm_weight, tensor_at
+from mm_adapters.tokens.attended import attended_of, attended_position
 from mm_adapters.tokens.image_positions import Grid
 from mm_adapters.tokens.layout import TokenLayout, cut_layout, vision_layout
 
@@ -77,7 +79,9 @@ class TowerView:
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return next(self.module.parameters()).device
+        device = place([self.module])
+        assert device is not None
+        return device
 
     def n_layers(self, stack: str = "blocks") -> int:
         """How many repeated modules a stack has; 0 if there is no such stack."""
@@ -271,6 +275,18 @@ class TowerView:
         assert isinstance(n_class, int)
         assert isinstance(n_register, int)
         return vision_layout(len(pixels), self.patch_grid(pixels), n_class, n_register)
+
+    def row_positions(self, prepared: Mapping[str, Any], position: int = -1) -> Int[Tensor, " row"]:
+        """Where one position of each row stands, in the arguments that the whole model is given.
+
+        -1 is the last position that the row's attention mask has, -2 the one before it, wherever the
+        padding is. From 0 on it is the position itself, which may be padding.
+
+        Raises: InputError if a row has no such position, or the tower reads no text.
+        """
+        if self.role not in ("text", "language"):
+            raise InputError(f"The {self.name} tower reads no text: count its positions from 0.")
+        return attended_position(attended_of(prepared, self.input_name), position)
 
     def _projections(self) -> list[tuple[Tensor, Tensor | None]]:
         """The maps from the pooled residual to the summary, in order, each with what it adds."""

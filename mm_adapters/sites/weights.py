@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from mm_adapters.records.resolve import head_count
 from mm_adapters.records.spec import Attention, Input, Location, Norm, Output
+from mm_adapters.sites.held import held
+from mm_adapters.sites.linear_map import bias_of, weight_of
 
 _QKV = {"Q": "hook_q", "K": "hook_k", "V": "hook_v"}
 
@@ -75,12 +77,12 @@ class BlockWeights:
         if not isinstance(location, Output):
             return None
         if location.gain is not None:
-            gain = getattr(self.block, location.gain.removesuffix(".tanh"), None)
+            gain = held(self.block, location.gain.removesuffix(".tanh"))
             if not isinstance(gain, Tensor):  # Built without one, it may be the number 1.
                 return None
             return gain.tanh() if location.gain.endswith(".tanh") else gain
         module = self.block.get_submodule(location.path)
-        return next((g for n in ("gamma", "lambda1") if (g := getattr(module, n, None)) is not None), None)
+        return next((g for n in ("gamma", "lambda1") if (g := held(module, n)) is not None), None)
 
     def _has_weight(self, location: Location | None) -> bool:
         # What a module attends with may have come out of several projections and a rotation.
@@ -96,15 +98,15 @@ class BlockWeights:
 
 def norm_weight(norm: nn.Module, offset: float = 0.0) -> Tensor:
     """A norm's gain; ones if it has none."""
-    weight = getattr(norm, "weight", None)
-    if weight is None:
+    if getattr(norm, "weight", None) is None:
         return torch.ones(1)
+    weight = weight_of(norm)
     return weight + offset if offset else weight
 
 
 def norm_bias(norm: nn.Module) -> Tensor:
     """A norm's offset; zeros if it has none."""
-    bias = getattr(norm, "bias", None)
+    bias = bias_of(norm)
     return torch.zeros_like(norm_weight(norm)) if bias is None else bias
 
 
@@ -118,9 +120,12 @@ def tensor_at(root: object, path: str) -> Tensor | None:
         return next((tensor for tensor in tensors if tensor is not None), None)
     value: Any = root
     for name in path.removesuffix(".T").split("."):
-        value = getattr(value, name, None)
-    if isinstance(value, nn.Linear):
-        value = value.weight.T
+        if name == "weight" and isinstance(value, nn.Module) and hasattr(value, name):
+            value = weight_of(value)
+        else:
+            value = held(value, name) if isinstance(value, nn.Module) else getattr(value, name, None)
+    if isinstance(value, nn.Module) and (isinstance(value, nn.Linear) or hasattr(value, "base_layer")):
+        value = weight_of(value).T
     if not isinstance(value, Tensor):
         return None
     return value.T if path.endswith(".T") else value
@@ -131,12 +136,12 @@ def _affine(block: nn.Module, location: Location) -> tuple[Tensor, Tensor | None
     module = block.get_submodule(location.path)
     if isinstance(location, Attention):  # nn.MultiheadAttention
         if location.value == "z":
-            return module.out_proj.weight, module.out_proj.bias  # type: ignore[union-attr]
+            out: Any = module.out_proj
+            return weight_of(out), bias_of(out)
         which = "qkv".index(location.value)
-        bias: Tensor | None = module.in_proj_bias  # type: ignore[assignment]
-        weight: Tensor = module.in_proj_weight  # type: ignore[assignment]
-        return weight.chunk(3)[which], None if bias is None else bias.chunk(3)[which]
-    weight, bias = module.weight, getattr(module, "bias", None)  # type: ignore[assignment]
+        stacked, added = held(module, "in_proj_weight"), held(module, "in_proj_bias")
+        return stacked.chunk(3)[which], None if added is None else added.chunk(3)[which]
+    weight, bias = weight_of(module), bias_of(module)
     if location.chunk and isinstance(location, Output):
         count, which = location.chunk
         return weight.chunk(count)[which], None if bias is None else bias.chunk(count)[which]

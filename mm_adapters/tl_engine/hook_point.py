@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -44,14 +46,25 @@ class SitePoint(HookPoint):
             self.refresh()
 
     def register_forward_hook(self, *args: Any, **kwargs: Any):
+        self.check()
         handle = super().register_forward_hook(*args, **kwargs)
         self.refresh()
         return handle
 
     def register_full_backward_hook(self, *args: Any, **kwargs: Any):
+        self.check()
         handle = super().register_full_backward_hook(*args, **kwargs)
         self.refresh()
         return handle
+
+    def check(self) -> None:
+        """Raises: ModelStateError if the model is in a state in which the site cannot be watched."""
+        for module_hook in self.module_hooks:
+            module_hook.check()
+
+    def move(self, site: Site) -> None:
+        """Leaves its module hooks, for the model has other modules now; those of the site are added next."""
+        self.__dict__.update(site=site, module_hooks=[], live=False)
 
     def refresh(self) -> None:
         """Tells its module hooks whether it has an active hook, if that has changed."""
@@ -60,3 +73,19 @@ class SitePoint(HookPoint):
             self.__dict__["live"] = live
             for module_hook in self.module_hooks:
                 module_hook.count(1 if live else -1)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """It has no hooks inside."""
+        before = {name: self.__dict__[name] for name in _HOOKS}
+        self.__dict__.update({name: type(hooks)() for name, hooks in before.items()})
+        self.refresh()
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+            self.refresh()
+
+
+# Torch's own and TransformerLens' list of them.
+_HOOKS = ("_forward_hooks", "_backward_hooks", "fwd_hooks", "bwd_hooks")

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.config import TransformerLensConfig
+from transformer_lens.hook_points import HookPoint
 
 from mm_adapters.hooks.wiring import Points
+from mm_adapters.inputs.call_names import tower_names
 from mm_adapters.records.resolve import head_count
 from mm_adapters.records.spec import Attention, Input, Norm, Output
 from mm_adapters.records.stages import Stages
@@ -45,11 +47,15 @@ class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weights: dict[str, Callable[[], Tensor]] = {}
+        self.follow: Callable[[], None] | None = None  # Called first: the model may have other modules now.
         self.stands_for: list[nn.Module] = []  # In a list: not a submodule.
 
     def __getattr__(self, name: str) -> Any:
-        weights = self.__dict__.get("weights", {})
-        return weights[name]() if name in weights else super().__getattr__(name)
+        if name not in self.__dict__.get("weights", {}):
+            return super().__getattr__(name)
+        if self.follow is not None:
+            self.follow()
+        return self.weights[name]()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module that it represents returns."""
@@ -72,8 +78,26 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         self._class_names = None
         self._class_directions = None
         self.__dict__["_given"] = {}
+        self._build(points)
+        self.eval()
+
+    def move(self, mounted: TowerView, points: Points) -> None:
+        """Stands for the tower as it is now, after modules were put in place of others."""
+        self.__dict__["_mounted"] = mounted
+        for part in list(self.modules()):
+            for name in [n for n, child in part._modules.items() if isinstance(child, HookPoint)]:
+                del part._modules[name]
+        self._build(points)
+        if self._class_names is not None:
+            self._resize(len(self._class_names))
+
+    def _build(self, points: Points) -> None:
+        """The tree of parts and points, with the weights of the modules that they stand for."""
+        mounted = self.__dict__["_mounted"]
         for stack, paths in mounted.stacks.items():
-            self.add_module(stack, nn.ModuleList([Part() for _ in paths]))
+            parts: Any = self._modules.get(stack, ())
+            kept = list(parts)[: len(paths)]
+            self.add_module(stack, nn.ModuleList([*kept, *(Part() for _ in paths[len(kept) :])]))
         if "blocks" not in mounted.stacks:
             self.blocks = nn.ModuleList()
         for name, point in points.by_name.items():
@@ -82,7 +106,6 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         self.setup()
         self._name_weights()
         self.cfg = self._config()
-        self.eval()
 
     # TransformerLens gives every module a name attribute; the tower's is the prefix of its sites.
     @property
@@ -92,6 +115,11 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
     @name.setter
     def name(self, value: str) -> None:
         assert value == self.__dict__["_tower_name"]
+
+    @property
+    def _mounted(self) -> TowerView:
+        self._root.follow()
+        return self.__dict__["_mounted"]
 
     # Points are shared with the whole model, and so is the level that says which hooks are whose.
     @property
@@ -133,27 +161,40 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         """Runs the tower on text, tokens or pixels, whichever it takes.
 
         `return_type`: "logits" as the class docstring says, "embeds" for the summary, "loss" or
-        "both" for a language tower's next-token loss, "module" for the module's own output, None
-        for nothing.
+        "both" for a language tower's next-token loss, "module" for the module's own output, None for
+        nothing. Texts of a language tower that differ in length get an `attention_mask`; where it is 0
+        nothing is attended to, and no loss counted.
         """
-        self._root.check_ready()
-        mounted = self._mounted
+        with self._root.turn():
+            self._root.check_ready()
+            return self._forward(input, return_type, **kwargs)
+
+    def _forward(self, input: Any, return_type: str | None, **kwargs: Any) -> Any:
+        mounted = self.__dict__["_mounted"]
         kwargs = {**self.__dict__["_given"], **kwargs}
         kwargs.pop("prepend_bos", None)
         kwargs.pop("padding_side", None)
         if isinstance(input, str) or (isinstance(input, list) and input and isinstance(input[0], str)):
-            input = self.to_tokens(input)
+            texts = [input] if isinstance(input, str) else input
+            input = self.to_tokens(texts)
+            if mounted.role == "language" and not bool((attended := self.attended(texts)).all()):
+                kwargs.setdefault("attention_mask", attended)
         name = mounted.input_name
         run = mounted.mount.run
         target = mounted.module if run is None else resolve(self._root.wrapped, run)
-        output = target(**{name: input}, **kwargs) if mounted.record.gives else target(input, **kwargs)
+        if kwargs:
+            whole = target is self._root.wrapped
+            names = self._root.call_names() if whole else tower_names(f"The {mounted.name} tower", target)
+            names.check(kwargs)
+        with self._root.running():
+            output = target(**{name: input}, **kwargs) if mounted.record.gives else target(input, **kwargs)
         if return_type is None:
             return None
         if return_type == "module":
             return output
         summary = mounted.pooled_output(output)
         if return_type in ("loss", "both"):
-            loss = next_token_loss(summary, input)
+            loss = next_token_loss(summary, input, kwargs.get("attention_mask"))
             return loss if return_type == "loss" else (summary, loss)
         if return_type == "logits" and self._class_directions is not None:
             return summary @ self._class_directions.to(summary).T
@@ -167,8 +208,18 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         """Continues a text, or tokens, with the whole model's `generate`; a text gives a text back."""
         tokens = self.to_tokens(input) if isinstance(input, str) else input
         kwargs.setdefault("do_sample", False)
-        out = self._root.wrapped.generate(input_ids=tokens, max_new_tokens=max_new_tokens, **kwargs)
+        with self._root.turn(), self._root.running():
+            out = self._root.wrapped.generate(input_ids=tokens, max_new_tokens=max_new_tokens, **kwargs)
         return self.to_string(out[0]) if isinstance(input, str) else out
+
+    @contextmanager
+    def hooks(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """As TransformerLens'. No other thread runs the model inside."""
+        with self._root.turn(), super().hooks(*args, **kwargs) as hooked:
+            try:
+                yield hooked
+            finally:
+                self._root.points.unwind()
 
     def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
         """As HookedTransformer's: the output and an ActivationCache under local names."""
@@ -212,7 +263,10 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         owner.add_module(leaf, point)
 
     def _name_weights(self) -> None:
-        mounted = self._mounted
+        mounted = self.__dict__["_mounted"]
+        for part in self.modules():
+            if isinstance(part, Part):
+                part.weights, part.stands_for, part.follow = {}, [], self._root.follow
         for stack in mounted.stacks:
             repeated: Any = self.get_submodule(stack)
             for layer, block in enumerate(repeated):
@@ -231,7 +285,8 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
             final.stands_for = [norm.module]
 
     def _config(self) -> TowerConfig:
-        mounted, record = self._mounted, self._mounted.record
+        mounted: TowerView = self.__dict__["_mounted"]
+        record = mounted.record
         parts = mounted.parts["blocks"][0] if mounted.parts.get("blocks") else {}
         device, dtype = self._root.device, self._root.dtype
         common: dict[str, Any] = {
@@ -278,6 +333,14 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
         )
 
 
-def next_token_loss(logits: Tensor, tokens: Any) -> Tensor:
-    """The mean cross-entropy of each token given those before it."""
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+def next_token_loss(logits: Tensor, tokens: Any, attended: Tensor | None = None) -> Tensor:
+    """The mean cross-entropy of each token given those before it, as TransformerLens'.
+
+    Where `attended` is 0 a position neither predicts nor is predicted.
+    """
+    targets = tokens[:, 1:]
+    if attended is not None:
+        targets = targets.masked_fill(~(attended[:, :-1].bool() & attended[:, 1:].bool()), -100)
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100
+    )

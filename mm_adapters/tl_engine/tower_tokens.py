@@ -58,7 +58,7 @@ class TowerTokens:
             rows = [r if len(r) <= self.cfg.n_ctx else r[:keep] + end for r in rows]
             longest = max(len(r) for r in rows)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        left = (padding_side or tokenizer.padding_side) == "left" and not self.appends_end
+        left = self._pads_left(padding_side)
         fill = [[pad] * (longest - len(r)) for r in rows]
         ids = [f + r if left else r + f for f, r in zip(fill, rows, strict=True)]
         return torch.tensor(ids, device=self.cfg.device if move_to_device else None)
@@ -101,13 +101,27 @@ class TowerTokens:
     def get_token_position(
         self, single_token: str | int, input: Any, mode: str = "first", prepend_bos: bool | None = None
     ) -> int:
-        """Where a token stands in a text; `mode` is "first" or "last"."""
+        """Where a token stands in a text; `mode` is "first" or "last".
+
+        Raises: InputError for another mode, or if the token is not there.
+        """
+        if mode not in ("first", "last"):
+            raise InputError(f"mode={mode!r}: a token's first or last position, 'first' or 'last'.")
         tokens = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else torch.as_tensor(input)
         token = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
         at = (tokens.squeeze() == token).nonzero().reshape(-1).tolist()
         if not at:
             raise InputError(f"Token {single_token!r} is not in {self.to_str_tokens(tokens)}.")
         return at[0] if mode == "first" else at[-1]
+
+    def attended(self, texts: Sequence[str]) -> Int[Tensor, "batch pos"]:
+        """1 at each text's own tokens, 0 at its padding, where `to_tokens` puts them."""
+        lengths = torch.tensor([self.to_tokens(text).shape[1] for text in texts], device=self.cfg.device)
+        places = torch.arange(int(lengths.max()), device=self.cfg.device)
+        return (places.flip(0) if self._pads_left(None) else places).lt(lengths[:, None]).long()
+
+    def _pads_left(self, side: str | None) -> bool:
+        return (side or self._known_tokenizer().padding_side) == "left" and not self.appends_end
 
     def _known_tokenizer(self) -> Any:
         if self.tokenizer is None:

@@ -35,7 +35,7 @@ class Layouts(dict[str, TokenLayout]):
                 f"The positions of {name} change on the way, so it has no one layout. Ask for a site's: "
                 f'layout.at("{name}...hook_resid_post"). There is {self._known()}.'
             )
-        raise KeyError(name)
+        raise MissingSiteError(f"There is no layout of {name}, but of {self._known()}.")
 
     def _known(self) -> str:
         return ", ".join(self) or "none"

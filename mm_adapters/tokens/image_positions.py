@@ -29,18 +29,20 @@ Grid = tuple[int, int]
 class ImagePosition:
     """One place that an image takes: its (row, column) in `grid`, and the tile it is of.
 
-    Tile 0 is the whole image; others are counted from 1, line by line.
+    Tile 0 is the whole image; others are counted from 1, line by line. `frame` is the step in time of a
+    video's, None of an image's.
     """
 
     role: Literal["image", "newline", "query"] = "image"
     at: Grid | None = None
     grid: Grid | None = None
     tile: int = 0
+    frame: int | None = None
 
 
-def raster(grid: Grid, tile: int = 0) -> list[ImagePosition]:
+def raster(grid: Grid, tile: int = 0, frame: int | None = None) -> list[ImagePosition]:
     """The patches of a grid, line by line."""
-    return [ImagePosition("image", (r, c), grid, tile) for r in range(grid[0]) for c in range(grid[1])]
+    return [ImagePosition("image", (r, c), grid, tile, frame) for r in range(grid[0]) for c in range(grid[1])]
 
 
 def positions_of_images(
@@ -82,11 +84,11 @@ def positions_of_images(
 
 def merged_grids(image_tokens: Merged, config: Any, prepared: Mapping[str, Any]) -> list[Grid]:
     """The grid of each image's tokens: its patches, joined `merge` by `merge`."""
-    merge = int(_at(config, image_tokens.merge)) if image_tokens.merge else 1
+    merge = int(config_at(config, image_tokens.merge)) if image_tokens.merge else 1
     if image_tokens.grids != "image_sizes":
         sizes = [(t * h, w) for t, h, w in prepared[image_tokens.grids].tolist()]
     else:
-        patch = _at(config, "vision_config.patch_size")
+        patch = config_at(config, "vision_config.patch_size")
         sizes = [(h // patch, w // patch) for h, w in prepared["image_sizes"].tolist()]
     return [(h // merge, w // merge) for h, w in sizes]
 
@@ -108,22 +110,31 @@ def _squares(prepared: Mapping[str, Any], count: int) -> list[list[ImagePosition
     n_images = math.prod(pixels.shape[:-3])
     each, left = divmod(count, n_images)
     height, width = pixels.shape[-2:]
-    for extra in (0, 1):  # A class token, or the mean of all patches, comes first.
-        down = round(math.sqrt((each - extra) * height / width))
-        if down and not left and (each - extra) % down == 0:
-            grid = (down, (each - extra) // down)
-            if abs(grid[0] * width - grid[1] * height) < max(height, width):
-                return [[ImagePosition()] * extra + raster(grid)] * n_images
+    square = None if left else square_of(each, height, width)
+    if square is not None:
+        extra, grid = square
+        return [[ImagePosition()] * extra + raster(grid)] * n_images
     raise InputError(
         f"There are {count} image tokens for {n_images} images of {height} x {width} pixels, which is no "
         "grid for each. Pass the tokens that the model's processor makes."
     )
 
 
+def square_of(count: int, height: int, width: int) -> tuple[int, Grid] | None:
+    """How many of an image's tokens are no patch, and the grid of the others; None if it is none."""
+    for extra in (0, 1):  # A class token, or the mean of all patches, comes first.
+        down = round(math.sqrt((count - extra) * height / width)) if count > extra else 0
+        if down and (count - extra) % down == 0:
+            grid = (down, (count - extra) // down)
+            if abs(grid[0] * width - grid[1] * height) < max(height, width):
+                return extra, grid
+    return None
+
+
 def _queries(
     image_tokens: Queries, config: Any, rows: Iterable[Sequence[int]], image_id: int
 ) -> list[list[ImagePosition]]:
-    count = int(_at(config, image_tokens.count)) if image_tokens.count else 1
+    count = int(config_at(config, image_tokens.count)) if image_tokens.count else 1
     total = sum(list(row).count(image_id) for row in rows)
     return [[ImagePosition(image_tokens.role)] * count] * (total // count)
 
@@ -179,7 +190,7 @@ def _runs_of_tiles(
     image_tokens: Tiles, config: Any, rows: Iterable[Sequence[int]], image_id: int
 ) -> list[list[ImagePosition]]:
     """Each run of tokens is an image: its tiles, then the whole; alone, it is the whole."""
-    each = int(_at(config, str(image_tokens.count)))
+    each = int(config_at(config, str(image_tokens.count)))
     side = math.isqrt(each)
     found = []
     for row in rows:
@@ -229,7 +240,8 @@ def _joined(tiles: Sequence[tuple[int, int, int]]) -> list[ImagePosition]:
     return positions
 
 
-def _at(config: Any, path: str) -> Any:
+def config_at(config: Any, path: str) -> Any:
+    """What a configuration has at a dotted path."""
     for name in path.split("."):
         config = config[name] if isinstance(config, Mapping) else getattr(config, name)
     return config

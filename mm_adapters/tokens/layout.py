@@ -31,8 +31,9 @@ class TokenLayout:
     `grid` is (rows, columns), None if there is no grid or images differ; `grids[row][pos]` is that of
     each position. `tiles[row][pos]` is 0 for the whole image, and counts its tiles from 1, line by
     line: rows and columns of tiles count over the whole picture, across tiles; within the tile, with
-    no grid, where it is not known how they lie. `words[row]` are the words of the row's text and
-    `marks[row]` its punctuation, each with all its positions.
+    no grid, where it is not known how they lie. `frames[row][pos]` is the step in time of a video's
+    position, None of an image's; rows and columns are those of the frame. `words[row]` are the words of
+    the row's text and `marks[row]` its punctuation, each with all its positions.
     """
 
     roles: tuple[tuple[Role, ...], ...]
@@ -41,6 +42,7 @@ class TokenLayout:
     image_index: tuple[tuple[int | None, ...], ...] = ()
     grids: tuple[tuple[Grid | None, ...], ...] = ()
     tiles: tuple[tuple[int | None, ...], ...] = ()
+    frames: tuple[tuple[int | None, ...], ...] = ()
     texts: tuple[str, ...] = ()
     words: tuple[tuple[Word, ...], ...] = ()
     marks: tuple[tuple[Word, ...], ...] = ()
@@ -89,17 +91,29 @@ class TokenLayout:
             raise ValueError(f"Position {pos} is of tile {self.tile_of(pos, row=row)}, of no known place.")
         return r / grid[0], c / grid[1], (r + 1) / grid[0], (c + 1) / grid[1]
 
+    def frame_of(self, pos: int, *, row: int = 0) -> int | None:
+        """The step in time of a video's position, from 0; None if it is of no video."""
+        return self.frames[row][pos] if self.frames else None
+
     def position_of(
-        self, patch_row: int, patch_col: int, *, image: int = 0, row: int = 0, tiled: bool | None = None
+        self,
+        patch_row: int,
+        patch_col: int,
+        *,
+        image: int = 0,
+        row: int = 0,
+        tiled: bool | None = None,
+        frame: int | None = None,
     ) -> int:
         """The position of a patch: of the whole image (`tiled=False`), of its tiles (True), or of
-        whichever has it, the whole first.
+        whichever has it, the whole first; of a video's `frame`, or of the first.
 
         Raises: ValueError if that image has no such patch.
         """
         for views in ((False, True) if tiled is None else (tiled,)) if self.patches else ():
             for pos, place in enumerate(self.patches[row]):
                 here = place == (patch_row, patch_col) and self.image_index[row][pos] == image
+                here = here and frame in (None, self.frame_of(pos, row=row))
                 if here and bool(self.tiles and self.tiles[row][pos]) == views:
                     return pos
         size = f"the grid is {self.grid[0]} x {self.grid[1]}" if self.grid else "no single grid"
@@ -145,10 +159,12 @@ class Position:
     grid: Grid | None = None
     tile: int | None = None
     image: int | None = 0
+    frame: int | None = None
 
 
 def layout_of_positions(rows: Sequence[Sequence[Position]], **text: Any) -> TokenLayout:
     """The layout of these positions; `text` are its fields about words."""
+    has_frames = any(s.frame is not None for row in rows for s in row)
     grids = {position.grid for row in rows for position in row if position.grid is not None}
     return TokenLayout(
         roles=tuple(tuple(s.role for s in row) for row in rows),
@@ -157,6 +173,7 @@ def layout_of_positions(rows: Sequence[Sequence[Position]], **text: Any) -> Toke
         image_index=tuple(tuple(s.image for s in row) for row in rows),
         grids=tuple(tuple(s.grid for s in row) for row in rows),
         tiles=tuple(tuple(s.tile for s in row) for row in rows),
+        frames=tuple(tuple(s.frame for s in row) for row in rows) if has_frames else (),
         **text,
     )
 
@@ -214,8 +231,10 @@ def language_layout(
     n_class: int = 0,
     places: Sequence[Sequence[ImagePosition]] | None = None,
     newline_ids: Sequence[int] = (),
+    video_token_id: int | None = None,
+    videos: Sequence[Sequence[ImagePosition]] = (),
 ) -> TokenLayout:
-    """As `text_layout`, with the places that images take in the text.
+    """As `text_layout`, with the places that images and `videos` take in the text.
 
     `grids` is the grid of every image, or one for each image of the batch in order; `n_class` is
     how many places of each image come before its patches. Or `places` are those of each image.
@@ -231,11 +250,15 @@ def language_layout(
             tokenizer,
             ids.tolist(),
             None if attention_mask is None else attention_mask[i].tolist(),
-            image_token_id,
+            [token for token in (image_token_id, video_token_id) if token is not None],
         )
         for i, ids in enumerate(input_ids)
     ]
-    counts = [row.roles.count("image") for row in rows]
+    is_video = [
+        [role == "image" and token == video_token_id for role, token in zip(row.roles, ids, strict=True)]
+        for row, ids in zip(rows, input_ids.tolist(), strict=True)
+    ]
+    counts = [row.roles.count("image") - sum(of_row) for row, of_row in zip(rows, is_video, strict=True)]
     if places is None and grids is not None:
         each = repeat(grids) if _is_grid(grids) else grids
         endless = ([ImagePosition()] * n_class + raster(cast(Grid, grid)) for grid in each)
@@ -244,13 +267,14 @@ def language_layout(
         images = _by_row(counts, iter(places), len(places))
     else:
         images = [[(0, ImagePosition())] * n for n in counts]
+    in_videos = _by_row([sum(of_row) for of_row in is_video], iter(videos), len(videos), "video")
     positions = []
-    for row, ids, images_positions in zip(rows, input_ids.tolist(), images, strict=True):
-        queue = iter(images_positions)
+    for i, (row, ids) in enumerate(zip(rows, input_ids.tolist(), strict=True)):
+        queue = iter(_in_order(is_video[i], row.roles, images[i], in_videos[i]))
         positions.append(
             [
-                _position(next(queue)) if role == "image" else _word(role, i in newline_ids)
-                for role, i in zip(row.roles, ids, strict=True)
+                _position(next(queue)) if role == "image" else _word(role, token in newline_ids)
+                for role, token in zip(row.roles, ids, strict=True)
             ]
         )
     return layout_of_positions(
@@ -273,7 +297,25 @@ def _position(numbered: tuple[int, ImagePosition]) -> Position:
         image_position.grid,
         image_position.tile if image_position.at else None,
         image,
+        image_position.frame,
     )
+
+
+def _in_order(
+    is_video: Sequence[bool],
+    roles: Sequence[str],
+    images: Sequence[tuple[int, ImagePosition]],
+    videos: Sequence[tuple[int, ImagePosition]],
+) -> list[tuple[int, ImagePosition]]:
+    """The places of a row's images and videos as they come, counted together."""
+    queues = {False: iter(images), True: iter(videos)}
+    numbers: dict[tuple[bool, int], int] = {}
+    out = []
+    for of_video, role in zip(is_video, roles, strict=True):
+        if role == "image":
+            number, place = next(queues[of_video])
+            out.append((numbers.setdefault((of_video, number), len(numbers)), place))
+    return out
 
 
 def _is_grid(grids: Grid | Sequence[Grid]) -> bool:
@@ -281,7 +323,7 @@ def _is_grid(grids: Grid | Sequence[Grid]) -> bool:
 
 
 def _by_row(
-    counts: list[int], images: Iterator[Sequence[ImagePosition]], n_images: int | None
+    counts: list[int], images: Iterator[Sequence[ImagePosition]], n_images: int | None, what: str = "image"
 ) -> list[list[tuple[int, ImagePosition]]]:
     """For each row, (which image of the row, its place) of each of its image tokens in turn."""
     out: list[list[tuple[int, ImagePosition]]] = []
@@ -298,13 +340,14 @@ def _by_row(
         used += image
         if len(places) != n:
             raise InputError(
-                f"Row {row} has {n} image tokens and its {image} images take {len(places)}. Pass the grid of "
-                "each image, in order, and the tokens that the model's processor makes."
+                f"Row {row} has {n} {what} tokens and its {image} {what}s take {len(places)}. Pass the "
+                "grid of "
+                f"each {what}, in order, and the tokens that the model's processor makes."
             )
         out.append(places)
     if n_images is not None and used < n_images:
         raise InputError(
-            f"There are {n_images - used} grids more than images in the tokens, which have {counts} a row. "
-            "Pass one for each image."
+            f"There are {n_images - used} grids more than {what}s in the tokens, which have {counts} a row. "
+            f"Pass one for each {what}."
         )
     return out

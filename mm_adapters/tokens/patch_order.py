@@ -43,13 +43,20 @@ def end_to_end(grids: Sequence[Grid]) -> TokenLayout:
     )
 
 
-def by_cell(grids: Sequence[Grid], merge: int, window: int | None = None) -> TokenLayout:
+def by_cell(
+    grids: Sequence[Grid],
+    merge: int,
+    window: int | None = None,
+    frames: Sequence[tuple[int, int | None]] = (),
+) -> TokenLayout:
     """One row: the patches of all images, by cells of `merge` x `merge` that become one token later.
 
-    With `window`, cells come by windows of so many cells a side, those at the edge smaller.
+    With `window`, cells come by windows of so many cells a side, those at the edge smaller. `frames` says
+    of which image or video each grid is, and which frame of the video.
     """
     positions = []
-    for image, grid in enumerate(grids):
+    for number, grid in enumerate(grids):
+        image, frame = frames[number] if frames else (number, None)
         down, across = grid[0] // merge, grid[1] // merge
         cells = [(r, c) for r in range(down) for c in range(across)]
         if window is not None:
@@ -57,7 +64,7 @@ def by_cell(grids: Sequence[Grid], merge: int, window: int | None = None) -> Tok
         for r, c in cells:
             for i in range(merge):
                 for j in range(merge):
-                    positions.append(Position("patch", (r * merge + i, c * merge + j), grid, 0, image))
+                    positions.append(Position("patch", (r * merge + i, c * merge + j), grid, 0, image, frame))
     return layout_of_positions([positions])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, Literal
@@ -39,24 +39,29 @@ def align_words(
     tokenizer: Any,
     ids: list[int],
     mask: Sequence[int] | None = None,
-    image_id: int | None = None,
+    image_ids: Collection[int] = (),
 ) -> AlignedText:
     """Reads a row of tokens against the text it came from (None: what the tokens say).
+
+    `image_ids` are the tokens that stand for pictures.
 
     The tokenizer's own character offsets are used where it gives them and its tokens are these;
     otherwise the tokens' pieces are laid along the text, letter by letter.
     """
     tokenizer_view = tokenizer_view_of(tokenizer)
     if text is None:
-        text = tokenizer_view.decode([i for i in ids if i not in tokenizer_view.special and i != image_id])
+        text = tokenizer_view.decode(
+            [i for i in ids if i not in tokenizer_view.special and i not in image_ids]
+        )
     encoded, offsets = tokenizer_view.encode(text)
-    match = _match(ids, encoded, mask, tokenizer_view, image_id)
+    match = _match(ids, encoded, mask, tokenizer_view, image_ids)
     live = [m is not None for m in match] if match else _not_padding(ids, mask, tokenizer_view)
-    roles = _roles(ids, live, tokenizer_view, image_id)
+    roles = _roles(ids, live, tokenizer_view, image_ids)
     shown = text
-    if image_id is not None and image_id >= 0:  # The image token's own letters are no word of the text.
-        token = tokenizer_view.pieces([image_id])[0]
-        shown = text.replace(token, " " * len(token))
+    for image_id in image_ids:  # The image token's own letters are no word of the text.
+        if image_id >= 0:
+            token = tokenizer_view.pieces([image_id])[0]
+            shown = shown.replace(token, " " * len(token))
     if match and offsets:
         blank = [not piece_bytes(p, True).strip() for p in tokenizer_view.pieces(ids)]
         # Llama's tokenizer says that the space it puts in front is the text's first letter.
@@ -121,15 +126,13 @@ def _match(
     encoded: list[int],
     mask: Sequence[int] | None,
     tokenizer_view: TokenizerView,
-    image_id: int | None,
+    image_ids: Collection[int],
 ) -> list[int | None] | None:
     """For each position its index in `encoded`, None at padding; None if the tokens differ.
 
     An image token stands in the text once and in the tokens many times.
     """
-    encoded_at = [
-        i for i, t in enumerate(encoded) if not (i and t == image_id and encoded[i - 1] == image_id)
-    ]
+    encoded_at = [i for i, t in enumerate(encoded) if not (i and t in image_ids and encoded[i - 1] == t)]
     leading = next((i for i, t in enumerate(ids) if t != tokenizer_view.pad), 0)
     starts = [list(mask).index(1)] if mask is not None and 1 in mask else sorted({0, leading})
     for start in starts:
@@ -137,7 +140,7 @@ def _match(
         pos = start
         for at in encoded_at:
             stop = pos + 1
-            while encoded[at] == image_id and stop < len(ids) and ids[stop] == image_id:
+            while encoded[at] in image_ids and stop < len(ids) and ids[stop] == encoded[at]:
                 stop += 1
             if pos >= len(ids) or ids[pos] != encoded[at]:
                 break
@@ -166,12 +169,12 @@ def _not_padding(ids: list[int], mask: Sequence[int] | None, tokenizer_view: Tok
 
 
 def _roles(
-    ids: list[int], live: list[bool], tokenizer_view: TokenizerView, image_id: int | None
+    ids: list[int], live: list[bool], tokenizer_view: TokenizerView, image_ids: Collection[int]
 ) -> tuple[TextRole, ...]:
     roles: list[TextRole] = ["word" if alive else "pad" for alive in live]
     places = [i for i, alive in enumerate(live) if alive]
     for i in places:
-        if image_id is not None and ids[i] == image_id:
+        if ids[i] in image_ids:
             roles[i] = "image"
     for nth, i in enumerate(places):
         alone = ids[i] == tokenizer_view.end and not (nth == 0 and tokenizer_view.start == tokenizer_view.end)

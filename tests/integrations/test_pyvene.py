@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import padded
 import pytest
 import pyvene as pv
 import torch
@@ -103,6 +104,25 @@ def test_an_interrupted_call_leaves_no_hook() -> None:
     with pytest.raises(InterruptedError):
         found(base, [source], {"sources->base": 1})
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
+
+
+@pytest.mark.parametrize("name", ["clip_vision", "llava"])
+def test_a_call_interrupted_while_a_source_is_read_leaves_no_hook(name: str) -> None:
+    case = CASES[name]()
+    site = SITES.get(name, "vision.blocks.1.hook_resid_post")
+    base, source = swapped(case)
+    case.model(**base)  # transformers puts hooks of its own on a LLaVA at its first run.
+    for kind in (pv.VanillaIntervention, pv.CollectIntervention):
+        found = made(case, site, kind)
+        before = hooks_of(case.model)
+        *_, late = [m for m in case.model.modules() if isinstance(m, torch.nn.LayerNorm | torch.nn.Linear)]
+        handle = late.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(InterruptedError))
+        sources = None if kind is pv.CollectIntervention else [source]
+        with pytest.raises(InterruptedError):
+            found(base, sources, {"sources->base": 1} if sources else {"base": 1})
+        handle.remove()
+        assert hooks_of(case.model) == before
+        case.model(**base)
 
 
 THREE = {"clip_vision": "vision.blocks.1.hook_resid_post"} | {n: SITES[n] for n in ("llava", "unet")}
@@ -425,3 +445,68 @@ def test_a_boundless_subspace_inside_a_wrapper_is_trained_as_one_outside() -> No
     one.set_temperature(torch.tensor(0.25))
     assert float(inner.temperature.detach()) == 0.25
     assert {id(p) for p in one.get_trainable_parameters()} >= {id(p) for p in inner.parameters()}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llava", "gemma3", "llava_siglip_qwen"])
+def test_a_location_below_zero_is_each_rows_own_last_token(name: str, side: str) -> None:
+    case = CASES[name]()
+    base = padded.ragged(name, side)
+    source = {k: v.flip(0) for k, v in base.items()}
+    ends = [[m.nonzero()[:, 0].tolist() for m in one["attention_mask"]] for one in (base, source)]
+    block = case.model.model.language_model.layers[1]
+    values: list[torch.Tensor] = []
+    handle = block.register_forward_hook(lambda m, a, out: values.append(out.clone()))
+    case.model(**source)
+    handle.remove()
+    # One number for all rows, before: it must not decide where later calls write.
+    found = made(case, "language.blocks.1.hook_resid_post", pv.VanillaIntervention, max_number_of_units=2)
+    found(base, [source], {"sources->base": 1})
+    for back in ([1], [1, 2]):
+
+        def put(module: Any, args: Any, out: torch.Tensor, back: list[int] = back) -> torch.Tensor:
+            new = out.clone()
+            for row in range(2):
+                for n in back:
+                    new[row, ends[0][row][-n]] = values[0][row, ends[1][row][-n]]
+            return new
+
+        handle = block.register_forward_hook(put)
+        want = case.model(**base).logits
+        handle.remove()
+        negative = [-n for n in back]
+        located = mm_pv.units(
+            torch.tensor([[e[-n] for n in back] for e in ends[0]]),
+            sources=torch.tensor([[e[-n] for n in back] for e in ends[1]]),
+        )
+        for places in (located, {"sources->base": negative if len(back) > 1 else negative[0]}):
+            if places == {"sources->base": [-1, -2]}:  # pyvene takes two numbers for a source's and a base's.
+                places = {"sources->base": ([[negative] * 2], [[negative] * 2])}
+            _, output = found(base, [source], places)
+            torch.testing.assert_close(output.logits, want, rtol=1e-5, atol=1e-5)
+    model = mm.wrap(case.model)
+    places = mm_pv.units(model.row_positions(base), sources=model.row_positions(source))
+    assert places == {"sources->base": ([[[e[-1]] for e in ends[1]]], [[[e[-1]] for e in ends[0]]])}
+
+
+def test_locations_that_no_row_has_are_refused_before_the_model_runs() -> None:
+    case = CASES["llava"]()
+    base = padded.ragged("llava", "right")
+    site = "language.blocks.1.hook_resid_post"
+    handle = case.model.register_forward_pre_hook(lambda *_: pytest.fail("The model ran."))
+    with pytest.raises(InputError, match="row 1 attends to 8"):
+        made(case, site, pv.VanillaIntervention)(base, [base], {"sources->base": -9})
+    heads = made(case, "language.blocks.1.attn.hook_z", pv.VanillaIntervention, unit="h")
+    with pytest.raises(InputError, match="of 'h' here are counted from 0"):
+        heads(base, [base], {"sources->base": -1})
+    handle.remove()
+    vision = made(case, "vision.blocks.1.hook_resid_post", pv.VanillaIntervention)
+    with pytest.raises(InputError, match="vision tower reads no text"):
+        vision(base, [base], {"sources->base": -1})
+    for positions, n_rows, said in (
+        (torch.tensor([[1], [2]]), 3, "2 rows of positions for 3 rows"),
+        (torch.tensor([1, -1]), None, "count from 0"),
+        ([1], None, "count from 0"),
+    ):
+        with pytest.raises(InputError, match=said):
+            mm_pv.units(positions, n_rows)

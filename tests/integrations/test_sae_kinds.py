@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,31 @@ def test_answers_are_recovered_by_a_perfect_sae_and_not_by_zeros(llava: Any) -> 
     assert found.zero < found.plain - 1
     assert found.of_zero == pytest.approx(1, abs=1e-3)
     assert set(report.by_role) >= {"image", "word"}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answers_are_found_on_whichever_side_texts_are_padded(llava: Any, side: Any) -> None:
+    scenes = [world.scene(i, "test", seed=2, kind="one") for i in range(3)]
+    pictures = [Image.fromarray(p) for p in world.render_batch(scenes)]
+    answers = ["red", "purple", "a blue one on the left"]
+    items = [
+        {"text": f"<image>\nwhat is it? {a}", "images": [i]} for a, i in zip(answers, pictures, strict=True)
+    ]
+    tokenizer = llava.inputs.tokenizer
+    want = 0.0
+    for item, answer in zip(items, answers, strict=True):
+        tokens = tokenizer(f" {answer}", add_special_tokens=False).input_ids
+        inputs = llava.prepare(text=[item["text"]], images=[item["images"]])
+        logs = torch.log_softmax(llava.run(inputs).output.logits[0], -1)
+        want += sum(float(logs[-1 - len(tokens) + i, t]) for i, t in enumerate(tokens)) / 3
+    model = mm.HookedModel(llava.wrapped, inputs=replace(llava.inputs, padding_side=side))
+    score = mm_sae.answer_likelihood(tokenizer, answers)
+    site = "language.blocks.0.hook_resid_post"
+    found = mm_sae.evaluate(
+        model, perfect(site, 128), items, tokens="all", score=score, batch_size=3
+    ).recovered
+    assert found is not None
+    assert found.plain == pytest.approx(want, rel=1e-3)
 
 
 @torch.no_grad()

@@ -3,9 +3,10 @@
 python -m tests.quality.das [--steps 96] [--site language.blocks.1.hook_resid_post] [--rank 8] [--boundless]
 
 Two single-object scenes of different colours and the question "what colour is the SHAPE?" about each.
-At the last token, a subspace is swapped from the second run into the first; the answer should become
-the second's colour. Counted over held-out pairs of which the model answers both rightly. `--boundless`
-learns the size of the subspace too; the random one beside it has the size that was learnt.
+At each row's last token, a subspace is swapped from the second run into the first; the answer should become
+the second's colour, by the first token of its name. Counted over held-out pairs of which the model answers
+both rightly. `--boundless` learns the size of the subspace too; the random one beside it has the size that
+was learnt.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def scenes(n: int, split: str) -> list[world.Scene]:
 
 
 def prepared(model: Any, told: list[world.Scene]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The model's own arguments for each scene, left-padded, so that the last token is the last."""
+    """The model's own arguments for each scene."""
     images = [Image.fromarray(p) for p in world.render_batch(told)]
     text = [f"<image>\nquestion: what colour is the {s.things[0].shape}? answer:" for s in told]
     ready = model.inputs.prepare(text=text, images=[[i] for i in images], padding_side="left")
@@ -46,12 +47,12 @@ def pairs(model: Any, n: int, split: str, size: int, seed: int) -> tuple[list[di
     ready, colours = prepared(model, scenes(n, split))
     tokenizer = model.inputs.tokenizer
     names = list(world.COLOURS)
-    tokens = torch.tensor([tokenizer(f" {c}", add_special_tokens=False).input_ids[-1] for c in names])
+    tokens = torch.tensor([tokenizer(f" {c}", add_special_tokens=False).input_ids[0] for c in names])
     code = torch.tensor([names.index(c) for c in colours])
     rng = np.random.default_rng(seed)
     base = torch.from_numpy(rng.permutation(n))
     source = torch.tensor([int(rng.choice(np.flatnonzero((code != code[i]).numpy()))) for i in base.tolist()])
-    last = ready["input_ids"].shape[1] - 1
+    last = model.row_positions(ready)
     made = []
     for at in range(0, n - size + 1, size):
         b, s = base[at : at + size], source[at : at + size]
@@ -59,7 +60,8 @@ def pairs(model: Any, n: int, split: str, size: int, seed: int) -> tuple[list[di
             {
                 "base": {k: v[b] for k, v in ready.items()},
                 "sources": [{k: v[s] for k, v in ready.items()}],
-                "unit_locations": {"sources->base": last},
+                "unit_locations": mm_pv.units(last[b], sources=last[s]),
+                "last": last[b],
                 "labels": code[s],
                 "own": code[b],
             }
@@ -80,10 +82,11 @@ def measure(
     test, _ = pairs(model, n_test, "test", 32, 2)
 
     def loss(output: Any, batch: Any) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(output.logits[:, -1][:, tokens].float(), batch["labels"])
+        said = _next(output, batch["last"])[:, tokens]
+        return torch.nn.functional.cross_entropy(said.float(), batch["labels"])
 
     def right(output: Any, batch: Any) -> torch.Tensor:
-        return output.logits[:, -1].argmax(-1) == tokens[batch["labels"]]
+        return _next(output, batch["last"]).argmax(-1) == tokens[batch["labels"]]
 
     def right_if_known(output: Any, batch: Any) -> torch.Tensor:
         return right(output, batch)[batch["known"]]
@@ -121,10 +124,15 @@ def measure(
     }
 
 
+def _next(output: Any, last: torch.Tensor) -> torch.Tensor:
+    """The logits of what comes after each row, [row, token]."""
+    return output.logits[torch.arange(len(last)), last]
+
+
 @torch.no_grad()
 def _answers(model: Any, inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     """The colour the model says, by number; -1 for another word."""
-    said = model.wrapped(**inputs).logits[:, -1].argmax(-1)
+    said = _next(model.wrapped(**inputs), model.row_positions(inputs)).argmax(-1)
     hits = said[:, None] == tokens
     return torch.where(hits.any(1), hits.int().argmax(1), -1)
 

@@ -1,0 +1,30 @@
+"""Modules that were compiled, run as they are written: a hook put on later is not in the compiled code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mm_adapters.records.registry import key_of
+
+
+def is_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of these, or a module in them, was compiled in place or stands in torch.compile."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return any(
+        part._compiled_call_impl is not None or key_of(type(part)) == "torch:OptimizedModule"
+        for module in modules
+        for part in module.modules()
+    )
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Compiled code is left alone inside, and what it was compiled from runs."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
