@@ -83,16 +83,19 @@ def nested(rng: Random, one: Subject) -> Call:
             return torch.zeros_like(value)
 
         if way == "edit":
-            one.model.run(given.ours, edit=[mm.Edit(probe.site, nest)])
+            outer = one.model.run(given.ours, edit=[mm.Edit(probe.site, nest)]).output
         elif way == "reduce":
-            one.model.run(given.ours, read=[mm.Read(probe.site, reduce=nest)])
+            outer = one.model.run(given.ours, read=[mm.Read(probe.site, reduce=nest)]).output
         else:
-            one.model.run_with_hooks(**given.ours, fwd_hooks=[(probe.site, nest)])
-        return {"output": one.head(inner[0].output), "value": inner[0][probe.site]}
+            outer = one.model.run_with_hooks(**given.ours, fwd_hooks=[(probe.site, nest)])
+        inside = {"output": one.head(inner[0].output), "value": inner[0][probe.site]}
+        return inside | {"outer": one.head(outer)}
 
     def right() -> dict[str, Any]:
         output, seen = plain_run(one, given.plain, [probe])
-        return {"output": one.head(output), "value": joined(probe, seen[probe.site])}
+        change = [] if way == "reduce" else [(probe, lambda call, value: torch.zeros_like(value))]
+        outer = one.head(plain_run(one, given.plain, (), change)[0])
+        return {"output": one.head(output), "value": joined(probe, seen[probe.site]), "outer": outer}
 
     line = f"run({given.text}) inside its own {way} at {probe.site}"
     return Call("nested", line, Expect.EITHER, one, perform, right, only_run_shows=True)
