@@ -39,7 +39,7 @@ class HookedModel(BaseModel, HookedRootModule):
 
     Calling it calls the wrapped model: with that model's own arguments, or with raw `text=` and
     `images=`. A diffusion pipeline is called with a prompt and its own options, and `seed=`; the
-    values of its sampling loop carry a leading step axis.
+    values of its sampling loop carry a leading axis of calls.
 
     `model.vision`, `model.text`, `model.language`, ... are TransformerLens models of one tower.
     """
