@@ -104,7 +104,7 @@ def test_an_encoder_is_given_the_tokens_that_are_judged_and_laid_out(name: str) 
 
         handles.append(getattr(drawing.wrapped, part).register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        drawing.wrapped(**text, **{k: v for k, v in inputs.items() if k != "seed"})
+        drawing.wrapped(**text, **{k: v for k, v in inputs.items() if k != "seed"} | {"output_type": "pt"})
     finally:
         for handle in handles:
             handle.remove()
