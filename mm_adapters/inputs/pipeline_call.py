@@ -15,6 +15,7 @@ from mm_adapters.inputs.call_names import SEED, parameters_of
 from mm_adapters.inputs.numbers import check_between, check_finite, check_seed, check_whole
 from mm_adapters.inputs.picture_size import SIZES, both_sizes, check_size
 from mm_adapters.inputs.prompts import is_prompt
+from mm_adapters.inputs.step_share import check_strength
 
 _COUNTS = ("num_images_per_prompt", "num_images", "batch_size", "callback_steps", "max_sequence_length")
 _TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds", "image")
@@ -119,6 +120,7 @@ def check_run(pipeline: Any, arguments: Mapping[str, Any]) -> None:
                     f"There are {len(seeds)} in {name} for {n_pictures} pictures. Pass one for each, or "
                     "one alone."
                 )
+    check_strength(pipeline, arguments)
     _check_inputs(pipeline, arguments)
 
 
