@@ -198,9 +198,14 @@ def test_the_nnsight_engines_other_calls_name_what_they_do_not_take() -> None:
     refused(sd, lambda: sd.scan(**DRAW | {"seed": 1.5}), "seed=1.5")
     refused(sd, lambda: sd.generate(**DRAW | {"height": 0}), "height=0")
     refused(clip, lambda: clip.trace(**PAIRS, foo=1), "does not take foo=")
-    with pytest.raises(mm.InputError, match="does not take foo="), clip.trace() as tracer:
-        with tracer.invoke(**PAIRS, foo=1):
-            clip.output.save()
+
+    def invoked() -> None:
+        with clip.trace() as tracer:  # noqa: SIM117  nnsight captures each block.
+            with tracer.invoke(**PAIRS, foo=1):
+                clip.output.save()
+
+    with nothing_runs(clip), pytest.raises(mm.InputError, match="does not take foo="):
+        invoked()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

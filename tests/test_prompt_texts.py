@@ -15,6 +15,10 @@ import mm_adapters as mm
 from mm_adapters.sites.prompt_encoders import prompt_encoders
 
 ENGINES = ("hooked", "nnsight")
+DRAWING = (
+    "stable_diffusion", "stable_diffusion_xl", "flux", "stable_diffusion_3", "pixart", "deepfloyd_if",
+    "kandinsky_3", "kandinsky_2_1", "qwen_image",
+)  # fmt: skip
 LONG = "a big red circle on a white background"  # 33 tokens of a letter each, with start and end.
 
 
@@ -86,8 +90,7 @@ def test_each_encoder_is_judged_by_its_own_prompt() -> None:
     assert [w.text for w in short["text_3"].words[0]] == ["a", "red", "dog"]
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "flux", "stable_diffusion_3",
-                                  "pixart", "deepfloyd_if", "kandinsky_3", "kandinsky_2_1", "qwen_image"])  # fmt: skip
+@pytest.mark.parametrize("name", DRAWING)
 def test_an_encoder_is_given_the_tokens_that_are_judged_and_laid_out(name: str) -> None:
     """As many tokens, and the same, as its module sees: caught by a plain hook."""
     drawing, inputs = model(name), inputs_of(name)

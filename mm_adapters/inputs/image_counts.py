@@ -54,7 +54,7 @@ def check_videos(
 
 
 def _selected(config: Any, height: int, width: int, n_class: int) -> int | None:
-    """How many tokens LLaVA's projector is given of a picture: all, or all but the first; None if it has none."""
+    """How many tokens LLaVA's projector is given of a picture: all, or but the first; None if not told."""
     strategy = getattr(config, "vision_feature_select_strategy", None)
     patch = getattr(getattr(config, "vision_config", None), "patch_size", None)
     if strategy not in ("default", "full") or not isinstance(patch, int):
