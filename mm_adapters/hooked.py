@@ -145,7 +145,7 @@ class HookedModel(BaseModel, HookedRootModule):
         fwd_hooks: Sequence[tuple[Any, Callable[..., Any]]] = (),
         **kwargs: Any,
     ) -> Any:
-        """The wrapped model's `generate` (a pipeline's call), with raw inputs, and hooks or edits at steps.
+        """The wrapped model's `generate` (a pipeline's call), with raw inputs, hooks and edits at each step.
 
         Returns its token ids; a `Run` whose output they are if anything is read or edited. A language
         tower's values are joined along the sequence, each position's from the call that computed it last;
