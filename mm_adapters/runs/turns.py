@@ -65,7 +65,11 @@ class Turns:
     """
 
     def __init__(self, modules: Iterable[Any]) -> None:
-        self._turns = [_turn_of(m) for m in {id(m): m for m in modules}.values()]
+        self._modules = list({id(m): m for m in modules}.values())
+        self._turns = [_turn_of(m) for m in self._modules]
+
+    def __reduce__(self) -> Any:
+        return Turns, (self._modules,)  # Of a copied model, those of the copied modules.
 
     @contextmanager
     def taken(self) -> Iterator[bool]:
@@ -153,7 +157,8 @@ class _Table:
                 if time.monotonic() - since > STILL_S or self._waits_for(held, me):
                     raise ModelBusyError(
                         "Another thread has this model in a run or in model.hooks(...), and does not go "
-                        "on: it may wait for this one. Let it end first, or load a second model for this thread."
+                        "on: it may wait for this one. Let it end first, or load a second model for this "
+                        "thread."
                     )
                 self.changed.wait(timeout=0.5)
         finally:
