@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 
 from mm_adapters._errors import InputError, ModelStateError
-from mm_adapters.hooks.eager import eagerly, is_compiled
+from mm_adapters.hooks.eager import eagerly, is_compiled, without_checkpoints
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.inputs.call_names import RAW, Call, parameters_of, refuse_unknown
 from mm_adapters.inputs.generators import seeded
@@ -105,8 +105,10 @@ class HookedModel(BaseModel, HookedRootModule):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The model's modules run inside: as they are written, if a hook is active and they were compiled."""
-        with self._turns.running(self.points), self._eagerly():
+        """The model's modules run inside: as they are written, if a hook is active."""
+        watched = self.points.are_live
+        checkpoints = without_checkpoints(self._modules_wrapped()) if watched else nullcontext()
+        with self._turns.running(self.points), self.eagerly(), checkpoints:
             yield
 
     def tower(self, name: str) -> HookedTower:
@@ -232,7 +234,7 @@ class HookedModel(BaseModel, HookedRootModule):
 
         No other thread runs the model inside.
         """
-        with self.turn(), super().hooks(*args, **kwargs) as hooked:
+        with self.turn(), super().hooks(*args, **kwargs) as hooked, self.eagerly():
             try:
                 yield hooked
             finally:
@@ -302,7 +304,8 @@ class HookedModel(BaseModel, HookedRootModule):
         self.setup()
         self._turns = Turns([self.wrapped, *(t.module for t in self.sitemap.towers.values())])
 
-    def _eagerly(self) -> AbstractContextManager[None]:
+    def eagerly(self) -> AbstractContextManager[None]:
+        """Inside, what was compiled runs as it is written, if a hook is active."""
         return eagerly() if self.points.are_live and is_compiled(self._modules_wrapped()) else nullcontext()
 
     def _modules_wrapped(self) -> list[nn.Module]:

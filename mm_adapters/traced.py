@@ -30,7 +30,7 @@ from torch._guards import detect_fake_mode
 from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.open import modules_of, open_checkpoint
 from mm_adapters.checkpoints.origin import CheckpointRef
-from mm_adapters.hooks.eager import eagerly, is_compiled
+from mm_adapters.hooks.eager import eagerly, is_compiled, without_checkpoints
 from mm_adapters.hooks.module_hooks import AttentionHook
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.ndif_client.pending_run import PendingRun
@@ -164,7 +164,12 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         modules = modules_of(self.wrapped)
         eager = eagerly() if is_compiled(modules) else nullcontext()
         # A block that is cut off may leave the mode that it had set.
-        with torch.set_grad_enabled(torch.is_grad_enabled()), eager, self._turns.running(self.interleaver):
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled()),
+            eager,
+            without_checkpoints(modules),
+            self._turns.running(self.interleaver),  # type: ignore[arg-type]
+        ):
             yield
 
     @property
