@@ -50,7 +50,7 @@ def bad_index(rng: Random, subject: Subject) -> Call:
 
     def right() -> dict[str, Any]:
         if edits:
-            change = change_of(MOVES[0], where["rows"], where["positions"], where["steps"])
+            change = change_of(MOVES[0], where["rows"], where["positions"], where["steps"], probe.per_step)
             return {"output": subject.head(plain_run(subject, given.plain, (), [(probe, change)])[0])}
         output, seen = plain_run(subject, given.plain, [probe])
         rows, steps = where["rows"], where["steps"]

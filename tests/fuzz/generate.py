@@ -5,14 +5,36 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from tests.fuzz import bad_indices, entries, gradients, misuse, options, pictures_and_texts, reads, together
+from tests.fuzz import (
+    bad_indices,
+    edits,
+    entries,
+    generation,
+    gradients,
+    misuse,
+    options,
+    pictures_and_texts,
+    reads,
+    together,
+)
 from tests.fuzz.call import Call
 from tests.fuzz.models import ENGINES, subject
 from tests.fuzz.subjects import Subject
 
 KINDS = tuple(
     kind
-    for module in (reads, bad_indices, gradients, misuse, options, pictures_and_texts, entries, together)
+    for module in (
+        reads,
+        edits,
+        bad_indices,
+        gradients,
+        misuse,
+        options,
+        pictures_and_texts,
+        entries,
+        generation,
+        together,
+    )
     for kind in module.KINDS
 )
 SHARES = {

@@ -58,14 +58,15 @@ def good_option(rng: Random, subject: Subject) -> Call:
     ]  # fmt: skip
     if sd:
         more += [("negative_prompt", "a blue square"), ("eta", 0.0), ("guidance_rescale", 0.5),
-                 ("height", 32), ("height", None), ("width", 32),
+                 ("height", 32), ("width", 32),
                  ("latents", latents(given.rows))]  # fmt: skip
     name, value = rng.choice(more)
     if name == "negative_prompt" and isinstance(given.ours["prompt"], list):
         value = [value] * given.rows
     options = given.ours | {name: value}
     if name == "latents":
-        options.pop("height", None)
+        options = {k: v for k, v in options.items() if k not in ("height", "width")}
+    sizes = {"height": 64, "width": 64} if {"height", "width"} & options.keys() and name != "latents" else {}
     as_generator = name != "seed" and rng.random() < 0.3
     site = subject.probes[0]
     way = rng.choice(["run", "call", "run_with_cache"] if subject.engine == "hooked" else ["run"])
@@ -83,7 +84,7 @@ def good_option(rng: Random, subject: Subject) -> Call:
         return {"output": torch.as_tensor(output.images), "value": cache[site.site]}
 
     def right() -> dict[str, Any]:
-        output, seen = plain_run(subject, options, [site])
+        output, seen = plain_run(subject, sizes | options, [site])
         values = {"output": torch.as_tensor(output.images), "value": torch.stack(seen[site.site])}
         return values if way != "call" else {"output": values["output"]}
 

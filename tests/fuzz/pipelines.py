@@ -23,7 +23,7 @@ def tiny_sd(engine: str) -> Subject:
     import mm_adapters as mm
     from mm_adapters.zoo import path
 
-    plain = StableDiffusionPipeline.from_pretrained(path("tiny-sd"), torch_dtype=torch.float32)
+    plain = StableDiffusionPipeline.from_pretrained(path("tiny-sd"), dtype=torch.float32)
     model: Any = mm.load("tiny-sd", device="cpu", engine=engine)
     for pipe in (plain, model.wrapped):
         pipe.set_progress_bar_config(disable=True)
@@ -39,7 +39,8 @@ def tiny_sd(engine: str) -> Subject:
         if scale is not None:
             given["guidance_scale"] = scale
         if rng.random() < 0.2:
-            given["height"] = rng.choice([32, 64])
+            # With one of them alone the pipeline draws its usual size.
+            given |= {"height": rng.choice([32, 64]), "width": 64}
         return Given(given, given, n, str(given), steps, 1 if scale == 1.0 else 2)
 
     down, mid = "unet.down_blocks.1.attentions.0.transformer_blocks.0", "unet.mid_block.attentions.0"
@@ -95,12 +96,12 @@ def heun(engine: str) -> Subject:
     def draw(rng: Random) -> Given:
         steps = rng.choice([2, 3])
         given = case.inputs | {"num_inference_steps": steps, "seed": rng.randrange(100)}
-        return Given(given, given, 2, f"Heun, {given}", None, 2)
+        return Given(given, given, 2, f"Heun, {given}", steps, 2)
 
     path = model.towers["denoiser"].stacks["blocks"][0]
     probes = (
-        Probe("denoiser.blocks.0.hook_resid_post", f"unet.{path}", loop=True),
-        Probe("denoiser.blocks.0.hook_mlp_out", f"unet.{path}.ff", loop=True),
+        Probe("denoiser.blocks.0.hook_resid_post", f"unet.{path}", loop=True, per_step=2),
+        Probe("denoiser.blocks.0.hook_mlp_out", f"unet.{path}.ff", loop=True, per_step=2),
     )
     smooth = {"output_type": "latent"}
     return Subject("heun", engine, model, plain, probes, draw, _pictures, "diffusion", smooth=smooth)

@@ -17,8 +17,8 @@ class Probe:
     """Where a site's value is in the library's own model.
 
     `path` is a module's. The value is its first input or its output, of a tuple the `item`-th; with
-    `heads`, its last axis is [head x d_head]. `rows_per_row` is how many rows of the value one row of the
-    input has under guidance, `loop` whether a sampling loop calls it.
+    `heads`, its last axis is [head x d_head]. `loop` says whether a sampling loop calls it, `per_step` how
+    often a step does (the last may do less), `needs` which inputs it runs with.
     """
 
     site: str
@@ -28,6 +28,7 @@ class Probe:
     item: int = 0
     loop: bool = False
     needs: str = ""
+    per_step: int = 1
 
     def of(self, value: Any) -> Tensor:
         tensor = value if isinstance(value, Tensor) else value[self.item]

@@ -62,10 +62,11 @@ def sample(rng: Random, subject: Subject, given: Given, most: int = 2) -> list[P
 
 
 def joined(probe: Probe, values: list[Tensor], steps: tuple[int, ...] | None = None) -> Tensor:
-    """The value of a site: of a loop [step, row, ...], else the calls' rows one after the other."""
+    """The value of a site: of a loop [call, row, ...], else the calls' rows one after the other."""
     if not probe.loop:
         return torch.cat(values)
-    return torch.stack([values[i] for i in (range(len(values)) if steps is None else steps)])
+    kept = [v for call, v in enumerate(values) if steps is None or call // probe.per_step in steps]
+    return torch.stack(kept)
 
 
 def picked(value: Tensor, rows: tuple[int, ...] | None) -> Tensor:
@@ -140,11 +141,13 @@ def reading(rng: Random, subject: Subject) -> Call:
     )  # fmt: skip
 
 
-def change_of(move: Move, rows: Index | None, positions: Index | None, steps: Index | None) -> Change:
+def change_of(
+    move: Move, rows: Index | None, positions: Index | None, steps: Index | None, per_step: int = 1
+) -> Change:
     """The edit, as a plain hook makes it."""
 
     def change(call: int, value: Tensor) -> Tensor:
-        if steps is not None and steps.means is not None and call not in steps.means:
+        if steps is not None and steps.means is not None and call // per_step not in steps.means:
             return value
         at: Any = slice(None) if rows is None or rows.means is None else list(rows.means)
         new = value.clone()
@@ -192,12 +195,12 @@ def editing(rng: Random, subject: Subject) -> Call:
         return values | {p.site: run[p.site] for p in reads}
 
     def right() -> dict[str, Any]:
-        change = change_of(move, rows, positions, steps)
+        change = change_of(move, rows, positions, steps, probe.per_step)
         edited: list[tuple[Tensor, Tensor]] = []
 
         def both(call: int, value: Tensor) -> Tensor:
             new = change(call, value)
-            if steps is None or steps.means is None or call in steps.means:
+            if steps is None or steps.means is None or call // probe.per_step in steps.means:
                 at: Any = slice(None) if rows is None else list(rows.means or ())
                 was, now = value[at], new[at]
                 if positions is not None:
@@ -214,34 +217,4 @@ def editing(rng: Random, subject: Subject) -> Call:
     return Call("edit", f"run({given.text}, {text})", expected(*where.values()), subject, perform, right)
 
 
-def two_edits(rng: Random, subject: Subject) -> Call:
-    """Two edits of one site, or of two: in the order given, reads after them."""
-    given = subject.draw(rng)
-    probes = sample(rng, subject, given, 2)
-    plan = [(rng.choice(probes), rng.choice(MOVES)) for _ in range(2)]
-    rows = [rows_of(rng, probe, given) for probe, _ in plan]
-
-    def perform() -> dict[str, Any]:
-        edits = [
-            mm.Edit(p.site, move.fn, **made(rows=index))
-            for (p, move), index in zip(plan, rows, strict=True)
-        ]  # fmt: skip
-        run = subject.model.run(given.ours, edit=edits, read=[p.site for p in probes])
-        return {"output": subject.head(run.output)} | {p.site: run[p.site] for p in probes}
-
-    def right() -> dict[str, Any]:
-        change = [
-            (p, change_of(move, index, None, None)) for (p, move), index in zip(plan, rows, strict=True)
-        ]
-        output, seen = plain_run(subject, given.plain, probes, change)
-        return {"output": subject.head(output)} | {p.site: joined(p, seen[p.site]) for p in probes}
-
-    edits = ", ".join(
-        f"Edit({p.site!r}, {move.text}{shown(rows=index)})"
-        for (p, move), index in zip(plan, rows, strict=True)
-    )
-    line = f"run({given.text}, edit=[{edits}], read={[p.site for p in probes]})"
-    return Call("two edits", line, expected(*rows), subject, perform, right)
-
-
-KINDS = (Kind(reading, weight=4.5), Kind(editing, weight=4), Kind(two_edits, weight=1))
+KINDS = (Kind(reading, weight=4.5), Kind(editing, weight=4))
