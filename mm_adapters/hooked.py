@@ -18,8 +18,8 @@ from mm_adapters.inputs.generators import seeded
 from mm_adapters.inputs.pipeline_call import check_run, settled
 from mm_adapters.runs.base_model import BaseModel
 from mm_adapters.runs.foreseen import check_foreseen
-from mm_adapters.runs.gradients import differentiable
-from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_reads
+from mm_adapters.runs.gradients import check_grad_of, differentiable
+from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_inputs, as_reads
 from mm_adapters.runs.session import Session
 from mm_adapters.runs.turns import Turns, in_turn
 from mm_adapters.sites.held import place
@@ -181,8 +181,9 @@ class HookedModel(BaseModel, HookedRootModule):
         if an edit or read, or a part of it, never came up.
         """
         self.check_ready()
+        check_grad_of(grad_of)
         session = self._session(read, edit, keep_graph=grad_of is not None)
-        arguments = self._arguments(dict(inputs))
+        arguments = self._arguments(as_inputs(inputs))
         check_foreseen(self, arguments, session.asked)
         if grad_of is None:
             with torch.no_grad(), session.attached(arguments), self.running():
@@ -259,7 +260,7 @@ class HookedModel(BaseModel, HookedRootModule):
         if callable(names) or names is None:
             return
         prefix = f"{tower}." if tower else ""
-        for name in [names] if isinstance(names, str) else names:
+        for name in names_of(names):
             self.sitemap[prefix + name.removeprefix(prefix)]
 
     # The wrapped model is not a registered child, so these say so.

@@ -50,8 +50,8 @@ from mm_adapters.nnsight_engine.recorder import Recorder
 from mm_adapters.nnsight_engine.scan import SiteScanner, for_shapes, shapes_only
 from mm_adapters.records.spec import Guidance
 from mm_adapters.runs.foreseen import check_foreseen
-from mm_adapters.runs.gradients import differentiable
-from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_reads
+from mm_adapters.runs.gradients import check_grad_of, differentiable
+from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_inputs, as_reads
 from mm_adapters.runs.session import is_guided
 from mm_adapters.runs.turns import Turns
 from mm_adapters.sites.held import place
@@ -311,7 +311,9 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         if an edit or read, or a part of it, never came up.
         """
         job = {"remote": remote, "blocking": blocking, "verbose": verbose} if remote else {}
-        return self._recorded(dict(inputs), as_reads(read), as_edits(edit), grad_of, self._plain, **job)
+        check_grad_of(grad_of)
+        asked = as_reads(read), as_edits(edit)
+        return self._recorded(as_inputs(inputs), *asked, grad_of, self._plain, **job)
 
     def _recorded(
         self,
