@@ -22,6 +22,7 @@ from mm_adapters.records.registry import register
 from mm_adapters.records.spec import Site
 from mm_adapters.runs.lens import Call, Edit, Lens, Read, Receipt, Run
 from mm_adapters.runs.model import Model
+from mm_adapters.runs.schedule import Schedule
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tokens.layout import TokenLayout
@@ -63,6 +64,7 @@ __all__ = [
     "ReadNeverFiredError",
     "Receipt",
     "Run",
+    "Schedule",
     "Site",
     "SiteMap",
     "StoreError",

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 
 from mm_adapters._errors import InputError, ModelStateError
-from mm_adapters.hooks.eager import eagerly, is_compiled
+from mm_adapters.hooks.eager import eagerly, is_compiled, without_checkpoints
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.inputs.call_names import RAW, Call, parameters_of, refuse_unknown
 from mm_adapters.inputs.generators import seeded
 from mm_adapters.inputs.pipeline_call import check_run, settled
 from mm_adapters.runs.base_model import BaseModel
 from mm_adapters.runs.foreseen import check_foreseen
-from mm_adapters.runs.gradients import differentiable
-from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_reads
+from mm_adapters.runs.gradients import check_grad_of, differentiable
+from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_inputs, as_reads
 from mm_adapters.runs.session import Session
 from mm_adapters.runs.turns import Turns, in_turn
 from mm_adapters.sites.held import place
@@ -39,7 +39,7 @@ class HookedModel(BaseModel, HookedRootModule):
 
     Calling it calls the wrapped model: with that model's own arguments, or with raw `text=` and
     `images=`. A diffusion pipeline is called with a prompt and its own options, and `seed=`; the
-    values of its sampling loop carry a leading step axis.
+    values of its sampling loop carry a leading axis of calls.
 
     `model.vision`, `model.text`, `model.language`, ... are TransformerLens models of one tower.
     """
@@ -105,8 +105,10 @@ class HookedModel(BaseModel, HookedRootModule):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The model's modules run inside: as they are written, if a hook is active and they were compiled."""
-        with self._turns.running(self.points), self._eagerly():
+        """The model's modules run inside: as they are written, if a hook is active."""
+        watched = self.points.are_live
+        checkpoints = without_checkpoints(self._modules_wrapped()) if watched else nullcontext()
+        with self._turns.running(self.points), self.eagerly(), checkpoints:
             yield
 
     def tower(self, name: str) -> HookedTower:
@@ -145,7 +147,7 @@ class HookedModel(BaseModel, HookedRootModule):
         fwd_hooks: Sequence[tuple[Any, Callable[..., Any]]] = (),
         **kwargs: Any,
     ) -> Any:
-        """The wrapped model's `generate` (a pipeline's call), with raw inputs, and hooks or edits at steps.
+        """The wrapped model's `generate` (a pipeline's call), with raw inputs, hooks and edits at each step.
 
         Returns its token ids; a `Run` whose output they are if anything is read or edited. A language
         tower's values are joined along the sequence, each position's from the call that computed it last;
@@ -179,8 +181,9 @@ class HookedModel(BaseModel, HookedRootModule):
         if an edit or read, or a part of it, never came up.
         """
         self.check_ready()
+        check_grad_of(grad_of)
         session = self._session(read, edit, keep_graph=grad_of is not None)
-        arguments = self._arguments(dict(inputs))
+        arguments = self._arguments(as_inputs(inputs))
         check_foreseen(self, arguments, session.asked)
         if grad_of is None:
             with torch.no_grad(), session.attached(arguments), self.running():
@@ -232,7 +235,7 @@ class HookedModel(BaseModel, HookedRootModule):
 
         No other thread runs the model inside.
         """
-        with self.turn(), super().hooks(*args, **kwargs) as hooked:
+        with self.turn(), super().hooks(*args, **kwargs) as hooked, self.eagerly():
             try:
                 yield hooked
             finally:
@@ -257,7 +260,7 @@ class HookedModel(BaseModel, HookedRootModule):
         if callable(names) or names is None:
             return
         prefix = f"{tower}." if tower else ""
-        for name in [names] if isinstance(names, str) else names:
+        for name in names_of(names):
             self.sitemap[prefix + name.removeprefix(prefix)]
 
     # The wrapped model is not a registered child, so these say so.
@@ -302,7 +305,8 @@ class HookedModel(BaseModel, HookedRootModule):
         self.setup()
         self._turns = Turns([self.wrapped, *(t.module for t in self.sitemap.towers.values())])
 
-    def _eagerly(self) -> AbstractContextManager[None]:
+    def eagerly(self) -> AbstractContextManager[None]:
+        """Inside, what was compiled runs as it is written, if a hook is active."""
         return eagerly() if self.points.are_live and is_compiled(self._modules_wrapped()) else nullcontext()
 
     def _modules_wrapped(self) -> list[nn.Module]:

@@ -30,7 +30,7 @@ from torch._guards import detect_fake_mode
 from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.open import modules_of, open_checkpoint
 from mm_adapters.checkpoints.origin import CheckpointRef
-from mm_adapters.hooks.eager import eagerly, is_compiled
+from mm_adapters.hooks.eager import eagerly, is_compiled, without_checkpoints
 from mm_adapters.hooks.module_hooks import AttentionHook
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.ndif_client.pending_run import PendingRun
@@ -50,8 +50,8 @@ from mm_adapters.nnsight_engine.recorder import Recorder
 from mm_adapters.nnsight_engine.scan import SiteScanner, for_shapes, shapes_only
 from mm_adapters.records.spec import Guidance
 from mm_adapters.runs.foreseen import check_foreseen
-from mm_adapters.runs.gradients import differentiable
-from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_reads
+from mm_adapters.runs.gradients import check_grad_of, differentiable
+from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_inputs, as_reads
 from mm_adapters.runs.session import is_guided
 from mm_adapters.runs.turns import Turns
 from mm_adapters.sites.held import place
@@ -164,7 +164,12 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         modules = modules_of(self.wrapped)
         eager = eagerly() if is_compiled(modules) else nullcontext()
         # A block that is cut off may leave the mode that it had set.
-        with torch.set_grad_enabled(torch.is_grad_enabled()), eager, self._turns.running(self.interleaver):
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled()),
+            eager,
+            without_checkpoints(modules),
+            self._turns.running(self.interleaver),  # type: ignore[arg-type]
+        ):
             yield
 
     @property
@@ -306,7 +311,9 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         if an edit or read, or a part of it, never came up.
         """
         job = {"remote": remote, "blocking": blocking, "verbose": verbose} if remote else {}
-        return self._recorded(dict(inputs), as_reads(read), as_edits(edit), grad_of, self._plain, **job)
+        check_grad_of(grad_of)
+        asked = as_reads(read), as_edits(edit)
+        return self._recorded(as_inputs(inputs), *asked, grad_of, self._plain, **job)
 
     def _recorded(
         self,

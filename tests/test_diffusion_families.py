@@ -169,7 +169,7 @@ def test_guidance_by_two_calls_counts_steps_and_tells_the_calls_apart() -> None:
     assert last.receipts[0].fired == 1
     plain = {k: v for k, v in case.inputs.items() if k not in ("negative_prompt", "true_cfg_scale")}
     assert model.run(plain, read=[site]).rows["denoiser"] == {"cond": slice(0, 2)}
-    with pytest.raises(mm.EditNeverFiredError):
+    with pytest.raises(mm.InputError, match="not guided"):
         model.run(plain, edit=[mm.Edit(site, torch.zeros_like, rows="uncond")])
 
 

@@ -157,7 +157,7 @@ def test_mistakes_raise_as_they_do_in_the_hooked_model() -> None:
     built, _, traced = both("clip")
     with pytest.raises(mm.MissingSiteError, match=r"vision\.blocks\.1\.attn\.hook_z"):
         traced.run(built.inputs, read=["vision.blocks.1.attn.hook_zz"])
-    with pytest.raises(mm.EditNeverFiredError, match="never fired"):
+    with pytest.raises(mm.InputError, match="no step 3"):
         traced.run(built.inputs, edit=[mm.Edit("vision.blocks.0.attn.hook_z", torch.relu, steps=[3])])
     with pytest.raises(ValueError, match="returned"):
         traced.run(built.inputs, edit=[mm.Edit("vision.blocks.0.attn.hook_z", lambda x: x[0])])

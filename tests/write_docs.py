@@ -23,6 +23,7 @@ PAGES = {
     "commands": (ROOT / "README.md", DOCS / "commands.md"),
     "methods": (ROOT / "README.md", DOCS / "methods" / "index.md"),
     "families": (DOCS / "families.md",),
+    "states": (DOCS / "states.md",),
     "overrides": (DOCS / "developing" / "overrides.md",),
 }
 # The libraries whose classes this project's classes extend.
@@ -104,6 +105,23 @@ def families(page: Path) -> str:
     return "\n".join(rows)
 
 
+def states(page: Path) -> str:
+    """What is right in each state of a model, by kind; `tests/states` runs each cell with both engines."""
+    from tests.states.kinds import KINDS
+    from tests.states.table import STATES
+
+    rows = ["| state | brought about by | " + " | ".join(KINDS) + " |", "|---" * (2 + len(KINDS)) + "|"]
+    for state in STATES:
+        answer, refusal = "right", state.refusal
+        if refusal is not None:
+            parts = " and ".join(f"`{part}`" for part in refusal.parts)
+            where = f" of the {refusal.tower}" if refusal.tower else ""
+            answer = f"right, but {parts}{where}: `{refusal.error.__name__}` (`{refusal.says}`)"
+        cells = [answer if kind in state.kinds else f"– ({state.why_not})" for kind in KINDS]
+        rows.append(f"| {state.name} | {state.how or '–'} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def our_classes() -> list[type]:
     """Every class of this project that can be imported here (a service's own needs Ray)."""
     found: dict[type, None] = {}
@@ -146,7 +164,7 @@ def shape(base: type, name: str) -> str:
 
 
 WRITERS: dict[str, Callable[[Path], str]] = {
-    "commands": commands, "methods": methods, "families": families, "overrides": overrides,
+    "commands": commands, "methods": methods, "families": families, "states": states, "overrides": overrides,
 }  # fmt: skip
 
 

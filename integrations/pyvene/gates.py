@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from integrations.pyvene.options import check_options
-from mm_adapters import EditNeverFiredError, InputError
+from mm_adapters import EditNeverFiredError, InputError, Schedule
 from mm_adapters.records import Guidance
 
 Rows = str | slice | Sequence[int]
@@ -50,9 +50,9 @@ class MapIntervention(Wrapper):
 class StepGate(Wrapper):
     """Lets an intervention act in some steps of a sampling loop, on some of the rows.
 
-    An `MMIntervenableModel` counts the steps anew in each run, and raises EditNeverFiredError after one in
-    which a step or the rows never came. A gate that is called by itself counts its calls; `reset` starts
-    again.
+    In an `MMIntervenableModel` the steps are the pipeline's, each with all its calls, and a run in which a
+    step or the rows never came raises EditNeverFiredError. A gate that is called by itself counts its
+    calls; `reset` starts again.
 
     Args:
         inner: The intervention.
@@ -75,17 +75,28 @@ class StepGate(Wrapper):
         self.rows: Rows = rows
         self._guidance: Guidance | None = None
         self._is_guided: Callable[[], bool] = lambda: False
+        self.loop = ""
         self.reset()
 
-    def reset(self) -> None:
-        """Counts from the first step again."""
-        self.n_calls = 0
+    def reset(self, schedule: Schedule | None = None) -> None:
+        """Counts from the first step again, by what a loop's scheduler does if its schedule is given."""
+        self.n_steps = 0
+        self._schedule = schedule
+        self._n_calls, self._turn, self._part = 0, -1, 0
         self._acted: set[int] = set()
 
-    @property
-    def step(self) -> int:
-        """The step that comes next."""
-        return self.n_calls // self._calls_a_step()
+    def _next(self) -> tuple[int, int]:
+        """The step that this call belongs to, and which of guidance's calls it is."""
+        if self._schedule is None:
+            step, self._part = divmod(self._n_calls, self._calls_a_step())
+        else:
+            turn = self._schedule.turn()
+            self._part = self._part + 1 if turn == self._turn else 0
+            self._turn = turn
+            step = self._schedule.call_of(turn).step
+        self._n_calls += 1
+        self.n_steps = max(self.n_steps, step + 1)
+        return step, self._part
 
     def attach(self, site: str, guidance: Guidance | None, is_guided: Callable[[], bool]) -> None:
         """Says how the loop at this site is guided.
@@ -93,6 +104,7 @@ class StepGate(Wrapper):
         Raises: InputError if `rows` is a name that its guidance does not have.
         """
         self._guidance, self._is_guided = guidance, is_guided
+        self.loop = site.partition(".")[0]
         if not isinstance(self.rows, str) or self.rows == "all":
             return
         known = () if guidance is None else guidance.denoiser_calls or guidance.denoiser_rows
@@ -106,15 +118,14 @@ class StepGate(Wrapper):
         missing = sorted(self.steps - self._acted)
         if missing:
             raise EditNeverFiredError(
-                f"A StepGate never acted at steps {missing} with rows={self.rows!r}: the run had {self.step} "
-                "steps, or no such rows in them."
+                f"A StepGate never acted at steps {missing} with rows={self.rows!r}: the run had "
+                f"{self.n_steps} steps, or no such rows in them."
             )
 
     def forward(self, base: Tensor, source: Any = None, subspaces: Any = None, **kwargs: Any) -> Tensor:
         """The base, with its rows intervened on if this is one of the steps."""
-        step, part = divmod(self.n_calls, self._calls_a_step())
+        step, part = self._next()
         rows = self._rows_of(part, len(base)) if step in self.steps else []
-        self.n_calls += 1
         if len(rows) == 0:
             return base
         self._acted.add(step)
@@ -143,7 +154,7 @@ class StepGate(Wrapper):
         if not self._is_guided():
             return every if self.rows == "cond" else []
         if self._guidance.denoiser_calls:
-            return every if self._guidance.denoiser_calls[part] == self.rows else []
+            return every if self._guidance.denoiser_calls[part : part + 1] == (self.rows,) else []
         parts = self._guidance.denoiser_rows
         size = n // len(parts)
         return every[parts.index(self.rows) * size :][:size]

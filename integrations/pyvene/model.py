@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from integrations.pyvene.interventions import refuse_subspaces
 from integrations.pyvene.locations import alike, counted
 from integrations.pyvene.options import check_options
 from integrations.pyvene.registration import register
-from mm_adapters import InputError, SiteMap
+from mm_adapters import InputError, Schedule, SiteMap
 from mm_adapters.records import is_guided
 
 _OPTIONS = ("use_fast", "as_adaptor", "intervenables_sort_fn")
@@ -137,15 +137,24 @@ class MMIntervenableModel(pv.IntervenableModel):
             *_, innermost = layers_of(intervention)
             refuse_subspaces(innermost, each[i] if isinstance(each, list) and i < len(each) else None)
         gates = [gate for intervention in interventions for gate in _gates_in(intervention)]
-        for gate in gates:
-            gate.reset()
         try:
-            with nullcontext() if self.model_has_grad else frozen(self.model):
+            with ExitStack() as stack:
+                stack.enter_context(nullcontext() if self.model_has_grad else frozen(self.model))
+                schedules = {loop: self._watched(loop, stack) for loop in self._sites.loops if gates}
+                for gate in gates:
+                    gate.reset(schedules.get(gate.loop))
                 yield
         finally:
             self._remove_forward_hooks()
         for gate in gates:
             gate.check_acted()
+
+    def _watched(self, loop: str, stack: ExitStack) -> Schedule | None:
+        pipeline = self.model.__dict__.get("pipeline")
+        schedule = None if pipeline is None else Schedule.of(pipeline, self._sites.model_record, loop)
+        if schedule is not None:
+            stack.enter_context(schedule.watched())
+        return schedule
 
     @property
     def _is_generation(self) -> bool:

@@ -26,7 +26,7 @@ def of_file(file: Path) -> str:
 
 
 def of_folder(folder: Path) -> str | None:
-    """What to do with a folder of what changes another model (an adapter); None if it is not one."""
+    """What to do with a folder of an adapter, or of a pipeline's tokenizer; None if it is neither."""
     if (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
         return None
     settings = folder / "adapter_config.json"
@@ -49,6 +49,11 @@ def of_folder(folder: Path) -> str | None:
             f"{folder} is a textual inversion embedding, not a model. Load the pipeline it was trained "
             "on and put "
             f"it there: pipe.load_textual_inversion({str(folder)!r}); mm_adapters.wrap(pipe)."
+        )
+    if (folder.parent / "model_index.json").is_file():
+        return (
+            f"{folder} is a part of a pipeline and holds no model: its folder is {folder.parent}. Load that: "
+            f"mm_adapters.load({str(folder.parent)!r})."
         )
     return None
 

@@ -29,6 +29,7 @@ register(
         guidance=Guidance(flag=None),
         sampling=_SAMPLING,
         prompt_length=77,
+        outputs=("pil", "np", "pt"),
     )
 )
 register(

@@ -1,4 +1,5 @@
-"""Modules that were compiled, run as they are written: a hook put on later is not in the compiled code."""
+"""Modules run as they are written: compiled code has no hook that was put on later, and a block that is run
+again for its gradients would be without its hooks."""
 
 from __future__ import annotations
 
@@ -28,3 +29,17 @@ def eagerly() -> Iterator[None]:
     """Compiled code is left alone inside, and what it was compiled from runs."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def without_checkpoints(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, no block is run a second time in the backward pass, if there will be one."""
+    parts = (part for module in modules for part in module.modules()) if torch.is_grad_enabled() else ()
+    switched = [part for part in parts if vars(part).get("gradient_checkpointing")]
+    for part in switched:
+        part.__dict__["gradient_checkpointing"] = False
+    try:
+        yield
+    finally:
+        for part in switched:
+            part.__dict__["gradient_checkpointing"] = True

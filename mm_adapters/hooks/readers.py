@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from mm_adapters.hooks.kept import Kept
 from mm_adapters.hooks.point import Point, show, tracked
+from mm_adapters.sites.held import held
+from mm_adapters.sites.linear_map import bias_of, weight_of
 
 
 class Reader:
@@ -53,7 +55,7 @@ class Gain:
         self.squash = squash
 
     def __call__(self) -> Tensor:
-        weight = getattr(self.block, self.name)
+        weight = held(self.block, self.name)
         return weight.tanh() if self.squash else weight
 
     def undo(self, x: Tensor) -> Tensor:
@@ -151,7 +153,8 @@ class NormReader(Reader):
         normalized, changed = show(normalized_point, ratio)
         if not rescaled and not changed and not tracked(normalized):
             return x
-        weight, bias = getattr(self.norm, "weight", None), getattr(self.norm, "bias", None)
+        weight = None if getattr(self.norm, "weight", None) is None else weight_of(self.norm)
+        bias = bias_of(self.norm)
         out = normalized if weight is None else normalized * (weight.float() + self.offset)
         out = out if bias is None else out + bias.float()
         return (out.squeeze(1) if pooled else out).to(x.dtype)

@@ -19,7 +19,8 @@ def check_watchable(module: nn.Module, side: str, name: str, owner: nn.Module, t
         owner: The module that holds it.
         tower: The tower it belongs to.
 
-    Raises: ModelStateError if the pipeline slices its attention, fuses its projections or works in tiles.
+    Raises: ModelStateError if attention is sliced, projections are fused, the tower works in tiles or with
+    a cache of its blocks.
     """
     if side == "inside" and "Sliced" in type(vars(module).get("processor")).__name__:
         raise ModelStateError(
@@ -35,6 +36,11 @@ def check_watchable(module: nn.Module, side: str, name: str, owner: nn.Module, t
         raise ModelStateError(
             f"Tiling is on: {type(tower).__name__} works on one tile of the picture after another, so no "
             "call has all of it. Switch it off: pipe.vae.disable_tiling()."
+        )
+    if vars(tower).get("_cache_config") is not None:
+        raise ModelStateError(
+            f"A cache is on: {type(tower).__name__} leaves blocks out at some steps and takes what they gave "
+            "before, so a site has no value there. Switch it off: pipe.transformer.disable_cache()."
         )
 
 

@@ -209,8 +209,9 @@ class Points:
     def _at_home(self, module_hook: Any, site: Site) -> Any:
         above, _, name = site.module.rpartition(".")
         owner = resolve(self._sites.model, above)
-        if module_hook.module is self._module(site) and isinstance(owner, nn.Module):
-            module_hook.home = name, owner, self._sites.towers[site.tower].module
+        tower = self._sites.towers[site.tower].module
+        if module_hook.module is self._module(site):
+            module_hook.home = name, owner if isinstance(owner, nn.Module) else tower, tower
         return module_hook
 
     def _module(self, site: Site) -> nn.Module:

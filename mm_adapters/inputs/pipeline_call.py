@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from mm_adapters.inputs.call_names import SEED, parameters_of
 from mm_adapters.inputs.numbers import check_between, check_finite, check_seed, check_whole
 from mm_adapters.inputs.picture_size import SIZES, both_sizes, check_size
 from mm_adapters.inputs.prompts import is_prompt
+from mm_adapters.inputs.step_share import check_strength
 
 _COUNTS = ("num_images_per_prompt", "num_images", "batch_size", "callback_steps", "max_sequence_length")
-_OUTPUTS = ("pil", "np", "pt", "latent")
 _TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds", "image")
 _CALLBACKS = ("callback", "prior_callback")
 _ANY_SIZE = 1024  # Stands for a size that the pipeline chooses, where its own checks ask for one.
@@ -27,7 +27,7 @@ def check_options(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     """Passes if each option can be meant; whether they are enough for a run is `check_run`'s.
 
     Raises: InputError for a seed beside a generator or that is none, steps, counts or sizes that are no
-    positive whole numbers, a size that would be rounded, numbers that are NaN, an unknown kind of output.
+    positive whole numbers, a size that would be rounded, numbers that are NaN.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     if SEED in given:
@@ -58,10 +58,14 @@ def check_options(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             raise InputError(f"{name} has values that are NaN or infinite. Replace them.")
         elif name.startswith(_CALLBACKS) and not name.endswith("inputs") and not callable(value):
             raise InputError(f"{name}={value!r} is {type(value).__name__}. Pass a function.")
-    output = given.get("output_type")
-    if output is not None and output not in _OUTPUTS:
-        raise InputError(f"output_type={output!r}; there is {', '.join(_OUTPUTS)}.")
     check_size(pipeline, given)
+
+
+def check_output(outputs: Sequence[str], arguments: Mapping[str, Any]) -> None:
+    """Raises: InputError if `output_type` is none of those that a pipeline knows."""
+    output = arguments.get("output_type")
+    if output is not None and output not in outputs:
+        raise InputError(f"output_type={output!r}; there is {', '.join(outputs)}.")
 
 
 def _check_schedule(pipeline: Any, name: str, value: Any) -> None:
@@ -116,6 +120,7 @@ def check_run(pipeline: Any, arguments: Mapping[str, Any]) -> None:
                     f"There are {len(seeds)} in {name} for {n_pictures} pictures. Pass one for each, or "
                     "one alone."
                 )
+    check_strength(pipeline, arguments)
     _check_inputs(pipeline, arguments)
 
 

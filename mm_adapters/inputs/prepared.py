@@ -35,11 +35,21 @@ _FEATURES = (
 class Readable:
     """What a model reads.
 
-    `text_key` and `image_key` are its arguments, `context` the longest sequence in tokens, `n_tokens`
-    tells the size of its vocabulary, `placeholders` ids that may lie outside it, `image_size` (height, width)
-    in pixels, None for any; `image_id` the token that stands for a picture among the words,
-    `feeds` the arguments of which a call has one at least. `images` and `videos` say, with `config`, how
-    many tokens they take.
+    Args:
+        text_key: Its argument of tokens; "" if it takes none.
+        image_key: Its argument of pixels.
+        context: The longest sequence, in tokens.
+        n_tokens: Tells the size of its vocabulary.
+        placeholders: Ids that may lie outside it.
+        image_size: (height, width) in pixels; None for any.
+        n_channels: Of a picture.
+        image_id: The token that stands for a picture among the words.
+        feeds: The arguments of which a call has one at least.
+        images: How a picture's tokens lie among the words, which tells how many they are.
+        n_class: The vision tower's class tokens.
+        videos: As `images`, of a video.
+        video_id: The token that stands for a video.
+        config: The model's, which `images` and `videos` refer to.
     """
 
     text_key: str = ""
@@ -52,6 +62,7 @@ class Readable:
     image_id: int | None = None
     feeds: tuple[str, ...] = ()
     images: ImageTokens | None = None
+    n_class: int = 0
     videos: VideoTokens | None = None
     video_id: int | None = None
     config: Any = field(default=None, repr=False)
@@ -169,7 +180,7 @@ class Readable:
             return
         n_tokens = int((ids == self.image_id).sum())
         if n_tokens:
-            check_images(self.images, self.config, arguments, n_tokens, pixels)
+            check_images(self.images, self.config, arguments, n_tokens, pixels, self.n_class)
         else:
             raise InputError(
                 f"{self.image_key} has pictures, and no token of {self.text_key} stands for one (id "

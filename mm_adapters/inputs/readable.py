@@ -26,6 +26,7 @@ def readable(model: Any, sites: SiteMap, tokenizer: Any = None) -> Readable:
         n_channels=_n_channels(model),
         image_id=_image_id(model, sites),
         images=_image_tokens(sites, vision),
+        n_class=vision.record.n_class if vision is not None and isinstance(vision.record.n_class, int) else 0,
         videos=sites.model_record.videos,
         video_id=_id_at(model, sites.model_record.video_token),
         config=getattr(model, "config", None),

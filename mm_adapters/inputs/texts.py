@@ -12,7 +12,7 @@ from mm_adapters.inputs.images import as_list
 def as_texts(text: Any, name: str = "text") -> list[str]:
     """A list of the texts; one string is one text. "" is a text. `name` is the argument's.
 
-    Raises: InputError if there is none, or one that is not a string.
+    Raises: InputError if there is none, or one that is not a string of whole characters.
     """
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, Sequence) or isinstance(texts, bytes):
@@ -22,6 +22,8 @@ def as_texts(text: Any, name: str = "text") -> list[str]:
     for i, item in enumerate(texts):
         if not isinstance(item, str):
             raise InputError(f"{name}[{i}] is {type(item).__name__} ({item!r}), not a string.")
+        if any("\ud800" <= letter <= "\udfff" for letter in item):
+            raise InputError(f"{name}[{i}] is {item!r}, with half a character, which no tokenizer reads.")
     return list(texts)
 
 

@@ -344,6 +344,7 @@ class ModelRecord:
             many tokens of it the denoiser does not see. Such prompts are as long as the longest of them.
         prompt_length: To how many tokens its code cuts and pads every prompt, whatever its tokenizer says;
             None where the text encoder, the tokenizer or `max_sequence_length` says it.
+        outputs: The values of `output_type` that it knows.
     """
 
     name: str
@@ -363,6 +364,7 @@ class ModelRecord:
     joint_text: tuple[str, ...] = ()
     template: tuple[str, str] | None = None
     prompt_length: int | None = None
+    outputs: tuple[str, ...] = ("pil", "np", "pt", "latent")
 
 
 @dataclass(frozen=True)

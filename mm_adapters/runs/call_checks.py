@@ -12,7 +12,7 @@ from mm_adapters._errors import InputError
 from mm_adapters.inputs.call_names import RAW, Call, CallNames, call_names
 from mm_adapters.inputs.generation import check_generation
 from mm_adapters.inputs.images import to_rgb_list
-from mm_adapters.inputs.pipeline_call import check_options
+from mm_adapters.inputs.pipeline_call import check_options, check_output
 from mm_adapters.inputs.prompts import check_prompts
 from mm_adapters.sites.site_map import SiteMap
 
@@ -46,6 +46,7 @@ class CallChecks:
         if self._is_pipeline:
             with unset_fake_temporarily():
                 check_options(self.wrapped, arguments)
+                check_output(self.sitemap.model_record.outputs, arguments)
         elif call == "generate":
             check_generation(self.wrapped, arguments)
 
@@ -58,6 +59,7 @@ class CallChecks:
         if self._is_pipeline:
             with unset_fake_temporarily():  # In a scan the arguments are real, and nothing else is.
                 check_options(self.wrapped, arguments)
+                check_output(self.sitemap.model_record.outputs, arguments)
                 return self._pipeline_arguments(dict(arguments))
         own = dict(arguments)
         raw = {k: own.pop(k) for k in RAW if own.get(k) is not None and not _is_own(k, own[k])}

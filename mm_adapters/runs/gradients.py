@@ -13,6 +13,12 @@ from mm_adapters._errors import InputError
 from mm_adapters.runs.lens import Read
 
 
+def check_grad_of(grad_of: Any) -> None:
+    """Raises: InputError for what is no function."""
+    if grad_of is not None and not callable(grad_of):
+        raise InputError(f"grad_of={grad_of!r}: it is a function of the output that gives one number.")
+
+
 def check_reads(reads: Sequence[Read]) -> None:
     """Raises: InputError if a run with `grad_of` would give no gradient, or one of a reduced value."""
     for read in reads:

@@ -54,8 +54,8 @@ class Read:
 
     def __post_init__(self) -> None:
         """Makes numbers tuples, so that a generator lasts for more than one run."""
-        _check_callable(f"The reduce of a read of {self.site}", self.reduce, optional=True)
         _plain_numbers(self)
+        _check_callable(f"The reduce of a read of {self.site}", self.reduce, optional=True)
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Edit:
 
     def __post_init__(self) -> None:
         """Makes numbers tuples, so that a generator lasts for more than one run."""
-        _check_callable(f"The edit of {self.site}", self.fn, optional=False)
         _plain_numbers(self)
+        _check_callable(f"The edit of {self.site}", self.fn, optional=False)
         if self.positions is not None:
             positions = whole_numbers(f"{self.site}: positions", self.positions)
             object.__setattr__(self, "positions", positions)
@@ -149,6 +149,16 @@ class Lens(Protocol):
         ...
 
 
+def as_inputs(given: Any) -> dict[str, Any]:
+    """A model's arguments by name. Raises: InputError for what is no mapping of names."""
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise InputError(
+            f"inputs={given!r:.80}: they are a dictionary of the model's own arguments by name, or of raw "
+            "text and images."
+        )
+    return dict(given)
+
+
 def as_reads(given: Any) -> list[Read]:
     """The reads of a list of names and `Read`s. Raises: InputError for anything else."""
     listed = _listed("read", given, "site names and Reads")
@@ -180,6 +190,8 @@ def _check_callable(what: str, given: Any, *, optional: bool) -> None:
 
 def _plain_numbers(asked: Read | Edit) -> None:
     site = asked.site
+    if not isinstance(site, str):
+        raise InputError(f"{type(asked).__name__}({site!r}): a site is given by its name.")
     object.__setattr__(asked, "rows", row_numbers(f"{site}: rows", asked.rows))
     object.__setattr__(asked, "steps", counted_from_zero(f"{site}: steps", asked.steps))
     object.__setattr__(asked, "calls", counted_from_zero(f"{site}: calls", asked.calls))

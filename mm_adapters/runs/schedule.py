@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+from mm_adapters.records.spec import ModelRecord, Sampling
 from mm_adapters.runs.lens import Call
 
 
 class Schedule:
-    """The steps of one loop.
+    """The steps of one loop in one run.
 
     A loop evaluates its denoiser (in one call, or one for each part of guidance) and lets its scheduler move
     the latents, by turns. A scheduler of second order takes two such turns a step, and says so.
@@ -21,6 +22,13 @@ class Schedule:
         self._scheduler = getattr(pipeline, scheduler, None)
         self._turns = 0
         self._first: int | None = None
+
+    @classmethod
+    def of(cls, pipeline: Any, record: ModelRecord, loop: str) -> Schedule | None:
+        """That of a pipeline's loop; None where no scheduler says."""
+        sampling = record.sampling.get(loop, Sampling() if loop == record.loop else None)
+        schedule = None if sampling is None else cls(pipeline, sampling.scheduler)
+        return schedule if schedule is not None and schedule.is_known else None
 
     @property
     def is_known(self) -> bool:

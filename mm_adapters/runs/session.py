@@ -13,7 +13,7 @@ from torch import Tensor
 from mm_adapters._errors import InputError
 from mm_adapters.hooks.wiring import Points
 from mm_adapters.records.resolve import is_guided
-from mm_adapters.records.spec import Guidance, Sampling
+from mm_adapters.records.spec import Guidance
 from mm_adapters.runs.clock import Clock
 from mm_adapters.runs.gradients import check_reads, gradients, scalar_of
 from mm_adapters.runs.guided_rows import GuidedRows, nth_part
@@ -71,7 +71,7 @@ class Session:
         self.generating = generating
         self.arguments: Mapping[str, Any] = {}
         self._guided = guided or self._asks_model
-        self._schedules = {name: _schedule(model, sites, name) for name in sites.loops}
+        self._schedules = {name: Schedule.of(model, sites.model_record, name) for name in sites.loops}
         self.clocks = {name: self._clock(name) for name in sites.towers}
         self.rows = GuidedRows(model, sites, self.clocks, self._guided)
         for item in (*read, *edit):
@@ -339,10 +339,3 @@ class Session:
                     n *= len(parts)
                 return {name: nth_part(k, n, len(parts)) for k, name in enumerate(parts)}
         return {}
-
-
-def _schedule(model: Any, sites: SiteMap, loop: str) -> Schedule | None:
-    record = sites.model_record
-    sampling = record.sampling.get(loop, Sampling() if loop == record.loop else None)
-    schedule = None if sampling is None else Schedule(model, sampling.scheduler)
-    return schedule if schedule is not None and schedule.is_known else None

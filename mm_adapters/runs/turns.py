@@ -65,7 +65,11 @@ class Turns:
     """
 
     def __init__(self, modules: Iterable[Any]) -> None:
-        self._turns = [_turn_of(m) for m in {id(m): m for m in modules}.values()]
+        self._modules = list({id(m): m for m in modules}.values())
+        self._turns = [_turn_of(m) for m in self._modules]
+
+    def __reduce__(self) -> Any:
+        return Turns, (self._modules,)  # Of a copied model, those of the copied modules.
 
     @contextmanager
     def taken(self) -> Iterator[bool]:

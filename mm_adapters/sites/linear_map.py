@@ -39,11 +39,9 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 def _asked(module: nn.Module) -> Tensor:
     """A linear module's weight [out, in], an embedding's [token, width], by asking the module."""
-    first = next((p for p in module.parameters() if p.is_floating_point()), None)
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    n_in = getattr(module, "in_features", None)
-    if n_in is None and hasattr(module, "lora_embedding_A"):
+    if isinstance(getattr(module, "base_layer", None), nn.Embedding):
         return _adapted_table(module)
+    n_in = getattr(module, "in_features", None)
     if n_in is None:
         weight = getattr(module, "weight", None)
         stored = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else "no one tensor"
@@ -52,6 +50,8 @@ def _asked(module: nn.Module) -> Tensor:
             "Read the site's values instead, merge the adapter (merge_and_unload, fuse_lora), or load the "
             "model without quantisation."
         )
+    first = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     unit = torch.eye(n_in, device=device, dtype=torch.float32 if first is None else first.dtype)
     modes = [(part, part.training) for part in module.modules()]
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
-from mm_adapters._errors import ReadNeverFiredError
+from mm_adapters._errors import InputError, ReadNeverFiredError
 
 _CAUSE = (
     "The inputs may not use that part of the model, or a cache, a compiled or a fused module passes it over."
@@ -18,6 +18,9 @@ class CountedHooks:
     def __init__(self, fwd_hooks: Iterable[tuple[Any, Callable[..., Any]]]) -> None:
         self._names: list[Any] = []
         self._called: set[int] = set()
+        for pair in fwd_hooks:
+            if not (isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1])):
+                raise InputError(f"fwd_hooks holds {pair!r}. It takes pairs of a site's name and a function.")
         self.hooks = [(name, self._counted(name, hook)) for name, hook in fwd_hooks]
 
     def check(self) -> None:
@@ -43,7 +46,12 @@ def names_of(names_filter: Any) -> list[str]:
     """The names that a filter lists; of None or a function, none."""
     if names_filter is None or callable(names_filter):
         return []
-    return [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    names = [names_filter] if isinstance(names_filter, str) else names_filter
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"names_filter={names_filter!r}: it is a name, a list of names, or a function of one."
+        )
+    return list(names)
 
 
 def check_cached(names_filter: Any, values: Container[str], prefix: str = "") -> None:

@@ -215,7 +215,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
     @contextmanager
     def hooks(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As TransformerLens'. No other thread runs the model inside."""
-        with self._root.turn(), super().hooks(*args, **kwargs) as hooked:
+        with self._root.turn(), super().hooks(*args, **kwargs) as hooked, self._root.eagerly():
             try:
                 yield hooked
             finally:

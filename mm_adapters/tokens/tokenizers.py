@@ -75,7 +75,8 @@ def _from_transformers(tokenizer: Any, clean: Callable[[str], str]) -> Tokenizer
 
     def pieces(ids: list[int]) -> list[str]:
         named = tokenizer.convert_ids_to_tokens(ids)
-        return [_UNKNOWN if i in unknown else p for i, p in zip(ids, named, strict=True)]
+        # Of an id beyond its vocabulary it says None.
+        return [_UNKNOWN if i in unknown or p is None else p for i, p in zip(ids, named, strict=True)]
 
     return TokenizerView(
         encode=encode,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers as df
 import padded
 import pytest
 import pyvene as pv
@@ -250,7 +251,7 @@ def test_a_pipeline_is_intervened_on_in_some_steps_only() -> None:
     found = made(case, site, gate)
     _, output = found.generate(fresh(), unit_locations=None)
     torch.testing.assert_close(case.head(output), case.head(want.output), rtol=0, atol=1e-5)
-    assert gate.step == 3
+    assert gate.n_steps == 3
     plain = case.head(case.model(**fresh()))
     assert not torch.equal(case.head(output), plain)
 
@@ -300,9 +301,12 @@ def test_a_gate_acts_on_its_rows_in_its_steps(rows: Any, zeroed: list[int]) -> N
     assert torch.equal(gate(base), base)
 
 
-def sd_run(gate: Any, site: str = "denoiser.resnets.1.hook_out", **options: Any) -> tuple[Any, Any, Any]:
+def sd_run(
+    gate: Any, site: str = "denoiser.resnets.1.hook_out", scheduler: Any = None, **options: Any
+) -> tuple[Any, Any, Any]:
     """A pipeline's picture with a gate, and what our own edits need to be compared with it."""
     case = CASES["stable_diffusion"]()
+    case.model.scheduler = scheduler or case.model.scheduler
     inputs = {k: v for k, v in case.inputs.items() if k != "seed"} | {"num_inference_steps": 3} | options
     one = made(case, site, mm_pv.MapIntervention(gate))
     _, output = one.generate(inputs | {"generator": torch.Generator().manual_seed(0)}, unit_locations=None)
@@ -319,6 +323,14 @@ def test_a_gate_knows_the_parts_of_guidance_by_their_names(rows: str, scale: flo
         return
     case, found, inputs = sd_run(gate, guidance_scale=scale)
     edit = Edit("denoiser.resnets.1.hook_out", torch.zeros_like, steps=[0, 2], rows=rows)  # type: ignore[arg-type]
+    want = mm.wrap(case.model).run(inputs, edit=[edit])
+    torch.testing.assert_close(found, case.head(want.output), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", [df.HeunDiscreteScheduler(), df.PNDMScheduler(skip_prk_steps=True)])
+def test_a_gate_counts_the_schedulers_steps(scheduler: Any) -> None:
+    case, found, inputs = sd_run(mm_pv.StepGate(Zero(embed_dim=32), [1]), scheduler=scheduler)
+    edit = Edit("denoiser.resnets.1.hook_out", torch.zeros_like, steps=[1])
     want = mm.wrap(case.model).run(inputs, edit=[edit])
     torch.testing.assert_close(found, case.head(want.output), rtol=0, atol=1e-5)
 

@@ -281,7 +281,7 @@ STATES = (
         as_before=True,
         kinds=("diffusion",),
         why_not=ONLY_PIPELINES,
-        refusal=Refusal(("attn.hook_q", "attn.hook_k", "cross_attn.hook_v"), "unfuse_qkv_projections"),
+        refusal=Refusal(("attn.hook_q", "attn.hook_v"), "unfuse_qkv_projections"),
         atol=1e-5,
     ),
     State(

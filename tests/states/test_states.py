@@ -46,9 +46,10 @@ def test_reads_edits_and_weights_are_the_models_own_in_this_state(
     with torch.no_grad():
         weight = state.weight(kind, raw).clone() if state.weight else right_weight(kind, raw, weight_before)
     refused = state.refusal.parts if state.refusal else ()
-    for lens in (model, mm.wrap(given, engine=engine)):
-        check(state, kind, lens, right, weight, refused)
-    assert torch.allclose(call(kind, raw), right.output, atol=1e-5), "the model's own output moved"
+    check(state, kind, model, right, weight, refused)
+    # Between the two the model runs by itself, so that compiled code is there.
+    close(call(kind, given), right.output, 1e-5)
+    check(state, kind, mm.wrap(given, engine=engine), right, weight, refused)
 
 
 def right_weight(kind: Kind, raw: Any, before: Tensor) -> Tensor:
