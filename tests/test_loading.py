@@ -453,7 +453,7 @@ def test_an_unknown_name_says_what_there_is_and_what_the_hub_said(tmp_path: Path
         with pytest.raises(CheckpointError, match=r"no such folder.*the hub"):
             load(name)
     (tmp_path / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"is a file. Pass its folder"):
+    with pytest.raises(CheckpointError, match=r"is one file, and a model is loaded from a folder"):
         load(tmp_path / "weights.safetensors")
 
 

@@ -261,7 +261,7 @@ def test_another_pipeline_of_the_same_weights_by_its_name_or_class() -> None:
         with tracer.invoke("a blue square"):
             lazy.unet.output[0][:] = 0
     assert one.shape[0] == 2
-    with pytest.raises(AttributeError, match="NoSuchPipeline"):
+    with pytest.raises(mm.InputError, match="NoSuchPipeline"):
         TracedModel("tiny-sd", automodel="NoSuchPipeline")
 
 
