@@ -267,6 +267,16 @@ def test_a_windows_rows_are_whole_blocks_from_all_over_and_are_mixed(
         assert abs(float(torch.corrcoef(torch.stack([places, every.float()]))[0, 1])) < 0.4
 
 
+def test_rows_that_there_are_none_of_are_refused(tmp_path: Path) -> None:
+    store = labelled(tmp_path / "s", 11)
+    assert store.rows(9, 99)["label"].tolist() == [9, 10]
+    assert store.rows(4, 4)["label"].tolist() == []
+    assert store.rows(11)["label"].tolist() == []
+    for start, stop in ((-1, 3), (5, 4), (12, None), (12, 20)):
+        with pytest.raises(StoreError, match=f"no rows {start} to"):
+            store.rows(start, stop)
+
+
 @pytest.mark.parametrize("n_rows", [1, 9, 58])
 def test_a_short_last_block_is_read_whole(tmp_path: Path, n_rows: int) -> None:
     store = labelled(tmp_path / "s", n_rows)

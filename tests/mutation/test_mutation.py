@@ -1,0 +1,188 @@
+"""The runner makes the change that it says, in a copy, and tells what a test notices from what none does."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.mutation.changes import Change, changes_of
+from tests.mutation.cover import merged, spread
+from tests.mutation.run import Drawn, Judge, draw, equivalents, report
+from tests.mutation.tests_of import Lines, files_of
+from tests.mutation.tree import ROOT, Copy, fingerprint, modules
+
+CASES = [
+    ("a swapped comparison", "x = a < b", {"x = a <= b"}),
+    ("a swapped comparison", "x = a not in b", {"x = a in b"}),
+    ("a swapped comparison", "x = 0 <= a < n", {"x = 0 < a < n", "x = 0 <= a <= n"}),
+    ("another operator", "x = a + b * c", {"x = (a - b * c)", "x = a + (b / c)"}),
+    ("another operator", "x = 'a' + b", set()),
+    ("another operator", "n += 2", {"n -= 2"}),
+    ("an update left out", "n += 2", {"pass"}),
+    ("an update left out", "loss = loss + penalty", {"pass"}),
+    ("an update left out", "x[0] = 1", {"pass"}),
+    ("an update left out", "x = 1", set()),
+    ("a constant", "x = [3, True, 0.5]", {"x = [4, True, 0.5]", "x = [(2), True, 0.5]",
+                                          "x = [3, False, 0.5]", "x = [3, True, 1.5]"}),
+    ("a constant", "def f(n: Literal[3] = 2): pass", {"def f(n: Literal[3] = 3): pass",
+                                                     "def f(n: Literal[3] = (1)): pass"}),
+    ("or for and", "x = a and b and c", {"x = (a or b or c)"}),
+    ("a negated condition", "x = not a", {"x = (a)"}),
+    ("a negated condition", "if a:\n    b()", {"if not (a):\n    b()"}),
+    ("a negated condition", "x = 1 if a else 2", {"x = 1 if (not (a)) else 2"}),
+    ("another reduction", "x = y.mean(0)", {"x = y.sum(0)"}),
+    ("another reduction", "x = any(y)", {"x = all(y)"}),
+    ("another axis", "x = y.sum(-1)", {"x = y.sum(0)"}),
+    ("another axis", "x = torch.stack(y, dim=0)", {"x = torch.stack(y, dim=1)"}),
+    ("another axis", "x = max(y, 0)", set()),
+    ("a raise left out", "raise InputError(f'{n + 1}')", {"pass"}),
+    ("a call left out", "out.append(3)", {"pass"}),
+    ("a call left out", "x = out.pop()", set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "source", "wanted"), CASES)
+def test_each_kind_makes_the_changes_it_says(kind: str, source: str, wanted: set[str]) -> None:
+    found = {change.applied(source) for change in changes_of(source) if change.kind == kind}
+    assert {ast.unparse(ast.parse(one)) for one in found} == {ast.unparse(ast.parse(one)) for one in wanted}
+
+
+def test_what_does_nothing_is_left_alone() -> None:
+    source = (
+        '"""One + 1."""\nfrom __future__ import annotations\n__all__ = ["a"]\nif TYPE_CHECKING:\n    x = 1\n'
+        "assert a < 3\nraise InputError(f'{1 + 2}') from None\nn: int\n"
+    )
+    assert {change.kind for change in changes_of(source)} == {"a raise left out"}
+
+
+def test_every_change_of_the_tree_is_python_and_changes_its_own_lines_only() -> None:
+    for path in modules()[::9]:
+        source = (ROOT / path).read_text()
+        tree = ast.dump(ast.parse(source))
+        for change in changes_of(source)[::7]:
+            new = change.applied(source)
+            assert ast.dump(ast.parse(new)) != tree, change
+            first, last = change.lines
+            before, after = source.splitlines(), new.splitlines()
+            assert after[: first - 1] == before[: first - 1]
+            assert before[last:] == after[len(after) - (len(before) - last) :], change
+
+
+def test_letters_of_several_bytes_do_not_move_a_change() -> None:
+    source = 'x = "žluťoučký", n + 1'
+    assert 'x = "žluťoučký", (n - 1)' in {change.applied(source) for change in changes_of(source)}
+    with pytest.raises(ValueError, match="is not what it was"):
+        changes_of(source)[0].applied("y = 2")
+
+
+def small(folder: Path) -> Path:
+    """A tree of one module with two functions, of which one is tested by value."""
+    root = folder / "small"
+    for name, text in {
+        "mm_adapters/__init__.py": "",
+        "mm_adapters/sums.py": "def total(x, y):\n    return x + y\n\n\ndef share(x, y):\n    return x / y\n",
+        "tests/test_sums.py": (
+            "from mm_adapters.sums import share, total\n\n\n"
+            "def test_a_total():\n    assert total(2, 3) == 5\n\n\n"
+            "def test_a_share():\n    assert share(2, 3)\n"
+        ),
+        "pyproject.toml": "[tool.pytest.ini_options]\naddopts = ['--import-mode=importlib']\n"
+        "pythonpath = ['.']\nmarkers = ['slow: ', 'ndif: ']\n",
+    }.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_changes_are_made_in_a_copy_and_judged_there(tmp_path: Path) -> None:
+    root = small(tmp_path)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    judge = Judge(Copy(tmp_path / "copy", root), seconds=60)
+    source = (root / "mm_adapters/sums.py").read_text()
+    verdicts = {
+        change.new: judge.verdict(Drawn("mm_adapters/sums.py", change), ["tests/test_sums.py"])
+        for change in changes_of(source)
+        if change.kind == "another operator"
+    }
+    assert verdicts == {"(x - y)": "noticed", "(x * y)": "survived"}
+    nothing = Drawn("mm_adapters/sums.py", changes_of(source)[0])
+    assert judge.verdict(nothing, []) == "no test"
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    copied = (judge.copy.root / "mm_adapters/sums.py").read_text()
+    assert copied == source
+
+
+def test_a_test_that_fails_anyway_notices_nothing_and_one_that_hangs_is_ended(tmp_path: Path) -> None:
+    root = small(tmp_path)
+    (root / "tests/test_bad.py").write_text("def test_bad():\n    assert False\n")
+    (root / "tests/test_slow.py").write_text("import time\n\n\ndef test_slow():\n    time.sleep(60)\n")
+    judge = Judge(Copy(tmp_path / "copy", root), seconds=4)
+    one = Drawn("mm_adapters/sums.py", changes_of((root / "mm_adapters/sums.py").read_text())[0])
+    assert judge.verdict(one, ["tests/test_bad.py"]) == "no sound test"
+    assert judge.verdict(one, ["tests/test_slow.py"]) == "too slow"
+
+
+def test_a_seed_draws_the_same_changes_again_and_more_of_longer_modules() -> None:
+    before = fingerprint()
+    one, same, other = (draw(60, seed, modules()) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+    assert len(set(one)) == 60
+    assert fingerprint() == before
+    paths = ["mm_adapters/sites/tower_view.py", "mm_adapters/families/llava.py"]
+    drawn = [d.module for d in draw(12, 0, paths)]
+    assert drawn.count(paths[0]) > drawn.count(paths[1])
+    with pytest.raises(ValueError, match="fewer than 99999"):
+        draw(99999, 0, paths)
+
+
+def test_a_map_says_which_tests_run_a_line() -> None:
+    def ran(*lines: int, seconds: float = 1.0) -> dict[str, object]:
+        return {"seconds": seconds, "lines": {"a.py": list(lines)}}
+
+    parts = {
+        "t.py": {
+            "": ran(1, 2),
+            "t.py::one[x]": ran(5, seconds=3.0),
+            "t.py::one[y]": ran(5, 6),
+            "t.py::one[z]": ran(5, seconds=2.0),
+            "t.py::two[a-b]": ran(6, seconds=9.0),
+        }
+    }
+    held = merged(parts)
+    by_line = {str(line): tests for line, tests in held["lines"]["a.py"].items()}  # As JSON has them.
+    lines = Lines(held["tests"], held["seconds"], {"a.py": by_line}, held["at_import"])
+
+    def at(first: int, last: int) -> list[str]:
+        return lines.of("a.py", Change("", 0, 0, "", "", (first, last)))
+
+    assert at(5, 5) == ["t.py::one[y]", "t.py::one[z]"]  # Of one function two cases, the quickest.
+    assert at(6, 6) == ["t.py::one[y]", "t.py::two[a-b]"]
+    assert at(7, 9) == []
+    assert at(1, 1) == ["t.py::one[y]", "t.py::one[z]", "t.py::two[a-b]"]  # At import: who runs the module.
+    assert spread([], {}) == []
+    nearest = files_of("methods_multimodal/data_attribution/retrieval.py")
+    assert nearest[0].startswith("tests/methods/data_attribution/")
+
+
+def test_equivalents_have_reasons_and_count_for_neither_side(tmp_path: Path) -> None:
+    path = tmp_path / "equivalents.txt"
+    path.write_text("# A comment\n\na.py  a constant: 1 -> 2  # a default that no number depends on\n")
+    assert equivalents(path) == {"a.py  a constant: 1 -> 2": "a default that no number depends on"}
+    assert all(equivalents().values())
+    change = Change("a constant", 0, 1, "1", "2", (3, 3))
+    one = Drawn("mm_adapters/store/a.py", change)
+    assert one.key == "mm_adapters/store/a.py  a constant: 1 -> 2"
+    text, good = report([(one, "noticed")] * 19 + [(one, "survived")] + [(one, "equivalent")] * 2)
+    assert "95.0%  19 of 20 noticed, 2 equivalent" in text
+    assert good
+    for bad in (
+        ["noticed"] * 18 + ["survived"],
+        ["noticed"] * 9 + ["equivalent"] * 2,
+        ["equivalent"],
+        ["no test"],
+    ):
+        assert not report([(one, verdict) for verdict in bad])[1]
