@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_diffusion as td
 import torch
 from torch import nn
 from zoo_inputs import INPUTS
@@ -175,6 +176,9 @@ def test_every_entry_names_what_it_does_not_take(engine: str) -> None:
     refused(clip, lambda: mm.wrap(clip.wrapped, procesor=1, engine=engine), "Did you mean processor")
     refused(clip, lambda: mm.load("tiny-clip", atn_implementation="eager", engine=engine), "attn_implem")
     refused(sd, lambda: mm.load("tiny-sd", varient="fp16", engine=engine), "Did you mean variant")
+    refused(sd, lambda: mm.load("tiny-sd", varient="fp16", device="meta", engine=engine), "variant")
+    open_clip = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+    refused(clip, lambda: mm.load(open_clip, cache_dirr="x", engine=engine), "Did you mean cache_dir")
     refused(sd, lambda: mm.load("tiny-sd", automodel="StableDifusionPipeline"), "StableDiffusionPipeline")
 
 
@@ -251,6 +255,20 @@ def test_one_negative_prompt_is_that_of_every_prompt(engine: str) -> None:
         generator=[torch.Generator().manual_seed(i) for i in (0, 1)],
     ).images  # fmt: skip
     assert torch.equal(torch.as_tensor(one), each)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pictures_of_an_image_to_image_run_are_its_image(engine: str) -> None:
+    case = td.image_to_image()
+    model = mm.wrap(case.model, engine=engine)
+    inputs = {k: v for k, v in case.inputs.items() if k != "image"}
+    pictures = [picture.resize((16, 16)) for picture in PAIRS["images"]]
+    drawn = model.run(inputs | {"images": pictures}).output.images
+    right = model.run(inputs | {"image": [p.convert("RGB") for p in pictures]}).output.images
+    assert torch.equal(torch.as_tensor(drawn), torch.as_tensor(right))
+    refused(
+        model, lambda: model.run(inputs | {"images": pictures, "image": pictures}), "images= and image= were"
+    )
 
 
 def test_a_pipeline_generates_by_its_call() -> None:
