@@ -12,6 +12,7 @@ import pytest
 import tiny
 import tiny_diffusion as td
 import torch
+from PIL import Image
 from torch import nn
 from zoo_inputs import INPUTS
 
@@ -262,13 +263,29 @@ def test_pictures_of_an_image_to_image_run_are_its_image(engine: str) -> None:
     case = td.image_to_image()
     model = mm.wrap(case.model, engine=engine)
     inputs = {k: v for k, v in case.inputs.items() if k != "image"}
-    pictures = [picture.resize((16, 16)) for picture in PAIRS["images"]]
+    pictures = [Image.open(path).resize((16, 16)) for path in PAIRS["images"]]
     drawn = model.run(inputs | {"images": pictures}).output.images
     right = model.run(inputs | {"image": [p.convert("RGB") for p in pictures]}).output.images
     assert torch.equal(torch.as_tensor(drawn), torch.as_tensor(right))
     refused(
         model, lambda: model.run(inputs | {"images": pictures, "image": pictures}), "images= and image= were"
     )
+    refused(model, lambda: model.run(inputs | {"image": "picture.png"}), "image='picture.png' is str")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["dit", "kandinsky", "sana"])
+def test_there_are_as_many_seeds_as_pictures_whatever_tells_how_many(name: str, engine: str) -> None:
+    model, inputs = family(name, engine), tiny.CASES[name]().inputs
+    refused(model, lambda: model.run(inputs | {"seed": [1, 2, 3]}), "There are 3 in seed for 2 pictures")
+    refused(model, lambda: model.run(inputs | {"latents": torch.zeros(3)}), r"latents are \[3\]|does not take")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_none_for_a_number_is_the_pipelines_own(engine: str) -> None:
+    sd = zoo("tiny-sd", engine)
+    given = sd.run(DRAW | {"guidance_scale": None, "eta": None}).output.images
+    assert torch.equal(torch.as_tensor(given), torch.as_tensor(sd.run(DRAW).output.images))
 
 
 def test_a_pipeline_generates_by_its_call() -> None:
