@@ -278,7 +278,9 @@ def test_pictures_of_an_image_to_image_run_are_its_image(engine: str) -> None:
 def test_there_are_as_many_seeds_as_pictures_whatever_tells_how_many(name: str, engine: str) -> None:
     model, inputs = family(name, engine), tiny.CASES[name]().inputs
     refused(model, lambda: model.run(inputs | {"seed": [1, 2, 3]}), "There are 3 in seed for 2 pictures")
-    refused(model, lambda: model.run(inputs | {"latents": torch.zeros(3)}), r"latents are \[3\]|does not take")
+    refused(
+        model, lambda: model.run(inputs | {"latents": torch.zeros(3)}), r"latents are \[3\]|does not take"
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_adapters._errors import InputError, MissingSiteError
+from mm_adapters._errors import InputError, MissingSiteError, ModelStateError
 from mm_adapters.records.resolve import is_guided
 from mm_adapters.records.spec import Sampling, Site
 from mm_adapters.runs.base_model import BaseModel
@@ -33,10 +33,15 @@ def check_foreseen(
 ) -> None:
     """Passes if rows, positions and steps can be there, as far as the arguments tell.
 
-    Raises: InputError naming those that cannot.
+    Raises: InputError naming those that cannot; ModelStateError where a module takes one row at a time.
     """
     for item in asked:
         site = model.sitemap[item.site]
+        if item.rows != "all" and vars(model.sitemap.towers[site.tower].module).get("use_slicing"):
+            raise ModelStateError(
+                f"{item.site}: slicing is on, so each call holds one row and none can be told apart. Switch it "
+                f"off ({site.tower}.disable_slicing()), or read all rows."
+            )
         if not isinstance(item.rows, str) and (n := n_rows(model, site, arguments)) is not None and n > 0:
             rows_among(item.site, item.rows if isinstance(item.rows, slice) else tuple(item.rows), n)
         if item.steps is not None and not generating:

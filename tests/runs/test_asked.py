@@ -242,3 +242,14 @@ def test_a_block_that_sets_another_shape_is_refused() -> None:
 
     with pytest.raises(mm.InputError, match="same shape"):
         traced()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_of_an_autoencoder_that_takes_them_one_by_one_are_refused(engine: Any) -> None:
+    case = tiny.CASES["stable_diffusion"]()
+    model, site = mm.wrap(case.model, engine=engine), "vae.resnets.0.hook_out"
+    right = model.run(case.inputs, read=[site])[site]
+    case.model.vae.enable_slicing()
+    torch.testing.assert_close(model.run(case.inputs, read=[site])[site], right, rtol=1e-4, atol=1e-4)
+    with pytest.raises(mm.ModelStateError, match="disable_slicing"):
+        model.run(case.inputs, edit=[mm.Edit(site, torch.zeros_like, rows=[0])])
