@@ -128,6 +128,7 @@ def prepared(name: str, **changed: Callable[[Any], Any]) -> dict[str, Any]:
         (lambda: ASK | {"input_ids": torch.ones(1, 3).long()}, "text= and input_ids= were both given"),
         (lambda: {"use_cache": False}, "nothing to run on"),
         (lambda: prepared("tiny-llava", attention_mask=lambda x: x[:, :3]), "Pass one entry for each token"),
+        (lambda: prepared("tiny-llava", attention_mask=lambda x: x[0]), "Pass one entry for each token"),
         (lambda: prepared("tiny-llava", input_ids=lambda x: x.float()), "input_ids is float32"),
         (lambda: prepared("tiny-llava", input_ids=lambda x: x + 10**6), "this model's vocabulary is 0 to"),
         (lambda: prepared("tiny-llava", input_ids=lambda x: x[0]), r"reads \[row, token\]. Add the batch"),
