@@ -207,7 +207,8 @@ def _check_beside(arguments: Mapping[str, Any]) -> None:
         # A mask of more axes says which position attends to which.
         if value.ndim <= 2 and value.shape != ids.shape:
             raise InputError(
-                f"{key} is {list(value.shape)} and {tokens} is {list(ids.shape)}. Pass one entry for each token."
+                f"{key} is {list(value.shape)} and {tokens} is {list(ids.shape)}. Pass one entry for "
+                "each token."
             )
     places, ids = arguments.get("position_ids"), arguments.get("input_ids")
     if isinstance(places, Tensor) and isinstance(ids, Tensor) and places.shape[-1] != ids.shape[-1]:
