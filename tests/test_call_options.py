@@ -128,6 +128,7 @@ def prepared(name: str, **changed: Callable[[Any], Any]) -> dict[str, Any]:
         (lambda: ASK | {"input_ids": torch.ones(1, 3).long()}, "text= and input_ids= were both given"),
         (lambda: {"use_cache": False}, "nothing to run on"),
         (lambda: prepared("tiny-llava", attention_mask=lambda x: x[:, :3]), "Pass one entry for each token"),
+        (lambda: prepared("tiny-llava", attention_mask=lambda x: x[0]), "Pass one entry for each token"),
         (lambda: prepared("tiny-llava", input_ids=lambda x: x.float()), "input_ids is float32"),
         (lambda: prepared("tiny-llava", input_ids=lambda x: x + 10**6), "this model's vocabulary is 0 to"),
         (lambda: prepared("tiny-llava", input_ids=lambda x: x[0]), r"reads \[row, token\]. Add the batch"),
@@ -271,6 +272,7 @@ def test_pictures_of_an_image_to_image_run_are_its_image(engine: str) -> None:
         model, lambda: model.run(inputs | {"images": pictures, "image": pictures}), "images= and image= were"
     )
     refused(model, lambda: model.run(inputs | {"image": "picture.png"}), "image='picture.png' is str")
+    refused(model, lambda: model.run(inputs), "draws from a picture. Pass image=")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -278,6 +280,8 @@ def test_pictures_of_an_image_to_image_run_are_its_image(engine: str) -> None:
 def test_there_are_as_many_seeds_as_pictures_whatever_tells_how_many(name: str, engine: str) -> None:
     model, inputs = family(name, engine), tiny.CASES[name]().inputs
     refused(model, lambda: model.run(inputs | {"seed": [1, 2, 3]}), "There are 3 in seed for 2 pictures")
+    if name == "dit":
+        refused(model, lambda: model.run(inputs | {"class_labels": ["a"]}), r"class_labels\[0\]='a'")
     refused(
         model, lambda: model.run(inputs | {"latents": torch.zeros(3)}), r"latents are \[3\]|does not take"
     )

@@ -202,9 +202,10 @@ def _check_mask(arguments: Mapping[str, Any], pixels: Any) -> None:
 def _check_beside(arguments: Mapping[str, Any]) -> None:
     for key, tokens in _BESIDE.items():
         value, ids = arguments.get(key), arguments.get(tokens)
-        if not isinstance(value, Tensor) or not isinstance(ids, Tensor) or value.ndim != 2 or ids.ndim != 2:
+        if not isinstance(value, Tensor) or not isinstance(ids, Tensor) or ids.ndim != 2:
             continue
-        if value.shape != ids.shape:
+        # A mask of more axes says which position attends to which.
+        if value.ndim <= 2 and value.shape != ids.shape:
             raise InputError(
                 f"{key} is {list(value.shape)} and {tokens} is {list(ids.shape)}. Pass one entry for "
                 "each token."

@@ -39,7 +39,7 @@ def check_foreseen(
         site = model.sitemap[item.site]
         if item.rows != "all" and vars(model.sitemap.towers[site.tower].module).get("use_slicing"):
             raise ModelStateError(
-                f"{item.site}: slicing is on, so each call holds one row and none can be told apart. Switch it "
+                f"{item.site}: slicing is on, so each call holds one row, and none are apart. Switch it "
                 f"off ({site.tower}.disable_slicing()), or read all rows."
             )
         if not isinstance(item.rows, str) and (n := n_rows(model, site, arguments)) is not None and n > 0:
