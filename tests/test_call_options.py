@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_diffusion as td
 import torch
+from PIL import Image
 from torch import nn
 from zoo_inputs import INPUTS
 
@@ -175,6 +177,9 @@ def test_every_entry_names_what_it_does_not_take(engine: str) -> None:
     refused(clip, lambda: mm.wrap(clip.wrapped, procesor=1, engine=engine), "Did you mean processor")
     refused(clip, lambda: mm.load("tiny-clip", atn_implementation="eager", engine=engine), "attn_implem")
     refused(sd, lambda: mm.load("tiny-sd", varient="fp16", engine=engine), "Did you mean variant")
+    refused(sd, lambda: mm.load("tiny-sd", varient="fp16", device="meta", engine=engine), "variant")
+    open_clip = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+    refused(clip, lambda: mm.load(open_clip, cache_dirr="x", engine=engine), "Did you mean cache_dir")
     refused(sd, lambda: mm.load("tiny-sd", automodel="StableDifusionPipeline"), "StableDiffusionPipeline")
 
 
@@ -251,6 +256,36 @@ def test_one_negative_prompt_is_that_of_every_prompt(engine: str) -> None:
         generator=[torch.Generator().manual_seed(i) for i in (0, 1)],
     ).images  # fmt: skip
     assert torch.equal(torch.as_tensor(one), each)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pictures_of_an_image_to_image_run_are_its_image(engine: str) -> None:
+    case = td.image_to_image()
+    model = mm.wrap(case.model, engine=engine)
+    inputs = {k: v for k, v in case.inputs.items() if k != "image"}
+    pictures = [Image.open(path).resize((16, 16)) for path in PAIRS["images"]]
+    drawn = model.run(inputs | {"images": pictures}).output.images
+    right = model.run(inputs | {"image": [p.convert("RGB") for p in pictures]}).output.images
+    assert torch.equal(torch.as_tensor(drawn), torch.as_tensor(right))
+    refused(
+        model, lambda: model.run(inputs | {"images": pictures, "image": pictures}), "images= and image= were"
+    )
+    refused(model, lambda: model.run(inputs | {"image": "picture.png"}), "image='picture.png' is str")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["dit", "kandinsky", "sana"])
+def test_there_are_as_many_seeds_as_pictures_whatever_tells_how_many(name: str, engine: str) -> None:
+    model, inputs = family(name, engine), tiny.CASES[name]().inputs
+    refused(model, lambda: model.run(inputs | {"seed": [1, 2, 3]}), "There are 3 in seed for 2 pictures")
+    refused(model, lambda: model.run(inputs | {"latents": torch.zeros(3)}), r"latents are \[3\]|does not take")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_none_for_a_number_is_the_pipelines_own(engine: str) -> None:
+    sd = zoo("tiny-sd", engine)
+    given = sd.run(DRAW | {"guidance_scale": None, "eta": None}).output.images
+    assert torch.equal(torch.as_tensor(given), torch.as_tensor(sd.run(DRAW).output.images))
 
 
 def test_a_pipeline_generates_by_its_call() -> None:

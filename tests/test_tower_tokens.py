@@ -95,3 +95,37 @@ def test_an_empty_list_of_classes_is_refused() -> None:
     with pytest.raises(mm.InputError, match="no classes"):
         vision.set_classes([])
     assert vision._class_names is None
+
+
+@pytest.mark.parametrize(("model", "name"), [("tiny-clip", "text"), ("tiny-llava", "language")])
+def test_the_start_token_comes_first_unless_it_is_not_asked_for(model: str, name: str) -> None:
+    found = tower(model, name)
+    tokenizer, default = found.tokenizer, found.cfg.default_prepend_bos
+    ends = [tokenizer.eos_token_id] if name == "text" else []
+    own = [*own_ids(tokenizer, "a red circle"), *ends]
+    start = tokenizer.bos_token_id
+    for prepend, want in ((True, [start, *own]), (False, own), (None, [start, *own] if default else own)):
+        assert found.to_tokens("a red circle", prepend_bos=prepend)[0].tolist() == want
+    assert found.to_tokens("a red circle", move_to_device=False).device.type == "cpu"
+    with pytest.raises(mm.InputError, match="a string or a list of strings"):
+        found.to_tokens([])
+
+
+def test_tokens_are_told_as_text_one_by_one_and_together() -> None:
+    language = tower("tiny-llava", "language")
+    tokenizer, text = language.tokenizer, "a red circle"
+    ids = own_ids(tokenizer, text)
+    rows = torch.tensor([ids, ids[::-1]])
+    assert language.to_string(rows) == [tokenizer.decode(ids), tokenizer.decode(ids[::-1])]
+    assert language.to_string(rows[0]) == language.to_string(ids) == tokenizer.decode(ids)
+    pieces = [tokenizer.decode([i]) for i in ids]
+    assert language.to_str_tokens(rows[:1]) == language.to_str_tokens(text, prepend_bos=False) == pieces
+    assert language.to_str_tokens([text, "red"], prepend_bos=False) == [
+        pieces,
+        [tokenizer.decode([i]) for i in own_ids(tokenizer, "red")],
+    ]
+    assert language.to_single_str_token(ids[0]) == pieces[0]
+    (red,) = own_ids(tokenizer, " red")
+    assert language.to_single_token(" red") == red
+    with pytest.raises(mm.InputError, match="tokens here"):
+        language.to_single_token("a red circle")

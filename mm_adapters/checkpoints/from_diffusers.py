@@ -54,13 +54,13 @@ def load_pipeline(
         cls = chosen
     if not covers(cls):
         raise unknown(_outline(source, index, cls), ModelRecord)
+    _check_options(cls if _can_be_built(chosen) else None, index, options)
     if device_wanted.type == "meta":
         return cls(**_without_weights(source, index, cls))
     folder = source.folder
     if folder is None:
         fetch = {k: v for k, v in options.items() if k in {*source.where, "variant"}}
         folder = Path(source.read(cls.download, **fetch))
-    _check_options(cls if _can_be_built(chosen) else None, index, options)
     variant = options.get("variant")
     files = check_pipeline(folder, index, given=options.keys(), variant=variant)
     check_kinds(file for part in files.values() for file in part)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mm_adapters._errors import CheckpointError
 from mm_adapters.checkpoints.checks import check_safetensors
+from mm_adapters.inputs.call_names import parameters_of, unknown_name
 
 
 def load_open_clip(name: str, **options: Any) -> tuple[Any, Any, Any]:
@@ -22,6 +24,7 @@ def load_open_clip(name: str, **options: Any) -> tuple[Any, Any, Any]:
 
     arch, _, pretrained = name.partition("/")
     _check_architecture(arch, open_clip.list_models())
+    _check_options(options, open_clip.create_model_and_transforms, open_clip.create_model, open_clip.CLIP)
     if not pretrained:
         raise CheckpointError(
             f'"open_clip:{arch}" says no weights. Write open_clip:{arch}/TAG with one of '
@@ -51,6 +54,14 @@ def _check_architecture(arch: str, known: list[str]) -> None:
             f"open_clip has no architecture {arch!r}. The nearest are {', '.join(near)}. "
             "Write open_clip:ARCH/PRETRAINED."
         )
+
+
+def _check_options(options: Mapping[str, Any], *functions: Any) -> None:
+    """Raises: InputError for an option that neither open_clip's factory nor its model takes."""
+    known = {name for function in functions for name in parameters_of(function)}
+    known -= {"model_name", "pretrained", "device"}
+    if unknown := [name for name in options if name not in known]:
+        raise unknown_name("Loading open_clip's model does not take", unknown, sorted(known))
 
 
 def _check_file(arch: str, pretrained: str, tags: list[str]) -> None:

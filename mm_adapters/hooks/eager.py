@@ -10,15 +10,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mm_adapters.records.registry import key_of
-
 
 def is_compiled(modules: Iterable[nn.Module]) -> bool:
     """Whether any of these, or a module in them, was compiled in place or stands in torch.compile."""
     if "torch._dynamo" not in sys.modules:
         return False
     return any(
-        part._compiled_call_impl is not None or key_of(type(part)) == "torch:OptimizedModule"
+        part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule"
         for module in modules
         for part in module.modules()
     )

@@ -50,10 +50,11 @@ def size_step(pipeline: Any) -> int:
     """What a picture's sides are multiples of, in pixels; 1 where nothing says it."""
     config = getattr(getattr(pipeline, "image_processor", None), "config", None)
     step = getattr(config, "vae_scale_factor", None)
-    if step is None:
-        # Kandinsky's autoencoder has no image processor; its latents are cut as often again.
-        step = (getattr(pipeline, "movq_scale_factor", None) or 1) ** 2
-    return int(step)
+    levels = getattr(getattr(getattr(pipeline, "movq", None), "config", None), "block_out_channels", None)
+    if levels is not None:
+        # Kandinsky's latents are as many times smaller again than those of its autoencoder, and rounded up.
+        return (2 ** (len(levels) - 1)) ** 2
+    return int(step or 1)
 
 
 def _default_sides(pipeline: Any) -> tuple[int, int] | None:

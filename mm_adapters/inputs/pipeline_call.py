@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from mm_adapters._errors import InputError
@@ -18,6 +19,9 @@ from mm_adapters.inputs.prompts import is_prompt
 from mm_adapters.inputs.step_share import check_strength
 
 _COUNTS = ("num_images_per_prompt", "num_images", "batch_size", "callback_steps", "max_sequence_length")
+_PICTURES = ("image", "mask_image", "control_image")
+# The arguments that tell how many pictures are made, the first that is given.
+_ROWS_OF = ("prompt", "prompt_embeds", "class_labels", "image_embeds", "batch_size")
 _TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds", "image")
 _CALLBACKS = ("callback", "prior_callback")
 _ANY_SIZE = 1024  # Stands for a size that the pipeline chooses, where its own checks ask for one.
@@ -44,12 +48,17 @@ def check_options(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             check_between(name, value, 0, 1)
         elif name == "denoising_end":
             check_between(name, value, 0, 1, above=True)
-        elif name in takes and _is_number(takes[name].default):
+        elif name in takes and (_is_number(takes[name].default) or name.endswith("scale")):
             if isinstance(value, list | tuple) and not name.startswith(
                 "control"
             ):  # One for each control net.
                 raise InputError(f"{name}={value!r} is a list. Pass one number.")
             check_finite(name, value)
+        elif name in _PICTURES and not _is_picture(value):
+            raise InputError(
+                f"{name}={value!r} is {type(value).__name__}. Pass a picture (PIL.Image.open of a file), "
+                "or images=."
+            )
         elif name in ("timesteps", "sigmas"):
             _check_schedule(pipeline, name, value)
         elif name.endswith("_kwargs") and not isinstance(value, Mapping):
@@ -86,9 +95,15 @@ def settled(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with what the pipeline would otherwise not do as asked said in full.
 
     A height alone gets its width, which some pipelines else leave out together; a negative prompt that
-    is one text is repeated for each prompt.
+    is one text is repeated for each prompt; None for a number is the pipeline's own.
     """
-    out = dict(arguments) | both_sizes(pipeline, arguments)
+    takes = parameters_of(type(pipeline).__call__)
+    given = {
+        name: value
+        for name, value in arguments.items()
+        if value is not None or name not in takes or not _is_number(takes[name].default)
+    }
+    out = given | both_sizes(pipeline, given)
     prompt = out.get("prompt")
     if isinstance(prompt, list | tuple):
         for name, value in arguments.items():
@@ -125,10 +140,11 @@ def check_run(pipeline: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_latents(pipeline: Any, latents: Any, n_pictures: int) -> None:
-    if not isinstance(latents, Tensor) or latents.ndim != 4:
+    if not isinstance(latents, Tensor):
         return
     channels = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "latent_channels", None)
-    if latents.shape[0] != n_pictures or channels not in (None, latents.shape[1]):
+    others = latents.ndim == 4 and channels not in (None, latents.shape[1])
+    if latents.ndim < 2 or latents.shape[0] != n_pictures or others:
         raise InputError(
             f"latents are {list(latents.shape)} for {n_pictures} pictures of {channels or 'some'} "
             "channels. Pass "
@@ -160,10 +176,21 @@ def _check_inputs(pipeline: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _n_prompts(arguments: Mapping[str, Any]) -> int | None:
-    prompt = arguments.get("prompt")
-    if isinstance(prompt, str):
-        return 1
-    return len(prompt) if isinstance(prompt, list | tuple) else None
+    for name in _ROWS_OF:
+        rows = arguments.get(name)
+        if isinstance(rows, str):
+            return 1
+        if isinstance(rows, list | tuple) or (isinstance(rows, Tensor) and rows.ndim):
+            return len(rows)
+        if isinstance(rows, int):
+            return rows if name == "batch_size" else 1
+    return None
+
+
+def _is_picture(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(_is_picture, value))
+    return isinstance(value, Image | np.ndarray | Tensor)
 
 
 def _is_finite(value: Any) -> bool:

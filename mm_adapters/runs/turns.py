@@ -19,8 +19,9 @@ from typing import Any, Protocol, TypeVar, cast
 from mm_adapters._errors import ModelBusyError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-# A thread that has the model and does not run it may wait, itself, for the one that waits for it.
-STILL_S = 10.0
+# A thread that has the model may wait for the one that waits for it, or keep hooks on and run nothing.
+BLOCKED_S = 10.0
+IDLE_S = 60.0
 
 
 class Watcher(Protocol):
@@ -51,10 +52,10 @@ class Turn:
         self.watchers: list[Watcher] = []
         self.outer: list[Watcher] = []
 
-    def stands_still(self) -> bool:
-        """Whether the thread that has it runs no module now, or waits for another thread."""
+    def is_blocked(self) -> bool:
+        """Whether the thread that has it waits for another thread, or is no more."""
         frame = sys._current_frames().get(self.thread or 0)
-        return not self.watchers or frame is None or frame.f_code.co_filename == threading.__file__
+        return frame is None or frame.f_code.co_filename == threading.__file__
 
 
 class Turns:
@@ -149,12 +150,14 @@ class _Table:
     def wait_for(self, wanted: list[Turn], me: int) -> None:
         """Returns, with the condition held, when no other thread has a wanted turn."""
         self.waiting[me] = wanted
-        since = time.monotonic()
+        since_free = since_busy = time.monotonic()
         try:
             while held := [turn for turn in wanted if turn.thread not in (None, me)]:
-                if not all(turn.stands_still() for turn in held):
-                    since = time.monotonic()
-                if time.monotonic() - since > STILL_S or self._waits_for(held, me):
+                now = time.monotonic()
+                since_free = since_free if all(turn.is_blocked() for turn in held) else now
+                since_busy = since_busy if not any(turn.watchers for turn in held) else now
+                too_long = now - since_free > BLOCKED_S or now - since_busy > IDLE_S
+                if too_long or self._waits_for(held, me):
                     raise ModelBusyError(
                         "Another thread has this model in a run or in model.hooks(...), and does not go "
                         "on: it may wait for this one. Let it end first, or load a second model for this "

@@ -37,10 +37,33 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return cast(Any, bias)() if callable(bias) else bias
 
 
+def stacked_of(attention: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias [3 d_model, ...] of the queries, keys and values of an `nn.MultiheadAttention`."""
+    inner = getattr(attention, "base_layer", attention)
+    weight, bias = held(inner, "in_proj_weight"), held(inner, "in_proj_bias")
+    return (weight if inner is attention else _adapted(attention, weight, "lora_A")), bias
+
+
+def out_of(attention: Any) -> nn.Module:
+    """The output projection of an `nn.MultiheadAttention`.
+
+    Raises: ModelStateError under an adapter that is active and not merged.
+    """
+    inner = getattr(attention, "base_layer", attention)
+    if inner is not attention and not (attention.merged or attention.disable_adapters):
+        # peft 0.21.2 merges it in each forward, and adds what the adapter adds twice.
+        raise ModelStateError(
+            f"{type(attention).__name__} merges the adapter of its output projection in its own forward, so "
+            "its weight is known only when it is merged for good. Merge it: merge_and_unload(). Its sites "
+            "can be read."
+        )
+    return inner.out_proj
+
+
 def _asked(module: nn.Module) -> Tensor:
     """A linear module's weight [out, in], an embedding's [token, width], by asking the module."""
     if isinstance(getattr(module, "base_layer", None), nn.Embedding):
-        return _adapted_table(module)
+        return _adapted(module, weight_of(module.base_layer), "lora_embedding_A")  # type: ignore[arg-type]
     n_in = getattr(module, "in_features", None)
     if n_in is None:
         weight = getattr(module, "weight", None)
@@ -66,10 +89,9 @@ def _asked(module: nn.Module) -> Tensor:
     return (rows - added).T
 
 
-def _adapted_table(module: Any) -> Tensor:
-    """An embedding's table with what its active adapters add."""
-    table = weight_of(module.base_layer)
-    if module.disable_adapters or module.merged:
-        return table
-    active = [name for name in module.active_adapters if name in module.lora_embedding_A]
-    return table + sum(module.get_delta_weight(name) for name in active)
+def _adapted(layer: Any, weight: Tensor, kept_in: str) -> Tensor:
+    """A weight with what the active adapters of its layer add; merged ones are in it."""
+    if layer.disable_adapters or layer.merged:
+        return weight
+    active = [name for name in layer.active_adapters if name in getattr(layer, kept_in)]
+    return weight + sum(layer.get_delta_weight(name) for name in active)

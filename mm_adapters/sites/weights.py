@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mm_adapters.records.resolve import head_count
 from mm_adapters.records.spec import Attention, Input, Location, Norm, Output
 from mm_adapters.sites.held import held
-from mm_adapters.sites.linear_map import bias_of, weight_of
+from mm_adapters.sites.linear_map import bias_of, out_of, stacked_of, weight_of
 
 _QKV = {"Q": "hook_q", "K": "hook_k", "V": "hook_v"}
 
@@ -136,10 +136,9 @@ def _affine(block: nn.Module, location: Location) -> tuple[Tensor, Tensor | None
     module = block.get_submodule(location.path)
     if isinstance(location, Attention):  # nn.MultiheadAttention
         if location.value == "z":
-            out: Any = module.out_proj
-            return weight_of(out), bias_of(out)
+            return weight_of(out_of(module)), bias_of(out_of(module))
         which = "qkv".index(location.value)
-        stacked, added = held(module, "in_proj_weight"), held(module, "in_proj_bias")
+        stacked, added = stacked_of(module)
         return stacked.chunk(3)[which], None if added is None else added.chunk(3)[which]
     weight, bias = weight_of(module), bias_of(module)
     if location.chunk and isinstance(location, Output):

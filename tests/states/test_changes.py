@@ -268,3 +268,49 @@ def test_a_copy_takes_turns_of_its_own_with_whoever_wraps_what_it_copied() -> No
     of_twin = Turns([twin.wrapped])._turns[0]
     assert of_twin in twin._turns._turns
     assert of_twin not in model._turns._turns
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_on_torch_s_own_attention_are_in_its_weights() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    case = tiny.CASES["open_clip"]()
+    raw, model = case.model.eval(), mm.wrap(case.model)
+    config = LoraConfig(r=2, target_modules=["attn"], init_lora_weights=False)
+    inject_adapter_in_model(config, raw).eval()
+    parts = ("ln1.hook_normalized", "attn.hook_q", "attn.hook_z", "hook_attn_out")
+
+    def read() -> list[Tensor]:
+        run = model.run({"image": case.inputs["image"]}, read=[f"vision.blocks.0.{part}" for part in parts])
+        return [run[f"vision.blocks.0.{part}"] for part in parts]
+
+    x, q, _, out = read()
+    layer, attn = raw.visual.transformer.resblocks[0], model.vision.blocks[0].attn
+    with torch.no_grad():
+        asked = torch.einsum("bnd,hdk->bnhk", x * layer.ln_1.weight + layer.ln_1.bias, attn.W_Q) + attn.b_Q
+        right = seen_at(layer.attn, lambda: raw(**case.inputs))
+    torch.testing.assert_close(asked, q, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, right, atol=1e-5, rtol=1e-5)
+    with pytest.raises(mm.ModelStateError, match="merge_and_unload"):
+        _ = attn.W_O
+    layer.attn.merge()
+    *_, z, out = read()
+    with torch.no_grad():
+        given = torch.einsum("bnhk,hkd->bnd", z, attn.W_O) + attn.b_O
+    torch.testing.assert_close(given, out, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_projection_that_is_trained_beside_an_adapter_is_the_one_that_runs() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    raw, _ = wrapped("contrastive")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["visual_projection"])
+    tuned = get_peft_model(raw, config).eval()
+    model = mm.wrap(tuned)
+    with torch.no_grad():
+        raw.visual_projection.modules_to_save["default"].weight.mul_(2)
+    right = raw.visual_projection.modules_to_save["default"].weight.T
+    assert torch.equal(model.towers["vision"].projection, right)
+    run = model.run(KINDS["contrastive"].inputs())
+    assert torch.equal(numbers(run.output), call(KINDS["contrastive"], tuned))

@@ -247,7 +247,7 @@ def test_threads_that_wait_for_each_other_s_models_are_told() -> None:
 def test_an_edit_that_waits_for_a_thread_that_waits_for_its_model_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(turns, "STILL_S", 0.5)
+    monkeypatch.setattr(turns, "BLOCKED_S", 0.5)
     model, inputs, output = kept("contrastive", "hooked")
     told: list[BaseException] = []
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import patching
 
 import mm_adapters as mm
-from methods_multimodal.patching.activation_patching import patch_heads, patch_positions
+from methods_multimodal.patching.activation_patching import patch_heads, patch_positions, patch_units
 
 
 def pair(name: str) -> tuple[tiny.Case, dict[str, Tensor], dict[str, Tensor]]:
@@ -120,3 +120,47 @@ def test_images_that_lie_end_to_end_in_one_row_are_patched_one_by_one() -> None:
     alone = patch_heads(model, first, second, metric, tower="vision", layers=[0], stacked=())
     assert torch.equal(found.patched, alone.patched)
     assert bool((found.patched != found.corrupted[:, None, None]).any())
+
+
+@pytest.mark.parametrize(("name", "tower"), [("clip_vision", "vision"), ("llava", "language")])
+def test_a_head_below_zero_is_counted_from_the_last(name: str, tower: str) -> None:
+    built, clean, corrupted = pair(name)
+    model = mm.HookedModel(built.model)
+    site = f"{tower}.blocks.{{}}.attn.hook_z"
+
+    def metric(output: Any) -> Tensor:
+        return built.head(output).flatten(1)[:, 3]
+
+    every: dict[str, Any] = {"tower": tower, "layers": [1]}
+    by_number = patch_heads(model, clean, corrupted, metric, **every)
+    for unit, head in ((-1, 3), (-4, 0)):
+        found = patch_units(model, clean, corrupted, metric, site, "head", units=[(unit,)], layers=[1])
+        assert torch.equal(found.patched[:, 0, 0], by_number.patched[:, 0, head])
+        assert found.units == ((unit,),)
+    for wrong in (-5, 4):
+        with pytest.raises(mm.InputError, match=f"no unit {wrong}: .* has units 0 to 3"):
+            patch_units(model, clean, corrupted, metric, site, "head", units=[(wrong,)], layers=[1])
+
+
+def test_inputs_without_a_row_for_each_row_are_run_one_unit_at_a_time() -> None:
+    built = tiny.CASES["unet"]()
+    model = mm.HookedModel(built.model)
+    corrupted = dict(built.inputs) | {"timestep": torch.tensor([7])}  # One for both rows.
+    clean = corrupted | {"sample": corrupted["sample"].flip(0)}
+    site = "denoiser.blocks.1.hook_resid_pre"
+
+    def metric(output: Any) -> Tensor:
+        return output.sample[:, 0, 0, 0]
+
+    units = [(0,), (2, 3)]
+    found = patch_units(
+        model, clean, corrupted, metric, "denoiser.blocks.{}.hook_resid_pre", "pos", units=units, layers=[1]
+    )
+    value = model.run(clean, read=[site])[site]
+    for i, unit in enumerate(units):
+
+        def put(here: Tensor, unit: tuple[int, ...] = unit) -> Tensor:
+            return value[:, list(unit)]
+
+        run = model.run(corrupted, edit=[mm.Edit(site, put, positions=unit)])
+        torch.testing.assert_close(found.patched[:, 0, i], metric(run.output), rtol=1e-5, atol=1e-6)
