@@ -42,6 +42,12 @@ def check_options(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name.endswith("inference_steps") or name in _COUNTS:
             check_whole(name, value)
+        elif name == "class_labels":
+            labels = (
+                value if isinstance(value, list | tuple) else [] if isinstance(value, Tensor) else [value]
+            )
+            for i, label in enumerate(labels):
+                check_whole(f"class_labels[{i}]", label, least=0)
         elif name == "clip_skip":
             check_whole(name, value, least=0)
         elif name in ("strength", "denoising_start"):
@@ -118,6 +124,7 @@ def check_run(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     Raises: InputError with the pipeline's reason; for negative prompts or seeds that are not one a prompt.
     """
     check_options(pipeline, arguments)
+    _check_pictures(pipeline, arguments)
     n_prompts = _n_prompts(arguments)
     if n_prompts is not None:
         for name, value in arguments.items():
@@ -137,6 +144,15 @@ def check_run(pipeline: Any, arguments: Mapping[str, Any]) -> None:
                 )
     check_strength(pipeline, arguments)
     _check_inputs(pipeline, arguments)
+
+
+def _check_pictures(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+    takes = parameters_of(type(pipeline).__call__)
+    if "strength" not in takes and getattr(pipeline, "controlnet", None) is None:
+        return
+    for name in _PICTURES:
+        if name in takes and arguments.get(name) is None:
+            raise InputError(f"{type(pipeline).__name__} draws from a picture. Pass {name}=.")
 
 
 def _check_latents(pipeline: Any, latents: Any, n_pictures: int) -> None:
