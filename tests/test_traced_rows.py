@@ -16,7 +16,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 import mm_adapters as mm
 from mm_adapters.inputs.prepare import Inputs
 from mm_adapters.nnsight_engine.batcher import RowBatcher
-from mm_adapters.nnsight_engine.invokes import combine
+from mm_adapters.nnsight_engine.invokes import combine, combine_prompts
 from mm_adapters.traced import TracedModel
 
 
@@ -163,6 +163,30 @@ def test_invokes_are_joined_row_after_row_and_padded(left: bool) -> None:
     assert torch.equal(found["pixel_values"], pixels)
     assert found["use_cache"] is False
     assert found.keys() == {*rows, "pixel_values", "use_cache"}
+
+
+def test_prompts_are_joined_and_what_a_call_takes_once_stays_one() -> None:
+    sigmas = torch.tensor([1.0, 0.5])
+    one = {"prompt": "a cat", "seed": 3, "sigmas": sigmas, "prompt_embeds": torch.zeros(1, 4)}
+    two = {
+        "prompt": ["a dog", "a bird"],
+        "seed": [4, 5],
+        "sigmas": sigmas.clone(),
+        "prompt_embeds": torch.ones(2, 4),
+    }
+    found = combine_prompts([one | {"negative_prompt": "ugly"}, two])
+    assert found["prompt"] == ["a cat", "a dog", "a bird"]
+    assert found["negative_prompt"] == ["ugly", "", ""]
+    assert found["seed"] == [3, 4, 5]
+    assert torch.equal(found["sigmas"], sigmas)
+    assert found["prompt_embeds"].tolist() == [[0.0] * 4, [1.0] * 4, [1.0] * 4]
+    with pytest.raises(mm.InputError, match="sigmas is"):
+        combine_prompts([one, two | {"sigmas": sigmas / 2}])
+    with pytest.raises(mm.InputError, match="takes 2 seeds"):
+        combine_prompts([one, two | {"seed": 4}])
+    for left_out in ("prompt", "seed"):
+        with pytest.raises(mm.InputError, match=f"give (a )?{left_out} and some do not"):
+            combine_prompts([one, {k: v for k, v in two.items() if k != left_out}])
 
 
 def test_a_bare_towers_rows_are_those_of_its_own_argument() -> None:

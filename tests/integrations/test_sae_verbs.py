@@ -27,6 +27,10 @@ def sae_at(site: str, d_in: int, d_sae: int = 24) -> Any:
     return made
 
 
+def hooks_of(model: Any) -> list[int]:
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
 def drawing() -> dict[str, Any]:
     return {"prompt": ["a cat"], "num_inference_steps": 3, "seed": 0, "output_type": "latent"}
 
@@ -102,11 +106,14 @@ def test_saes_that_are_kept_at_the_end_stay() -> None:
     model = mm.wrap(case.model)
     value = model.run(case.inputs, read=[TWO[0]])[TWO[0]]
     sae = sae_at(TWO[0], value.shape[-1])
+    before = hooks_of(case.model)
     spliced = case.head(model.run_with_saes(saes=sae, reset_saes_end=False, **case.inputs))
     assert model.acts_to_saes == {TWO[0]: sae}
     assert torch.equal(case.head(model(**case.inputs)), spliced)
+    assert hooks_of(case.model) != before
     model.reset_saes(TWO[0])
     assert not torch.equal(case.head(model(**case.inputs)), spliced)
+    assert hooks_of(case.model) == before
 
 
 @torch.no_grad()

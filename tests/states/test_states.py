@@ -47,9 +47,10 @@ def test_reads_edits_and_weights_are_the_models_own_in_this_state(
         weight = state.weight(kind, raw).clone() if state.weight else right_weight(kind, raw, weight_before)
     refused = state.refusal.parts if state.refusal else ()
     check(state, kind, model, right, weight, refused)
-    # Between the two the model runs by itself, so that compiled code is there.
-    close(call(kind, given), right.output, 1e-5)
-    check(state, kind, mm.wrap(given, engine=engine), right, weight, refused)
+    if engine == "hooked":  # Between the two the model runs by itself, so that compiled code is there.
+        close(call(kind, given), right.output, 1e-5)
+    if engine == "hooked" or given is not raw:
+        check(state, kind, mm.wrap(given, engine=engine), right, weight, refused)
 
 
 def right_weight(kind: Kind, raw: Any, before: Tensor) -> Tensor:

@@ -91,6 +91,9 @@ def test_timesteps_are_the_middles_of_equal_parts_and_are_scaled_for_the_denoise
     for wrong in (0, 101):
         with pytest.raises(InputError, match="cannot be spread over 100"):
             denoiser_task(net, DDPMScheduler(num_train_timesteps=100), timesteps=wrong)
+    for some in ([5, 100], [-1, 5], []):
+        with pytest.raises(InputError, match="Timesteps are 0 to 99"):
+            denoiser_task(net, DDPMScheduler(num_train_timesteps=100), timesteps=some)
     flow = Schedule.of(FlowMatchEulerDiscreteScheduler(num_train_timesteps=10, shift=2.0), 0.1)
     plain_sigma = torch.arange(1, 11) / 10
     torch.testing.assert_close(flow.times, 2 * plain_sigma / (1 + plain_sigma))

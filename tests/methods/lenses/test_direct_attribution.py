@@ -87,6 +87,8 @@ def test_a_difference_of_texts_is_the_difference_of_their_shares() -> None:
 
 def test_a_tower_pooled_by_attention_says_why_it_has_no_attribution() -> None:
     built = tiny.siglip()
+    for module in built.model.modules():
+        module.register_forward_pre_hook(lambda *_: pytest.fail("The model ran."))
     with pytest.raises(mm.MissingSiteError, match="pooled by attention"):
         attribute_logits(mm.HookedModel(built.model), built.inputs)
 
