@@ -37,7 +37,7 @@ NO_SCALARS: tuple[Scalar, ...] = (
     ("float(x.sum())", lambda x: float(x.sum())),
     ("None", lambda x: None),
     ("x.detach().sum()", lambda x: x.detach().sum()),
-    ("x", lambda x: x),
+    ("torch.cat([x, x])", lambda x: torch.cat([x, x])),
     ("x.flatten()[:0]", lambda x: x.flatten()[:0]),
     ("x.sum() * 1j", lambda x: x.sum() * 1j),
     ("torch.ones((), requires_grad=True) * 3", lambda x: torch.ones((), requires_grad=True) * 3),

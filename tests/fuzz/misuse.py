@@ -59,7 +59,9 @@ def bad_move(rng: Random, subject: Subject) -> Call:
 
     elif rng.random() < 0.15:
         (shown, fn), late = rng.choice(NO_FUNCTIONS), False
-    hooks = subject.engine == "hooked" and late and rng.random() < 0.35 and "None" not in shown
+    # A hook of TransformerLens' may return None, which changes nothing, and numbers that are none.
+    for_hooks = not any(part in shown for part in ("None", "nan", "/ 0"))
+    hooks = subject.engine == "hooked" and late and rng.random() < 0.35 and for_hooks
 
     def perform() -> dict[str, Any]:
         if hooks:

@@ -21,7 +21,7 @@ from tests.fuzz.outcome import Outcome, Verdict, difference, judge
 from tests.fuzz.state import State
 from tests.fuzz.subjects import Subject, plain_run
 
-SEED, N = 1, 60
+SEED, N = 91, 60
 SITE = "vision.blocks.1.hook_resid_post"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
