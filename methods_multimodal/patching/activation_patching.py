@@ -144,7 +144,7 @@ def patch_units(
     _check_there(groups, min(source[name].shape[dim] for name in names.values()), site)
     per_run = max(1, batch // n_rows) if _stacks(model, site, corrupted, stacked, n_rows) else 1
     pairs = [
-        [torch.stack([places[unit][side].expand(n_rows) for unit in group], 1) for side in (0, 1)]
+        [_side_by_side([places[unit][side] for unit in group]) for side in (0, 1)]
         for group in groups
     ]
     chunks = [pairs[i : i + per_run] for i in range(0, len(pairs), per_run)]
@@ -180,6 +180,11 @@ def _place(model: Model, inputs: Mapping[str, Any], unit: int, site: str, axis: 
     if stack == "decoder":
         raise InputError(f"units: the positions of {site} are counted from 0, not {unit}.")
     return torch.as_tensor(in_rows(model, inputs, unit, tower).index)
+
+
+def _side_by_side(places: Sequence[Tensor]) -> Tensor:
+    """[row or 1, unit]: where each unit stands, in all rows alike or in each."""
+    return torch.stack(torch.broadcast_tensors(*(place.reshape(-1) for place in places)), 1)
 
 
 def _swap(clean: Tensor, chunk: Sequence[Sequence[Tensor]], dim: int) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,7 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
     if "torch._dynamo" not in sys.modules:
         return False
     return any(
-        part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule"
+        part._compiled_call_impl is not None or "_orig_mod" in part._modules
         for module in modules
         for part in module.modules()
     )

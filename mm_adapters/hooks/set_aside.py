@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 from torch import nn
@@ -47,6 +48,28 @@ def hooks_set_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
             hooks.update(before)
             for at in (*before, *since):  # In the order they were put on.
                 hooks.move_to_end(at)
+
+
+@contextmanager
+def loop_set_aside(pipeline: Any) -> Iterator[None]:
+    """Inside, a pipeline in the middle of its loop may be run: what that loop keeps is put back afterwards.
+
+    It keeps its options in the pipeline's private attributes, and how far it is in its schedulers.
+    """
+    schedulers = [c for c in pipeline.components.values() if hasattr(c, "set_timesteps")]
+    kept = [{name: copy(value) for name, value in vars(s).items()} for s in schedulers]
+    options = {name: value for name, value in vars(pipeline).items() if name.startswith("_")}
+    for scheduler in schedulers:
+        vars(scheduler).pop("step", None)  # It counts the outer run's steps.
+    try:
+        yield
+    finally:
+        for scheduler, before in zip(schedulers, kept, strict=True):
+            vars(scheduler).clear()
+            vars(scheduler).update(before)
+        for name in [n for n in vars(pipeline) if n.startswith("_")]:
+            del vars(pipeline)[name]
+        vars(pipeline).update(options)
 
 
 def _is_ours(hook: Any) -> bool:

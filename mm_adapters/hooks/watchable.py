@@ -22,7 +22,7 @@ def check_watchable(module: nn.Module, side: str, name: str, owner: nn.Module, t
     Raises: ModelStateError if attention is sliced, projections are fused, the tower works in tiles or with
     a cache of its blocks.
     """
-    if side == "inside" and "Sliced" in type(vars(module).get("processor")).__name__:
+    if side == "inside" and hasattr(vars(module).get("processor"), "slice_size"):
         raise ModelStateError(
             f"Attention slicing is on: {type(module).__name__} attends to one slice of its heads after "
             "another, so no call has all of them. Switch it off: pipe.disable_attention_slicing()."

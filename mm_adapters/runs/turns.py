@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
 from mm_adapters._errors import ModelBusyError
+from mm_adapters.hooks.set_aside import loop_set_aside
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 # A thread that has the model may wait for the one that waits for it, or keep hooks on and run nothing.
@@ -90,6 +91,8 @@ class Turns:
             with ExitStack() as stack:
                 for watcher in reversed(busy):
                     stack.enter_context(watcher.set_aside())
+                for pipeline in (m for m in self._modules if hasattr(m, "components")):
+                    stack.enter_context(loop_set_aside(pipeline))
                 frames = [(turn.watchers, turn.outer) for turn in self._turns]
                 for turn in self._turns:
                     turn.watchers, turn.outer = [], turn.outer + turn.watchers
