@@ -245,7 +245,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         Raises: NotImplementedError for a pipeline whose code branches on values.
         """
         if kwargs.pop("remote", False):
-            raise ValueError("scan computes nothing and runs here. Leave remote out.")
+            raise InputError("scan computes nothing and runs here. Leave remote out.")
         if self.kind == "diffusion" and fn is None:
             kwargs = self._one_step() | kwargs
         self.check_traced(fn or self._forward, inputs, kwargs)

@@ -3,6 +3,7 @@
 # ruff: noqa: SIM117  A traced block is one statement, and its `with` stands alone.
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,10 @@ def test_renamed_modules_and_the_sites_in_them() -> None:
     run = model.run(inputs, read=["vision.blocks.1.hook_resid_post", "vision.blocks.2.hook_resid_post"])
     assert torch.equal(site, run["vision.blocks.1.hook_resid_post"])
     assert torch.equal(native, run["vision.blocks.2.hook_resid_post"])
+    copied = copy.deepcopy(model)
+    with torch.no_grad(), copied.trace(**inputs):
+        again = copied.eye.encoder.layers[2].output.save()
+    assert torch.equal(again, native)
 
 
 # -- what a call may be given --------------------------------------------------------------------

@@ -21,6 +21,8 @@ from sae_lens.saes.sae import (
 from sae_lens.saes.transcoder import JumpReLUTranscoderConfig
 from torch import Tensor, nn
 
+from mm_adapters import InputError
+
 ARCHITECTURE = "batchtopk_transcoder"
 
 
@@ -44,7 +46,7 @@ class BatchTopKTranscoderConfig(TrainingSAEConfig):
 
     def __post_init__(self) -> None:
         if self.apply_b_dec_to_input or self.normalize_activations != "none":
-            raise ValueError(
+            raise InputError(
                 "A transcoder's decoder bias is of another site than its input: set "
                 "apply_b_dec_to_input=False and normalize_activations='none'."
             )

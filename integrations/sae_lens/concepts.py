@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mm_adapters import InputError
+
 
 @dataclass(frozen=True)
 class ConceptMatch:
@@ -48,7 +50,7 @@ def match_concepts(
     `choose_on` says on which images latents and thresholds are chosen (None: on a random half); F1 is
     of the rest. Latents are compared at `n_thresholds` quantiles of their positive activations.
 
-    Raises: ValueError if a concept is true of all images, or of none, of either part.
+    Raises: InputError if a concept is true of all images, or of none, of either part.
     """
     generator = torch.Generator().manual_seed(seed)
     if choose_on is None:
@@ -58,7 +60,7 @@ def match_concepts(
     for part in (chosen_on, measured_on):
         bad = [c for c, n in zip(concepts, truth[part].sum(0).tolist(), strict=True) if n in (0, len(part))]
         if bad:
-            raise ValueError(f"{', '.join(bad)}: true of all or of no image of a part; give more images.")
+            raise InputError(f"{', '.join(bad)}: true of all or of no image of a part; give more images.")
     latent, threshold = _best(acts[chosen_on], truth[chosen_on], n_thresholds)
     f1 = _f1_of(acts[measured_on], truth[measured_on], latent, threshold)
     shuffled = truth[torch.randperm(len(truth), generator=generator)]

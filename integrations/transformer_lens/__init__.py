@@ -16,6 +16,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from integrations.transformer_lens._adapter import RecordAdapter
 from integrations.transformer_lens._classes import architectures, cannot
+from mm_adapters import InputError
 
 __all__ = ["RecordAdapter", "adapter", "architectures", "bridge", "cannot"]
 
@@ -38,12 +39,12 @@ def bridge(model: nn.Module, *, processor: Any = None, tokenizer: Any = None) ->
     vision-language model also `vision_encoder.blocks.3.attn.hook_pattern` and `vision_projector.hook_out`.
     The bridge replaces modules of `model`: give it a copy.
 
-    Raises: ValueError if TransformerLens has no adapter for its class and neither has this package.
+    Raises: InputError if TransformerLens has no adapter for its class and neither has this package.
     """
     architecture = type(model).__name__
     if architecture not in architectures():
         why = cannot().get(architecture)
-        raise ValueError(
+        raise InputError(
             f"There is no adapter here for {architecture}{f': {why}' if why else ''}. "
             f"There is one for {', '.join(architectures())}. "
             "TransformerLens has its own for others: TransformerBridge.boot_transformers(...)."

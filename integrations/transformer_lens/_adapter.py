@@ -26,7 +26,7 @@ from integrations.transformer_lens._components import (
     Unembedding,
     bare,
 )
-from mm_adapters import HookedModel, TowerView
+from mm_adapters import HookedModel, InputError, TowerView
 from mm_adapters.records import Input, Location, Norm, Output
 
 _NAMES = {"vision": "vision_encoder", "projector": "vision_projector"}  # As TransformerLens calls them.
@@ -53,7 +53,7 @@ class RecordAdapter(ArchitectureAdapter):
     def prepare_model(self, hf_model: Any) -> None:
         """Finds the model's parts, before the bridge puts its components in their places.
 
-        Raises: ValueError for a model whose tower has no blocks with heads.
+        Raises: InputError for a model whose tower has no blocks with heads.
         """
         self._hooked = HookedModel(hf_model)
         towers = self._hooked.towers
@@ -101,7 +101,7 @@ class RecordAdapter(ArchitectureAdapter):
         sizes = self._hooked.tower(root.name).cfg
         if not sizes.d_model:
             name = type(root.module).__name__
-            raise ValueError(f"{name} has no one stack of blocks with heads, and a bridge needs one.")
+            raise InputError(f"{name} has no one stack of blocks with heads, and a bridge needs one.")
         known = {f.name for f in fields(self.cfg)}
         for name in (n for n in _SIZES if n in known):
             setattr(self.cfg, name, getattr(sizes, name))

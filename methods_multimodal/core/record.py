@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mm_adapters import InputError
 from mm_adapters.store import atomic_write
 
 R = TypeVar("R", bound="Record")
@@ -39,11 +40,11 @@ class Record:
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
-        """The record in a file. Raises: ValueError if the file holds another one."""
+        """The record in a file. Raises: InputError if the file holds another one."""
         with safe_open(path, framework="pt") as opened:
             header = opened.metadata() or {}
             if header.get("record") != cls.__name__:
-                raise ValueError(f"{path} holds {header.get('record') or 'no record'}, not a {cls.__name__}.")
+                raise InputError(f"{path} holds {header.get('record') or 'no record'}, not a {cls.__name__}.")
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         values = {k: _tupled(v) for k, v in json.loads(header["values"]).items()}
         for name, value in values.items():

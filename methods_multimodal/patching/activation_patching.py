@@ -143,10 +143,7 @@ def patch_units(
     groups = tuple(tuple(int(i) for i in unit) for unit in units)
     _check_there(groups, min(source[name].shape[dim] for name in names.values()), site)
     per_run = max(1, batch // n_rows) if _stacks(model, site, corrupted, stacked, n_rows) else 1
-    pairs = [
-        [_side_by_side([places[unit][side] for unit in group]) for side in (0, 1)]
-        for group in groups
-    ]
+    pairs = [[_side_by_side([places[unit][side] for unit in group]) for side in (0, 1)] for group in groups]
     chunks = [pairs[i : i + per_run] for i in range(0, len(pairs), per_run)]
     rows: list[Tensor] = []
     with tqdm(total=len(names) * len(chunks), desc="patching", unit="run", disable=None, leave=False) as bar:

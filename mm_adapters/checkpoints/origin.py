@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mm_adapters._errors import InputError
+
 # About this machine, or part of a request's environment: not of what a checkpoint is.
 _HERE = ("token", "cache_dir", "local_files_only", "force_download", "attn_implementation")
 
@@ -34,10 +36,10 @@ class CheckpointRef:
 
     @classmethod
     def parse(cls, key: str) -> CheckpointRef:
-        """The inverse of `key`. Raises: ValueError if it is none."""
+        """The inverse of `key`. Raises: InputError if it is none."""
         data = json.loads(key)
         if not isinstance(data, dict) or not isinstance(data.get("repo_id"), str):
-            raise ValueError(f"{key!r} names no checkpoint: it has no repo_id.")
+            raise InputError(f"{key!r} names no checkpoint: it has no repo_id.")
         name = data.pop("repo_id")
         return cls(name, {k: v for k, v in data.items() if v is not None})
 

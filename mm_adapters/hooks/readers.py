@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mm_adapters._errors import InputError
 from mm_adapters.hooks.kept import Kept
 from mm_adapters.hooks.point import Point, show, tracked
 from mm_adapters.sites.held import held
@@ -61,11 +62,11 @@ class Gain:
     def undo(self, x: Tensor) -> Tensor:
         """What the branch must return for `x` to join the stream.
 
-        Raises: ValueError if the gain is zero somewhere, so that nothing could.
+        Raises: InputError if the gain is zero somewhere, so that nothing could.
         """
         gain = self()
         if not bool(gain.all()):
-            raise ValueError(
+            raise InputError(
                 f"{self.name} is zero, so nothing that the branch returns joins the stream there. Edit the "
                 "residual stream (hook_resid_mid, hook_resid_post) instead."
             )

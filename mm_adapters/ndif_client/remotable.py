@@ -90,7 +90,7 @@ class ServedModel(BaseModel, Remotable):
 
     def _remoteable_model_key(self) -> str:
         if self.origin is None:
-            raise ValueError(
+            raise InputError(
                 "This model was made from an object, which a remote service cannot know, so it runs on "
                 "this machine only. Leave remote out, or load it by a name: "
                 "mm_adapters.load(name, engine='nnsight')."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mm_adapters._errors import InputError
 from mm_adapters.nnsight_engine.protocol import JobModel
 from mm_adapters.nnsight_engine.tasks import TASKS
 from mm_adapters.sites.single_tower import single_tower
@@ -13,7 +14,7 @@ from mm_adapters.sites.single_tower import single_tower
 def stock_service_key(model: JobModel) -> str:
     """The key under which a stock service serves the same checkpoint.
 
-    Raises: ValueError if it serves none of this kind.
+    Raises: InputError if it serves none of this kind.
     """
     from mm_adapters import zoo
 
@@ -22,14 +23,14 @@ def stock_service_key(model: JobModel) -> str:
     name = str(zoo.path(origin.name)) if origin.name in zoo.NAMES else origin.name
     checkpoint: dict[str, Any] = {"repo_id": name, "revision": origin.options.get("revision")}
     if "automodel" in origin.options:
-        raise ValueError(
+        raise InputError(
             f"A service without mm-interp makes of {origin.name} the pipeline that it names, not a "
             f"{origin.options['automodel']}. Serve it yourself: mm-interp ndif up."
         )
     if model.kind == "diffusion":
         return f"nnsight.modeling.diffusion.DiffusionModel:{json.dumps(checkpoint)}"
     if model.kind not in TASKS or name.startswith("open_clip:"):
-        raise ValueError(
+        raise InputError(
             f"A service without mm-interp cannot serve {origin.name}: nnsight has no class for a "
             f"{model.kind} of {model.sitemap.family}. Serve it yourself: mm-interp ndif up."
         )

@@ -9,6 +9,7 @@ from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 
+from mm_adapters._errors import InputError
 from mm_adapters.hooks.point import tracked
 from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
 from mm_adapters.nnsight_engine.iteration import SiteTracer
@@ -59,7 +60,7 @@ class SiteEnvoy:
     def _check(self, new: Any, served: Tensor) -> None:
         if not isinstance(new, Tensor) or new.shape != served.shape:
             what = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise ValueError(f"{self.site.name} is {tuple(served.shape)} here and was set to {what}.")
+            raise InputError(f"{self.site.name} is {tuple(served.shape)} here and was set to {what}.")
 
     def _from_sandbox(self) -> Tensor:
         """The value in a service's sandbox, which sends back what is written into it.
@@ -117,7 +118,7 @@ class TracedPart(Envoy):
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         if kwargs.pop("remote", False):
-            raise ValueError(
+            raise InputError(
                 f"{self.path} is a part of a model, and NDIF runs whole models. Trace the model, "
                 "`with model.trace(..., remote=True):`, and read this part inside."
             )

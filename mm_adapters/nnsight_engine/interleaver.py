@@ -9,6 +9,7 @@ from typing import Any
 from greenlet import getcurrent
 from nnsight.intervention.interleaver import Event, Mediator, OutOfOrderError
 
+from mm_adapters._errors import InputError
 from mm_adapters.hooks.kept import Kept
 from mm_adapters.hooks.module_hooks import AttentionHook, ModuleHook
 from mm_adapters.hooks.set_aside import hooks_set_aside
@@ -127,7 +128,7 @@ class SiteInterleaver(FastPathInterleaver):
     def check_request(self, point: TracedPoint) -> None:
         """Checks a block's request for a site before it is made.
 
-        Raises: OutOfOrderError if the model has come past it; ValueError outside a trace; ModelStateError if
+        Raises: OutOfOrderError if the model has come past it; InputError outside a trace; ModelStateError if
         the model is in a state in which the site cannot be watched.
         """
         mediator = current(point.site.name)
@@ -298,10 +299,10 @@ class SiteInterleaver(FastPathInterleaver):
 
 
 def current(what: str) -> Mediator:
-    """The worker of the block that runs. Raises: ValueError outside a trace."""
+    """The worker of the block that runs. Raises: InputError outside a trace."""
     mediator: Callable[[], Mediator] | None = getattr(getcurrent(), "mediator", None)
     if mediator is None:
-        raise ValueError(f"{what} has a value only inside `with model.trace(...):`.")
+        raise InputError(f"{what} has a value only inside `with model.trace(...):`.")
     return mediator()
 
 

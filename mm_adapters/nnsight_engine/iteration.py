@@ -11,6 +11,7 @@ from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.iterator import Iterations
 from nnsight.intervention.tracer import InterleavingTracer
 
+from mm_adapters._errors import InputError
 from mm_adapters.nnsight_engine.interleaver import END, STEP, current
 
 
@@ -26,7 +27,7 @@ class Steps(Iterations):
         try:
             for step in self._indices():
                 if step < 0:
-                    raise ValueError(f"Steps are counted from 0; there is no step {step}.")
+                    raise InputError(f"Steps are counted from 0; there is no step {step}.")
                 mediator.iteration = step
                 mediator.__dict__["step"] = None
                 if step > 0 and Mediator.value(STEP) == END:
@@ -42,7 +43,7 @@ class Steps(Iterations):
         if isinstance(key, slice):
             steps = Steps(key.start or 0, key.stop)
             if key.step not in (None, 1):
-                raise ValueError("tracer.iter takes no stride. Give the steps: tracer.iter[[0, 2, 4]].")
+                raise InputError("tracer.iter takes no stride. Give the steps: tracer.iter[[0, 2, 4]].")
             steps.open = True
             return steps
         return Steps(steps=list(key) if isinstance(key, list | tuple) else [key])

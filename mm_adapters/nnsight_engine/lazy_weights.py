@@ -151,7 +151,7 @@ class NamedModel(BaseModel):
             tracer.capture()
         except WithBlockNotFoundError:
             if job.get("remote"):
-                raise ValueError(
+                raise InputError(
                     "A pipe goes remote as a block: with model.pipe(..., remote=...) as tracer:"
                 ) from None
             with self.turn(), self.running():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from mm_adapters._errors import InputError
 from mm_adapters.records.spec import ModelRecord, Tower
 
 Record = TypeVar("Record", Tower, ModelRecord)
@@ -14,12 +15,12 @@ _RECORDS: dict[tuple[type, str], Tower | ModelRecord] = {}
 def register(record: Record) -> Record:
     """Adds a record for each of its classes; returns it.
 
-    Raises: ValueError if another record already covers one of the classes or has its name.
+    Raises: InputError if another record already covers one of the classes or has its name.
     """
     for key in (*record.classes, f"name:{record.name}"):
         known = _RECORDS.setdefault((type(record), key), record)
         if known != record:
-            raise ValueError(
+            raise InputError(
                 f"{key} already belongs to {known.name!r}, not {record.name!r}: "
                 "a class has one record. Drop it from one of the two."
             )

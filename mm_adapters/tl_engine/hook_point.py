@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from mm_adapters._errors import InputError
 from mm_adapters.hooks.module_hooks import ModuleHook
 from mm_adapters.hooks.point import check_like
 from mm_adapters.records.spec import Site
@@ -29,7 +30,7 @@ class SitePoint(HookPoint):
     def layer(self) -> int:
         """The layer, counted within the tower (TransformerLens reads it off the name)."""
         if self.site.layer is None:
-            raise ValueError(f"{self.site.name} belongs to no layer.")
+            raise InputError(f"{self.site.name} belongs to no layer.")
         return self.site.layer
 
     def __call__(self, x: Tensor) -> Tensor:

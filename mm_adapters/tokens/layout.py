@@ -56,9 +56,9 @@ class TokenLayout:
         return len(self.roles[0])
 
     def positions(self, role: str, row: int = 0) -> list[int]:
-        """The positions of this role in one row. Raises: ValueError if there is no such role."""
+        """The positions of this role in one row. Raises: InputError if there is no such role."""
         if role not in get_args(Role):
-            raise ValueError(f"No role {role!r}; there is {', '.join(get_args(Role))}.")
+            raise InputError(f"No role {role!r}; there is {', '.join(get_args(Role))}.")
         return [p for p, r in enumerate(self.roles[row]) if r == role]
 
     def mask(self, role: str) -> Bool[Tensor, "row pos"]:
@@ -69,10 +69,10 @@ class TokenLayout:
         return out
 
     def patch_rc(self, pos: int, *, row: int = 0) -> Grid:
-        """(row, column) of the patch at a position. Raises: ValueError if it is no patch."""
+        """(row, column) of the patch at a position. Raises: InputError if it is no patch."""
         place = self.patches[row][pos] if self.patches else None
         if place is None:
-            raise ValueError(f"Position {pos} is {self.roles[row][pos]!r}, which has no patch.")
+            raise InputError(f"Position {pos} is {self.roles[row][pos]!r}, which has no patch.")
         return place
 
     def tile_of(self, pos: int, *, row: int = 0) -> int:
@@ -83,12 +83,12 @@ class TokenLayout:
     def box(self, pos: int, *, row: int = 0) -> Box:
         """(top, left, bottom, right) of what a position sees, as fractions of its image.
 
-        Raises: ValueError if it is no patch, or it is not known where its tile lies.
+        Raises: InputError if it is no patch, or it is not known where its tile lies.
         """
         r, c = self.patch_rc(pos, row=row)
         grid = self.grids[row][pos]
         if grid is None:
-            raise ValueError(f"Position {pos} is of tile {self.tile_of(pos, row=row)}, of no known place.")
+            raise InputError(f"Position {pos} is of tile {self.tile_of(pos, row=row)}, of no known place.")
         return r / grid[0], c / grid[1], (r + 1) / grid[0], (c + 1) / grid[1]
 
     def frame_of(self, pos: int, *, row: int = 0) -> int | None:
@@ -108,7 +108,7 @@ class TokenLayout:
         """The position of a patch: of the whole image (`tiled=False`), of its tiles (True), or of
         whichever has it, the whole first; of a video's `frame`, or of the first.
 
-        Raises: ValueError if that image has no such patch.
+        Raises: InputError if that image has no such patch.
         """
         for views in ((False, True) if tiled is None else (tiled,)) if self.patches else ():
             for pos, place in enumerate(self.patches[row]):
@@ -117,19 +117,19 @@ class TokenLayout:
                 if here and bool(self.tiles and self.tiles[row][pos]) == views:
                     return pos
         size = f"the grid is {self.grid[0]} x {self.grid[1]}" if self.grid else "no single grid"
-        raise ValueError(f"Row {row} has no patch ({patch_row}, {patch_col}) of image {image}: {size}.")
+        raise InputError(f"Row {row} has no patch ({patch_row}, {patch_col}) of image {image}: {size}.")
 
     def row_and_position_of(self, patch_row: int, patch_col: int, *, image: int = 0) -> tuple[int, int]:
         """The row and the position of a patch of an image, where the rows are windows or tiles of images.
 
-        Raises: ValueError if that image has no such patch.
+        Raises: InputError if that image has no such patch.
         """
         for row in range(self.n_rows):
             places = zip(self.patches[row], self.image_index[row], strict=True) if self.patches else ()
             for pos, place in enumerate(places):
                 if place == ((patch_row, patch_col), image):
                     return row, pos
-        raise ValueError(f"No row has a patch ({patch_row}, {patch_col}) of image {image}: {self.grid}.")
+        raise InputError(f"No row has a patch ({patch_row}, {patch_col}) of image {image}: {self.grid}.")
 
     def where(self, word: str, row: int = 0, occurrence: int | None = None) -> list[int]:
         """The positions of a word or phrase, in upper or lower case: of each time it occurs, or of

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from mm_adapters._errors import InputError
+
 __all__ = ["NAMES", "path", "sample_images"]
 
 NAMES = ("tiny-clip", "tiny-llava", "tiny-sd")
@@ -12,7 +14,7 @@ _HERE = Path(__file__).parent
 def path(name: str) -> Path:
     """The folder of one of the zoo's checkpoints, for any `from_pretrained`."""
     if name not in NAMES:
-        raise ValueError(f"zoo: no model {name!r}; there is {', '.join(NAMES)}.")
+        raise InputError(f"zoo: no model {name!r}; there is {', '.join(NAMES)}.")
     return _HERE / "models" / name
 
 

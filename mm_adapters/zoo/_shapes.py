@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_adapters._errors import InputError
+
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
 
 
@@ -33,7 +35,7 @@ def unit_distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32]) ->
         square = (np.abs(x) + np.abs(y - lower) - h) * np.sqrt(0.5)
         discs = np.hypot(np.abs(x) - h / 2, y - lower + h / 2) - h * np.sqrt(0.5)
         return np.minimum(square, discs)
-    raise ValueError(f"no shape {shape!r}; there is {', '.join(SHAPES)}.")
+    raise InputError(f"no shape {shape!r}; there is {', '.join(SHAPES)}.")
 
 
 def _star(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.floating]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_adapters._errors import InputError
 from mm_adapters.zoo._shapes import SHAPES, unit_distance
 
 FRAME = 64.0
@@ -99,9 +100,9 @@ def scene(
     solid: no stripes, no dots. size: that of a single object; None mixes them.
     """
     if split not in SPLITS:
-        raise ValueError(f"scene: no split {split!r}; there is {', '.join(SPLITS)}.")
+        raise InputError(f"scene: no split {split!r}; there is {', '.join(SPLITS)}.")
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"scene: no kind {kind!r}; there is {', '.join(KINDS)}.")
+        raise InputError(f"scene: no kind {kind!r}; there is {', '.join(KINDS)}.")
     rng = np.random.default_rng([index, SPLITS.index(split), seed])
     drawn_kind = ("one", "one", "two", "two", "many")[int(rng.integers(5))]
     kind = kind or drawn_kind

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import diffusers
 import pytest
+import tiny
 import torch
 from model_state import snapshot, stays
 from torch import Tensor
@@ -284,3 +286,26 @@ def test_a_snapshot_notices_each_thing_that_a_run_may_leave() -> None:
         assert "the output" in said
         weight.copy_(before.weights[next(n for n, p in model.wrapped.named_parameters() if p is weight)])
     assert snapshot(model, output).changes(before) == []
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux", "heun"])
+def test_a_loop_inside_a_loop_leaves_the_outer_ones_schedule_and_options(name: str) -> None:
+    case = tiny.CASES["stable_diffusion" if name == "heun" else name]()
+    if name == "heun":
+        case.model.scheduler = diffusers.HeunDiscreteScheduler()
+    model, site = mm.wrap(case.model), "denoiser.hook_out"
+    other = {**case.inputs, "num_inference_steps": 1, "guidance_scale": 1.0}
+    inner = model.run(other, read=[site])
+    plain = model.run(case.inputs, read=[site])
+    seen: list[Any] = []
+
+    def nest(value: Tensor) -> Tensor:
+        seen.append(model.run(other, read=[site]))
+        return value
+
+    outer = model.run(case.inputs, read=[site], edit=[mm.Edit(site, nest)])
+    assert torch.equal(outer[site], plain[site])
+    assert outer.calls == plain.calls
+    assert outer.rows == plain.rows
+    assert torch.equal(case.head(outer.output), case.head(plain.output))
+    assert all(torch.equal(run[site], inner[site]) for run in seen)

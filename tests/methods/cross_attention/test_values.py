@@ -77,9 +77,9 @@ def test_what_is_left_of_a_block_is_its_largest_weight_at_its_own_steps() -> Non
     (left,) = _knockout.watch(edits).values()
     pattern = torch.zeros(2, 2, 3, 4)
     pattern[1, 0, 0, 2], pattern[0, 0, 0, 2], pattern[1, 1, 1, 2] = 0.25, 0.9, 0.8
-    left(pattern)
+    left(pattern, mm.Call(0, 0))
     assert left.most == 0
-    left(pattern)
+    left(pattern, mm.Call(1, 0))
     assert left.most == 0.25
     with pytest.raises(RuntimeError, match=r"still has 0\.25"):
         _knockout.verify({site: left})
@@ -148,7 +148,7 @@ def test_a_region_is_where_either_prompts_words_are_above_the_threshold(threshol
     maps = [torch.rand(1, 2, n, generator=lots) ** 4 / 50 for n in (24, 24, 6, 384)]
     for layer, prompt, place, height in ((0, 0, 0, 1.0), (1, 0, 23, 0.9), (0, 1, 3, 0.8), (1, 1, 20, 0.4)):
         maps[layer][0, prompt, place] = height
-    found.folds = {str(i): Fold(lambda x: x, parts=[m]) for i, m in enumerate(maps)}
+    found.folds = {str(i): Fold(lambda x: x, sums={0: m}, counts={0: 1}) for i, m in enumerate(maps)}
     got = found.region(0, 1, LocalBlend(("cat",), threshold=threshold), (8, 12))
     mean = ((maps[0] + maps[1]) / 2)[0].view(2, 4, 6)
     want = torch.zeros(8, 12, dtype=torch.bool)
@@ -169,8 +169,8 @@ def test_a_words_map_is_the_mean_over_heads_of_its_tokens_attention() -> None:
     run: dict[str, Tensor] = {}
     site = next(iter(found.folds))
     pattern = torch.rand(2, 3, 6, layouts(lens)[0].n_pos)
-    found.folds[site](pattern)
-    run[site] = found.folds[site].parts[0]
+    found.folds[site](pattern, mm.Call(0, 0))
+    run[site] = found.folds[site].sums[0]
     cat, dog = layouts(lens)[0].where("cat"), layouts(lens)[1]
     want = pattern[0].mean(0)[:, cat].sum(-1)
     torch.testing.assert_close(run[site][0, 0], want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,13 @@ def test_mistakes_are_refused_before_anything_runs() -> None:
 
 
 def test_not_a_number_is_an_error_that_names_the_layer_and_the_step() -> None:
-    model = mm.HookedModel(tiny.stable_diffusion().model)
+    pipe = tiny.stable_diffusion().model
+    model = mm.HookedModel(pipe)
     reader = word_reader(model, "a cat")
-    edit = mm.Edit("denoiser.blocks.0.cross_attn.hook_q", lambda q: q * float("nan"), steps=[1])
-    run = model.run(INPUTS, read=reader.reads(), edit=[edit])
+    calls = itertools.count()
+    query = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_q
+    query.register_forward_hook(lambda module, args, q: q * float("nan") if next(calls) == 1 else None)
+    run = model.run(INPUTS, read=reader.reads())
     with pytest.raises(mm.InputError, match=r"blocks.0.cross_attn.hook_pattern holds NaN at step 1"):
         reader.maps(run)
 
