@@ -31,6 +31,10 @@ EXCEPTIONS = {
         "CheckpointError: .* can't find a pipeline linked to StableDiffusionPipeline",
         "What diffusers refuses is a CheckpointError here, with its words; the test wants its ValueError.",
     ),
+    "test_diffusion.py::TestAutomodelErrors::test_a_name_that_is_not_in_diffusers": (
+        "InputError: automodel='NoSuchPipeline'",
+        "What cannot be taken is an InputError here, with the nearest names; the test wants AttributeError.",
+    ),
     "test_diffusion.py::TestRemoteSimulation::test_pipeline_is_a_persistent_object": (
         "KeyError: 'pipeline'",
         "How nnsight's model travels: part by part. Ours is one reference (ndif_client/remotable.py).",
