@@ -26,7 +26,7 @@ from mm_adapters.sites.held import place
 from mm_adapters.sites.single_tower import callable_for
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.tl_engine.cache import ModelCache
-from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, names_of
+from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device, names_of
 from mm_adapters.tl_engine.hook_point import SitePoint
 from mm_adapters.tl_engine.tower import HookedTower
 
@@ -201,6 +201,7 @@ class HookedModel(BaseModel, HookedRootModule):
         Through a sampling loop every value is [call, batch, ...]. Raises: ReadNeverFiredError for a name that
         had no value; what a function filters need not have one.
         """
+        check_device(kwargs.get("device"))
         remove = kwargs.get("remove_batch_dim", False)
         if self.sitemap.model_record.loop is not None:
             output, values = self._cache_loop(*args, **kwargs)

@@ -156,8 +156,10 @@ def _check_pictures(pipeline: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_latents(pipeline: Any, latents: Any, n_pictures: int) -> None:
-    if not isinstance(latents, Tensor):
+    if latents is None:
         return
+    if not isinstance(latents, Tensor):
+        raise InputError(f"latents={latents!r:.80} is {type(latents).__name__}. Pass a tensor of noise.")
     channels = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "latent_channels", None)
     others = latents.ndim == 4 and channels not in (None, latents.shape[1])
     if latents.ndim < 2 or latents.shape[0] != n_pictures or others:

@@ -81,7 +81,7 @@ class Readable:
                 self._check_kind(key, value, "images" if key in pictures else "text")
             if not isinstance(value, Tensor):
                 continue
-            if value.ndim and value.shape[0] == 0:
+            if value.ndim and 0 in value.shape:
                 raise InputError(f"{key} is empty: its shape is {list(value.shape)}.")
             if key in pictures:
                 self._check_pixels(key, value, resized=bool(arguments.get("interpolate_pos_encoding")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,11 @@ class BaseModel(CallChecks):
         texts = None
         if isinstance(text, Tensor):  # open_clip's argument of tokens has this name.
             prepared, text = prepared | {"text": text}, None
+        if self.sitemap.model_record.loop is not None and prepared.get("prompt") is not None:
+            if text is not None:
+                raise InputError("text= and prompt= were both given, and one would be left out. Pass one.")
+            prepared = dict(prepared)
+            text = prepared.pop("prompt")
         if text is not None or images is not None:
             if self._inputs is not None and text is not None:
                 texts = self._inputs.prompts(text, images)
@@ -133,6 +139,10 @@ class BaseModel(CallChecks):
                 prepared = prepared | self.prepare(text=text, images=images)
         if self.sitemap.model_record.loop is not None:
             prompts = texts if text is None or texts else as_texts(text)
+            if prompts and self._inputs is not None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # A run says what it cuts.
+                    self._inputs.prepare(text=prompts)  # Raises InputError for what no run would take.
             by_tower = prompt_layouts(self.wrapped, self.sitemap, self.tokenizer_of, prompts or [], prepared)
             return Layouts(by_tower)
         return layouts(self.wrapped, self.sitemap, self.tokenizer_of, prepared, texts)

@@ -140,7 +140,9 @@ def n_positions(
         if model.kind != "vlm":
             return given.shape[-1]
     try:
-        layout = model.layout(**{k: v for k, v in arguments.items() if isinstance(v, Tensor)})
+        own = tower.record.role == "vision" and model.kind != "vlm"
+        fed = {tower.input_name: given} if own else arguments
+        layout = model.layout(**{k: v for k, v in fed.items() if isinstance(v, Tensor)})
         return layout.at(site.name).n_pos
     except (InputError, MissingSiteError, KeyError):
         return None

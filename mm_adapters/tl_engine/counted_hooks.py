@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
+import torch
+
 from mm_adapters._errors import InputError, ReadNeverFiredError
 
 _CAUSE = (
@@ -52,6 +54,15 @@ def names_of(names_filter: Any) -> list[str]:
             f"names_filter={names_filter!r}: it is a name, a list of names, or a function of one."
         )
     return list(names)
+
+
+def check_device(device: Any) -> None:
+    """Raises: InputError for a device that torch does not know."""
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"device={device!r}: {reason}") from None
 
 
 def check_cached(names_filter: Any, values: Container[str], prefix: str = "") -> None:

@@ -22,7 +22,7 @@ from mm_adapters.sites.site_map import resolve
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.sites.weights import tensor_at
 from mm_adapters.tl_engine.cache import TowerCache
-from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached
+from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device
 from mm_adapters.tl_engine.tower_tokens import TowerTokens
 from mm_adapters.tl_engine.tower_weights import TowerWeights
 
@@ -223,6 +223,7 @@ class HookedTower(TowerTokens, TowerWeights, HookedRootModule):
 
     def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
         """As HookedTransformer's: the output and an ActivationCache under local names."""
+        check_device(kwargs.get("device"))
         remove = kwargs.get("remove_batch_dim", False)
         output, values = super().run_with_cache(*args, **kwargs)
         check_cached(kwargs.get("names_filter"), values, f"{self.name}.")

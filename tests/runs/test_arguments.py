@@ -54,6 +54,36 @@ def test_filters_and_hooks_are_what_transformer_lens_takes(case: tiny.Case, whol
             where.run_with_hooks(**arguments, fwd_hooks=hooks)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_cache_is_kept_on_a_device_that_there_is(case: tiny.Case, whole: bool) -> None:
+    model = mm.HookedModel(case.model)
+    where: Any = model if whole else model.language
+    arguments = case.inputs if whole else {"input": case.inputs["input_ids"]}
+    with never_called(case.model), pytest.raises(mm.InputError, match="nosuch"):
+        where.run_with_cache(**arguments, device="nosuch")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tokens_of_no_length_are_refused(engine: Any) -> None:
+    model = mm.load("tiny-clip", engine=engine)
+    ready = model.prepare(text=["a", "b"])
+    with never_called(model.wrapped), pytest.raises(mm.InputError, match="empty"):
+        model.run(ready | {"input_ids": ready["input_ids"][:, :0]})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_pipelines_layout_takes_its_own_name_for_the_text(engine: Any) -> None:
+    model = mm.load("tiny-sd", engine=engine)
+    named, given = model.layout(prompt=["a red circle"]), model.layout(text=["a red circle"])
+    assert named["text"].where("red") == given["text"].where("red")
+    with pytest.raises(mm.InputError, match="both"):
+        model.layout(text=["a"], prompt=["b"])
+    with pytest.raises(mm.InputError, match="tokens"):
+        model.layout(prompt=["a red circle " * 60])
+    with pytest.raises(mm.InputError, match="latents"):
+        model.run({"prompt": "a", "latents": "noise"})
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_half_a_character_is_no_text(engine: Any) -> None:
     model = mm.load("tiny-clip", engine=engine)
