@@ -135,8 +135,10 @@ class HookedModel(BaseModel, HookedRootModule):
         """Calls the wrapped model; raw `text` and `images` are prepared first."""
         self.check_ready()
         arguments = self._arguments(self._by_name(args, kwargs))
+        alone = self.kind == "contrastive"  # Of images or texts alone, their tower is run, as in `run`.
+        call = callable_for(self.wrapped, self.sitemap, arguments) if alone else self.wrapped
         with self.running():
-            return self.wrapped(**arguments)
+            return call(**arguments)
 
     @in_turn
     def generate(

@@ -63,6 +63,17 @@ def test_a_cache_is_kept_on_a_device_that_there_is(case: tiny.Case, whole: bool)
         where.run_with_cache(**arguments, device="nosuch")
 
 
+def test_texts_or_images_alone_are_cached_by_their_tower() -> None:
+    model = mm.HookedModel(tiny.clip().model)
+    inputs = tiny.clip().inputs
+    site = "text.blocks.1.hook_resid_post"
+    texts = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    _, cache = model.run_with_cache(**texts, names_filter=[site])
+    assert torch.equal(cache[site], model.run(inputs, read=[site])[site])
+    with pytest.raises(mm.ReadNeverFiredError, match="vision"):
+        model.run_with_cache(**texts, names_filter=["vision.hook_embed"])
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_tokens_of_no_length_are_refused(engine: Any) -> None:
     model = mm.load("tiny-clip", engine=engine)
