@@ -107,7 +107,7 @@ class HookedModel(BaseModel, HookedRootModule):
     def running(self) -> Iterator[None]:
         """The model's modules run inside: as they are written, if a hook is active."""
         watched = self.points.are_live
-        checkpoints = without_checkpoints(self._modules_wrapped()) if watched else nullcontext()
+        checkpoints = without_checkpoints(self.sitemap.modules) if watched else nullcontext()
         with self._turns.running(self.points), self.eagerly(), checkpoints:
             yield
 
@@ -310,7 +310,7 @@ class HookedModel(BaseModel, HookedRootModule):
 
     def eagerly(self) -> AbstractContextManager[None]:
         """Inside, what was compiled runs as it is written, if a hook is active."""
-        return eagerly() if self.points.are_live and is_compiled(self._modules_wrapped()) else nullcontext()
+        return eagerly() if self.points.are_live and is_compiled(self.sitemap.modules) else nullcontext()
 
     def _modules_wrapped(self) -> list[nn.Module]:
         if isinstance(self.wrapped, nn.Module):

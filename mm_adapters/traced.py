@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from mm_adapters._errors import InputError
-from mm_adapters.checkpoints.open import modules_of, open_checkpoint
+from mm_adapters.checkpoints.open import open_checkpoint
 from mm_adapters.checkpoints.origin import CheckpointRef
 from mm_adapters.hooks.eager import eagerly, is_compiled, without_checkpoints
 from mm_adapters.hooks.module_hooks import AttentionHook
@@ -161,7 +161,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
     @contextmanager
     def running(self) -> Iterator[None]:
         """The model's modules run inside: as they are written, if they were compiled."""
-        modules = modules_of(self.wrapped)
+        modules = self.sitemap.modules
         eager = eagerly() if is_compiled(modules) else nullcontext()
         # A block that is cut off may leave the mode that it had set.
         with (

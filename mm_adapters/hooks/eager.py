@@ -12,14 +12,10 @@ from torch import nn
 
 
 def is_compiled(modules: Iterable[nn.Module]) -> bool:
-    """Whether any of these, or a module in them, was compiled in place or stands in torch.compile."""
+    """Whether any of these was compiled in place, or stands in torch.compile."""
     if "torch._dynamo" not in sys.modules:
         return False
-    return any(
-        part._compiled_call_impl is not None or "_orig_mod" in part._modules
-        for module in modules
-        for part in module.modules()
-    )
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
 
 
 @contextmanager
@@ -31,9 +27,9 @@ def eagerly() -> Iterator[None]:
 
 @contextmanager
 def without_checkpoints(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, no block is run a second time in the backward pass, if there will be one."""
-    parts = (part for module in modules for part in module.modules()) if torch.is_grad_enabled() else ()
-    switched = [part for part in parts if vars(part).get("gradient_checkpointing")]
+    """Inside, none of these blocks is run a second time in the backward pass, if there will be one."""
+    parts = modules if torch.is_grad_enabled() else ()
+    switched = [part for part in parts if part.__dict__.get("gradient_checkpointing")]
     for part in switched:
         part.__dict__["gradient_checkpointing"] = False
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from mm_adapters.hooks.set_aside import hooks_set_aside, values_set_aside
 from mm_adapters.records.resolve import head_count
 from mm_adapters.records.spec import Attention, Input, Norm, Output, Residual, Site, Stream
 from mm_adapters.sites.site_map import SiteMap, resolve
+
+_LIVE = attrgetter("live")
 
 
 class Points:
@@ -69,7 +72,7 @@ class Points:
     @property
     def are_live(self) -> bool:
         """Whether a hook is active on any."""
-        return any(point.live for point in self.by_name.values())
+        return True in map(_LIVE, self.by_name.values())
 
     def n_heads(self, site: Site) -> int | None:
         """How many heads a module's input or output holds; None where heads are not apart."""

@@ -134,8 +134,9 @@ class Readable:
         n_tokens = None if self.n_tokens is None else self.n_tokens()
         if not n_tokens or not _has_values(value):
             return
-        outside = (value < 0) | (value >= n_tokens)
-        if bool(outside.any()):
+        lowest, highest = map(int, value.aminmax())
+        if not 0 <= lowest <= highest < n_tokens:
+            outside = (value < 0) | (value >= n_tokens)
             wrong = sorted({*value[outside].tolist()} - self.placeholders)
             if wrong:
                 raise InputError(

@@ -20,6 +20,7 @@ class ModuleTree:
         self._parts = tuple(getattr(model, name, None) for name in self._mounts)
         roots = [model] if isinstance(model, nn.Module) else self._parts
         modules = [m for root in roots if isinstance(root, nn.Module) for m in root.modules()]
+        self.modules = tuple({id(m): m for m in modules}.values())
         # A dictionary of children is one object as long as its module lives.
         self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
 

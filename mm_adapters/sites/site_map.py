@@ -99,6 +99,11 @@ class SiteMap:
         mounts = (mount.path.partition(".")[0] for mount in self.model_record.towers.values())
         self._tree = ModuleTree(model, mounts)
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every module of the model, as it was when the sites were mapped."""
+        return self._tree.modules
+
     def follow(self, model: Any = None) -> bool:
         """Reads the model again if modules in it were put in place of others; returns whether it did.
 

@@ -35,7 +35,9 @@ class SitePoint(HookPoint):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value, or what its hooks return in its place. Raises: InputError if that cannot stand there."""
-        new = super().__call__(x)
+        new = self._call_impl(
+            x
+        )  # Module.__call__ without the look for compiled code, which a point never is.
         if new is not x:
             check_like(self.site.name, x, new)
         return new
