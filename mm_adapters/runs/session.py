@@ -332,7 +332,8 @@ class Session:
             if parts == ("cond",):
                 return {"cond": slice(None)}
         for item, values in zip(self.read, self.values, strict=True):
-            if self.sites[item.site].tower == loop and item.rows == "all" and item.reduce is None:
+            whole = item.rows == "all" and item.reduce is None
+            if values and whole and self.sites[item.site].tower == loop:
                 n = values[0].tensor.shape[0]
                 if guidance.denoiser_calls:
                     parts = guidance.denoiser_calls[: 1 + max(v.part for v in values)]
