@@ -288,9 +288,11 @@ def test_there_are_as_many_seeds_as_pictures_whatever_tells_how_many(name: str, 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_none_for_a_number_is_the_pipelines_own(engine: str) -> None:
+@pytest.mark.parametrize("name", ["guidance_scale", "eta", "num_inference_steps"])
+def test_none_for_a_number_is_refused_and_for_what_may_be_none_is_not(name: str, engine: str) -> None:
     sd = zoo("tiny-sd", engine)
-    given = sd.run(DRAW | {"guidance_scale": None, "eta": None}).output.images
+    refused(sd, lambda: sd.run(DRAW | {name: None}), f"{name}=None")
+    given = sd.run(DRAW | {"height": None, "negative_prompt": None}).output.images
     assert torch.equal(torch.as_tensor(given), torch.as_tensor(sd.run(DRAW).output.images))
 
 

@@ -39,6 +39,11 @@ def check_options(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         if "generator" in given:
             raise InputError("seed= and generator= were both given, and one would be left out. Pass one.")
     takes = parameters_of(type(pipeline).__call__)
+    for name in arguments.keys() - given.keys():
+        if name in takes and _is_number(takes[name].default):
+            raise InputError(
+                f"{name}=None, and it is a number. Leave it out for the pipeline's own, {takes[name].default}."
+            )
     for name, value in given.items():
         if name.endswith("inference_steps") or name in _COUNTS:
             check_whole(name, value)
@@ -101,15 +106,9 @@ def settled(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with what the pipeline would otherwise not do as asked said in full.
 
     A height alone gets its width, which some pipelines else leave out together; a negative prompt that
-    is one text is repeated for each prompt; None for a number is the pipeline's own.
+    is one text is repeated for each prompt.
     """
-    takes = parameters_of(type(pipeline).__call__)
-    given = {
-        name: value
-        for name, value in arguments.items()
-        if value is not None or name not in takes or not _is_number(takes[name].default)
-    }
-    out = given | both_sizes(pipeline, given)
+    out = {**arguments, **both_sizes(pipeline, arguments)}
     prompt = out.get("prompt")
     if isinstance(prompt, list | tuple):
         for name, value in arguments.items():
