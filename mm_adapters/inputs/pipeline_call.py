@@ -42,7 +42,7 @@ def check_options(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     for name in arguments.keys() - given.keys():
         if name in takes and _is_number(takes[name].default):
             raise InputError(
-                f"{name}=None, and it is a number. Leave it out for the pipeline's own, {takes[name].default}."
+                f"{name}=None, and it is a number. Leave it out for the pipeline's {takes[name].default}."
             )
     for name, value in given.items():
         if name.endswith("inference_steps") or name in _COUNTS:
