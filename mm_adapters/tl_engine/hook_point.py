@@ -35,9 +35,8 @@ class SitePoint(HookPoint):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value, or what its hooks return in its place. Raises: InputError if that cannot stand there."""
-        new = self._call_impl(
-            x
-        )  # Module.__call__ without the look for compiled code, which a point never is.
+        # Module.__call__ without the look for compiled code, which a point never is.
+        new: Any = self._call_impl(x)
         if new is not x:
             check_like(self.site.name, x, new)
         return new
