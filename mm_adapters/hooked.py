@@ -91,19 +91,6 @@ class HookedModel(BaseModel, HookedRootModule):
             )
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """No other thread runs the model inside, and its sites are those of the modules that it has.
-
-        Inside another run of this thread, what that has on the model is set aside.
-
-        Raises: ModelBusyError if another thread has the model and does not go on.
-        """
-        with self._turns.taken() as is_first:
-            if is_first:
-                self.follow()
-            yield
-
-    @contextmanager
     def running(self) -> Iterator[None]:
         """The model's modules run inside: as they are written, if a hook is active."""
         watched = self.points.are_live

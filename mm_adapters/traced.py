@@ -153,9 +153,7 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         Raises: ModelBusyError inside another run of this thread, or if another thread does not go on.
         """
         self._turns.check_free(self.interleaver, "A run was started")  # type: ignore[arg-type]
-        with self._turns.taken() as is_first:
-            if is_first:
-                self.follow()
+        with super().turn():
             yield
 
     @contextmanager

@@ -11,14 +11,15 @@ def sampling_of(model: Model, tower: str | None = None) -> tuple[str, Sampling]:
 
     Raises: InputError if the model has no such loop, or its record does not say what that denoises.
     """
-    loops, known = model.loops(), model.record.sampling
+    loops = model.loops()
     tower = tower or model.record.loop
     if tower is None or tower not in loops:
         loop_names = ", ".join(loops) or "none"
         raise InputError(f"{model.name} has no sampling loop of {tower!r}; its loops: {loop_names}.")
-    if tower not in known and tower != model.record.loop:
+    sampling = model.record.sampling_of(tower)
+    if sampling is None:
         raise InputError(
             f"The record of {model.record.name!r} does not say what the loop of {tower!r} denoises: its "
             "`sampling` has none of it."
         )
-    return tower, known.get(tower, Sampling())
+    return tower, sampling

@@ -124,21 +124,20 @@ def check_run(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     """
     check_options(pipeline, arguments)
     _check_pictures(pipeline, arguments)
-    n_prompts = _n_prompts(arguments)
-    if n_prompts is not None:
+    n_prompts, pictures = _n_prompts(arguments), n_pictures(arguments)
+    if n_prompts is not None and pictures is not None:
         for name, value in arguments.items():
             if is_prompt(name) and isinstance(value, list | tuple) and len(value) != n_prompts:
                 raise InputError(
                     f"There are {len(value)} texts in {name} and {n_prompts} in prompt. Pass one for each, "
                     "or one text."
                 )
-        n_pictures = n_prompts * int(arguments.get("num_images_per_prompt") or 1)
-        _check_latents(pipeline, arguments.get("latents"), n_pictures)
+        _check_latents(pipeline, arguments.get("latents"), pictures)
         for name in (SEED, "generator"):
             seeds = arguments.get(name)
-            if isinstance(seeds, list | tuple) and len(seeds) != n_pictures:
+            if isinstance(seeds, list | tuple) and len(seeds) != pictures:
                 raise InputError(
-                    f"There are {len(seeds)} in {name} for {n_pictures} pictures. Pass one for each, or "
+                    f"There are {len(seeds)} in {name} for {pictures} pictures. Pass one for each, or "
                     "one alone."
                 )
     check_strength(pipeline, arguments)
@@ -190,6 +189,12 @@ def _check_inputs(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         raise InputError(f"{type(pipeline).__name__} cannot be called so: {reason}") from None
     except (TypeError, AttributeError, KeyError, IndexError):
         return  # Its checks ask for what it works out on its way.
+
+
+def n_pictures(arguments: Mapping[str, Any]) -> int | None:
+    """How many pictures a pipeline will draw; None if its arguments do not tell."""
+    n = _n_prompts(arguments)
+    return None if n is None else n * int(arguments.get("num_images_per_prompt") or 1)
 
 
 def _n_prompts(arguments: Mapping[str, Any]) -> int | None:

@@ -85,6 +85,19 @@ def is_guided(model: Any, guidance: Guidance, arguments: Mapping[str, Any]) -> b
     return any(arguments.get(scale, taken[scale].default) > 1 for scale in scales)
 
 
+def is_guided_by(model: Any, guidance: Guidance, arguments: Mapping[str, Any]) -> bool | None:
+    """Whether a pipeline will be guided, by its arguments alone; None if they do not tell."""
+    try:
+        return is_guided(model, replace(guidance, flag=None), arguments)
+    except (TypeError, RuntimeError):  # A scale for each row, or none.
+        return None
+
+
+def may_perturb(model: Any, guidance: Guidance) -> bool:
+    """Whether a pipeline has a guidance by perturbed attention, on or off."""
+    return guidance.perturbed is not None and hasattr(type(model), guidance.perturbed)
+
+
 def _located(location: Location | tuple[Location, ...] | Built, owner: nn.Module) -> Location | None:
     chosen: Any = _value(location, owner)
     if isinstance(chosen, tuple):

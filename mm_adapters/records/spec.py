@@ -363,6 +363,11 @@ class ModelRecord:
     logit_scale: str | None = None
     joint_text: tuple[str, ...] = ()
     template: tuple[str, str] | None = None
+
+    def sampling_of(self, loop: str) -> Sampling | None:
+        """What a loop denoises; the main one's as in Stable Diffusion if nothing else is said."""
+        return self.sampling.get(loop, Sampling() if loop == self.loop else None)
+
     prompt_length: int | None = None
     outputs: tuple[str, ...] = ("pil", "np", "pt", "latent")
 

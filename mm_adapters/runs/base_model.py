@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from mm_adapters.layouts.of_model import layouts
 from mm_adapters.layouts.of_prompt import prompt_layouts
 from mm_adapters.records.spec import Guidance, Kind, ModelRecord, Site
 from mm_adapters.runs.call_checks import CallChecks
+from mm_adapters.runs.turns import Turns
 from mm_adapters.sites.site_map import SiteMap, SiteTable
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tokens.by_part import Layouts
@@ -38,6 +40,7 @@ class BaseModel(CallChecks):
     sitemap: SiteMap
     _inputs: Inputs | None
     _loaded_as: str | None = None
+    _turns: Turns
 
     @property
     def name(self) -> str:
@@ -95,6 +98,19 @@ class BaseModel(CallChecks):
         """The towers that sampling loops call, each with how it is guided; none outside pipelines."""
         self.follow()
         return self.sitemap.loops
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """No other thread runs the model inside, and its sites are those of the modules that it has.
+
+        Inside another run of this thread, what that has on the model is set aside.
+
+        Raises: ModelBusyError if another thread has the model and does not go on.
+        """
+        with self._turns.taken() as is_first:
+            if is_first:
+                self.follow()
+            yield
 
     def follow(self) -> None:
         """Maps the sites again if modules of the model were put in place of others."""

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from mm_adapters._errors import InputError, MissingSiteError, ModelStateError
-from mm_adapters.records.resolve import is_guided
-from mm_adapters.records.spec import Sampling, Site
+from mm_adapters.inputs.pipeline_call import n_pictures
+from mm_adapters.records.resolve import is_guided_by, may_perturb
+from mm_adapters.records.spec import Site
 from mm_adapters.runs.base_model import BaseModel
 from mm_adapters.runs.indices import rows_among, within
 from mm_adapters.runs.lens import Edit, Read
-
-# What a pipeline makes one picture, or as many as it is told, for each of.
-_ONE_EACH = ("prompt", "prompt_embeds", "class_labels", "image_embeds")
-_EACH = ("num_images_per_prompt", "num_images_per_image")
 
 
 def check_foreseen(
@@ -74,29 +70,9 @@ def n_rows(model: BaseModel, site: Site, arguments: Mapping[str, Any]) -> int | 
     guidance = model.sitemap.loops[site.tower]
     if guidance is None or guidance.denoiser_calls:
         return n
-    perturbed = (
-        1 if guidance.perturbed is not None and hasattr(type(model.wrapped), guidance.perturbed) else 0
-    )
-    try:
-        guided = is_guided(model.wrapped, replace(guidance, flag=None), arguments)
-    except (TypeError, RuntimeError):
-        guided = True
-    return n * ((len(guidance.denoiser_rows) if guided else 1) + perturbed)
-
-
-def n_pictures(arguments: Mapping[str, Any]) -> int | None:
-    """How many pictures a pipeline will draw; None if its arguments do not tell."""
-    given = next((arguments[k] for k in _ONE_EACH if arguments.get(k) is not None), None)
-    if isinstance(given, str | int):
-        n = 1
-    elif isinstance(given, Tensor | list | tuple):
-        n = len(given)
-    else:
-        return None
-    for name in _EACH:
-        each = arguments.get(name)
-        n *= each if isinstance(each, int) else 1
-    return n
+    unguided = is_guided_by(model.wrapped, guidance, arguments) is False
+    n_parts = 1 if unguided else len(guidance.denoiser_rows)
+    return n * (n_parts + may_perturb(model.wrapped, guidance))
 
 
 def n_steps(model: BaseModel, site: Site, arguments: Mapping[str, Any]) -> int | None:
@@ -111,7 +87,7 @@ def n_steps(model: BaseModel, site: Site, arguments: Mapping[str, Any]) -> int |
         return None if many else 1
     if site.tower not in model.sitemap.loops:
         return None
-    sampling = record.sampling.get(site.tower, Sampling() if site.tower == record.loop else None)
+    sampling = record.sampling_of(site.tower)
     if sampling is None:
         return None
     for name in ("timesteps", "sigmas"):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from mm_adapters._errors import InputError
-from mm_adapters.records.resolve import is_guided
+from mm_adapters.records.resolve import is_guided_by, may_perturb
 from mm_adapters.records.spec import Guidance
 from mm_adapters.runs.clock import Clock
 from mm_adapters.runs.indices import Rows, rows_among
@@ -46,9 +45,7 @@ class GuidedRows:
                 f"rows={rows!r} at {site}: {self._sites.family} has no classifier-free guidance there; "
                 'give row numbers, a slice, or "all".'
             )
-        extra = (
-            ("perturbed",) if guidance.perturbed and hasattr(type(self._model), guidance.perturbed) else ()
-        )
+        extra = ("perturbed",) if may_perturb(self._model, guidance) else ()
         known = dict.fromkeys((*guidance.denoiser_rows, *extra, *guidance.denoiser_calls))
         if rows not in known:
             raise InputError(f"rows={rows!r} at {site}: {self._sites.family} has {', '.join(known)}, all.")
@@ -58,11 +55,7 @@ class GuidedRows:
         guidance = self._guidance(site)
         if guidance is None or rows in ("all", "cond", "perturbed") or not isinstance(rows, str):
             return
-        try:
-            guided = is_guided(self._model, replace(guidance, flag=None), arguments)
-        except (TypeError, RuntimeError):  # A scale for each row, or none.
-            return
-        if not guided:
+        if is_guided_by(self._model, guidance, arguments) is False:
             raise InputError(
                 f"rows={rows!r} at {site}: this run is not guided, so all its rows are conditional. "
                 f"Raise {guidance.scale.split('|')[0]}, or leave rows out."

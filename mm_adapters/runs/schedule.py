@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from mm_adapters.records.spec import ModelRecord, Sampling
+from mm_adapters.records.spec import ModelRecord
 from mm_adapters.runs.lens import Call
 
 
@@ -26,7 +26,7 @@ class Schedule:
     @classmethod
     def of(cls, pipeline: Any, record: ModelRecord, loop: str) -> Schedule | None:
         """That of a pipeline's loop; None where no scheduler says."""
-        sampling = record.sampling.get(loop, Sampling() if loop == record.loop else None)
+        sampling = record.sampling_of(loop)
         schedule = None if sampling is None else cls(pipeline, sampling.scheduler)
         return schedule if schedule is not None and schedule.is_known else None
 
