@@ -225,7 +225,6 @@ class _Theirs:
 
     def bridge(self, opt: Any, tokenizer: Any, name: str) -> Any:
         """A bridge over this OPT, whose compatibility mode leaves the weights as they are."""
-        opt.set_attn_implementation("eager")
         bridge = build_bridge_from_module(
             opt, "OPTForCausalLM", hf_config=copy.deepcopy(opt.config), tokenizer=tokenizer, model_name=name
         )
