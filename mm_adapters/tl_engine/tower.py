@@ -275,7 +275,7 @@ def _tower_of(root: Any, name: str) -> HookedTower:
 
 
 def _module_of(part: str, locations: dict[str, Any]) -> str | None:
-    """Where the module is that a part of a block stands for: a norm, an attention, an MLP; None if none is."""
+    """The path of the module that a part of a block stands for: a norm, an attention, an MLP; or None."""
     norm = locations.get(f"{part}.hook_scale")
     if isinstance(norm, Norm):
         return norm.path

@@ -39,7 +39,7 @@ class TowerFlags:
         self._switch("use_attn_result", use_attn_result)
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Whether `hook_q_input`, ... [batch, pos, head, d_model] are there: what each q, k and v is made of."""
+        """Whether `hook_q_input`, ... [batch, pos, head, d_model] are there: what q, k and v are made of."""
         self._switch("use_split_qkv_input", use_split_qkv_input)
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
