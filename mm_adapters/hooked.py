@@ -301,10 +301,18 @@ class HookedModel(BaseModel, HookedRootModule):
         return as_module(self.wrapped).load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __reduce__(self) -> Any:
-        # A copy, pickled or not, is wrapped anew: it has no hooks, and its sites are those of the copied modules.
+        # A copy is wrapped anew: it has no hooks, and its sites are those of the copied modules.
         modes = [m.training for module in self._modules_wrapped() for m in module.modules()]
         kept = {name: self.tower(name).kept() for name in self.tower_names}
-        return _wrapped_again, (type(self), self.wrapped, self.inputs, self.sitemap, self._loaded_as, modes, kept)
+        return _wrapped_again, (
+            type(self),
+            self.wrapped,
+            self.inputs,
+            self.sitemap,
+            self._loaded_as,
+            modes,
+            kept,
+        )
 
     def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
         self.check_names(name)

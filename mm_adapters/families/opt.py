@@ -34,6 +34,10 @@ register(
         "opt_lm",
         "tower",
         ("transformers:OPTForCausalLM",),
-        {"language": TowerMount("model.decoder", "opt_alone", run="", gives="logits", project="lm_head.weight.T")},
+        {
+            "language": TowerMount(
+                "model.decoder", "opt_alone", run="", gives="logits", project="lm_head.weight.T"
+            )
+        },
     )
 )

@@ -67,7 +67,7 @@ class Points:
             point.refresh()
 
     def add(self, site: Site) -> Any:
-        """The point of a site that the map of sites does not list."""
+        """The point of a site that the map of sites does not list: a copy of what passes there."""
         if site.name not in self.by_name:
             self._extra[site.name] = site
             self.by_name[site.name] = self._make(site)
@@ -126,7 +126,7 @@ class Points:
                 gain = self._gain(site, location) if isinstance(location, Output) else None
                 plain = n_heads is None and location.chunk is None and gain is None
                 reader = Reader(point) if plain else View(point, n_heads, location.chunk, gain)
-                if isinstance(location, Output) and location.in_place:
+                if site.name in self._extra or (isinstance(location, Output) and location.in_place):
                     reader = Copy(point)
                 self._feed(self._hook_of(site, side), reader, point, slot=_slot(location))
             case Norm(value="normalized", kind=kind, offset=offset):

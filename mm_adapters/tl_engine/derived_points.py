@@ -57,7 +57,7 @@ class DerivedPoint(LivePoint):
         check_like(self.shown_name, x, new)
         return new, changed or tracked(new)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Any:
         return self._call_impl(x)
 
     @property
@@ -97,8 +97,9 @@ class HeadResults:
         if not self._held:
             return attn_out
         result = einsum(self._held.pop(), self._weights()["W_O"](), "b p h d, h d m -> b p h m")
+        total = result.sum(-2)  # First: a hook may write into it.
         new, changed = self.point.shown(result)
-        return attn_out + (new - result).sum(-2) if changed else attn_out
+        return attn_out + (new.sum(-2) - total) if changed else attn_out
 
 
 class HeadInputs:
@@ -164,7 +165,7 @@ class HeadInputs:
         heads: dict[str, Float[Tensor, "batch pos head d_model"]] = {}
         changed = False
         if self.attn_in.live:
-            shown = repeat(x, "b p m -> b p h m", h=self._n_heads("q"))
+            shown = _for_heads(x, self._n_heads("q"))
             new, changed = self.attn_in.shown(shown)
             heads = dict.fromkeys(self.inputs, new)
         for letter, point in self.inputs.items():
@@ -172,7 +173,7 @@ class HeadInputs:
             its_own = False
             if point.live:
                 if value is None:
-                    value = repeat(x, "b p m -> b p h m", h=self._n_heads(letter))
+                    value = _for_heads(x, self._n_heads(letter))
                 value, its_own = point.shown(value)
             if value is not None and (changed or its_own):
                 self._edited[letter] = value
@@ -182,8 +183,7 @@ class HeadInputs:
         def change(value: Tensor) -> Tensor:
             if letter not in self._edited:
                 return value
-            x = repeat(self._x[0], "b p m -> b p h m", h=self._n_heads(letter))
-            base = self._project(letter, x)
+            base = self._project(letter, _for_heads(self._x[0], self._n_heads(letter)))
             self._check(letter, base, value)
             return value + (self._project(letter, self._edited.pop(letter)) - base).to(value.dtype)
 
@@ -203,3 +203,8 @@ class HeadInputs:
                 "projection of its normalised stream alone. Edit "
                 f"{self._projected[letter].site.name} itself."
             )
+
+
+def _for_heads(x: Float[Tensor, "batch pos d_model"], n: int) -> Float[Tensor, "batch pos head d_model"]:
+    """A copy for each head: a hook may write into one."""
+    return repeat(x, "b p m -> b p h m", h=n).clone()

@@ -1,8 +1,9 @@
-"""TransformerLens' `generate` and `generate_stream` of a language tower, by the whole model's own generate."""
+"""TransformerLens' `generate` and `generate_stream` of a language tower, by the model's own generate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,7 +204,12 @@ class TowerGeneration:
         return self._texts(out) if prompt.were_texts and isinstance(out, Tensor) else out
 
     def _prompt(
-        self, input: Any, prepend_bos: bool | None, side: str | None, mask: Tensor | None, more: dict[str, Any]
+        self,
+        input: Any,
+        prepend_bos: bool | None,
+        side: str | None,
+        mask: Tensor | None,
+        more: dict[str, Any],
     ) -> _Prompt:
         if not callable(getattr(self._root.wrapped, "generate", None)):
             raise InputError(f"The {self.name} tower generates nothing: its model has no generate.")
@@ -244,6 +250,8 @@ class TowerGeneration:
         criteria: Any,
         prompt: _Prompt,
     ) -> dict[str, Any]:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens!r}: it must be 1 at least.")
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
         own = getattr(self._root.wrapped, "generation_config", None)
@@ -251,7 +259,9 @@ class TowerGeneration:
             eos = getattr(self.tokenizer, "eos_token_id", None)
             eos = getattr(own, "eos_token_id", None) if eos is None else eos
             if eos is None:
-                raise InputError("stop_at_eos needs an end token, and the tokenizer has none: pass eos_token_id=.")
+                raise InputError(
+                    "stop_at_eos needs an end token, and the tokenizer has none: pass eos_token_id=."
+                )
         ends = None if not stop_at_eos else [eos] if isinstance(eos, int) else list(eos)
         sampled = do_sample and temperature != 0.0
         drawn = {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
@@ -283,9 +293,7 @@ class TowerGeneration:
         return settings
 
     def _run(self, prompt: _Prompt, settings: dict[str, Any]) -> Any:
-        if settings["generation_config"].max_new_tokens < 1:
-            raise InputError("max_new_tokens must be 1 at least.")
-        with self._root.turn(), torch.no_grad(), self._root.running():
+        with self._root.turn(), torch.no_grad(), self._root.running(), _without_settings(self._root.wrapped):
             return self._root.wrapped.generate(**prompt.arguments, **settings)
 
     def _result(self, prompt: _Prompt, sequences: Tensor, return_type: str) -> Any:
@@ -310,6 +318,19 @@ class TowerGeneration:
         return self._texts(tokens) if return_type == "str" else tokens
 
 
+@contextmanager
+def _without_settings(model: Any) -> Iterator[None]:
+    """The checkpoint's own settings would stand in for what is None."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 class _FrequencyPenalty:
     """A processor of transformers: takes a penalty off each token's score for each time it stands there."""
 
@@ -317,7 +338,9 @@ class _FrequencyPenalty:
         self.penalty = penalty
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
+        counts = torch.zeros_like(scores).scatter_add_(
+            1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype)
+        )
         return scores - self.penalty * counts
 
 

@@ -38,7 +38,8 @@ def key_value_cache(
         )
     if len(cache.entries) != mounted.n_layers():
         raise InputError(
-            f"past_kv_cache has {len(cache.entries)} layers; the {mounted.name} tower has {mounted.n_layers()}."
+            f"past_kv_cache has {len(cache.entries)} layers; the {mounted.name} tower has "
+            f"{mounted.n_layers()}."
         )
     assert new is not None
     n_rows = len(new)
@@ -57,6 +58,7 @@ def key_value_cache(
     if cache.frozen:
         return
     cache.append_attention_mask(new)
-    for entry, layer in zip(cache.entries, past.layers, strict=False):  # A run may stop before the last.
+    layers: list[Any] = past.layers
+    for entry, layer in zip(cache.entries, layers, strict=False):  # A run may stop before the last.
         entry.past_keys = rearrange(layer.keys, "b h p d -> b p h d")
         entry.past_values = rearrange(layer.values, "b h p d -> b p h d")

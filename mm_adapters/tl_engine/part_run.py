@@ -32,7 +32,9 @@ def layer_number(mounted: TowerView, layer: Any, option: str) -> int:
     mounted.check_one_stream()
     if set(mounted.stacks) != {"blocks"}:
         stacks = ", ".join(mounted.stacks) or "none"
-        raise InputError(f"The {mounted.name} tower takes no {option}: its stacks are {stacks}, not blocks alone.")
+        raise InputError(
+            f"The {mounted.name} tower takes no {option}: its stacks are {stacks}, not blocks alone."
+        )
     n = mounted.n_layers()
     return min(max(layer + n if layer < 0 else layer, 0), n)
 
@@ -73,7 +75,12 @@ def starting(
     with ExitStack() as stack:
         for point in points.values():
             site = point.site
-            if site is not None and site.tower == mounted.name and point.live and _is_before(mounted, site, layer):
+            if (
+                site is not None
+                and site.tower == mounted.name
+                and point.live
+                and _is_before(mounted, site, layer)
+            ):
                 stack.enter_context(point.set_aside())
         if layer == 0:
             first = points[f"{mounted.name}.blocks.0.hook_resid_pre"]

@@ -47,8 +47,8 @@ class Part(nn.Module):
             self.follow()
         if not self.stands_for:
             raise InputError(
-                f"{self.__dict__.get('name') or 'This part'} is no module of the model, so it cannot be called: it "
-                "holds hook points and weights. Run the tower, and read or edit its sites."
+                f"{self.__dict__.get('name') or 'This part'} is no module of the model, so it cannot be "
+                "called: it holds hook points and weights. Run the tower, and read or edit its sites."
             )
         return self.stands_for[0](*args, **kwargs)
 

@@ -12,11 +12,10 @@ from transformer_lens.hook_points import HookPoint
 
 from mm_adapters._errors import InputError
 from mm_adapters.hooks.wiring import Points
-from mm_adapters.records.spec import Attention, Norm, Output
+from mm_adapters.records.spec import Attention, Input, Norm, Output
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tl_engine.cache import TowerCache
 from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device
-from mm_adapters.tl_engine.derived_points import DerivedPoint, HeadInputs
 from mm_adapters.tl_engine.generation import TowerGeneration
 from mm_adapters.tl_engine.parts import Embedding, Part, Positions, Unembedding
 from mm_adapters.tl_engine.tower_call import TowerCall
@@ -204,7 +203,8 @@ class HookedTower(
         """Sets what `kept` gave."""
         names, directions = state["classes"]
         if names is not None:
-            self.set_classes(names, directions)
+            self._class_names, self._class_directions = names, directions
+            self._resize(len(names))
         self.__dict__["_tokenizer"] = state["tokenizer"]
         for flag in state["flags"]:
             self._switch(flag, True)
@@ -275,12 +275,14 @@ def _tower_of(root: Any, name: str) -> HookedTower:
 
 
 def _module_of(part: str, locations: dict[str, Any]) -> str | None:
-    """Where the module is that a part of a block stands for: a norm, an attention, an MLP; None if it is none."""
+    """The path of the module that a part of a block stands for: a norm, an attention, an MLP; or None."""
     norm = locations.get(f"{part}.hook_scale")
     if isinstance(norm, Norm):
         return norm.path
     inside = locations.get(f"{part}.hook_pattern")
     if isinstance(inside, Attention):
         return inside.path
-    whole = locations.get(f"hook_{part}_out")
-    return whole.path if isinstance(whole, Output) else None
+    whole, neurons = locations.get(f"hook_{part}_out"), locations.get(f"{part}.hook_post")
+    if not isinstance(whole, Output) or not isinstance(neurons, Input | Output):
+        return None
+    return whole.path if neurons.path.startswith(f"{whole.path}.") else None

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.utilities import get_attention_mask, lm_cross_entropy_loss
+from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
+from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
 from mm_adapters._errors import InputError
 from mm_adapters.inputs.call_names import tower_names
@@ -126,7 +127,9 @@ class TowerCall:
             places = torch.arange(tokens.shape[1], device=tokens.device)
             places = places.flip(0) if self.pads_left(padding_side) else places
             mask = places.lt(torch.tensor(lengths, device=tokens.device)[:, None]).long()
-        elif self.tokenizer is None or self.tokenizer.pad_token_id is None or not self.pads_left(padding_side):
+        elif (
+            self.tokenizer is None or self.tokenizer.pad_token_id is None or not self.pads_left(padding_side)
+        ):
             return None
         else:
             has_bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
@@ -180,7 +183,9 @@ class _Call:
         if not (isinstance(stream, Tensor) and stream.ndim == 3 and stream.is_floating_point()):
             raise InputError("start_at_layer takes the stream that enters the layer, [batch, pos, d_model].")
         if given and layer:
-            raise InputError("past_kv_cache goes with start_at_layer=0 only: earlier layers add nothing to it.")
+            raise InputError(
+                "past_kv_cache goes with start_at_layer=0 only: earlier layers add nothing to it."
+            )
         if mounted.role == "text" and mounted.pool in ("end", "last") and tokens is None:
             raise InputError(f"The {mounted.name} tower reads its summary at its end token: pass tokens=.")
         self.tokens, self.stream = tokens, (layer, stream)
@@ -210,7 +215,9 @@ class _Call:
         arguments = dict(self.given)
         if self.mask is not None:
             if mounted.role not in ("text", "language"):
-                raise InputError(f"The {mounted.name} tower takes no attention_mask: it attends to everything.")
+                raise InputError(
+                    f"The {mounted.name} tower takes no attention_mask: it attends to everything."
+                )
             arguments["attention_mask"] = self.mask
         self.names.check(arguments)
         with ExitStack() as stack:
@@ -258,7 +265,9 @@ def _blank(mounted: TowerView, n_rows: int, root: Any) -> Tensor:
     """Pixels of the size that the tower is built for."""
     size = getattr(getattr(mounted.module, "config", None), "image_size", None)
     if not isinstance(size, int | list | tuple) or mounted.input_name != "pixel_values":
-        raise InputError(f"The {mounted.name} tower does not say the size of its images: start_at_layer needs it.")
+        raise InputError(
+            f"The {mounted.name} tower does not say the size of its images: start_at_layer needs it."
+        )
     height, width = (size, size) if isinstance(size, int) else size
     channels = getattr(mounted.module.config, "num_channels", 3)
     return torch.zeros(n_rows, channels, height, width, device=root.device, dtype=root.dtype)

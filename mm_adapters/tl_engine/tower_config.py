@@ -143,7 +143,8 @@ def _attention_scale(block: nn.Module, parts: dict[str, Location], d_head: int) 
     location = parts.get("attn.pattern") or parts.get("attn.hook_pattern")
     module = block.get_submodule(location.path) if isinstance(location, Attention) else None
     factor = next(
-        (f for name in ("scaling", "scale") if isinstance(f := getattr(module, name, None), float) and f), None
+        (f for name in ("scaling", "scale") if isinstance(f := getattr(module, name, None), float) and f),
+        None,
     )
     return math.sqrt(d_head) if factor is None else 1 / factor
 

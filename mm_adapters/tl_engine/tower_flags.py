@@ -39,11 +39,11 @@ class TowerFlags:
         self._switch("use_attn_result", use_attn_result)
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Whether each head's stream before q, k and v is there: `hook_q_input`, ... [batch, pos, head, d_model]."""
+        """Whether `hook_q_input`, ... [batch, pos, head, d_model] are there: what q, k and v are made of."""
         self._switch("use_split_qkv_input", use_split_qkv_input)
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Whether each head's stream before its attention is there: `hook_attn_in` [batch, pos, head, d_model].
+        """Whether `hook_attn_in` [batch, pos, head, d_model] is there: the stream that each head reads.
 
         Raises: InputError if keys and values are shared by a group of heads.
         """
@@ -97,7 +97,9 @@ class TowerFlags:
         site = self._mlp_input(layer)
         if site is None:
             if on:
-                raise InputError(f"{self.name}.{name}: this MLP has no one input that the stream does not share.")
+                raise InputError(
+                    f"{self.name}.{name}: this MLP has no one input that the stream does not share."
+                )
             return
         if on:
             self._hang(name, self._root.points.add(site))
@@ -114,11 +116,17 @@ class TowerFlags:
 
         if local == "attn.hook_result":
             out = self._point_of(layer, "hook_attn_out")
-            return HeadResults(f"blocks.{layer}.{local}", self._point_of(layer, "attn.hook_z"), out, weights).point
+            return HeadResults(
+                f"blocks.{layer}.{local}", self._point_of(layer, "attn.hook_z"), out, weights
+            ).point
         if layer not in self._head_inputs:
             projected = {letter: self._point_of(layer, f"attn.hook_{letter}") for letter in "qkv"}
             self._head_inputs[layer] = HeadInputs(
-                f"blocks.{layer}", self._point_of(layer, "hook_resid_pre"), projected, weights, self._norm_before(layer)
+                f"blocks.{layer}",
+                self._point_of(layer, "hook_resid_pre"),
+                projected,
+                weights,
+                self._norm_before(layer),
             )
         inputs = self._head_inputs[layer]
         return inputs.attn_in if local == "hook_attn_in" else inputs.inputs[local.split("_")[1]]

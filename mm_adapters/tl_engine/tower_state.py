@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mm_adapters._errors import InputError
@@ -70,10 +69,14 @@ class TowerState:
         """The wrapped model's, of this tower's modules alone."""
         state: dict[str, Any] = args[0] if args else kwargs.pop("destination", None) or {}
         for path, module in self.own_modules().items():
-            state.update(module.state_dict(prefix=f"{prefix}{path}." if path else prefix, keep_vars=keep_vars))
+            state.update(
+                module.state_dict(prefix=f"{prefix}{path}." if path else prefix, keep_vars=keep_vars)
+            )
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Loads what `state_dict()` gave into the model.
 
         Raises: InputError if `strict` and names are missing or unknown; then nothing is loaded.
@@ -86,11 +89,13 @@ class TowerState:
         if strict and (missing or unknown):
             raise InputError(
                 f"This state is not the {self.name} tower's: it lacks {missing[:3] or 'nothing'}, and has "
-                f"{unknown[:3] or 'nothing'} besides. Give what {self.name}.state_dict() gives, or strict=False."
+                f"{unknown[:3] or 'nothing'} besides. Give what its state_dict() gives, or strict=False."
             )
         for path, module in owned.items():
             start = f"{path}." if path else ""
-            part = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start) and k in known}
+            part = {
+                k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start) and k in known
+            }
             module.load_state_dict(part, strict=False, assign=assign)
         return _IncompatibleKeys(missing, unknown)
 
@@ -109,13 +114,7 @@ class TowerState:
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
         """As a module's: moves and casts the tower's modules."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-
-        def moved(tensor: Tensor) -> Tensor:
-            castable = tensor.is_floating_point() or tensor.is_complex()
-            return tensor.to(device, dtype if castable else None, non_blocking)
-
-        return self._apply(moved)
+        return nn.Module.to(self, *args, **kwargs)  # type: ignore[arg-type]  # By `_apply`.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What `half`, `bfloat16`, `double`, `float`, `cuda`, `cpu` and `to` go through."""

@@ -76,7 +76,7 @@ class TowerTokens:
     ) -> list[str] | list[list[str]]:
         """Each token of a text (or of a row of tokens) as a string; a list of those for several texts.
 
-        A text that is longer than the context is cut. `padding_side` changes nothing: one text has no padding.
+        A text longer than the context is cut. `padding_side` changes nothing: one text has no padding.
         """
         if isinstance(input, str):
             tokens = self.to_tokens(input, prepend_bos, padding_side, truncate=True)[0]

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
-from transformer_lens.utilities import composition_scores
+from transformer_lens.utilities.matrix import composition_scores
 
 from mm_adapters._errors import InputError, MissingSiteError
 from mm_adapters.sites.tower_view import TowerView
@@ -90,7 +90,7 @@ class TowerWeights:
 
     @property
     def all_head_labels(self) -> HeadLabels:
-        """"L0H0", "L0H1", ...: one for each head."""
+        """ "L0H0", "L0H1", ...: one for each head."""
         return HeadLabels(f"L{i}H{j}" for i in range(self.cfg.n_layers) for j in range(self.cfg.n_heads))
 
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head layer head"]:
