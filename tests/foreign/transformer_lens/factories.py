@@ -274,7 +274,7 @@ def _tower(opt: Any, tokenizer: Any, prepend_bos: bool | None, padding_side: str
 
 def _unprocessed(model: Any) -> Any:
     """The model, whose compatibility mode processes no weights whatever is asked."""
-    enable = getattr(model, "enable_compatibility_mode", None)
+    enable = getattr(model, "enable_compatibility_mode", lambda **_: None)
     if enable is not None:
         keep = {"no_processing": True}
         model.__dict__["enable_compatibility_mode"] = lambda *_, **asked: enable(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -29,6 +30,11 @@ if _WHOSE == "ours":
 else:
     reach.notice(HookedTransformer, TransformerBridge)
 reach.notice(ActivationCache, owner="model")
+
+
+def pytest_collection_finish() -> None:
+    """Their tests collect garbage hundreds of times; what is imported by now need not be looked at."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
+
+
+# What builds a model that could be served, or takes one from a fixture that does.
+_BUILDS = re.compile(r"HookedTransformer|TransformerBridge|boot_native|gpt2_(bridge|model|hooked)|hooked_processed")
+# One architecture's adapter, one tool of the repository, machines with several devices, the hub's lists.
+_LEFT_OUT = re.compile(
+    r"supported_architectures|model_registry|multi_?gpu|pretrained_weight_conversions|_adapter\.py|unit/benchmarks"
+    r"|test_lit\.py|hooked_encoder|^(mps|benchmarks)/|(qwen|glm|gemma|moe)\w*_bridge\.py"
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,16 @@ class Outcome:
     says: str
     where: str
     seconds: float
+
+
+def files_with_models(tests: Path) -> list[str]:
+    """The test files, below `tests`, in which a served model can be built. Nothing else is left out."""
+    names = (path.relative_to(tests).as_posix() for path in sorted(tests.rglob("test_*.py")))
+    return [
+        name
+        for name in names
+        if not _LEFT_OUT.search(name) and _BUILDS.search((tests / name).read_text(encoding="utf-8"))
+    ]
 
 
 def run(whose: str, tests: Path, files: list[str], folder: Path) -> dict[str, Outcome]:
