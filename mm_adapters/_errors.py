@@ -49,5 +49,9 @@ class ModelStateError(RuntimeError):
     """The model was changed into a state in which a site or weight asked for would not hold what it says."""
 
 
+class HostMemberError(AttributeError):
+    """A member of TransformerLens' models was asked of a tower, which does not have it, for a reason."""
+
+
 class ModelBusyError(RuntimeError):
     """A run was asked of a model in the middle of another run, which it would mix with."""

@@ -21,6 +21,7 @@ MISTAKES = (
     _errors.InputError,
     _errors.MetaDeviceError,
     _errors.MissingSiteError,
+    _errors.HostMemberError,
     _errors.ModelBusyError,
     _errors.ModelStateError,
     _errors.ReadNeverFiredError,

@@ -24,6 +24,7 @@ PAGES = {
     "methods": (ROOT / "README.md", DOCS / "methods" / "index.md"),
     "families": (DOCS / "families.md",),
     "states": (DOCS / "states.md",),
+    "host members": (DOCS / "hosts.md",),
     "overrides": (DOCS / "developing" / "overrides.md",),
 }
 # The libraries whose classes this project's classes extend.
@@ -122,6 +123,22 @@ def states(page: Path) -> str:
     return "\n".join(rows)
 
 
+def host_members(page: Path) -> str:
+    """Each public member of the hosts' classes: that it works, or why it is refused."""
+    from mm_adapters.tl_engine.host_members import REFUSED
+    from tests.hosts import transformer_lens_members
+
+    lines: list[str] = []
+    for host, members in sorted(transformer_lens_members().items()):
+        refused = {name: REFUSED[name] for name in sorted(members & REFUSED.keys())}
+        works = ", ".join(f"`{name}`" for name in sorted(members - refused.keys()))
+        lines += [f"### {host}", "", f"Works ({len(members) - len(refused)}): {works}.", ""]
+        if refused:
+            lines += ["| refused | because |", "|---|---|"]
+            lines += [f"| `{name}` | {why} |" for name, why in refused.items()] + [""]
+    return "\n".join(lines)
+
+
 def our_classes() -> list[type]:
     """Every class of this project that can be imported here (a service's own needs Ray)."""
     found: dict[type, None] = {}
@@ -165,6 +182,7 @@ def shape(base: type, name: str) -> str:
 
 WRITERS: dict[str, Callable[[Path], str]] = {
     "commands": commands, "methods": methods, "families": families, "states": states, "overrides": overrides,
+    "host members": host_members,
 }  # fmt: skip
 
 

@@ -16,7 +16,9 @@ from mm_adapters.records.spec import Attention, Input, Norm, Output
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tl_engine.cache import TowerCache
 from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device
+from mm_adapters.tl_engine.folded import FoldedWeights, folded_weights
 from mm_adapters.tl_engine.generation import TowerGeneration
+from mm_adapters.tl_engine.host_members import HostMembers
 from mm_adapters.tl_engine.parts import Embedding, Part, Positions, Unembedding
 from mm_adapters.tl_engine.tower_call import TowerCall
 from mm_adapters.tl_engine.tower_config import TowerConfig, tower_config
@@ -27,7 +29,14 @@ from mm_adapters.tl_engine.tower_weights import TowerWeights
 
 
 class HookedTower(
-    TowerCall, TowerGeneration, TowerFlags, TowerState, TowerTokens, TowerWeights, HookedRootModule
+    TowerCall,
+    TowerGeneration,
+    TowerFlags,
+    TowerState,
+    TowerTokens,
+    TowerWeights,
+    HostMembers,
+    HookedRootModule,
 ):
     """A TransformerLens model over one tower: local hook names, weights, tokens, its own cache.
 
@@ -145,6 +154,11 @@ class HookedTower(
             yield
         finally:
             self.__dict__["_given"] = before
+
+    @property
+    def folded(self) -> FoldedWeights:
+        """Its weights folded and centred as HookedTransformer's are by default; the model keeps its own."""
+        return folded_weights(self)
 
     def to_single_token(self, string: str) -> int:
         """The id of a string that is one token; of a class, where the tower has classes."""
@@ -267,7 +281,13 @@ class HookedTower(
             model_name=root.sitemap.family,
             original_architecture=type(root.wrapped).__name__,
             tokenizer_name=getattr(self.tokenizer, "name_or_path", None),
+            tokenizer_prepends_bos=_prepends_start(self.tokenizer),
         )
+
+
+def _prepends_start(tokenizer: Any) -> bool:
+    start = getattr(tokenizer, "bos_token_id", None)
+    return start is not None and list(tokenizer("")["input_ids"])[:1] == [start]
 
 
 def _tower_of(root: Any, name: str) -> HookedTower:

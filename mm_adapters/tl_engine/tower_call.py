@@ -114,10 +114,13 @@ class TowerCall:
         texts: Sequence[str] | None = None,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
+        *,
+        goes_on: bool = False,
     ) -> Int[Tensor, "batch pos"] | None:
         """1 where tokens are no padding; None if all are none.
 
-        Of texts all their padding is known; of tokens, what they begin with where texts are padded left.
+        Of texts all their padding is known; of tokens, what they begin with where texts are padded left, and
+        if another call `goes_on` from them, what they end with where texts are padded right.
         """
         mounted: TowerView = self.__dict__["_mounted"]
         if mounted.role != "language":
@@ -127,13 +130,13 @@ class TowerCall:
             places = torch.arange(tokens.shape[1], device=tokens.device)
             places = places.flip(0) if self.pads_left(padding_side) else places
             mask = places.lt(torch.tensor(lengths, device=tokens.device)[:, None]).long()
-        elif (
-            self.tokenizer is None or self.tokenizer.pad_token_id is None or not self.pads_left(padding_side)
-        ):
+        elif self.tokenizer is None or self.tokenizer.pad_token_id is None:
+            return None
+        elif not (left := self.pads_left(padding_side)) and not goes_on:
             return None
         else:
             has_bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-            mask = get_attention_mask(self.tokenizer, tokens, has_bos, "left")
+            mask = get_attention_mask(self.tokenizer, tokens, has_bos, "left" if left else "right")
         return None if bool(mask.all()) else mask
 
     def _point(self, local: str) -> SitePoint:
@@ -171,7 +174,9 @@ class _Call:
             input = (input if input.ndim != 1 else input[None]).to(self.tower._root.device)
             self.tokens = input
             if self.mask is None and (len(texts or ()) != 1 or given):
-                self.mask = self.tower.attended_tokens(input, texts, prepend_bos, padding_side)
+                self.mask = self.tower.attended_tokens(
+                    input, texts, prepend_bos, padding_side, goes_on=given
+                )
                 if self.mask is None and given:
                     self.mask = torch.ones_like(input)
         self.value = input
