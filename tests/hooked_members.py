@@ -31,6 +31,16 @@ def look(value: Tensor, hook: Any) -> None:
     return None
 
 
+def real(values: Tensor) -> list[Tensor]:
+    """Without the padding at the right of the first of TEXTS, which HookedTransformer lets attend."""
+    return [values[0, : len(TEXTS[0]) + 1], values[1]]
+
+
+def centred(directions: Tensor) -> Tensor:
+    """Without what a LayerNorm takes off, which HookedTransformer's folding takes off too."""
+    return directions - directions.mean(-1, keepdim=True)
+
+
 def stream(m: Any, layer: int) -> Tensor:
     return m.run_with_cache(TOKENS, names_filter=f"blocks.{layer}.hook_resid_pre")[1]["resid_pre", layer]
 
@@ -141,10 +151,10 @@ OWN: dict[str, list[Call]] = {
         lambda m: m.forward(TOKENS),
         lambda m: m(TOKENS[0]),
         lambda m: m(TEXT),
-        lambda m: m(TEXTS, attention_mask=None),
+        lambda m: real(m(TEXTS, attention_mask=None)),
         lambda m: m(TEXT, prepend_bos=False),
         lambda m: m(TEXT, prepend_bos=True),
-        lambda m: m(TEXTS, padding_side="right"),
+        lambda m: real(m(TEXTS, padding_side="right")),
         lambda m: m(TEXTS, padding_side="left")[:, -4:],
         lambda m: m(TOKENS, return_type=None),
         lambda m: m(TOKENS, return_type="logits"),
@@ -322,16 +332,16 @@ OWN: dict[str, list[Call]] = {
         lambda m: (m.set_tokenizer(copy.deepcopy(m.tokenizer), default_padding_side="left"), m.to_tokens(TEXTS))[1],
     ],
     "tokens_to_residual_directions": [
-        lambda m: m.tokens_to_residual_directions("a"),
-        lambda m: m.tokens_to_residual_directions(5),
-        lambda m: m.tokens_to_residual_directions(TOKENS[0]),
-        lambda m: m.tokens_to_residual_directions(TOKENS),
-        lambda m: m.tokens_to_residual_directions(torch.tensor(5)),
+        lambda m: centred(m.tokens_to_residual_directions("a")),
+        lambda m: centred(m.tokens_to_residual_directions(5)),
+        lambda m: centred(m.tokens_to_residual_directions(TOKENS[0])),
+        lambda m: centred(m.tokens_to_residual_directions(TOKENS)),
+        lambda m: centred(m.tokens_to_residual_directions(torch.tensor(5))),
     ],
     "input_to_embed": [
         lambda m: m.input_to_embed(TOKENS),
         lambda m: m.input_to_embed(TEXT),
-        lambda m: m.input_to_embed(TEXTS, padding_side="right"),
+        lambda m: real(m.input_to_embed(TEXTS, padding_side="right")[0]),
         lambda m: m.input_to_embed(TEXT, prepend_bos=False),
     ],
     "get_residual": [lambda m: m.get_residual(m.embed(TOKENS), 0, attention_mask=None)[0]],
@@ -479,7 +489,7 @@ MODULE: dict[str, list[Call]] = {
     "register_state_dict_pre_hook": [lambda m: callable(m.register_state_dict_pre_hook)],
     "register_load_state_dict_post_hook": [lambda m: callable(m.register_load_state_dict_post_hook)],
     "register_load_state_dict_pre_hook": [lambda m: callable(m.register_load_state_dict_pre_hook)],
-    "register_buffer": [lambda m: (m.register_buffer("kept", torch.ones(1)), m.kept)[1]],
+    "register_buffer": [lambda m: (m.register_buffer("noted", torch.ones(1)), m.noted)[1]],
     "register_module": [lambda m: (m.register_module("more", torch.nn.Identity()), m.more(3))[1]],
     "add_module": [lambda m: (m.add_module("more", torch.nn.Identity()), m.more(3))[1]],
     "register_parameter": [lambda m: (m.register_parameter("extra", None), m.extra)[1]],

@@ -31,7 +31,19 @@ CALLS = [
 ]
 
 # What a tower refuses though HookedTransformer does it, with why. Weight processing is not counted here.
-REFUSED: dict[str, str] = {}
+REFUSED = {
+    "model-forward-16": "A return type that there is not; HookedTransformer logs a warning and returns None.",
+    "model-run_with_cache-18": "A point that there is not; HookedTransformer's cache is empty.",
+    "model-generate-15": "An option that nobody takes; HookedTransformer drops it.",
+    "model-to_tokens-5": "A text longer than the context; HookedTransformer cuts it without a word.",
+    "model-to_tokens-6": "The same, where HookedTransformer gives more tokens than it can run.",
+    "model-dataset-0": "HookedTransformer's own training data, which is None until it is loaded.",
+    "model-blocks-6": "An OPT's block has no module that is its MLP.",
+}
+# What fails in HookedTransformer, and works in a tower.
+BETTER = {"model-bfloat16-0": "Its LayerNorm leaves float32 in the stream."}
+# Compared with a HookedTransformer whose final norm is folded: a tower's directions hold the norm's gain.
+FOLDED = ("tokens_to_residual_directions", "logit_attrs")
 
 
 def public(owner: Any) -> set[str]:
@@ -41,7 +53,8 @@ def public(owner: Any) -> set[str]:
 
 def test_every_public_member_has_a_call() -> None:
     theirs = pair().theirs
-    assert public(theirs) == {name for name in ALL["model"]}
+    # transformers puts `smart_apply` on every module.
+    assert public(theirs) - {"smart_apply"} == set(ALL["model"])
     _, cache = theirs.run_with_cache(TOKENS)
     assert public(cache) - {"cache_dict", "model", "has_batch_dim", "has_embed", "has_pos_embed"} == {
         name for name in CACHE if not name.startswith("__")
@@ -58,20 +71,26 @@ def test_there_are_hundreds_of_calls() -> None:
 @pytest.mark.parametrize(("of", "call"), CALLS)
 def test_a_call_is_the_same_or_refused(of: str, call: Call, request: pytest.FixtureRequest) -> None:
     name = request.node.callspec.id
-    theirs, ours = _both(of)
+    theirs, ours = _both(of, folded=name.split("-")[1] in FOLDED)
     want, got = _outcome(call, theirs), _outcome(call, ours)
-    if isinstance(want, Exception):
+    if isinstance(want, Exception) and name not in BETTER:
         assert isinstance(got, Exception), f"HookedTransformer says {want!r}, the tower gives {got!r}"
     elif name.split("-")[1] in WEIGHTS or name in REFUSED:
         assert isinstance(got, NAMED), got
     elif isinstance(got, Exception):
         raise got
+    elif name in BETTER:
+        assert isinstance(want, Exception)
     else:
         _assert_same(got, want)
 
 
-def _both(of: str) -> tuple[Any, Any]:
+def _both(of: str, folded: bool) -> tuple[Any, Any]:
     both = pair()
+    if folded:
+        both.theirs.process_weights_(
+            fold_ln=True, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+        )
     if of == "model":
         return both.theirs, both.ours
     return both.theirs.run_with_cache(TOKENS)[1], both.ours.run_with_cache(TOKENS)[1]
