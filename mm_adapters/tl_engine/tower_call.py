@@ -175,9 +175,7 @@ class _Call:
             input = (input if input.ndim != 1 else input[None]).to(self.tower._root.device)
             self.tokens = input
             if self.mask is None and (len(texts or ()) != 1 or given):
-                self.mask = self.tower.attended_tokens(
-                    input, texts, prepend_bos, padding_side, goes_on=given
-                )
+                self.mask = self.tower.attended_tokens(input, texts, prepend_bos, padding_side, goes_on=given)
                 if self.mask is None and given:
                     self.mask = torch.ones_like(input)
         self.value = input
