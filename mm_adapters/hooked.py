@@ -28,13 +28,14 @@ from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.tl_engine.cache import ModelCache
 from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device, names_of
 from mm_adapters.tl_engine.hook_point import SitePoint
+from mm_adapters.tl_engine.named_hooks import NamedHooks
 from mm_adapters.tl_engine.tower import HookedTower
 
 if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
 
 
-class HookedModel(BaseModel, HookedRootModule):
+class HookedModel(BaseModel, NamedHooks, HookedRootModule):
     """CLIP, LLaVA or Stable Diffusion with TransformerLens' hooks, cache and towers.
 
     Calling it calls the wrapped model: with that model's own arguments, or with raw `text=` and
@@ -281,10 +282,10 @@ class HookedModel(BaseModel, HookedRootModule):
                 tower.cfg.device, tower.cfg.dtype = str(parameter.device), parameter.dtype
 
     def renamed(self) -> None:
-        """Names its points anew, after a tower has got some or lost them."""
-        for tower in map(self.tower, self.tower_names):
-            tower.setup()
+        """Names its points anew, after towers have got some or lost them: a point has its tower's name."""
         self.setup()
+        for name in self.sitemap.towers:
+            getattr(self, name).setup()
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         for module in self._modules_wrapped():
@@ -303,7 +304,7 @@ class HookedModel(BaseModel, HookedRootModule):
     def __reduce__(self) -> Any:
         # A copy is wrapped anew: it has no hooks, and its sites are those of the copied modules.
         modes = [m.training for module in self._modules_wrapped() for m in module.modules()]
-        kept = {name: self.tower(name).kept() for name in self.tower_names}
+        kept = {name: self.tower(name).own_state() for name in self.tower_names}
         return _wrapped_again, (
             type(self),
             self.wrapped,
@@ -327,7 +328,7 @@ class HookedModel(BaseModel, HookedRootModule):
                 getattr(self, name).move(mounted, self.points)
             else:
                 self.add_module(name, HookedTower(self, mounted, self.points))
-        self.setup()
+        self.renamed()
         self._turns = Turns([self.wrapped, *(t.module for t in self.sitemap.towers.values())])
 
     def eagerly(self) -> AbstractContextManager[None]:
@@ -425,7 +426,7 @@ def _wrapped_again(
     for module, mode in zip(modules, modes, strict=True):
         module.training = mode
     for name, state in kept.items():
-        model.tower(name).keep(state)
+        model.tower(name).set_state(state)
     return model
 
 

@@ -71,7 +71,7 @@ def test_folded_weights_are_what_hooked_transformer_makes_of_them() -> None:
     folded = both.ours.folded
     both.theirs.process_weights_()
     for name in (field.name for field in dataclasses.fields(folded) if field.name != "W_gate"):
-        got, want = getattr(folded, name), getattr(both.theirs, name)
+        got, want = getattr(folded, name).detach(), getattr(both.theirs, name).detach()
         assert (got - want).abs().max() < 2e-5 * max(1.0, float(want.abs().max())), name
     # And the model has its own still.
     again = pair(seed=3)

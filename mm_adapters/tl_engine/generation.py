@@ -86,7 +86,7 @@ class TowerGeneration:
             top_k: Draws among the k most likely.
             top_p: Draws among the most likely that have this probability together.
             temperature: Divides the logits; 0 takes the most likely.
-            freq_penalty: Taken off a token's logit for each time that it stands there already.
+            freq_penalty: Taken off a drawn token's logit for each time that it stands there already.
             repetition_penalty: Divides positive logits of tokens that stand there (multiplies negative ones).
             use_past_kv_cache: Keeps keys and values; False computes all positions at each step.
             prepend_bos: Whether texts get the start token; None: as `cfg.default_prepend_bos`.
@@ -94,7 +94,7 @@ class TowerGeneration:
             return_type: "str", "tokens", "embeds", or "input" for what was given.
             verbose: Shows a progress bar.
             output_logits: Returns transformers' output with `sequences` and each step's `logits`.
-            return_cache: Returns also an ActivationCache of the whole result (of one row).
+            return_cache: Returns also an ActivationCache of a run of the whole result.
             return_input_tokens: Returns also the tokens that were continued.
             names_filter: Of `return_cache`: which names.
             device: Of `return_cache`: where to.
@@ -113,8 +113,8 @@ class TowerGeneration:
             max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature,
             freq_penalty, repetition_penalty, stop_strings, stopping_criteria, prompt,
         )  # fmt: skip
-        if return_cache and (len(prompt.value) != 1 or prompt.name != "input_ids"):
-            raise InputError("return_cache takes one row of text or tokens.")
+        if return_cache and prompt.name != "input_ids":
+            raise InputError("return_cache takes text or tokens.")
         settings["generation_config"].use_cache = use_past_kv_cache
         if verbose:
             settings["streamer"] = _Bar(max_new_tokens)
@@ -128,7 +128,12 @@ class TowerGeneration:
             result = self._result(prompt, sequences, return_type)
         more: list[Any] = []
         if return_cache:
-            more.append(self.run_with_cache(sequences, names_filter=names_filter, device=device)[1])
+            new = torch.ones_like(sequences[:, prompt.value.shape[1] :])
+            whole = torch.cat([torch.ones_like(prompt.value) if prompt.mask is None else prompt.mask, new], 1)
+            options = {} if bool(whole.all()) else {"attention_mask": whole}
+            more.append(
+                self.run_with_cache(sequences, names_filter=names_filter, device=device, **options)[1]
+            )
         if return_input_tokens:
             more.append(prompt.value)
         return (result, *more) if more else result
@@ -278,12 +283,12 @@ class TowerGeneration:
             **(drawn if sampled else {}),
         )
         settings: dict[str, Any] = {"generation_config": config}
-        if freq_penalty:
+        if freq_penalty and sampled:  # TransformerLens has none for the most likely token.
             if prompt.name != "input_ids":
                 raise InputError("freq_penalty counts tokens, and embeddings were given.")
             # The library divides by the temperature afterwards.
-            scale = temperature if sampled else 1.0
-            settings["logits_processor"] = LogitsProcessorList([_FrequencyPenalty(freq_penalty * scale)])
+            penalty = _FrequencyPenalty(freq_penalty * temperature)
+            settings["logits_processor"] = LogitsProcessorList([penalty])
         if stop_strings is not None:
             config.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
             settings["tokenizer"] = self.tokenizer

@@ -179,10 +179,7 @@ class HookedTower(
         remove = kwargs.get("remove_batch_dim", False)
         output, values = super().run_with_cache(*args, **kwargs)
         check_cached(kwargs.get("names_filter"), values, f"{self.name}.")
-        local_values = {key.removeprefix(f"{self.name}."): value for key, value in values.items()}
-        return output, TowerCache(
-            local_values, self, has_batch_dim=not remove
-        ) if return_cache_object else local_values
+        return output, TowerCache(values, self, has_batch_dim=not remove) if return_cache_object else values
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), **kwargs: Any) -> Any:
         """As TransformerLens'. Raises: ReadNeverFiredError if a hook was never called."""
@@ -205,7 +202,7 @@ class HookedTower(
         self._root.check_names(name, self.name)
         super()._enable_hook_with_name(name, hook, dir)
 
-    def kept(self) -> dict[str, Any]:
+    def own_state(self) -> dict[str, Any]:
         """What was set on it, for a copy: its classes, its tokenizer, its switches."""
         return {
             "classes": (self._class_names, self._class_directions),
@@ -213,8 +210,8 @@ class HookedTower(
             "flags": [flag for flag in POINTS if getattr(self.cfg, flag)],
         }
 
-    def keep(self, state: dict[str, Any]) -> None:
-        """Sets what `kept` gave."""
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Sets what `own_state` gave."""
         names, directions = state["classes"]
         if names is not None:
             self._class_names, self._class_directions = names, directions

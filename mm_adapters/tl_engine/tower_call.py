@@ -132,9 +132,10 @@ class TowerCall:
             mask = places.lt(torch.tensor(lengths, device=tokens.device)[:, None]).long()
         elif self.tokenizer is None or self.tokenizer.pad_token_id is None:
             return None
-        elif not (left := self.pads_left(padding_side)) and not goes_on:
-            return None
         else:
+            left = self.pads_left(padding_side)
+            if not left and not goes_on:
+                return None
             has_bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
             mask = get_attention_mask(self.tokenizer, tokens, has_bos, "left" if left else "right")
         return None if bool(mask.all()) else mask
@@ -174,9 +175,7 @@ class _Call:
             input = (input if input.ndim != 1 else input[None]).to(self.tower._root.device)
             self.tokens = input
             if self.mask is None and (len(texts or ()) != 1 or given):
-                self.mask = self.tower.attended_tokens(
-                    input, texts, prepend_bos, padding_side, goes_on=given
-                )
+                self.mask = self.tower.attended_tokens(input, texts, prepend_bos, padding_side, goes_on=given)
                 if self.mask is None and given:
                     self.mask = torch.ones_like(input)
         self.value = input

@@ -123,6 +123,14 @@ class TowerState:
         self._root.refresh_configs()
         return self
 
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of a name that `named_parameters` gives."""
+        return dict(self.named_parameters())[target]
+
+    def get_buffer(self, target: str) -> Tensor:
+        """The buffer of a name that `named_buffers` gives."""
+        return dict(self.named_buffers())[target]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the tower's parameters."""
         for module in self.own_modules().values():
