@@ -572,7 +572,7 @@ CACHE: dict[str, list[Call]] = {
         lambda c: c.logit_attrs(c.accumulated_resid(), TOKENS),
         lambda c: c.logit_attrs(c.decompose_resid(), "a", incorrect_tokens="b"),
         lambda c: c.logit_attrs(c.accumulated_resid()[:, :1], 4, batch_slice=[0]),
-        lambda c: c.logit_attrs(c.stack_head_results(), 5, has_batch_dim=True),
+        lambda c: c.logit_attrs(c.decompose_resid(mode="mlp"), 5, has_batch_dim=True),
     ],
     "compute_head_results": [lambda c: (c.compute_head_results(), c["result", 1])[1]],
     "stack_head_results": [

@@ -88,9 +88,7 @@ def test_a_call_is_the_same_or_refused(of: str, call: Call, request: pytest.Fixt
 def _both(of: str, folded: bool) -> tuple[Any, Any]:
     both = pair()
     if folded:
-        both.theirs.process_weights_(
-            fold_ln=True, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-        )
+        both.theirs.process_weights_(fold_ln=True, center_writing_weights=False, center_unembed=False)
     if of == "model":
         return both.theirs, both.ours
     return both.theirs.run_with_cache(TOKENS)[1], both.ours.run_with_cache(TOKENS)[1]
