@@ -98,7 +98,6 @@ def random_opt(
         num_attention_heads=heads, vocab_size=vocabulary, max_position_embeddings=context,
         activation_function=act, bos_token_id=vocabulary - 1, eos_token_id=vocabulary - 1,
         pad_token_id=None, dropout=0.0, architectures=["OPTForCausalLM"],
-        attn_implementation="eager",
     )  # fmt: skip
     model = transformers.OPTForCausalLM(config)
     with torch.no_grad():
