@@ -136,7 +136,7 @@ def host_members(page: Path) -> str:
         if refused:
             lines += ["| refused | because |", "|---|---|"]
             lines += [f"| `{name}` | {why} |" for name, why in refused.items()] + [""]
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
 def our_classes() -> list[type]:
