@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
+from sae_lens import SAE
 from torch import Tensor
 
 from mm_adapters import InputError, Model, Read, Run, Site, TokenLayout
@@ -47,6 +49,19 @@ class SAESite:
         if self.is_map:
             return rearrange(flat, "... (h w) c -> ... c h w", h=value.shape[-2])
         return flat.reshape(value.shape)
+
+
+@contextmanager
+def heads_side_by_side(sae: SAE[Any]) -> Iterator[None]:
+    """Inside, an SAE of `hook_z` takes and gives rows with the heads side by side, [..., pos, d]."""
+    names = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
+    before = {name: getattr(sae, name) for name in names if hasattr(sae, name)}
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(sae, name, value)
 
 
 def find_site(model: Model, name: str) -> SAESite:
