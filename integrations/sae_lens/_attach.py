@@ -54,7 +54,7 @@ def attach(
             "writes one site with heads. Load this SAE with reshape_activations='none'."
         )
     excluded = None if special is False else SpecialTokens(root, sae_site, special)
-    name = sae_site.site.name
+    name = sae_site.name
     detach(root, [name])
     use = sae.use_error_term if use_error_term is None else use_error_term
     wrapper = _SAEWrapper(sae, use_error_term=use, exclude_special_tokens=special)
@@ -78,7 +78,7 @@ def attach(
     if excluded is not None:
         new.stack.enter_context(excluded.watched())
     if out != sae_site:
-        _on(root, new.stack, name, capture)
+        _on(root, new.stack, sae_site.site.name, capture)
     _on(root, new.stack, out.site.name, put)
     attached_to(root)[name] = new
     _hang(root, out.site.name)
@@ -91,7 +91,6 @@ def detach(root: HookedModel, names: Iterable[str]) -> None:
         if old is not None:
             old.stack.close()
             _hang(root, old.out)
-            old.sae.setup()  # Its points have their own names again.
 
 
 def check_attached(root: HookedModel, names: Iterable[str]) -> None:

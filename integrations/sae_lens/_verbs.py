@@ -75,7 +75,7 @@ class SAEVerbs:
         """
         root, tower = _root(self)
         names = SAEVerbs.acts_to_saes.fget(self) if act_names is None else act_names  # type: ignore[misc]
-        full = [in_tower(tower, name) for name in ([names] if isinstance(names, str) else names)]
+        full = [in_tower(name, tower) for name in ([names] if isinstance(names, str) else names)]
         check_attached(root, full)
         detach(root, full)
 
@@ -91,7 +91,7 @@ class SAEVerbs:
         """The model with these SAEs attached, and afterwards (unless `reset_saes_end` is False) as it was."""
         root, tower = _root(self)
         each = [saes] if isinstance(saes, SAE) else list(saes)
-        names = [check_fit(root, sae, tower).site.name for sae in each]
+        names = [check_fit(root, sae, tower).name for sae in each]
         before = {name: attached_to(root).get(name) for name in names}
         try:
             for sae in each:

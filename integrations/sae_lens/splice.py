@@ -24,17 +24,22 @@ def check_fit(model: Model, sae: SAE[Any], tower: str = "") -> SAESite:
     if not name:
         raise InputError("This SAE's metadata has no hook_name. Set sae.cfg.metadata.hook_name to a site.")
     minus = sae.cfg.metadata.hook_name_minus
-    sites = [in_tower(tower, site) for site in ([name, minus] if minus else [name])]
+    sites = [in_tower(site, tower) for site in ([name, minus] if minus else [name])]
     return find_site(model, " - ".join(sites))
 
 
 def written_site(model: Model, sae: SAE[Any], tower: str = "") -> SAESite:
     """The site an SAE writes: of a transcoder another than the one it reads. Raises: as `check_fit`."""
     out = sae.cfg.metadata.hook_name_out
-    return find_site(model, in_tower(tower, out) if out else check_fit(model, sae, tower).site.name)
+    written = find_site(model, in_tower(out, tower)) if out else check_fit(model, sae, tower)
+    if written.norm is not None:
+        raise InputError(
+            f"{written.name} can be read and not written. Train on ln2.hook_normalized, or a transcoder."
+        )
+    return written
 
 
-def in_tower(tower: str, name: str) -> str:
+def in_tower(name: str, tower: str = "") -> str:
     """A tower's own name of a site as the model's; the tower's prefix may be there already."""
     return f"{tower}.{name.removeprefix(f'{tower}.')}" if tower else name
 
