@@ -13,7 +13,7 @@ MEMBERS: dict[str, str] = {
     "run_with_hooks_with_saes": "",
     "run_with_saes": "",
     "saes": "",
-    "boot_transformers": "a constructor of theirs: mm.load(...) and mm.wrap(...) make a model, and each has the "
-    "verbs, as its towers do, once integrations.sae_lens is imported",
+    "boot_transformers": "a constructor of theirs: mm.load(...) and mm.wrap(...) make a model, whose "
+    "towers and itself have the verbs once integrations.sae_lens is imported",
     "hook_dict": "",
 }
