@@ -29,7 +29,7 @@ from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.tl_engine.cache import ModelCache
 from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device, names_of
 from mm_adapters.tl_engine.hook_point import SitePoint
-from mm_adapters.tl_engine.hung_points import hang, hung_points, hung_values
+from mm_adapters.tl_engine.hung_points import hang, hung_values
 from mm_adapters.tl_engine.tower import HookedTower
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ class HookedModel(BaseModel, HookedRootModule):
         prefix = f"{tower}." if tower else ""
         for name in names_of(names):
             full = prefix + name.removeprefix(prefix)
-            if full not in hung_points(self):
+            if full not in self.hook_dict:
                 self.sitemap[full]
 
     def hang_points(self, site: str, points: Mapping[str, HookPoint]) -> None:
@@ -276,9 +276,28 @@ class HookedModel(BaseModel, HookedRootModule):
 
     def to(self, *args: Any, **kwargs: Any):
         self.wrapped.to(*args, **kwargs)
-        for tower in map(self.tower, self.tower_names):
-            tower.cfg.device, tower.cfg.dtype = str(self.device), self.dtype
+        self.refresh_configs()
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        # What half, bfloat16, double, float, cuda and cpu go through.
+        for module in self._modules_wrapped():
+            module._apply(fn, recurse)
+        self.refresh_configs()
+        return self
+
+    def refresh_configs(self) -> None:
+        """Tells each tower's `cfg` where its weights are now, and in which dtype."""
+        for tower in map(self.tower, self.tower_names):
+            parameter = next((p for p in tower.parameters() if p.is_floating_point()), None)
+            if parameter is not None:
+                tower.cfg.device, tower.cfg.dtype = str(parameter.device), parameter.dtype
+
+    def renamed(self) -> None:
+        """Names its points anew, after a tower has got some or lost them."""
+        for tower in map(self.tower, self.tower_names):
+            tower.setup()
+        self.setup()
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         for module in self._modules_wrapped():
@@ -293,6 +312,20 @@ class HookedModel(BaseModel, HookedRootModule):
     ) -> Any:
         """As the wrapped model's, under the names of `state_dict`."""
         return as_module(self.wrapped).load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __reduce__(self) -> Any:
+        # A copy is wrapped anew: it has no hooks, and its sites are those of the copied modules.
+        modes = [m.training for module in self._modules_wrapped() for m in module.modules()]
+        kept = {name: self.tower(name).kept() for name in self.tower_names}
+        return _wrapped_again, (
+            type(self),
+            self.wrapped,
+            self.inputs,
+            self.sitemap,
+            self._loaded_as,
+            modes,
+            kept,
+        )
 
     def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
         self.check_names(name)
@@ -390,6 +423,24 @@ def as_module(wrapped: Any) -> nn.Module:
         return wrapped
     parts = {name: part for name, part in wrapped.components.items() if isinstance(part, nn.Module)}
     return nn.ModuleDict(parts)
+
+
+def _wrapped_again(
+    cls: type[HookedModel],
+    wrapped: Any,
+    inputs: Inputs | None,
+    sites: SiteMap,
+    loaded_as: str | None,
+    modes: list[bool],
+    kept: dict[str, dict[str, Any]],
+) -> HookedModel:
+    model = cls(wrapped, inputs=inputs, sites=sites, loaded_as=loaded_as)
+    modules = [m for module in model._modules_wrapped() for m in module.modules()]
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode
+    for name, state in kept.items():
+        model.tower(name).keep(state)
+    return model
 
 
 def _among(names: str | Sequence[str] | None) -> Callable[[str], bool]:

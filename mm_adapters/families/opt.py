@@ -1,5 +1,7 @@
 """OPT's language tower (arXiv 2205.01068)."""
 
+from dataclasses import replace
+
 from mm_adapters.families._parts import decoder
 from mm_adapters.records import Input, ModelRecord, Output, Stack, TowerMount, attention, pre_norm, register
 
@@ -11,15 +13,31 @@ BLOCKS = Stack(
     folded=("final_layer_norm", "fc1", "fc2"),
 )  # fmt: skip
 
-register(
+OPT = register(
     decoder("opt", "OPTDecoder", blocks=BLOCKS, final="final_layer_norm", kind="LN",
             position="embed_positions.weight")
 )  # fmt: skip
+# By itself it embeds its words; a composite model gives it words and images, embedded.
+register(
+    replace(
+        OPT,
+        name="opt_alone",
+        classes=(),
+        before={
+            "hook_embed": Output("project_in|embed_tokens"),
+            "hook_pos_embed": Output("embed_positions", reference_site="hook_embed"),
+        },
+    )
+)
 register(
     ModelRecord(
         "opt_lm",
         "tower",
         ("transformers:OPTForCausalLM",),
-        {"language": TowerMount("model.decoder", run="", gives="logits", project="lm_head.weight.T")},
+        {
+            "language": TowerMount(
+                "model.decoder", "opt_alone", run="", gives="logits", project="lm_head.weight.T"
+            )
+        },
     )
 )

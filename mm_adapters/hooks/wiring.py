@@ -43,6 +43,7 @@ class Points:
         self._make = make
         self._module_hooks: dict[tuple[int, Side], ModuleHook] = {}
         self._residuals: dict[str, ResidualReader] = {}
+        self._extra: dict[str, Site] = {}
         self.by_name: dict[str, Any] = {}
         self.wire()
 
@@ -52,17 +53,31 @@ class Points:
             module_hook.close()
         before, self.by_name = self.by_name, {}
         self._module_hooks, self._residuals = {}, {}
-        for site in self._sites:
+        sites = [*self._sites, *self._extra.values()]
+        for site in sites:
             point = before.get(site.name)
             if point is None:
                 point = self._make(site)
             else:
                 point.move(site)
             self.by_name[site.name] = point
-        for site in self._sites:
+        for site in sites:
             self._wire(site, self.by_name[site.name])
         for point in self.by_name.values():
             point.refresh()
+
+    def add(self, site: Site) -> Any:
+        """The point of a site that the map of sites does not list: a copy of what passes there."""
+        if site.name not in self.by_name:
+            self._extra[site.name] = site
+            self.by_name[site.name] = self._make(site)
+            self._wire(site, self.by_name[site.name])
+        return self.by_name[site.name]
+
+    def drop(self, name: str) -> None:
+        """Takes away a site that was added, with its hooks."""
+        if self._extra.pop(name, None) is not None:
+            self.by_name.pop(name).remove_hooks("both", including_permanent=True)
 
     @property
     def module_hooks(self) -> list[ModuleHook]:
@@ -111,7 +126,7 @@ class Points:
                 gain = self._gain(site, location) if isinstance(location, Output) else None
                 plain = n_heads is None and location.chunk is None and gain is None
                 reader = Reader(point) if plain else View(point, n_heads, location.chunk, gain)
-                if isinstance(location, Output) and location.in_place:
+                if site.name in self._extra or (isinstance(location, Output) and location.in_place):
                     reader = Copy(point)
                 self._feed(self._hook_of(site, side), reader, point, slot=_slot(location))
             case Norm(value="normalized", kind=kind, offset=offset):

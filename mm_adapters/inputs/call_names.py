@@ -49,6 +49,10 @@ class CallNames:
     passes_on: frozenset[str] = frozenset()
     is_open: bool = False
 
+    def takes(self, name: str) -> bool:
+        """Whether the call takes an argument of this name."""
+        return self.is_open or name in {*self.own, *self.added, *self.passes_on}
+
     def check(self, given: Iterable[str]) -> None:
         """Raises: InputError for a name that is not taken, with the nearest."""
         known = {*self.own, *self.added, *self.passes_on}

@@ -92,8 +92,19 @@ class TowerView:
         """How many positions it holds, by its position table or its config; None if neither says it."""
         table = tensor_at(self.module, self.record.position) if self.record.position else None
         if table is not None:
-            return table.numel() // table.shape[-1]
+            return table.numel() // table.shape[-1] - self.first_position_row
         return getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
+
+    @property
+    def first_position_row(self) -> int:
+        """The row of its position table that the first position reads: OPT, BART and RoBERTa reserve some."""
+        path = (self.record.position or "").partition("|")[0]
+        try:
+            owner = self.module.get_submodule(path.removesuffix(".weight"))
+        except AttributeError:
+            return 0
+        padding = getattr(owner, "padding_idx", None)
+        return getattr(owner, "offset", 0 if padding is None else padding + 1)
 
     def block(self, layer: int, stack: str = "blocks") -> nn.Module:
         """One repeated module. Raises: MissingSiteError if there is no such layer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,32 +14,11 @@ from mm_adapters.hooks.module_hooks import ModuleHook
 from mm_adapters.hooks.point import check_like
 from mm_adapters.records.spec import Site
 
+Change = Callable[[Tensor], Tensor]
 
-class SitePoint(HookPoint):
-    """The HookPoint of one site. Its first hook puts torch hooks on the model, its last takes them off."""
 
-    site: Site
-    live: bool
-    module_hooks: list[ModuleHook]
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        # Plain entries: nn.Module's own __setattr__ is slow, and `live` changes often.
-        self.__dict__.update(site=site, module_hooks=[], live=False)
-
-    def layer(self) -> int:
-        """The layer, counted within the tower (TransformerLens reads it off the name)."""
-        if self.site.layer is None:
-            raise InputError(f"{self.site.name} belongs to no layer.")
-        return self.site.layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The value, or what its hooks return in its place. Raises: InputError if that cannot stand there."""
-        # Module.__call__ without the look for compiled code, which a point never is.
-        new: Any = self._call_impl(x)
-        if new is not x:
-            check_like(self.site.name, x, new)
-        return new
+class LivePoint(HookPoint):
+    """A HookPoint that is told when its first hook comes and its last one goes: `refresh`."""
 
     # Every way on passes through torch's own two; TransformerLens' one way off is `remove_hooks`.
     def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
@@ -60,6 +39,48 @@ class SitePoint(HookPoint):
         return handle
 
     def check(self) -> None:
+        """Raises: ModelStateError if no hook can be active here."""
+
+    def refresh(self) -> None:
+        """Looks whether a hook is active."""
+
+
+class SitePoint(LivePoint):
+    """The HookPoint of one site. Its first hook puts torch hooks on the model, its last takes them off.
+
+    `first` and `last` change the value before and after its hooks do, for points that are made of sites.
+    """
+
+    site: Site
+    live: bool
+    module_hooks: list[ModuleHook]
+    first: list[Change]
+    last: list[Change]
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        # Plain entries: nn.Module's own __setattr__ is slow, and `live` changes often.
+        self.__dict__.update(site=site, module_hooks=[], live=False, first=[], last=[])
+
+    def layer(self) -> int:
+        """The layer, counted within the tower (TransformerLens reads it off the name)."""
+        if self.site.layer is None:
+            raise InputError(f"{self.site.name} belongs to no layer.")
+        return self.site.layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The value, or what its hooks return in its place. Raises: InputError if that cannot stand there."""
+        for change in self.first:
+            x = change(x)
+        # Module.__call__ without the look for compiled code, which a point never is.
+        new: Any = self._call_impl(x)
+        if new is not x:
+            check_like(self.site.name, x, new)
+        for change in self.last:
+            new = change(new)
+        return new
+
+    def check(self) -> None:
         """Raises: ModelStateError if the model is in a state in which the site cannot be watched."""
         for module_hook in self.module_hooks:
             module_hook.check()
@@ -70,11 +91,27 @@ class SitePoint(HookPoint):
 
     def refresh(self) -> None:
         """Tells its module hooks whether it has an active hook, if that has changed."""
-        live = bool(self._forward_hooks or self._backward_hooks)
+        live = bool(self._forward_hooks or self._backward_hooks or self.first or self.last)
         if live != self.live:
             self.__dict__["live"] = live
             for module_hook in self.module_hooks:
                 module_hook.count(1 if live else -1)
+
+    @contextmanager
+    def changed(self, *, first: Change | None = None, last: Change | None = None) -> Iterator[None]:
+        """Inside, its value is changed before its hooks see it, or after them."""
+        pairs = [(self.first, first), (self.last, last)]
+        for changes, change in pairs:
+            if change is not None:
+                changes.append(change)
+        self.refresh()
+        try:
+            yield
+        finally:
+            for changes, change in pairs:
+                if change is not None:
+                    changes.remove(change)
+            self.refresh()
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -89,5 +126,5 @@ class SitePoint(HookPoint):
             self.refresh()
 
 
-# Torch's own and TransformerLens' list of them.
-_HOOKS = ("_forward_hooks", "_backward_hooks", "fwd_hooks", "bwd_hooks")
+# Torch's own, TransformerLens' list of them, and the changes of points made of it.
+_HOOKS = ("_forward_hooks", "_backward_hooks", "fwd_hooks", "bwd_hooks", "first", "last")

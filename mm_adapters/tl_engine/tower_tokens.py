@@ -58,7 +58,7 @@ class TowerTokens:
             rows = [r if len(r) <= self.cfg.n_ctx else r[:keep] + end for r in rows]
             longest = max(len(r) for r in rows)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        left = self._pads_left(padding_side)
+        left = self.pads_left(padding_side)
         fill = [[pad] * (longest - len(r)) for r in rows]
         ids = [f + r if left else r + f for f, r in zip(fill, rows, strict=True)]
         return torch.tensor(ids, device=self.cfg.device if move_to_device else None)
@@ -71,14 +71,23 @@ class TowerTokens:
             return [tokenizer.decode(row) for row in ids.tolist()]
         return tokenizer.decode(ids.reshape(-1).tolist())
 
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
-        """Each token of a text (or of a row of tokens) as a string; a list of those for several texts."""
+    def to_str_tokens(
+        self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
+    ) -> list[str] | list[list[str]]:
+        """Each token of a text (or of a row of tokens) as a string; a list of those for several texts.
+
+        A text longer than the context is cut. `padding_side` changes nothing: one text has no padding.
+        """
         if isinstance(input, str):
-            tokens = self.to_tokens(input, prepend_bos)[0]
-        elif isinstance(input, Sequence) and input and isinstance(input[0], str):
+            tokens = self.to_tokens(input, prepend_bos, padding_side, truncate=True)[0]
+        elif isinstance(input, Sequence) and input and not isinstance(input[0], int):
             return [self.to_str_tokens(text, prepend_bos) for text in input]  # type: ignore[misc]
         else:
-            tokens = torch.as_tensor(input).squeeze()
+            tokens = torch.as_tensor(input)
+            if tokens.squeeze().ndim > 1:
+                raise InputError(
+                    f"to_str_tokens takes one row of tokens, not {tuple(tokens.shape)}. Give a list of rows."
+                )
         tokenizer = self._known_tokenizer()
         return [tokenizer.decode([i]) for i in tokens.reshape(-1).tolist()]
 
@@ -99,7 +108,12 @@ class TowerTokens:
         return self._known_tokenizer().decode([int_token])
 
     def get_token_position(
-        self, single_token: str | int, input: Any, mode: str = "first", prepend_bos: bool | None = None
+        self,
+        single_token: str | int,
+        input: Any,
+        mode: str = "first",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
     ) -> int:
         """Where a token stands in a text; `mode` is "first" or "last".
 
@@ -107,20 +121,21 @@ class TowerTokens:
         """
         if mode not in ("first", "last"):
             raise InputError(f"mode={mode!r}: a token's first or last position, 'first' or 'last'.")
-        tokens = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else torch.as_tensor(input)
+        tokens = (
+            self.to_tokens(input, prepend_bos, padding_side)[0]
+            if isinstance(input, str)
+            else torch.as_tensor(input)
+        )
         token = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
         at = (tokens.squeeze() == token).nonzero().reshape(-1).tolist()
         if not at:
             raise InputError(f"Token {single_token!r} is not in {self.to_str_tokens(tokens)}.")
         return at[0] if mode == "first" else at[-1]
 
-    def attended(self, texts: Sequence[str]) -> Int[Tensor, "batch pos"]:
-        """1 at each text's own tokens, 0 at its padding, where `to_tokens` puts them."""
-        lengths = torch.tensor([self.to_tokens(text).shape[1] for text in texts], device=self.cfg.device)
-        places = torch.arange(int(lengths.max()), device=self.cfg.device)
-        return (places.flip(0) if self._pads_left(None) else places).lt(lengths[:, None]).long()
-
-    def _pads_left(self, side: str | None) -> bool:
+    def pads_left(self, side: str | None) -> bool:
+        """Whether texts are padded on the left. Raises: InputError for a side that there is not."""
+        if side not in ("left", "right", None):
+            raise InputError(f"padding_side={side!r}: it is 'left', 'right' or None.")
         return (side or self._known_tokenizer().padding_side) == "left" and not self.appends_end
 
     def _known_tokenizer(self) -> Any:

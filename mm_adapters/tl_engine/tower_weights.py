@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
+from transformer_lens.utilities.matrix import composition_scores
 
 from mm_adapters._errors import InputError, MissingSiteError
 from mm_adapters.sites.tower_view import TowerView
@@ -25,8 +26,20 @@ class Stacked:
         self._name = name
 
     def __get__(self, tower: TowerWeights, owner: type | None = None) -> Tensor:
+        return self.of(tower, self._part, self._name)
+
+    @staticmethod
+    def of(tower: TowerWeights, part: str, name: str) -> Tensor:
+        """That weight, [layer, ...]."""
         tower._mounted.check_one_stream()
-        return torch.stack([getattr(getattr(block, self._part), self._name) for block in tower.blocks])
+        return torch.stack([getattr(getattr(block, part), name) for block in tower.blocks])
+
+
+class HeadLabels(list[str]):
+    """A label for each head. HookedTransformer calls it, TransformerBridge reads it: both work."""
+
+    def __call__(self) -> list[str]:
+        return list(self)
 
 
 class TowerWeights:
@@ -52,7 +65,6 @@ class TowerWeights:
     W_V = Stacked("attn")
     W_O = Stacked("attn")
     W_in = Stacked("mlp")
-    W_gate = Stacked("mlp")
     W_out = Stacked("mlp")
     b_Q = Stacked("attn")
     b_K = Stacked("attn")
@@ -60,6 +72,11 @@ class TowerWeights:
     b_O = Stacked("attn")
     b_in = Stacked("mlp")
     b_out = Stacked("mlp")
+
+    @property
+    def W_gate(self) -> Tensor | None:
+        """The gates of the MLPs; None if they have none."""
+        return Stacked.of(self, "mlp", "W_gate") if self.cfg.gated_mlp else None
 
     @property
     def QK(self) -> FactoredMatrix:
@@ -72,15 +89,39 @@ class TowerWeights:
         return FactoredMatrix(self.W_V, self.W_O)
 
     @property
+    def all_head_labels(self) -> HeadLabels:
+        """ "L0H0", "L0H1", ...: one for each head."""
+        return HeadLabels(f"L{i}H{j}" for i in range(self.cfg.n_layers) for j in range(self.cfg.n_heads))
+
+    def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head layer head"]:
+        """How much each later head reads of what each earlier one writes; zero for all other pairs.
+
+        `mode` is what it reads it with: "Q", "K" or "V". Source: Elhage et al. 2021, A Mathematical Framework
+        for Transformer Circuits.
+        """
+        if mode not in ("Q", "K", "V"):
+            raise InputError(f"mode={mode!r}: a head reads with its 'Q', its 'K' or its 'V'.")
+        right = {"Q": self.QK, "K": self.QK.T, "V": self.OV}[mode]
+        scores = composition_scores(self.OV, right, broadcast_dims=True)
+        layers = torch.arange(self.cfg.n_layers, device=scores.device)
+        is_later = layers[:, None, None, None] < layers[None, None, :, None]
+        return torch.where(is_later, scores, torch.zeros_like(scores))
+
+    @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """Token embeddings."""
         return self._table("embed", "W_E")
 
     @property
     def W_pos(self) -> Float[Tensor, "pos d_model"]:
-        """Position embeddings."""
+        """Position embeddings, from the first position on."""
         table = self._table("position", "W_pos")
-        return table.reshape(-1, self.cfg.d_model or table.shape[-1])
+        return table.reshape(-1, self.cfg.d_model or table.shape[-1])[self._mounted.first_position_row :]
+
+    @property
+    def W_E_pos(self) -> Float[Tensor, "row d_model"]:
+        """Token embeddings and, below them, position embeddings."""
+        return torch.cat([self.W_E, self.W_pos])
 
     @property
     def W_U(self) -> Float[Tensor, "d_model logit"]:
