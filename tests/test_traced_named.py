@@ -70,6 +70,25 @@ def test_a_model_that_is_here_takes_no_options_of_a_name() -> None:
         TracedModel("tiny-clop")
 
 
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"": "cpu", "lm_head": "cpu"}])
+def test_a_device_map_of_one_device_is_that_device(device_map: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    model = TracedModel("tiny-clip", device_map=device_map, dispatch=True)
+    want = mm.load("tiny-clip", device="cpu").wrapped.state_dict()
+    assert all(torch.equal(p, want[name]) and p.device.type == "cpu" for name, p in model.state_dict().items())
+
+
+def test_a_device_map_of_several_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(mm.InputError, match="several devices"):
+        TracedModel("tiny-clip", device_map={"a": "cpu", "b": "meta"})
+    with pytest.raises(mm.InputError, match="give one of the two"):
+        TracedModel("tiny-clip", device_map="cpu", device="cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(mm.InputError, match="several devices"):
+        TracedModel("tiny-clip", device_map="auto")
+
+
 def test_what_nnsights_users_look_for_is_there() -> None:
     clip, llava, sd = (mm.load(name, engine="nnsight") for name in INPUTS)
     assert clip.task == "zero-shot-image-classification"

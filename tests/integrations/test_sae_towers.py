@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -128,9 +129,8 @@ def test_an_sae_stays_on_its_site_when_modules_are_replaced_and_says_so_when_the
     sae = sae_at(site, 32)
     want = case.head(model.run_with_saes(saes=[sae], **case.inputs))
     layers = case.model.vision_model.encoder.layers
-    another = copy.deepcopy(layers[1].mlp)
     model.add_sae(sae)
-    layers[1].mlp = another
+    layers[1].mlp = copy.deepcopy(layers[1].mlp)  # With the torch hooks that are on it.
     _, cache = model.run_with_cache(**case.inputs)
     assert f"{site}.hook_sae_acts_post" in cache
     assert "blocks.1.hook_mlp_out.hook_sae_acts_post" in model.vision.hook_dict
@@ -191,3 +191,31 @@ def test_special_tokens_are_left_out_of_the_whole_models_runs_and_of_its_generat
     model.reset_saes()
     hooks = [m._forward_pre_hooks for m in model.wrapped.modules()]
     assert not any(hooks)
+
+
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("site", ["vision.blocks.1.hook_mlp_out", "vision.blocks.1.attn.hook_pattern"])
+def test_a_copy_of_a_model_has_no_sae_and_no_hook(copied: Any, site: str) -> None:
+    case = CASES["clip"]()
+    model = mm.wrap(case.model)
+    plain = case.head(model(**case.inputs))
+    if site.endswith("pattern"):
+        model.add_hook(site, halved, is_permanent=True)
+    else:
+        model.add_sae(sae_at(site, 32))
+    hooked = case.head(model(**case.inputs))
+    twin = copied(model)
+    assert torch.equal(case.head(twin(**case.inputs)), plain)
+    assert torch.equal(case.head(copied(case.model)(**case.inputs)), plain)
+    assert twin.acts_to_saes == {}
+    assert torch.equal(case.head(model(**case.inputs)), hooked)
+    assert not torch.equal(hooked, plain)
+
+
+def halved(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
+    return pattern / 2
