@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyvene as pv
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -91,6 +93,41 @@ def read(folder: Path) -> pv.IntervenableConfig:
         keys = ("layer", "component", "unit", "max_number_of_units")
         configs.append(pv.RepresentationConfig(**{k: entry[k] for k in keys}, intervention=one))
     return pv.IntervenableConfig(configs, mode=document["mode"])
+
+
+Trained = Sequence[tuple[str, Any]]
+
+
+def write_weights(trained: Trained, of_model: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes what interventions learned, and weights of the model, into "weights.safetensors"."""
+    tensors = _named(trained) | dict(of_model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "weights.safetensors") as draft:
+        save_file({name: p.detach().contiguous().clone() for name, p in tensors.items()}, draft)
+
+
+@torch.no_grad()
+def read_weights(trained: Trained, of_model: Mapping[str, Tensor], folder: Path) -> None:
+    """Reads what `write_weights` wrote into interventions and weights of the same names.
+
+    Raises: CheckpointError if there are none in the folder, or others; then nothing is changed.
+    """
+    path = folder / "weights.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no weights.safetensors. Is it the right folder?")
+    stored = load_file(path)
+    here = {name: tuple(p.shape) for name, p in (_named(trained) | dict(of_model)).items()}
+    there = {name: tuple(p.shape) for name, p in stored.items()}
+    if here != there:
+        raise CheckpointError(f"{path} has the weights {there}, and what trains here is {here}.")
+    for key, one in trained:
+        _restore(one, {name: stored[f"{key}.{name}"] for name in _state(one)})
+    for name, p in of_model.items():
+        p.copy_(stored[name])
+
+
+def _named(trained: Trained) -> dict[str, Tensor]:
+    return {f"{key}.{name}": value for key, one in trained for name, value in _state(one).items()}
 
 
 def _state(one: Any) -> dict[str, Tensor]:

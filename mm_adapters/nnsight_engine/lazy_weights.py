@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
+import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.transformers import Generator
 from nnsight.tracing.tracer import WithBlockNotFoundError
@@ -36,14 +37,18 @@ def open_named(
     *,
     dispatch: bool = False,
     device: Any = None,
+    device_map: Any = None,
     dtype: Any = None,
     **options: Any,
 ) -> tuple[OpenedCheckpoint, Unread | None]:
     """A checkpoint as `load` finds it, and what is left to read of it.
 
     Without `dispatch` its model is on the meta device. `options` may hold a processor, tokenizer or image
-    processor to take instead of the checkpoint's.
+    processor to take instead of the checkpoint's. A `device_map` of one device is that device.
+
+    Raises: InputError for a `device_map` of several; else as `load`.
     """
+    device = device if device_map is None else one_device(device_map, device)
     parts = {k: options.pop(k) for k in PARTS if options.get(k) is not None}
 
     def read(on: Any = device) -> OpenedCheckpoint:
@@ -52,6 +57,23 @@ def open_named(
     if dispatch or str(device) == "meta":
         return read(), None
     return read("meta"), Unread(read)
+
+
+def one_device(device_map: Any, device: Any = None) -> Any:
+    """The device of a `device_map` as transformers takes it; None is the first GPU, or else the CPU.
+
+    Raises: InputError if it spreads the model, or `device` is given too.
+    """
+    if device is not None:
+        raise InputError(f"device={device!r} and device_map={device_map!r}: give one of the two.")
+    devices = list(dict.fromkeys(device_map.values())) if isinstance(device_map, Mapping) else [device_map]
+    spreads = devices[0] in ("auto", "balanced", "balanced_low_0", "sequential") if devices else True
+    if len(devices) != 1 or (spreads and torch.cuda.device_count() > 1):
+        raise InputError(
+            f"device_map={device_map!r} spreads the model over several devices, which is not done by name. "
+            "Pass device=, or load the model yourself and give it to TracedModel."
+        )
+    return None if spreads else f"cuda:{devices[0]}" if isinstance(devices[0], int) else devices[0]
 
 
 class NamedModel(BaseModel):
