@@ -29,8 +29,8 @@ from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.tl_engine.cache import ModelCache
 from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device, names_of
 from mm_adapters.tl_engine.hook_point import SitePoint
-from mm_adapters.tl_engine.named_hooks import NamedHooks
 from mm_adapters.tl_engine.hung_points import hang, hung_values
+from mm_adapters.tl_engine.named_hooks import NamedHooks
 from mm_adapters.tl_engine.tower import HookedTower
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class HookedModel(BaseModel, NamedHooks, HookedRootModule):
         gone = [
             name
             for name, point in before.items()
-            if name not in self.sitemap.sites and (point.has_hooks() or point.live)
+            if name not in self.points.by_name and (point.has_hooks() or point.live)
         ]
         if gone:
             raise ModelStateError(
