@@ -11,12 +11,11 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from foreign import checkpoints
+from foreign.source import fetch_or_skip
 
 ROOT = Path(__file__).parents[2]
 FILES = ("test_vlm", "test_vision", "test_diffusion", "test_remote_backend", "test_ndif")
@@ -44,21 +43,8 @@ EXCEPTIONS = {
 
 @pytest.fixture(scope="module")
 def tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of nnsight's tests. Skips, loudly, only without a package index; in CI that is a failure."""
-    folder = tmp_path_factory.mktemp("nnsight")
-    fetch = ["download", "--quiet", "--no-deps", "--no-binary", "nnsight", "-d", str(folder)]
-    command = [sys.executable, "-m", "pip", *fetch, f"nnsight=={version('nnsight')}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        assert not os.environ.get("CI"), done.stderr
-        pytest.skip(f"NNSIGHT'S OWN TESTS WERE NOT RUN: they could not be fetched.\n{done.stderr[-500:]}")
-    (archive,) = folder.glob("nnsight-*.tar.gz")
-    with tarfile.open(archive) as tar:
-        # Not its sources: those installed are to be tested.
-        inside = [m for m in tar if m.name.split("/")[1:2] == ["tests"]]
-        tar.extractall(folder, inside, filter="data")
-    (unpacked,) = folder.glob("nnsight-*/tests")
-    return unpacked
+    """The folder of nnsight's tests."""
+    return fetch_or_skip("nnsight", tmp_path_factory.mktemp("nnsight"))
 
 
 def test_nnsights_own_tests_pass_with_our_classes(tests: Path, tmp_path: Path) -> None:
