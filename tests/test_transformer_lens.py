@@ -388,3 +388,16 @@ def test_configuration_says_what_the_tower_is() -> None:
     for name, value in vars(facts).items():
         assert getattr(cfg, name) == value, name
     assert model("clip").tower("vision").cfg.n_ctx == 5
+
+
+def test_a_hook_that_is_removed_by_its_own_handle_is_gone(vision: HookedTower) -> None:
+    # TransformerLens 4's bridge takes its hooks off so; in any version a user may.
+    attention = vision._mounted.module.encoder.layers[0].self_attn
+    point: Any = vision.blocks[0].attn.hook_pattern
+    handles = [point.register_forward_hook(lambda *a: None), point.register_full_backward_hook(lambda *a: None)]
+    assert attention._forward_hooks
+    for handle in handles:
+        handle.remove()
+    assert not attention._forward_hooks
+    assert not attention._forward_pre_hooks
+    assert not point.live
