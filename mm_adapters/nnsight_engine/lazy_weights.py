@@ -26,10 +26,16 @@ PARTS = ("processor", "tokenizer", "image_processor")
 
 @dataclass
 class Unread:
-    """A checkpoint whose weights are not read yet; a model and its edited copies share one."""
+    """A checkpoint whose weights are not read yet; a model and its edited copies share one.
+
+    They go into the modules that are here, unless the library itself `places` or packs them: then what it
+    makes, `model`, takes their place.
+    """
 
     read: Callable[[], OpenedCheckpoint]
+    places: bool
     is_done: bool = False
+    model: Any = None
 
 
 def open_named(
@@ -51,12 +57,13 @@ def open_named(
     device = device if device_map is None else one_device(device_map, device)
     parts = {k: options.pop(k) for k in PARTS if options.get(k) is not None}
 
-    def read(on: Any = device) -> OpenedCheckpoint:
-        return open_checkpoint(os.fspath(name), on, dtype, options, **parts)
+    def read(without_weights: bool = False) -> OpenedCheckpoint:
+        return open_checkpoint(os.fspath(name), device, dtype, options, without_weights, **parts)
 
     if dispatch or str(device) == "meta":
         return read(), None
-    return read("meta"), Unread(read)
+    places = any(options.get(option) is not None for option in ("device_map", "quantization_config"))
+    return read(without_weights=True), Unread(read, places)
 
 
 def one_device(device_map: Any, device: Any = None) -> Any:
@@ -88,6 +95,7 @@ class NamedModel(BaseModel):
     interleave: Any
     turn: Any
     running: Any
+    stand_for: Callable[[Any], None]
     _module: nn.Module
     generator: Envoy | None = None
     _pipeline: Any = None
@@ -106,16 +114,23 @@ class NamedModel(BaseModel):
     def dispatch(self) -> None:
         """Reads the weights into the model's modules, if they are not read.
 
+        With `device_map` or `quantization_config` the modules are others then, which the library made.
         Raises: CheckpointError if they cannot be read.
         """
-        if self._unread is None or self._unread.is_done:
+        unread = self._unread
+        if unread is None:
             return
-        model, self._inputs, *_ = self._unread.read()
-        if isinstance(self._module, PipelineModule):
-            self._module.take(model)
-        else:
-            load_weights_into(self._module, model)
-        self._unread.is_done = True
+        if not unread.is_done:
+            model, self._inputs, *_ = unread.read()
+            if unread.places:
+                unread.model = model
+            elif isinstance(self._module, PipelineModule):
+                self._module.take(model)
+            else:
+                load_weights_into(self._module, model)
+            unread.is_done = True
+        if unread.model is not None and unread.model is not self.wrapped:
+            self.stand_for(unread.model)
 
     @property
     def task(self) -> str | None:
