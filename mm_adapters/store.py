@@ -31,10 +31,12 @@ from torch import Tensor
 
 from mm_adapters._errors import CheckpointError, StoreError
 from mm_adapters.checkpoints.checks import check_safetensors
+from mm_adapters.storage.documents import read_document, read_mapping, read_text, write_document
 from mm_adapters.storage.files import CODES, DTYPES, Mapped, atomic_write
 from mm_adapters.storage.manifest import Column, file_name, read_manifest
 from mm_adapters.storage.provenance import check_same_work, exclusive, provenance, work_folder
 from mm_adapters.storage.save_clock import SaveClock
+from mm_adapters.storage.tensor_files import load_tensors, save_tensors
 from mm_adapters.storage.writer import Writer
 
 __all__ = [
@@ -45,8 +47,14 @@ __all__ = [
     "atomic_write",
     "check_same_work",
     "exclusive",
+    "load_tensors",
     "provenance",
+    "read_document",
+    "read_mapping",
+    "read_text",
+    "save_tensors",
     "work_folder",
+    "write_document",
 ]
 
 

@@ -233,7 +233,7 @@ def test_a_manifest_that_is_not_as_it_was_written_is_named(tmp_path: Path) -> No
         with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
             Store(tmp_path / "s")
         manifest.write_text(text)
-    manifest.write_text("[" * 100_000)
+    manifest.write_text("[" * 100_000 + "]" * 100_000)
     with pytest.raises(StoreError, match=r"manifest\.json is not valid JSON"):
         Store(tmp_path / "s")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 
 from mm_adapters._errors import CheckpointError, StoreError
-from mm_adapters.checkpoints.checks import read_json
-from mm_adapters.storage.files import CODES, write_json
+from mm_adapters.storage.documents import read_document, write_document
+from mm_adapters.storage.files import CODES
 from mm_adapters.storage.provenance import check_same_work
 
 FORMAT = "mm_adapters.store/2"
@@ -66,24 +65,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise StoreError(f"{folder} is no store: it has no {MANIFEST}.")
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_document(folder / MANIFEST)
     except CheckpointError as error:
         raise StoreError(f"{error} Or delete {folder} and make it again.") from None
     if manifest.get("format") != FORMAT:
         raise StoreError(
-            f"{folder}/{MANIFEST} has the format {manifest.get('format')!r}; this reads {FORMAT!r}. It was "
-            "made by another version, or is damaged: delete the folder and make it again."
-        )
-    if manifest.pop("crc32", None) != _crc32(manifest):
-        raise StoreError(
-            f"{folder}/{MANIFEST} is damaged: it is not as it was written. Delete {folder} and make it again."
+            f"{folder} is a store of the format {manifest.get('format')!r}; this reads {FORMAT!r}. Delete "
+            "it and make it again."
         )
     return manifest
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Replaces the manifest as a whole, with a checksum of what it says."""
-    write_json(folder / MANIFEST, manifest | {"crc32": _crc32(manifest)})
+    write_document(folder / MANIFEST, manifest)
 
 
 def check_same(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -92,7 +87,3 @@ def check_same(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> N
         {"columns": m["columns"], "shard_bytes": m["shard_bytes"], **m["about"]} for m in (stored, asked)
     )
     check_same_work(folder, was, now)
-
-
-def _crc32(manifest: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())

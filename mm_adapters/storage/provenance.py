@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_adapters._errors import CheckpointError, StoreError
-from mm_adapters.checkpoints.checks import read_json
-from mm_adapters.storage.files import lock, write_json
+from mm_adapters.storage.documents import read_document, write_document
+from mm_adapters.storage.files import lock
 from mm_adapters.storage.fingerprint import of_data, of_model, of_value
 
 # What the code writes: work of another number is not gone on with.
@@ -84,13 +84,13 @@ def work_folder(folder: str | Path, made_of: Mapping[str, Any]) -> Iterator[Path
         note = folder / FILE
         if note.exists():
             try:
-                stored = read_json(note)
+                stored = read_document(note)
             except CheckpointError as error:
                 raise StoreError(f"{error} Or delete {folder} to start afresh.") from None
             check_same_work(folder, stored, made_of)
         else:
             try:
-                write_json(note, made_of)
+                write_document(note, dict(made_of))
             except OSError as error:
                 raise StoreError(f"{folder} cannot be written: {error.strerror or error}.") from None
         yield folder
