@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from integrations.sae_lens import _checkpoints
 from integrations.sae_lens._providers import FromIterator, Provider
 from mm_adapters import InputError
+from mm_adapters.store import SaveClock, atomic_write
 
 Evaluator = Callable[[dict[str, TrainingSAE[Any]]], Mapping[str, float]]
 
@@ -60,6 +61,7 @@ class Fit:
             if self.centre:
                 self._start_at_means()
         total = self._first.cfg.total_training_samples
+        clock = SaveClock()
         log = self.folder / "metrics.jsonl"
         _keep_until(log, self._first.n_training_steps)
         with (
@@ -78,9 +80,12 @@ class Fit:
                 n_rows = self._step(batch, metrics, bar)
                 bar.update(n_rows)
                 step = self._first.n_training_steps
-                if self._stop is not None or step % self.checkpoint_every == 0:
+                is_last = self._first.n_training_samples >= total
+                is_due = step % self.checkpoint_every == 0 or clock.is_due()
+                if self._stop is not None or is_due or is_last:
                     metrics.flush()
-                    _checkpoints.save(checkpoints, self.trainers, self.about, self.provider.position())
+                    with clock.saving():
+                        _checkpoints.save(checkpoints, self.trainers, self.about, self.provider.position())
                 if self._stop == signal.SIGTERM:
                     raise SystemExit(128 + self._stop)
                 if self._stop is not None:
@@ -222,4 +227,5 @@ def _keep_until(log: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:  # Cut short when the process died.
             break
-    log.write_text("".join(kept), encoding="utf-8")
+    with atomic_write(log) as draft:
+        draft.write_text("".join(kept), encoding="utf-8")

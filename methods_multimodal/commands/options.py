@@ -20,6 +20,9 @@ Steps = Annotated[int, typer.Option(min=1, help="The sampler's steps.")]
 GuidanceScale = Annotated[float, typer.Option("--guidance", help="The guidance scale.")]
 Prompt = Annotated[str, typer.Option(help="What to draw.")]
 Picture = Annotated[Path, typer.Option(help="The picture; its numbers go beside it, as .json.")]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="List pictures that cannot be read, and go on.")
+]
 BatchSize = Annotated[int, typer.Option(min=1)]
 
 

@@ -1,12 +1,13 @@
 """Any picture a user may hold, as the 8-bit RGB image that image processors are made for.
 
-Public: `to_rgb`, `to_rgb_list`, `image_files`, `SUFFIXES`.
+Public: `to_rgb`, `to_rgb_list`, `image_files`, `readable_files`, `SUFFIXES`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -83,9 +84,37 @@ def image_files(
         try:
             with Image.open(path) as image:
                 image.verify()
-        except (UnidentifiedImageError, OSError, SyntaxError):
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error):
             raise InputError(f"{path} is no picture that can be read. Remove or replace it.") from None
     return files
+
+
+def readable_files(
+    files: Sequence[Path], *, skip_unreadable: bool, min_images: int = 1
+) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The files whose pixels can be read, and of the others why not.
+
+    With `skip_unreadable` each is read through, else they are taken as they are: who reads them will say.
+
+    Raises: InputError if fewer than `min_images` can be read.
+    """
+    if not skip_unreadable:
+        return list(files), []
+    good: list[Path] = []
+    bad: list[tuple[Path, str]] = []
+    for path in files:
+        try:
+            to_rgb(path)
+        except (InputError, OSError) as error:
+            bad.append((path, str(error)))
+        else:
+            good.append(path)
+    if len(good) < min_images:
+        raise InputError(
+            f"Of {len(files)} images {len(good)} can be read, and at least {min_images} are needed. "
+            f"{bad[0][0]}: {bad[0][1]}"
+        )
+    return good, bad
 
 
 def opened(images: Any) -> Any:
@@ -122,10 +151,16 @@ def _from_file(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return _from_pil(image)
+    except InputError:
+        raise
     except UnidentifiedImageError:
         raise InputError(f"{path} is not in an image format that Pillow reads.") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large to open: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error) as error:
+        # What Pillow's readers raise for headers that are damaged.
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read as an image: {reason}. Get the file again.") from None
 
 
 def _from_pil(image: Image.Image) -> Image.Image:
@@ -133,7 +168,8 @@ def _from_pil(image: Image.Image) -> Image.Image:
         raise InputError(f"The image is empty: {image.width} x {image.height} pixels.")
     try:
         image.load()
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
+        # Pillow raises SyntaxError for broken PNG chunks, and others for other damage.
         name = getattr(image, "filename", "") or "The image"
         raise InputError(f"{name} is truncated or corrupt: {error}. Get the file again.") from None
     image = ImageOps.exif_transpose(image)

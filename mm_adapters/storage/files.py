@@ -15,9 +15,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from mm_adapters._errors import StoreError
+from mm_adapters._errors import CheckpointError, StoreError
 
 DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -185,21 +186,34 @@ def atomic_write(path: str | os.PathLike[str], *, keep_suffix: bool = False) -> 
 
     A reader sees the old file or the new one; if the block raises, the old one stays. (An old folder is
     gone for the moment between its removal and the new one's renaming.)
+
+    Raises: StoreError, with the system's reason, if it cannot be written.
     """
     target = Path(path)
     draft = target.with_name(f".part-{target.name}" if keep_suffix else f"{target.name}.tmp")
-    _remove(draft)
     try:
+        _remove(draft)
         yield draft
         for file in [p for p in draft.rglob("*") if p.is_file()] if draft.is_dir() else [draft]:
             _sync(file)
-    except BaseException:
-        _remove(draft)
+        if draft.is_dir():
+            _remove(target)
+        os.replace(draft, target)
+        sync_folder(target.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _remove(draft)
+        if isinstance(error, OSError | SafetensorError) and not isinstance(
+            error, StoreError | CheckpointError
+        ):
+            raise StoreError(
+                f"{target} could not be written: {_reason(error)}. Make room, or choose another place."
+            ) from error
         raise
-    if draft.is_dir():
-        _remove(target)
-    os.replace(draft, target)
-    sync_folder(target.parent)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).strip()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

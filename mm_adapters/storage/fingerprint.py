@@ -165,7 +165,10 @@ def _feed(update: Callable[[bytes], Any], value: Any) -> None:
     elif isinstance(value, bytes):
         put("bytes", value)
     elif isinstance(value, os.PathLike):
-        put("file", of_file(value).encode())
+        try:
+            put("file", of_file(value).encode())
+        except OSError as error:  # Who reads it says so, or skips it.
+            put("unreadable file", type(error).__name__.encode())
     elif isinstance(value, Tensor):
         put("tensor", of_tensors({"": value}).encode())
     elif isinstance(value, np.ndarray | np.generic):

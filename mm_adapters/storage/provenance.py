@@ -89,10 +89,7 @@ def work_folder(folder: str | Path, made_of: Mapping[str, Any]) -> Iterator[Path
                 raise StoreError(f"{error} Or delete {folder} to start afresh.") from None
             check_same_work(folder, stored, made_of)
         else:
-            try:
-                write_document(note, dict(made_of))
-            except OSError as error:
-                raise StoreError(f"{folder} cannot be written: {error.strerror or error}.") from None
+            write_document(note, dict(made_of))
         yield folder
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mm_adapters._errors import CheckpointError, StoreError
+from mm_adapters._errors import CheckpointError
 from mm_adapters.checkpoints.checks import check_safetensors
 from mm_adapters.storage.files import atomic_write
 
@@ -28,15 +28,9 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping
     # Copies, since safetensors takes no two tensors of one memory.
     ready = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
     header = {**facts, _SUM: _crc32(ready, facts)}
-    try:
-        with atomic_write(path, keep_suffix=True) as part:
-            save_file(ready, part, metadata=header)
-            _sort_header(part)
-    except (SafetensorError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StoreError(
-            f"{path} could not be written: {reason}. Make room, or choose another place."
-        ) from error
+    with atomic_write(path, keep_suffix=True) as part:
+        save_file(ready, part, metadata=header)
+        _sort_header(part)
     return path
 
 
