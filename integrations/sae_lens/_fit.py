@@ -101,7 +101,7 @@ class Fit:
             one.maybe_reset_sparsity()
             rows = _input_of(name, batch).to(one.sae.dtype)
             n_rows = len(rows)
-            _check_width(name, rows, one.sae.cfg)
+            check_width(name, rows.shape[-1], one.sae.cfg)
             output = one.step(rows)
             step = one.n_training_steps + 1
             if step % self.log_every == 0:
@@ -194,10 +194,11 @@ def _input_of(name: str, batch: Mapping[str, Tensor]) -> Tensor:
     return batch[parts[0]] if len(parts) == 1 else torch.cat([batch[p] for p in parts], -1)
 
 
-def _check_width(name: str, rows: Tensor, cfg: Any) -> None:
-    if rows.shape[-1] != cfg.d_in + getattr(cfg, "d_out", 0):
+def check_width(name: str, width: int, cfg: Any) -> None:
+    """Raises: InputError if rows of this width are not what the config says."""
+    if width != cfg.d_in + getattr(cfg, "d_out", 0):
         widths = f"d_in={cfg.d_in}" + (f" and d_out={cfg.d_out}" if hasattr(cfg, "d_out") else "")
-        raise InputError(f"{name} has rows of {rows.shape[-1]} and the config says {widths}.")
+        raise InputError(f"{name} has rows of {width} and the config says {widths}.")
 
 
 def _tagged(key: str, name: str, trainers: Mapping[str, Any]) -> str:

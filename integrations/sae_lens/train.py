@@ -20,11 +20,11 @@ from torch import Tensor
 
 from integrations.sae_lens._data import items_of
 from integrations.sae_lens._fast import FastBatchTopK
-from integrations.sae_lens._fit import Evaluator, Fit
+from integrations.sae_lens._fit import Evaluator, Fit, check_width
 from integrations.sae_lens._providers import FromIterator, FromModel, FromStore, Provider
 from integrations.sae_lens._settings import check, trainer_config
 from integrations.sae_lens._sites import Tokens, find_site
-from integrations.sae_lens.collect import collect
+from integrations.sae_lens.collect import batches, collect
 from mm_adapters import InputError, Model
 from mm_adapters.store import Store, atomic_write, exclusive, provenance
 
@@ -95,6 +95,7 @@ def train(
             batch_size=batch_size,
             needed=trainer_cfg.total_training_samples,
             progress=progress,
+            configs=configs,
         )
         trainers = _trainers(model, configs, trainer_cfg, tokens, steps, seed, fast)
         about |= {
@@ -192,6 +193,7 @@ def _provider(
     batch_size: int,
     needed: int,
     progress: bool,
+    configs: Mapping[str, Any],
 ) -> tuple[Provider, dict[str, Any]]:
     columns = list(dict.fromkeys(part.strip() for name in names for part in name.split("->")))
     sae_sites = [find_site(model, column) for column in columns]
@@ -209,6 +211,9 @@ def _provider(
         return FromIterator(data, columns[0], needed), {"data": "iterator"} | provenance(models=models)
     items = items_of(data)
     steps = None if steps is None else sorted(set(steps))
+    one = next(batches(model, sae_sites, items[:1], tokens, steps, 1, inputs))
+    for name, cfg in configs.items():  # Before all of them are run.
+        check_width(name, sum(one[part.strip()].shape[-1] for part in name.split("->")), cfg)
     if on_disk:
         store = collect(
             model,

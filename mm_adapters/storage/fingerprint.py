@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,12 @@ def _feed(update: Callable[[bytes], Any], value: Any) -> None:
         put("sequence", str(len(value)).encode())
         for inner in value:
             _feed(update, inner)
+    elif isinstance(value, nn.Module):
+        _feed(update, of_module(value))
+    elif hasattr(value, "wrapped") and hasattr(value, "preparer"):
+        _feed(update, of_model(value))
+    elif isinstance(value, partial):
+        _feed(update, [value.func, value.args, value.keywords])
     elif isinstance(value, torch.Generator):
         _feed(update, value.get_state())
     elif isinstance(value, torch.dtype | torch.device):
@@ -200,6 +206,8 @@ def _feed(update: Callable[[bytes], Any], value: Any) -> None:
     elif hasattr(value, "__code__"):
         _feed(update, [value.__qualname__, value.__code__.co_code, _constants(value.__code__.co_consts)])
         _feed(update, [cell.cell_contents for cell in value.__closure__ or ()])
+    elif callable(value) and type(value).__module__ in ("builtins", "torch"):  # A function made in C.
+        put("function", _ADDRESS.sub("", repr(value)).encode())
     else:
         raise InputError(
             f"Stored work must say what it is of, and a {type(value).__name__} has no content that can be "
