@@ -1,4 +1,4 @@
-"""Text and JSON files: written whole, with a checksum where nobody edits them; one clear error for a bad one."""
+"""Text and JSON files: written whole, with a checksum where nobody edits them; one error for a bad one."""
 
 from __future__ import annotations
 
