@@ -30,6 +30,7 @@ from mm_adapters.tokens.layout import TokenLayout
 
 if TYPE_CHECKING:
     from mm_adapters.hooked import HookedModel
+    from mm_adapters.tl_engine.tower import HookedTower
     from mm_adapters.traced import TracedModel
 
 
@@ -44,6 +45,10 @@ def __getattr__(name: str) -> Any:
         from mm_adapters.hooked import HookedModel
 
         return HookedModel
+    if name == "HookedTower":
+        from mm_adapters.tl_engine.tower import HookedTower
+
+        return HookedTower
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -54,6 +59,7 @@ __all__ = [
     "Edit",
     "EditNeverFiredError",
     "HookedModel",
+    "HookedTower",
     "HostMemberError",
     "InputError",
     "Lens",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
 
 from mm_adapters._errors import InputError, ModelStateError
 from mm_adapters.hooks.eager import eagerly, is_compiled, without_checkpoints
@@ -28,6 +29,7 @@ from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.tl_engine.cache import ModelCache
 from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device, names_of
 from mm_adapters.tl_engine.hook_point import SitePoint
+from mm_adapters.tl_engine.hung_points import hang, hung_values
 from mm_adapters.tl_engine.named_hooks import NamedHooks
 from mm_adapters.tl_engine.tower import HookedTower
 
@@ -83,7 +85,9 @@ class HookedModel(BaseModel, NamedHooks, HookedRootModule):
         self.points.wire()
         self._hang_towers()
         gone = [
-            name for name, point in before.items() if name not in self.sitemap.sites and point.has_hooks()
+            name
+            for name, point in before.items()
+            if name not in self.points.by_name and (point.has_hooks() or point.live)
         ]
         if gone:
             raise ModelStateError(
@@ -256,6 +260,15 @@ class HookedModel(BaseModel, NamedHooks, HookedRootModule):
             if full not in self.hook_dict:
                 self.sitemap[full]
 
+    def hang_points(self, site: str, points: Mapping[str, HookPoint]) -> None:
+        """Hangs points under a site's, instead of those that hang there. Who hangs them calls them.
+
+        "SITE.NAME" is in `hook_dict`, a name for hooks and caches, until another call leaves it out.
+
+        Raises: MissingSiteError for a site that there is not.
+        """
+        hang(self, self.check_site(site).name, points)
+
     # The wrapped model is not a registered child, so these say so.
     def train(self, mode: bool = True):
         for module in self._modules_wrapped():
@@ -394,12 +407,13 @@ class HookedModel(BaseModel, NamedHooks, HookedRootModule):
         keep = names_filter if callable(names_filter) else _among(names_filter)
         move = (lambda value: value.to(device)) if device else None
         session = self._session([Read(n, move) for n in self.sitemap.sites if keep(n)], ())
-        with session.attached(kwargs):
+        with session.attached(kwargs), hung_values(self, keep, move) as hung:
             output = self.forward(*args, **kwargs)
-        named = set() if callable(names_filter) or names_filter is None else set(names_of(names_filter))
-        values = dict(session.result(output, optional=self.sitemap.sites.keys() - named).values)
+        named = set(names_of(names_filter))
+        values = dict(session.result(output, optional=self.sitemap.sites.keys() - named).values) | hung
+        check_cached(names_filter, values)
         if remove_batch_dim:
-            looped = {k for k in values if self.sitemap[k].tower in self.sitemap.loops}
+            looped = {k for k in values if k.partition(".")[0] in self.sitemap.loops}
             values = {k: v[:, 0] if k in looped else v[0] for k, v in values.items()}
         return output, values
 

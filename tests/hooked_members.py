@@ -96,7 +96,10 @@ def gradients(m: Any) -> Any:
     """Of the loss, at every weight that both models have alike."""
     m.zero_grad()
     m(TOKENS, return_type="loss").backward()
-    return sum(p.grad.square().sum() for name, p in m.named_parameters() if p.grad is not None and "2" in name) > 0
+    return (
+        sum(p.grad.square().sum() for name, p in m.named_parameters() if p.grad is not None and "2" in name)
+        > 0
+    )
 
 
 def added(member: str, *args: Any, **options: Any) -> Call:

@@ -5,7 +5,7 @@ a public function or method (no name on the way to it begins with "_") whose par
 must say its type, and that is not `Any`; if it is `Model`, it comes first. No parameter is a `Lens` or of an
 engine's class, and none is called `lens`.
 A name (`str`), a module (`nn.Module`: what can be attributed to need not be a model of ours) and a host
-library's own class are types too. What is truly of TransformerLens stands in `OF_ONE_ENGINE`.
+library's own class are types too.
 """
 
 from __future__ import annotations
@@ -64,19 +64,6 @@ LAYERS = {
     ),
     "integrations": (("ndif", "pyvene", "sae_lens", "transformer_lens"), ("commands",), ("__init__",)),
 }  # fmt: skip
-# SAELens' verbs, which are methods of a HookedModel.
-OF_ONE_ENGINE = {
-    f"integrations/sae_lens/splice.py:{name}"
-    for name in (
-        "add_sae",
-        "reset_saes",
-        "saes",
-        "acts_to_saes",
-        "run_with_saes",
-        "run_with_hooks_with_saes",
-        "run_with_cache_with_saes",
-    )
-}
 
 
 def name(path: Path) -> str:
@@ -221,7 +208,7 @@ def models_badly_typed(source: str, where: str = "") -> list[str]:
                 bad.append(f"{where}:{called}, line {node.lineno}: {p.arg}: {kind or 'nothing'}")
             elif p.arg == "model" and parts == {"Model"} and names[0] != "model":
                 bad.append(f"{where}:{called}, line {node.lineno}: model is not the first parameter")
-    return [line for line in bad if line.partition(",")[0] not in OF_ONE_ENGINE]
+    return bad
 
 
 @pytest.mark.parametrize("path", METHODS, ids=name)

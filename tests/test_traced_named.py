@@ -70,6 +70,44 @@ def test_a_model_that_is_here_takes_no_options_of_a_name() -> None:
         TracedModel("tiny-clop")
 
 
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"": "cpu", "lm_head": "cpu"}])
+def test_a_device_map_of_one_device_is_that_device(device_map: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    model = TracedModel("tiny-clip", device_map=device_map, dispatch=True)
+    want = mm.load("tiny-clip", device="cpu").wrapped.state_dict()
+    for name, p in model._module.state_dict().items():
+        assert p.device.type == "cpu"
+        assert torch.equal(p, want[name])
+
+
+@torch.no_grad()
+def test_weights_go_in_by_their_names_and_a_copy_has_its_own() -> None:
+    model = mm.wrap(tiny.CASES["clip"]().model, engine="nnsight")
+    inputs = tiny.CASES["clip"]().inputs
+    right = model.run(inputs).output.logits_per_image
+    twin = copy.deepcopy(model)
+    weights = model.state_dict()
+    twin.load_state_dict(weights)
+    assert torch.equal(twin.run(inputs).output.logits_per_image, right)
+    twin.load_state_dict({name: torch.zeros_like(value) for name, value in weights.items()})
+    assert not twin.run(inputs).output.logits_per_image.equal(right)
+    assert sum(float(p.abs().sum()) for p in twin.parameters()) == 0
+    assert torch.equal(model.run(inputs).output.logits_per_image, right)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        twin.load_state_dict({"nothing": torch.zeros(1)})
+
+
+def test_a_device_map_of_several_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(mm.InputError, match="several devices"):
+        TracedModel("tiny-clip", device_map={"a": "cpu", "b": "meta"})
+    with pytest.raises(mm.InputError, match="give one of the two"):
+        TracedModel("tiny-clip", device_map="cpu", device="cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(mm.InputError, match="several devices"):
+        TracedModel("tiny-clip", device_map="auto")
+
+
 def test_what_nnsights_users_look_for_is_there() -> None:
     clip, llava, sd = (mm.load(name, engine="nnsight") for name in INPUTS)
     assert clip.task == "zero-shot-image-classification"

@@ -413,3 +413,19 @@ def test_a_hook_sees_the_names_of_the_model_that_it_was_added_to() -> None:
     assert set(held) == {"blocks.0.hook_resid_pre"}
     assert set(held_by_all) == {"vision.blocks.0.hook_resid_pre", "text.blocks.0.hook_resid_pre"}
     assert model.vision.hook_embed.name == "hook_embed"
+
+
+def test_a_hook_that_is_removed_by_its_own_handle_is_gone(vision: HookedTower) -> None:
+    # TransformerLens 4's bridge takes its hooks off so; in any version a user may.
+    attention = vision._mounted.module.encoder.layers[0].self_attn
+    point: Any = vision.blocks[0].attn.hook_pattern
+    handles = [
+        point.register_forward_hook(lambda *a: None),
+        point.register_full_backward_hook(lambda *a: None),
+    ]
+    assert attention._forward_hooks
+    for handle in handles:
+        handle.remove()
+    assert not attention._forward_hooks
+    assert not attention._forward_pre_hooks
+    assert not point.live

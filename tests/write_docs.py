@@ -125,18 +125,28 @@ def states(page: Path) -> str:
 
 def host_members(page: Path) -> str:
     """Each public member of the hosts' classes: that it works, or why it is refused."""
+    from integrations.pyvene._members import MEMBERS as OF_PYVENE
+    from integrations.sae_lens._members import MEMBERS as OF_SAE_LENS
     from mm_adapters.tl_engine.host_members import REFUSED
     from tests.hosts import transformer_lens_members
 
+    hosts = {
+        f"TransformerLens' {host}": {name: REFUSED.get(name, "") for name in members}
+        for host, members in sorted(transformer_lens_members().items())
+    }
+    hosts |= {
+        "SAELens' HookedSAETransformer and SAETransformerBridge": OF_SAE_LENS,
+        "pyvene's IntervenableModel": OF_PYVENE,
+    }
     lines: list[str] = []
-    for host, members in sorted(transformer_lens_members().items()):
-        refused = {name: REFUSED[name] for name in sorted(members & REFUSED.keys())}
-        works = ", ".join(f"`{name}`" for name in sorted(members - refused.keys()))
-        lines += [f"### {host}", "", f"Works ({len(members) - len(refused)}): {works}.", ""]
+    for host, members in hosts.items():
+        works = [f"`{name}`" for name, why in sorted(members.items()) if not why]
+        refused = {name: why for name, why in sorted(members.items()) if why}
+        lines += [f"## {host}", "", f"Works ({len(works)}): {', '.join(works)}.", ""]
         if refused:
             lines += ["| refused | because |", "|---|---|"]
             lines += [f"| `{name}` | {why} |" for name, why in refused.items()] + [""]
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
 def our_classes() -> list[type]:

@@ -13,14 +13,15 @@ import pyvene as pv
 import torch
 from torch import nn
 
-from integrations.pyvene._files import read, write
+from integrations.pyvene._files import read, read_weights, write, write_weights
+from integrations.pyvene._members import MEMBERS
 from integrations.pyvene._pipeline import ModelLike, PipelineHost, host
 from integrations.pyvene.gates import StepGate, layers_of
 from integrations.pyvene.interventions import refuse_subspaces
 from integrations.pyvene.locations import alike, counted
 from integrations.pyvene.options import check_options
 from integrations.pyvene.registration import register
-from mm_adapters import InputError, Schedule, SiteMap
+from mm_adapters import InputError, Schedule, SiteMap, UnknownFamilyError
 from mm_adapters.records import is_guided
 
 _OPTIONS = ("use_fast", "as_adaptor", "intervenables_sort_fn")
@@ -36,7 +37,9 @@ class MMIntervenableModel(pv.IntervenableModel):
     A location below 0 counts back from each row's last attended position: -1 is its last token, wherever
     the padding is. pyvene counts from 0 only.
 
-    `model` is an `mm.Model`, or the module or pipeline that it wraps. `options` are pyvene's.
+    `model` is an `mm.Model`, or the module or pipeline that it wraps. A module that no family covers (GPT-2,
+    an MLP, a GRU, ...) is pyvene's own: its components have pyvene's names, or are paths, and its weights are
+    frozen as pyvene freezes them. `options` are pyvene's.
 
     Raises: InputError for an option that pyvene does not have, or a StepGate whose rows are no part of
     the loop's guidance.
@@ -44,18 +47,24 @@ class MMIntervenableModel(pv.IntervenableModel):
 
     def __init__(self, config: Any, model: ModelLike, **options: Any) -> None:
         check_options(type(self), options, _OPTIONS)
-        register(model)
+        self._sites = sites_of(model)
+        if self._sites is not None:
+            register(model)
         self._handlers: list[Any] = []
         self._arguments: Mapping[str, Any] = {}
         self._sources: Any = None
-        self._sites = SiteMap(getattr(model, "wrapped", model))
         super().__init__(config, host(model), **options)
-        loops = self._sites.loops
+        self._starts_fast = bool(options.get("use_fast"))
+        loops = self._loops
         for key, intervention in self.interventions.items():
             site = str(self.representations[key].component)
             guidance = loops.get(site.partition(".")[0])
             for gate in _gates_in(intervention):
                 gate.attach(site, guidance, partial(self._is_guided, guidance))
+
+    @property
+    def _loops(self) -> Mapping[str, Any]:
+        return {} if self._sites is None else self._sites.loops
 
     def _is_guided(self, guidance: Any) -> bool:
         """Whether the run that goes on has unconditional parts."""
@@ -63,11 +72,21 @@ class MMIntervenableModel(pv.IntervenableModel):
         return guidance is not None and is_guided(pipeline, guidance, self._arguments)
 
     def disable_model_gradients(self) -> None:
-        """The model's weights take no gradient during a call; they are not frozen for good."""
+        """The model's weights take no gradient during a call; they are not frozen for good.
+
+        Those of a model that no family covers are, as in pyvene.
+        """
+        if self._sites is None:
+            super().disable_model_gradients()
+        self.model.eval()
         self.model_has_grad = False
 
     def _broadcast_unit_locations(self, batch_size: int, unit_locations: Any) -> Any:
         every = super()._broadcast_unit_locations(batch_size, unit_locations)
+        if self._sites is None:
+            if self.is_model_stateless:
+                self.use_fast = self._starts_fast or alike(every)
+            return every
         groups = {key: group for group, keys in self._intervention_group.items() for key in keys}
         sources = self._sources if isinstance(self._sources, list) else [self._sources]
         located = {}
@@ -140,7 +159,7 @@ class MMIntervenableModel(pv.IntervenableModel):
         try:
             with ExitStack() as stack:
                 stack.enter_context(nullcontext() if self.model_has_grad else frozen(self.model))
-                schedules = {loop: self._watched(loop, stack) for loop in self._sites.loops if gates}
+                schedules = {loop: self._watched(loop, stack) for loop in self._loops if gates}
                 for gate in gates:
                     gate.reset(schedules.get(gate.loop))
                 yield
@@ -151,7 +170,9 @@ class MMIntervenableModel(pv.IntervenableModel):
 
     def _watched(self, loop: str, stack: ExitStack) -> Schedule | None:
         pipeline = self.model.__dict__.get("pipeline")
-        schedule = None if pipeline is None else Schedule.of(pipeline, self._sites.model_record, loop)
+        if pipeline is None or self._sites is None:
+            return None
+        schedule = Schedule.of(pipeline, self._sites.model_record, loop)
         if schedule is not None:
             stack.enter_context(schedule.watched())
         return schedule
@@ -174,10 +195,45 @@ class MMIntervenableModel(pv.IntervenableModel):
                     layer.set_temperature(temp)
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters of interventions that train, inside wrappers too, and those of the model that do."""
-        trained = [one for one in self.interventions.values() if getattr(one, "trainable", False)]
-        modules = [*trained, self.model]
-        return [p for i, m in enumerate(modules) for p in m.parameters() if m in trained or p.requires_grad]
+        """The parameters of interventions that train, inside wrappers too; after `enable_model_gradients`
+        the model's too."""
+        return [p for _, p in self.named_parameters()]
+
+    def named_parameters(self, recurse: bool = True) -> list[tuple[str, nn.Parameter]]:  # type: ignore[override]
+        """Those of `get_trainable_parameters`, a list as in pyvene: "KEY.NAME", or "model.NAME"."""
+        trained = [(f"{key}.{n}", p) for key, one in self._trained() for n, p in one.named_parameters()]
+        return [*trained, *self._of_model().items()]
+
+    def count_parameters(self, include_model: bool = False) -> int:
+        """How many numbers train; those that linked interventions share count once."""
+        counted = {id(p): p for _, one in self._trained() for p in one.parameters() if p.requires_grad}
+        return sum(p.numel() for p in [*counted.values(), *self._of_model(include_model).values()])
+
+    def set_zero_grad(self) -> None:
+        """Clears the gradients of the interventions that train, inside wrappers too."""
+        for _, one in self._trained():
+            one.zero_grad()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `set_zero_grad`: the model's gradients stay, as in pyvene."""
+        self.set_zero_grad()
+
+    def train_alignment(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: pyvene's loop takes every hook off the model, whoever put it there. `align` trains.
+
+        Raises: InputError.
+        """
+        raise InputError(
+            f"train_alignment {MEMBERS['train_alignment']}. Train with integrations.pyvene.align, or in a "
+            "loop of your own over get_trainable_parameters()."
+        )
+
+    def _trained(self) -> list[tuple[str, nn.Module]]:
+        return [(k, one) for k, one in self.interventions.items() if getattr(one, "trainable", False)]
+
+    def _takes_gradients(self, parameter: nn.Parameter) -> bool:
+        """Of a model of our families no weight does in a call, unless the model's gradients are enabled."""
+        return parameter.requires_grad and (self.model_has_grad or self._sites is None)
 
     def _output_validation(self) -> None:
         # A sampling loop calls each getter and setter once a step.
@@ -202,6 +258,33 @@ class MMIntervenableModel(pv.IntervenableModel):
         """
         check_options(MMIntervenableModel, options, ())
         return MMIntervenableModel(read(Path(load_directory)), model)
+
+    def save_intervention(self, save_directory: str | Path, include_model: bool = True) -> None:
+        """Writes weights alone, as safetensors: of interventions that train, and of the model if it does."""
+        write_weights(self._trained(), self._of_model(include_model), Path(save_directory))
+
+    def load_intervention(self, load_directory: str | Path, include_model: bool = True) -> None:
+        """Reads what `save_intervention` wrote into this object.
+
+        Raises: CheckpointError if the folder has none, or weights of others; then nothing is changed.
+        """
+        read_weights(self._trained(), self._of_model(include_model), Path(load_directory))
+
+    def _of_model(self, include: bool = True) -> dict[str, nn.Parameter]:
+        """The weights of the model that train."""
+        named = self.model.named_parameters()
+        return {f"model.{name}": p for name, p in named if include and self._takes_gradients(p)}
+
+
+def sites_of(model: ModelLike) -> SiteMap | None:
+    """The sites of a model; None for a module that no family covers, which is pyvene's own business."""
+    wrapped = getattr(model, "wrapped", model)
+    try:
+        return SiteMap(wrapped)
+    except UnknownFamilyError:
+        if not isinstance(wrapped, nn.Module):
+            raise
+        return None
 
 
 class _Rows(list):

@@ -2,6 +2,7 @@
 
 from integrations.sae_lens._fast import FastBatchTopK
 from integrations.sae_lens._transcoder import BatchTopKTranscoder, BatchTopKTranscoderConfig
+from integrations.sae_lens._verbs import add_verbs
 from integrations.sae_lens.cached import export_cached, import_cached
 from integrations.sae_lens.collect import collect
 from integrations.sae_lens.concepts import ConceptMatch, match_concepts
@@ -17,7 +18,7 @@ from integrations.sae_lens.evaluate import (
 )
 from integrations.sae_lens.load import CONVERTERS, load
 from integrations.sae_lens.look import gallery, steer, top_images
-from integrations.sae_lens.splice import add_verbs, splice
+from integrations.sae_lens.splice import splice
 from integrations.sae_lens.train import train
 
 add_verbs()

@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from sae_lens.training.activation_scaler import ActivationWhitening
 from sae_lens.training.sae_trainer import SAETrainer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm_adapters import CheckpointError
-from mm_adapters.store import atomic_write
+from mm_adapters import CheckpointError, StoreError
+from mm_adapters.store import (
+    atomic_write,
+    check_same_work,
+    load_tensors,
+    read_document,
+    save_tensors,
+    write_document,
+)
 
 _NUMBERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples", "started_fine_tuning")
 _TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
@@ -41,8 +47,8 @@ def save(
     target = folder / f"step_{step:09d}"
     with atomic_write(target) as draft:
         draft.mkdir(parents=True)
-        save_file(tensors, draft / "state.safetensors")
-        (draft / "state.json").write_text(json.dumps(document, indent=1))
+        save_tensors(draft / "state.safetensors", tensors, {})
+        write_document(draft / "state.json", json.loads(json.dumps(document)))
     for old in _all(folder)[:-_KEPT]:
         shutil.rmtree(old)
     return target
@@ -57,18 +63,14 @@ def latest(folder: Path) -> Path | None:
 def load(path: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mapping[str, Any]) -> Any:
     """Gives the trainers the state they had; returns the provider's position.
 
-    Raises: CheckpointError if the checkpoint is of other training.
+    Raises: StoreError if the checkpoint is of other training, or damaged.
     """
-    document = json.loads((path / "state.json").read_text())
-    was, now = document["about"], json.loads(json.dumps(about))
-    differ = [k for k in {*was, *now} if was.get(k) != now.get(k)]
-    if differ:
-        key = sorted(differ)[0]
-        raise CheckpointError(
-            f"{path} is of other training: {', '.join(sorted(differ))} differ ({key}: there "
-            f"{was.get(key)!r}, asked for {now.get(key)!r}). Choose another folder, or pass resume=False."
-        )
-    tensors = load_file(path / "state.safetensors")
+    try:
+        document = read_document(path / "state.json")
+        tensors, _ = load_tensors(path / "state.safetensors")
+    except CheckpointError as error:
+        raise StoreError(f"{error} Or delete {path} to go on from before it.") from None
+    check_same_work(path.parents[1], document["about"], json.loads(json.dumps(about)))
     for i, (name, trainer) in enumerate(trainers.items()):
         state = {k.removeprefix(f"{i}/"): v for k, v in tensors.items() if k.startswith(f"{i}/")}
         _restore(trainer, state, document["trainers"][name])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
+from sae_lens import SAE
 from torch import Tensor
 
 from mm_adapters import InputError, Model, Read, Run, Site, TokenLayout
@@ -20,11 +22,15 @@ _PLAIN = ("all", "latent", "patch", "image")
 
 @dataclass(frozen=True)
 class SAESite:
-    """One column of activations: a site, or the update that a block makes ("OUT - IN": two sites)."""
+    """One column of activations: a site, or the update that a block makes ("OUT - IN": two sites).
+
+    Of `mlp.hook_in` the site is what its norm normalizes, and `norm` does the rest.
+    """
 
     name: str
     site: Site
     minus: Site | None = None
+    norm: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -36,6 +42,8 @@ class SAESite:
 
     def flatten(self, value: Tensor) -> Float[Tensor, "*batch pos d"]:
         """A value of the site as [..., pos, d]: maps channel-last, heads side by side."""
+        if self.norm is not None:
+            return self.norm(value)
         if self.is_map:
             return rearrange(value, "... c h w -> ... (h w) c")
         if self.site.axes[2].startswith("head"):
@@ -49,12 +57,27 @@ class SAESite:
         return flat.reshape(value.shape)
 
 
+@contextmanager
+def heads_side_by_side(sae: SAE[Any]) -> Iterator[None]:
+    """Inside, an SAE of `hook_z` takes and gives rows with the heads side by side, [..., pos, d]."""
+    names = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
+    before = {name: getattr(sae, name) for name in names if hasattr(sae, name)}
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(sae, name, value)
+
+
 def find_site(model: Model, name: str) -> SAESite:
     """The SAE site of this name: "SITE", or "OUT - IN".
 
     Raises: MissingSiteError if there is no such site; InputError if its rows are not positions.
     """
     first, _, second = (part.strip() for part in name.partition(" - "))
+    if first.endswith(".mlp.hook_in") and not second:
+        return _mlp_input(model, name)
     sites = [model.check_site(n) for n in ([first, second] if second else [first])]
     for site in sites:
         if site.axes[1:2] not in (("pos",), ("channel",)):
@@ -65,6 +88,31 @@ def find_site(model: Model, name: str) -> SAESite:
     if len(sites) == 2 and sites[0].tower != sites[1].tower:
         raise InputError(f"{name}: an update is within one tower.")
     return SAESite(name, sites[0], sites[1] if second else None)
+
+
+def _mlp_input(model: Model, name: str) -> SAESite:
+    """SAELens' `mlp.hook_in`, what an MLP is given: its norm's output, with gain and bias.
+
+    Raises: MissingSiteError where the norm does not stand right before the MLP.
+    """
+    block = name.removesuffix(".mlp.hook_in")
+    order = [site for site in model.sites(f"{block}.*") if site.location is not None]
+    names = [site.name for site in order]
+    normalized = f"{block}.ln2.hook_normalized"
+    after = names[names.index(normalized) + 1] if normalized in names[:-1] else ""
+    if name in names or not (after == f"{block}.hook_mlp_out" or after.startswith(f"{block}.mlp.")):
+        return SAESite(name, model.check_site(name))
+    site = model.check_site(normalized)
+    tower = model.check_tower(site.tower)
+    assert site.layer is not None
+    assert site.stack is not None
+    weights = tower.weights(site.layer, site.stack).names("ln2")
+
+    def norm(value: Tensor) -> Tensor:
+        gain, bias = (weights[part]().to(value) for part in ("w", "b"))
+        return value * gain + bias
+
+    return SAESite(name, site, norm=norm)
 
 
 def reads_of(

@@ -16,6 +16,7 @@ from integrations.sae_lens._sites import (
     Tokens,
     editor,
     find_site,
+    heads_side_by_side,
     layouts_of,
     mask_of,
     reads_of,
@@ -159,8 +160,9 @@ def evaluate(
         mask = mask_of(layout, tokens, sae_site, *value.shape[1:3])
         for i, at_step in enumerate(value):
             x = at_step[mask].float()
-            acts = sae.encode(x)
-            out = sae.decode(acts)
+            with heads_side_by_side(sae):
+                acts = sae.encode(x)
+                out = sae.decode(acts)
             overall.add(x, out, acts)
             if is_looped:
                 step = i if steps is None else sorted(set(steps))[i]

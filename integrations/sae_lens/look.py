@@ -15,7 +15,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from integrations.sae_lens._data import inputs_of, items_of
-from integrations.sae_lens._sites import layouts_of, reads_of, value_at
+from integrations.sae_lens._sites import heads_side_by_side, layouts_of, reads_of, value_at
 from integrations.sae_lens.splice import check_fit, splice
 from mm_adapters import Edit, InputError, Model
 from mm_adapters.inputs.images import to_rgb_list
@@ -83,7 +83,8 @@ def top_images(
         if layout is None or layout.grid is None:
             raise InputError(f"{sae_site.name} has no grid of patches to draw.")
         patches = [p for p in range(layout.n_pos) if layout.patches[0][p] is not None]
-        acts = sae.encode(value_at(run, sae_site)[:, patches].float())[..., numbers_of_latents]
+        with heads_side_by_side(sae):
+            acts = sae.encode(value_at(run, sae_site)[:, patches].float())[..., numbers_of_latents]
         grids = acts.permute(2, 0, 1).unflatten(-1, layout.grid)
         active += (acts > 0).sum((0, 1))
         n_positions += acts.shape[0] * acts.shape[1]

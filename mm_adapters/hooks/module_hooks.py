@@ -51,6 +51,10 @@ class ModuleHook:
         self._n_live = 0
         self._handles: list[Any] = []
 
+    def __reduce__(self) -> Any:
+        # A copy of a module has copies of its torch hooks. They are of no model of ours: they do nothing.
+        return _idle, (type(self), self.side)
+
     @property
     def live(self) -> bool:
         """Whether a point that it feeds is live."""
@@ -196,6 +200,8 @@ class AttentionHook(ModuleHook):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.unwind()
+        if not self.live:
+            return
         self.check()
         interceptor = self.interceptor(self._fire, self._is_live)
         self._interceptors.append(interceptor)
@@ -226,6 +232,11 @@ class AttentionHook(ModuleHook):
 
     def _fire(self, name: str, x: Tensor) -> Tensor:
         return self.points[name](x) if self._is_live(name) else x
+
+
+def _idle(kind: type[ModuleHook], side: Side) -> ModuleHook:
+    """One that feeds no point."""
+    return AttentionHook(nn.Identity(), 1) if kind is AttentionHook else kind(nn.Identity(), side)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -257,7 +257,7 @@ class TowerGeneration:
     ) -> dict[str, Any]:
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens!r}: it must be 1 at least.")
-        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         own = getattr(self._root.wrapped, "generation_config", None)
         if stop_at_eos and eos is None:
@@ -293,7 +293,7 @@ class TowerGeneration:
             config.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
             settings["tokenizer"] = self.tokenizer
         if criteria is not None:
-            listed = [criteria] if isinstance(criteria, StoppingCriteria) else list(criteria)
+            listed = list(criteria) if isinstance(criteria, Iterable) else [criteria]
             settings["stopping_criteria"] = StoppingCriteriaList(listed)
         return settings
 

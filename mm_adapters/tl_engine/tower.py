@@ -60,7 +60,7 @@ class HookedTower(
     def move(self, mounted: TowerView, points: Points) -> None:
         """Stands for the tower as it is now, after modules were put in place of others."""
         self.__dict__["_mounted"] = mounted
-        for part in list(self.modules()):
+        for part in [m for m in self.modules() if not isinstance(m, HookPoint)]:
             for name in [n for n, child in part._modules.items() if isinstance(child, HookPoint)]:
                 del part._modules[name]
         self._build(points)
@@ -117,6 +117,11 @@ class HookedTower(
     def context_level(self, level: int) -> None:
         if "mod_dict" in self.__dict__:
             self._root.context_level = level
+
+    @property
+    def root(self) -> Any:
+        """The whole model."""
+        return self._root
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]

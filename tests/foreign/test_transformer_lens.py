@@ -71,7 +71,10 @@ def test_what_is_listed_and_passes_or_is_gone_is_a_complaint() -> None:
 
 
 def test_what_fails_or_does_not_reach_with_theirs_does_not_apply() -> None:
-    theirs = {"tests/a.py::1": outcome("tests/a.py::1", reaches=False), "tests/a.py::2": outcome("x", "failed")}
+    theirs = {
+        "tests/a.py::1": outcome("tests/a.py::1", reaches=False),
+        "tests/a.py::2": outcome("x", "failed"),
+    }
     assert compare(theirs, {}).applicable == []
     reached = {"tests/a.py::1[p-0]": outcome("tests/a.py::1[p-0]")}
     assert compare(reached, {}, [Listed("a.py::1[[]*", "why")]).applicable == ["tests/a.py::1[p-0]"]

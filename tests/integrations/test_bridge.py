@@ -242,3 +242,23 @@ def test_a_class_without_an_adapter_is_refused_with_the_reason() -> None:
 def test_a_language_tower_with_two_stacks_is_refused() -> None:
     with pytest.raises(ValueError, match="T5ForConditionalGeneration has no one stack"):
         tl.bridge(tiny.CASES["blip_2_t5"]().model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["hooked", "nnsight"])
+@pytest.mark.parametrize("name", ["clip", "llava"])
+# TransformerLens' own adapter of LLaVA names hooks that its vision tower does not have.
+@pytest.mark.filterwarnings("ignore:Hook alias:UserWarning")
+def test_what_was_loaded_is_bridged_and_left_as_it_is(name: str, engine: Any) -> None:
+    case = tiny.CASES[name]()
+    raw = case.model.vision_model if name == "clip" else case.model
+    model = mm.wrap(copy.deepcopy(raw), engine=engine)
+    bridged = tl.bridge(model)
+    given = case.inputs["pixel_values"] if name == "clip" else torch.tensor([[1, 5, 7, 9]])
+    want = raw(given)
+    value = want.logits if name == "llava" else want.last_hidden_state
+    got = bridged(given)
+    torch.testing.assert_close(got if isinstance(got, Tensor) else got[0], value, rtol=1e-4, atol=1e-5)
+    inputs = {"pixel_values" if name == "clip" else "input_ids": given}
+    plain = model.run(inputs).output
+    assert torch.equal(plain.logits if name == "llava" else plain.last_hidden_state, value)

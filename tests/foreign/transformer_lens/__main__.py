@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         tests = options.tests or fetch_tests("transformer-lens", Path(scratch) / "source")
         files = options.files or files_with_models(tests)
         theirs = run("theirs", tests, files, folder)
-        reached = {test.partition("::")[0] for test, o in theirs.items() if o.reaches and o.outcome == "passed"}
+        reached = {
+            test.partition("::")[0] for test, o in theirs.items() if o.reaches and o.outcome == "passed"
+        }
         ours = run("ours", tests, sorted(f.removeprefix("tests/") for f in reached), folder)
     comparison = compare(theirs, ours, read_list("outside"))
     lines = complaints(comparison, read_list("exceptions"), whole=not options.files)
@@ -43,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 def report(comparison) -> list[str]:  # noqa: ANN001
     """The table and its sum."""
     rows = [f"{passed:4d} of {n:4d}  {file}" for file, (passed, n) in comparison.by_file().items()]
-    total = f"{len(comparison.passed)} of {len(comparison.applicable)} ({comparison.share:.1%}) pass with a tower"
+    total = (
+        f"{len(comparison.passed)} of {len(comparison.applicable)} ({comparison.share:.1%}) pass with a tower"
+    )
     beyond = f"{len(comparison.outside)} more are about what a tower is not (outside.toml)"
     skips = [f"{n:4d} skipped: {why}" for why, n in comparison.skipped.most_common()]
     return [*rows, *skips, f"{total}; {beyond}."]

@@ -246,7 +246,11 @@ class _Ours:
         return _tower(opt, tokenizer, asked.get("default_prepend_bos"), asked.get("default_padding_side"))
 
     def configured_hooked(
-        self, plan: _Plan, tokenizer: Any = None, move_to_device: bool = True, default_padding_side: Any = None
+        self,
+        plan: _Plan,
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+        default_padding_side: Any = None,
     ) -> Any:
         """The tower, with the flags of the configuration set."""
         cfg = plan.cfg

@@ -88,6 +88,13 @@ def _note(report: Any, reaches: bool) -> None:
     crash = getattr(report.longrepr, "reprcrash", None)
     why = crash.message if crash is not None else str(report.longrepr or "")
     where = f"{Path(crash.path).name}:{crash.lineno}" if crash is not None else ""
-    line = [report.nodeid, report.outcome, reaches, why[:1000], where, round(getattr(report, "duration", 0), 2)]
+    line = [
+        report.nodeid,
+        report.outcome,
+        reaches,
+        why[:1000],
+        where,
+        round(getattr(report, "duration", 0), 2),
+    ]
     with _OUTCOMES.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

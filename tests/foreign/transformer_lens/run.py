@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[3]
 
 
 # What builds a model that could be served, or takes one from a fixture that does.
-_BUILDS = re.compile(r"HookedTransformer|TransformerBridge|boot_native|gpt2_(bridge|model|hooked)|hooked_processed")
+_BUILDS = re.compile(
+    r"HookedTransformer|TransformerBridge|boot_native|gpt2_(bridge|model|hooked)|hooked_processed"
+)
 # One architecture's adapter, one tool of the repository, machines with several devices, the hub's lists.
 _LEFT_OUT = re.compile(
     r"supported_architectures|model_registry|multi_?gpu|pretrained_weight_conversions|_adapter\.py|unit/benchmarks"

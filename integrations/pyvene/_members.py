@@ -1,0 +1,28 @@
+"""What of pyvene's IntervenableModel an MMIntervenableModel has: member -> "" as theirs, else the reason."""
+
+MEMBERS: dict[str, str] = {
+    "BACKEND": "",
+    "count_parameters": "",
+    "disable_intervention_gradients": "",
+    "disable_model_gradients": "",
+    "enable_model_gradients": "",
+    "eval": "",
+    "eval_alignment": "",
+    "forward": "",
+    "generate": "",
+    "get_cached_activations": "",
+    "get_cached_hot_activations": "",
+    "get_device": "",
+    "get_trainable_parameters": "",
+    "load": "",
+    "load_intervention": "",
+    "named_parameters": "",
+    "save": "",
+    "save_intervention": "",
+    "set_device": "",
+    "set_temperature": "",
+    "set_zero_grad": "",
+    "train": "",
+    "train_alignment": "takes every hook off the model, whoever put it there",
+    "zero_grad": "",
+}
