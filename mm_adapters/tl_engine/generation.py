@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mm_adapters._errors import InputError
+from mm_adapters.tl_engine.generation_checks import (
+    check_fill,
+    check_mask,
+    check_padding_side,
+    criteria_of,
+    stop_texts,
+)
 
 RETURN_TYPES = ("input", "str", "tokens", "embeds")
 
@@ -229,11 +236,14 @@ class TowerGeneration:
         elif not isinstance(input, Tensor) or input.ndim > 3:
             raise InputError("generate continues a text, a list of texts, tokens or embeddings.")
         if input.is_floating_point():
+            check_mask(mask, input)
             return _Prompt("inputs_embeds", input.to(self._root.dtype), mask, False, more)
         input = (input if input.ndim == 2 else input[None]).to(self._root.device)
         if not input.numel():
             raise InputError("generate was given no tokens to continue. Give a text, or one token at least.")
+        check_mask(mask, input)
         if mask is None:
+            check_padding_side(None if are_texts else side, self.tokenizer)
             known = list(texts) if are_texts and len(texts) > 1 else None
             mask = self.attended_tokens(input, known, prepend_bos, side)
             # The library would guess it from padding tokens.
@@ -270,12 +280,14 @@ class TowerGeneration:
         ends = None if not stop_at_eos else [eos] if isinstance(eos, int) else list(eos)
         sampled = do_sample and temperature != 0.0
         drawn = {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
-        fill = ends[0] if ends else getattr(self.tokenizer, "pad_token_id", None) or 0
+        strings, conditions = stop_texts(stop_strings, self.tokenizer), criteria_of(criteria)
+        fill = ends[0] if ends else getattr(self.tokenizer, "pad_token_id", None)
+        check_fill(len(prompt.value), bool(strings or conditions), fill)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=sampled,
             eos_token_id=ends,
-            pad_token_id=fill,
+            pad_token_id=0 if fill is None else fill,  # No row ends before the others then.
             repetition_penalty=repetition_penalty,
             return_dict_in_generate=True,
             output_logits=True,
@@ -289,12 +301,11 @@ class TowerGeneration:
             # The library divides by the temperature afterwards.
             penalty = _FrequencyPenalty(freq_penalty * temperature)
             settings["logits_processor"] = LogitsProcessorList([penalty])
-        if stop_strings is not None:
-            config.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if strings:
+            config.stop_strings = strings
             settings["tokenizer"] = self.tokenizer
-        if criteria is not None:
-            listed = list(criteria) if isinstance(criteria, Iterable) else [criteria]
-            settings["stopping_criteria"] = StoppingCriteriaList(listed)
+        if conditions:
+            settings["stopping_criteria"] = StoppingCriteriaList(conditions)
         return settings
 
     def _run(self, prompt: _Prompt, settings: dict[str, Any]) -> Any:

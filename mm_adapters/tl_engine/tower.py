@@ -18,6 +18,7 @@ from mm_adapters.tl_engine.cache import TowerCache
 from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device
 from mm_adapters.tl_engine.folded import FoldedWeights, folded_weights
 from mm_adapters.tl_engine.generation import TowerGeneration
+from mm_adapters.tl_engine.generation_checks import check_backward
 from mm_adapters.tl_engine.host_members import HostMembers
 from mm_adapters.tl_engine.parts import Embedding, Part, Positions, Unembedding
 from mm_adapters.tl_engine.tower_call import TowerCall
@@ -125,7 +126,13 @@ class HookedTower(
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
-        return self.__dict__.get("_tokenizer") or self._root.tokenizer_of(self.name)
+        """The tower's own if one was set, else the model's; padding is its end token if it has none."""
+        own = self.__dict__
+        tokenizer = own["_tokenizer"] if "_tokenizer" in own else self._root.tokenizer_of(self.name)
+        # As HookedTransformer does: TransformerLens' functions ask a model's tokenizer for its padding.
+        if getattr(tokenizer, "pad_token", "") is None and getattr(tokenizer, "eos_token", None) is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
@@ -179,8 +186,18 @@ class HookedTower(
                 self._root.points.unwind()
 
     def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
-        """As HookedTransformer's: the output and an ActivationCache under local names."""
+        """As HookedTransformer's: the output and an ActivationCache under local names.
+
+        Raises: InputError if `incl_bwd` is asked for, and the output is no scalar that has a gradient.
+        """
         check_device(kwargs.get("device"))
+        if kwargs.get("incl_bwd"):
+            return_type = kwargs.get("return_type", args[1] if len(args) > 1 else "logits")
+            per_token, stop = kwargs.get("loss_per_token", False), kwargs.get("stop_at_layer")
+            tracked = any(p.requires_grad for p in self.parameters()) or any(
+                point.fwd_hooks for point in self.hook_points()
+            )
+            check_backward(return_type, per_token, stop, tracked)
         remove = kwargs.get("remove_batch_dim", False)
         output, values = super().run_with_cache(*args, **kwargs)
         check_cached(kwargs.get("names_filter"), values, f"{self.name}.")
@@ -211,7 +228,7 @@ class HookedTower(
         """What was set on it, for a copy: its classes, its tokenizer, its switches."""
         return {
             "classes": (self._class_names, self._class_directions),
-            "tokenizer": self.__dict__.get("_tokenizer"),
+            **({"tokenizer": self.__dict__["_tokenizer"]} if "_tokenizer" in self.__dict__ else {}),
             "flags": [flag for flag in POINTS if getattr(self.cfg, flag)],
         }
 
@@ -221,9 +238,16 @@ class HookedTower(
         if names is not None:
             self._class_names, self._class_directions = names, directions
             self._resize(len(names))
-        self.__dict__["_tokenizer"] = state["tokenizer"]
+        if "tokenizer" in state:
+            self.tokenizer = state["tokenizer"]
         for flag in state["flags"]:
             self._switch(flag, True)
+
+    def __copy__(self) -> HookedTower:
+        """Another view of the same tower, whose tokenizer can be another."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     def __reduce__(self) -> Any:
         return _tower_of, (self._root, self.name)

@@ -43,6 +43,7 @@ SIZES = {
     "hyper-accel/tiny-random-gpt2": (2, 4, 512),
     "hf-internal-testing/tiny-random-gpt2": (2, 4, 512),
     "sshleifer/tiny-gpt2": (2, 2, 1024),
+    "Intel/tiny-random-gpt2": (2, 4, 512),
 }
 ALIASES = {"openai-community/gpt2": "gpt2", "hf-internal-testing/tiny-random-GPT2LMHeadModel": "hf-internal-testing/tiny-random-gpt2"}  # fmt: skip
 
