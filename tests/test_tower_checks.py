@@ -120,3 +120,38 @@ def test_a_backward_pass_needs_gradients(tower: Any) -> None:
     _, cache = tower.run_with_cache(TOKENS, return_type="loss", incl_bwd=True)
     grad: Tensor = cache["blocks.0.hook_resid_pre_grad"]
     assert grad.abs().max() > 0
+
+
+SWITCHES = {
+    "use_attn_result": "blocks.1.attn.hook_result",
+    "use_split_qkv_input": "blocks.1.hook_q_input",
+    "use_attn_in": "blocks.1.hook_attn_in",
+    "use_hook_mlp_in": "blocks.1.hook_mlp_in",
+}
+
+
+@pytest.mark.parametrize(("flag", "name"), SWITCHES.items())
+def test_a_switch_of_the_configuration_is_the_towers(flag: str, name: str) -> None:
+    both = pair()
+    for model in (both.theirs, both.ours):
+        setattr(model.cfg, flag, True)
+    (_, want), (_, got) = (m.run_with_cache(TOKENS, names_filter=[name]) for m in (both.theirs, both.ours))
+    torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+    setattr(both.ours.cfg, flag, False)
+    assert name not in both.ours.hook_dict
+    for use in (
+        lambda: both.ours.run_with_cache(TOKENS, names_filter=[name]),
+        lambda: both.ours.add_hook(name, lambda value, hook: None),
+        lambda: both.ours.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda value, hook: None)]),
+    ):
+        with pytest.raises(mm.InputError, match=rf"set_{flag}\(True\)"):
+            use()
+
+
+def test_a_copy_of_a_configuration_switches_nothing() -> None:
+    tower = pair().ours
+    copied = copy.deepcopy(tower.cfg)
+    copied.use_attn_result = True
+    assert copied.use_attn_result
+    assert not tower.cfg.use_attn_result
+    assert "blocks.0.attn.hook_result" not in tower.hook_dict

@@ -93,7 +93,8 @@ class HookedTower(
         before = self.__dict__.get("cfg")
         self.cfg = self._config()
         for flag in POINTS if before is not None else ():
-            setattr(self.cfg, flag, getattr(before, flag))
+            self.cfg.__dict__[flag] = getattr(before, flag)
+        self.cfg.watch(POINTS, self._switch)
 
     # TransformerLens gives every module a name attribute; the tower's is the prefix of its sites.
     @property
@@ -212,16 +213,16 @@ class HookedTower(
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
         """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
-        self._root.check_names(names_filter, self.name)
+        self.check_names(names_filter)
         return super().get_caching_hooks(names_filter, *args, **kwargs)
 
     def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:
         """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
-        self._root.check_names(name, self.name)
+        self.check_names(name)
         super().add_hook(name, *args, **kwargs)
 
     def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
-        self._root.check_names(name, self.name)
+        self.check_names(name)
         super()._enable_hook_with_name(name, hook, dir)
 
     def own_state(self) -> dict[str, Any]:
