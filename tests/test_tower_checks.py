@@ -155,3 +155,29 @@ def test_a_copy_of_a_configuration_switches_nothing() -> None:
     assert copied.use_attn_result
     assert not tower.cfg.use_attn_result
     assert "blocks.0.attn.hook_result" not in tower.hook_dict
+
+
+@pytest.mark.parametrize("name", ["unembed.hook_in", "unembed.hook_out"])
+def test_the_points_around_the_unembedding_are_hooked_transformers(name: str) -> None:
+    both = pair()
+    assert both.ours.run_with_cache(TOKENS)[1].keys() == both.theirs.run_with_cache(TOKENS)[1].keys()
+    (_, want), (_, got) = (m.run_with_cache(TOKENS, names_filter=name) for m in (both.theirs, both.ours))
+    torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+    moved = [
+        m.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda value, hook: 2 * value + 1)])
+        for m in (both.theirs, both.ours)
+    ]
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-5)
+    assert not both.raw.lm_head._forward_hooks
+    assert not both.raw.lm_head._forward_pre_hooks
+
+
+def test_a_hook_at_the_unembedding_follows_another_module() -> None:
+    tower, raw = pair().ours, pair().raw
+    tower = mm.wrap(raw, tokenizer=tokenizer()).language
+    tower.add_hook("unembed.hook_out", lambda value, hook: torch.zeros_like(value))
+    assert not tower(TOKENS).any()
+    raw.lm_head = copy.deepcopy(raw.lm_head)
+    assert not tower(TOKENS).any()
+    tower.reset_hooks()
+    assert tower(TOKENS).any()

@@ -27,6 +27,7 @@ from mm_adapters.tl_engine.tower_flags import POINTS, TowerFlags
 from mm_adapters.tl_engine.tower_state import TowerState
 from mm_adapters.tl_engine.tower_tokens import TowerTokens
 from mm_adapters.tl_engine.tower_weights import TowerWeights
+from mm_adapters.tl_engine.unembed_points import unembed_points
 
 
 class HookedTower(
@@ -55,6 +56,7 @@ class HookedTower(
         self._class_directions = None
         self.__dict__["_given"] = {}
         self.__dict__["_derived"], self.__dict__["_head_inputs"] = {}, {}
+        self.__dict__["_unembed_points"] = {}
         self._build(points)
         nn.Module.train(self, False)  # Its points; the model is as it was given.
 
@@ -84,6 +86,7 @@ class HookedTower(
             self._hang(name, point)
         if mounted.role in ("vision", "text", "language", "audio"):
             self.add_module("unembed", Unembedding())
+            self._hang_unembed(mounted)
         if mounted.record.embed:
             self.add_module("embed", Embedding())
         if mounted.record.position and mounted.role in ("text", "language"):
@@ -95,6 +98,16 @@ class HookedTower(
         for flag in POINTS if before is not None else ():
             self.cfg.__dict__[flag] = getattr(before, flag)
         self.cfg.watch(POINTS, self._switch)
+
+    def _hang_unembed(self, mounted: TowerView) -> None:
+        """The points around what makes logits, where one module does."""
+        if mounted.unembedding_module is None:
+            return
+        if not self.__dict__["_unembed_points"]:
+            self.__dict__["_unembed_points"] = unembed_points(lambda: self._mounted.unembedding_module)
+        for name, point in self.__dict__["_unembed_points"].items():
+            self._hang(name, point)
+            point.watch_again()
 
     # TransformerLens gives every module a name attribute; the tower's is the prefix of its sites.
     @property
