@@ -88,7 +88,7 @@ class TowerGeneration:
             input: What is continued. Texts of several lengths are padded on the left.
             max_new_tokens: At most so many tokens more.
             stop_at_eos: Whether a row ends at an end token; it is filled with it then.
-            eos_token_id: The end token, or several; None: the tokenizer's.
+            eos_token_id: The end token, or several; None: the tokenizer's, or `cfg.eos_token_id` without one.
             do_sample: Draws each token; False takes the most likely.
             top_k: Draws among the k most likely.
             top_p: Draws among the most likely that have this probability together.
@@ -209,11 +209,18 @@ class TowerGeneration:
             yield self._yielded(held, return_type)
 
     def hf_generate(self, input: Any = "", **kwargs: Any) -> Any:
-        """The model's own generate, with its own options and settings; a text gives a text back."""
+        """The model's own generate, with its own options and settings; a text gives a text back.
+
+        `return_type` is as in `generate`: "str", "tokens", or "input".
+        """
+        return_type = kwargs.pop("return_type", "input")
+        if return_type not in ("str", "tokens", "input"):
+            raise InputError(f"return_type={return_type!r} is none of 'str', 'tokens', 'input'.")
         prompt = self._prompt(input, None, None, kwargs.pop("attention_mask", None), {})
         with self._root.turn(), torch.no_grad(), self._root.running():
             out = self._root.wrapped.generate(**prompt.arguments, **kwargs)
-        return self._texts(out) if prompt.were_texts and isinstance(out, Tensor) else out
+        as_texts = return_type == "str" or (return_type == "input" and prompt.were_texts)
+        return self._texts(out) if as_texts and isinstance(out, Tensor) else out
 
     def _prompt(
         self,
@@ -271,7 +278,7 @@ class TowerGeneration:
 
         own = getattr(self._root.wrapped, "generation_config", None)
         if stop_at_eos and eos is None:
-            eos = getattr(self.tokenizer, "eos_token_id", None)
+            eos = self.cfg.eos_token_id if self.tokenizer is None else self.tokenizer.eos_token_id
             eos = getattr(own, "eos_token_id", None) if eos is None else eos
             if eos is None:
                 raise InputError(

@@ -208,6 +208,7 @@ class HookedTower(
         if kwargs.get("incl_bwd"):
             return_type = kwargs.get("return_type", args[1] if len(args) > 1 else "logits")
             per_token, stop = kwargs.get("loss_per_token", False), kwargs.get("stop_at_layer")
+            # A hook may bring in weights of its own.
             tracked = any(p.requires_grad for p in self.parameters()) or any(
                 point.fwd_hooks for point in self.hook_points()
             )

@@ -30,6 +30,8 @@ class TowerConfig(TransformerLensConfig):
     original_architecture: str | None = None
     tokenizer_name: str | None = None
     tokenizer_prepends_bos: bool = True
+    tokenizer_appends_eos: bool = False
+    eos_token_id: int | list[int] | None = None
     n_params: int | None = None
     attention_dir: str = "causal"
     attn_scale: float = -1.0

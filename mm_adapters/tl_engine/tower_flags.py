@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_adapters._errors import InputError
+from mm_adapters._errors import HostAssertionError, InputError
 from mm_adapters.records.spec import Input, Norm, Output, Site
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tl_engine.counted_hooks import names_of
@@ -72,12 +72,12 @@ class TowerFlags:
             )
 
     def check_names(self, names: Any) -> None:
-        """Raises: MissingSiteError for a name that is no site; InputError for one that a switch is for."""
+        """Raises: MissingSiteError for a name that is no site; HostAssertionError before its switch is on."""
         for name in names_of(names):
             local = name.removeprefix(f"{self.name}.")
             flag = next((f for f, points in POINTS.items() if local.split(".", 2)[-1] in points), None)
             if flag is not None and local not in self.hook_dict:
-                raise InputError(
+                raise HostAssertionError(
                     f"{self.name}.{local} is there only if it is asked for: call set_{flag}(True) first."
                 )
         self._root.check_names(names, self.name)
