@@ -143,7 +143,7 @@ class TowerTokens:
     def _known_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise HostAssertionError(
-                f"The {self.cfg.tower} tower has no tokenizer, and there is no to_tokens without a tokenizer. "
+                f"The {self.cfg.tower} tower has no tokenizer; there is no to_tokens without a tokenizer. "
                 "Pass one: mm_adapters.wrap(model, tokenizer=...)."
             )
         return self.tokenizer

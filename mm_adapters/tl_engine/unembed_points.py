@@ -40,5 +40,8 @@ def unembed_points(module_of: Callable[[], Any]) -> dict[str, DerivedPoint]:
         finally:
             handle.remove()
 
-    entering, leaving = DerivedPoint("unembed.hook_in", None, given), DerivedPoint("unembed.hook_out", None, gives)
+    entering, leaving = (
+        DerivedPoint("unembed.hook_in", None, given),
+        DerivedPoint("unembed.hook_out", None, gives),
+    )
     return {point.shown_name: point for point in (entering, leaving)}

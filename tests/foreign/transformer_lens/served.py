@@ -45,7 +45,7 @@ SIZES = {
     "sshleifer/tiny-gpt2": (2, 2, 1024),
     "Intel/tiny-random-gpt2": (2, 4, 512),
 }
-ALIASES = {"openai-community/gpt2": "gpt2", "hf-internal-testing/tiny-random-GPT2LMHeadModel": "hf-internal-testing/tiny-random-gpt2"}  # fmt: skip
+ALIASES = {"openai-community/gpt2": "gpt2"}
 
 
 def official(name: Any) -> str | None:
@@ -113,7 +113,7 @@ def random_opt(
 
 
 def write_tokenizer(folder: Path, tests: Path) -> None:
-    """A byte-level tokenizer of GPT-2's size, trained on the tests' own texts, so that their words are tokens."""
+    """A byte-level tokenizer of GPT-2's size; its words are those of the tests' own texts."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE())
