@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mm_adapters._errors import InputError
+from mm_adapters._errors import HostAssertionError, InputError
 from mm_adapters.tl_engine.generation_checks import (
     check_fill,
     check_mask,
@@ -333,7 +333,7 @@ class TowerGeneration:
 
     def _texts(self, tokens: Tensor) -> str | list[str]:
         if self.tokenizer is None:
-            raise InputError("Without a tokenizer there are no texts: return_type='tokens'.")
+            raise HostAssertionError("Without a tokenizer there are no texts: return_type='tokens'.")
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens.tolist()]
         return texts[0] if len(texts) == 1 else texts
 
