@@ -86,8 +86,8 @@ def check_backward(return_type: Any, per_token: bool, stop_at_layer: int | None,
 
 
 _FROZEN = (
-    "incl_bwd=True: the loss has no grad_fn, since every parameter is frozen. Call requires_grad_(True) on the "
-    "tower first."
+    "incl_bwd=True: the loss has no grad_fn, since every parameter is frozen. Call requires_grad_(True) "
+    "on the tower first."
 )
 
 
