@@ -49,7 +49,8 @@ def load_module(
     if not covers(cls):  # Before any weight is read.
         raise unknown(_outline(cls, source), ModelRecord)
     if device_wanted.type == "meta":
-        return _without_weights(cls, source, options.get("attn_implementation"))
+        model = _without_weights(cls, source, options.get("attn_implementation"))
+        return model if dtype is None else model.to(dtype)
     if source.folder is not None:
         files = check_weights(source.folder, options.get("variant"))
         if "quantization_config" not in config:

@@ -20,6 +20,7 @@ from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
 from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
 from mm_adapters.nnsight_engine.tasks import TASKS
 from mm_adapters.runs.base_model import BaseModel
+from mm_adapters.sites.site_map import SiteMap
 
 PARTS = ("processor", "tokenizer", "image_processor")
 
@@ -49,10 +50,15 @@ def open_named(
     Raises: InputError for a `device_map` of several; else as `load`.
     """
     device = device if device_map is None else one_device(device_map, device)
+    dtype = options.pop("torch_dtype", dtype)  # Its old name, which nnsight takes too.
+    dtype = None if dtype == "auto" else dtype
     parts = {k: options.pop(k) for k in PARTS if options.get(k) is not None}
 
     def read(on: Any = device) -> OpenedCheckpoint:
-        return open_checkpoint(os.fspath(name), on, dtype, options, **parts)
+        opened = open_checkpoint(os.fspath(name), on, dtype, options, **parts)
+        if not parts:
+            pad_as_nnsight(opened.inputs.tokenizer, opened.model, opened.sites)
+        return opened
 
     if dispatch or str(device) == "meta":
         return read(), None
@@ -74,6 +80,22 @@ def one_device(device_map: Any, device: Any = None) -> Any:
             "Pass device=, or load the model yourself and give it to TracedModel."
         )
     return None if spreads else f"cuda:{devices[0]}" if isinstance(devices[0], int) else devices[0]
+
+
+def pad_as_nnsight(tokenizer: Any, model: Any, sites: SiteMap) -> None:
+    """Pads as nnsight 0.8.1 does (modeling/transformers.py): where the tokenizer has no padding token its end
+    token pads, and rows of a decoder are padded at the left, so that `[:, -1]` is each row's last token.
+
+    Of decoders only those with rotary positions: those with learned ones would count the padding.
+    """
+    if not hasattr(tokenizer, "padding_side"):
+        return
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    decoders = [tower for tower in sites.towers.values() if tower.role == "language"]
+    rotary = [d for d in decoders if "attn.hook_rot_q" in (d.parts.get("blocks") or [{}])[0]]
+    if rotary and not getattr(model.config, "is_encoder_decoder", False):
+        tokenizer.padding_side = "left"
 
 
 class NamedModel(BaseModel):
@@ -120,7 +142,8 @@ class NamedModel(BaseModel):
     @property
     def task(self) -> str | None:
         """What transformers calls the task of this model, where it has a name for it."""
-        return self._task or TASKS.get(self.kind)
+        alone = [tower.role for tower in self.towers.values()] if self.kind == "tower" else []
+        return self._task or TASKS.get(self.kind) or ("text-generation" if alone == ["language"] else None)
 
     @property
     def processor(self) -> Any:

@@ -48,17 +48,17 @@ def here(cls: Any) -> Any:
 class Named:
     """What a backend asks of a model, of one that is known by its key only."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, env: Any) -> None:
         self.to_model_key = lambda: key
-        self._remoteable_get_env = dict
+        self._remoteable_get_env = lambda: env or {}
         self.service_packages: dict[str, dict[str, str]] = {}
 
 
 class Backend(Dispatch):
     """Ours, made as nnsight's tests make theirs: of a key."""
 
-    def __init__(self, key: str, **options: Any) -> None:
-        super().__init__(Named(key), **options)  # type: ignore[arg-type]
+    def __init__(self, key: str, env: Any = None, **options: Any) -> None:
+        super().__init__(Named(key, env), **options)  # type: ignore[arg-type]
 
 
 class AsyncBackend(remote.AsyncRemoteBackend, Backend):
@@ -88,5 +88,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.outcome != "passed" or report.when == "call":
         why = str(getattr(report.longrepr, "reprcrash", report.longrepr) or "")
         with _OUTCOMES.open("a", encoding="utf-8") as file:
-            line = [report.nodeid.rpartition("/")[2], report.outcome, why[-600:], report.nodeid in _reached]
+            file_of, _, test = report.nodeid.partition("::")
+            line = [f"{Path(file_of).name}::{test}", report.outcome, why[-600:], report.nodeid in _reached]
             file.write(json.dumps(line) + "\n")
