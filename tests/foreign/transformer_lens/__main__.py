@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if lines else 0
 
 
-def report(comparison) -> list[str]:  # noqa: ANN001
+def report(comparison) -> list[str]:
     """The table and its sum."""
     rows = [f"{passed:4d} of {n:4d}  {file}" for file, (passed, n) in comparison.by_file().items()]
     total = (

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from foreign.transformer_lens import reach, served
+
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module

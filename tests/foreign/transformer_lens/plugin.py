@@ -15,6 +15,7 @@ import beartype  # noqa: F401
 import pytest
 import torch
 from foreign.transformer_lens import factories, reach
+
 from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
