@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
+from mm_adapters.tl_engine.tower_flags import POINTS
+
 Call = Callable[[Any], Any]
 
 TOKENS = torch.randint(2, 28, (2, 7), generator=torch.Generator().manual_seed(5))
@@ -21,6 +23,11 @@ TEXT, TEXTS = "abc de fgh", ["abc", "d efg hij"]
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
 ONE_BLOCK = "blocks.1.hook_resid_post"
 PARTS = ("hook_embed", "blocks.0.attn.hook_pattern", "blocks.1.mlp.hook_post", ONE_BLOCK)
+
+# Points that a switch is for: HookedTransformer lists them always, a tower while they are there.
+ASKED_FOR = {
+    f"blocks.{layer}.{point}" for layer in range(3) for points in POINTS.values() for point in points
+}
 
 
 def double(value: Tensor, hook: Any) -> Tensor:
@@ -100,6 +107,11 @@ def gradients(m: Any) -> Any:
         sum(p.grad.square().sum() for name, p in m.named_parameters() if p.grad is not None and "2" in name)
         > 0
     )
+
+
+def retokenized(m: Any, **options: Any) -> Tensor:
+    m.set_tokenizer(copy.deepcopy(m.tokenizer), **options)
+    return m.to_tokens(TEXTS)
 
 
 def added(member: str, *args: Any, **options: Any) -> Call:
@@ -247,7 +259,7 @@ OWN: dict[str, list[Call]] = {
         lambda m: len(m.list_hooks()),
         lambda m: (m.add_hook(ONE_BLOCK, look), [name for name, hooks in m.list_hooks().items() if hooks])[1],
     ],
-    "hook_points": [lambda m: sorted(point.name for point in m.hook_points())],
+    "hook_points": [lambda m: sorted(point.name for point in m.hook_points() if point.name not in ASKED_FOR)],
     "setup": [after(lambda m: m.setup())],
     "add_caching_hooks": [
         stored("add_caching_hooks"),
@@ -331,8 +343,8 @@ OWN: dict[str, list[Call]] = {
         lambda m: m.get_token_position("z", TEXT),
     ],
     "set_tokenizer": [
-        lambda m: (m.set_tokenizer(copy.deepcopy(m.tokenizer)), m.to_tokens(TEXTS))[1],
-        lambda m: (m.set_tokenizer(copy.deepcopy(m.tokenizer), default_padding_side="left"), m.to_tokens(TEXTS))[1],
+        lambda m: retokenized(m),
+        lambda m: retokenized(m, default_padding_side="left"),
     ],
     "tokens_to_residual_directions": [
         lambda m: centred(m.tokens_to_residual_directions("a")),
@@ -389,7 +401,11 @@ OWN: dict[str, list[Call]] = {
     "sample_datapoint": [lambda m: m.sample_datapoint()],
     "embed": [lambda m: m.embed(TOKENS), lambda m: m.embed.W_E],
     "pos_embed": [lambda m: m.pos_embed(TOKENS), lambda m: m.pos_embed.W_pos],
-    "unembed": [lambda m: m.unembed(m.ln_final(stream(m, 2))), lambda m: m.unembed.W_U, lambda m: m.unembed.b_U],
+    "unembed": [
+        lambda m: m.unembed(m.ln_final(stream(m, 2))),
+        lambda m: m.unembed.W_U,
+        lambda m: m.unembed.b_U,
+    ],
     "ln_final": [lambda m: m.ln_final(stream(m, 1)), lambda m: m.ln_final.w, lambda m: m.ln_final.b],
     "blocks": [
         lambda m: len(m.blocks),
@@ -403,7 +419,7 @@ OWN: dict[str, list[Call]] = {
     ],
     "hook_embed": [lambda m: m.hook_embed.name],
     "hook_pos_embed": [lambda m: m.hook_pos_embed.name],
-    "hook_dict": [lambda m: sorted(m.hook_dict)],
+    "hook_dict": [lambda m: sorted(set(m.hook_dict) - ASKED_FOR)],
     "mod_dict": [lambda m: m.mod_dict[ONE_BLOCK].name],
     "tokenizer": [lambda m: m.tokenizer.padding_side, lambda m: m.tokenizer.bos_token_id],
     "dataset": [lambda m: m.dataset],
@@ -475,7 +491,10 @@ MODULE: dict[str, list[Call]] = {
     "named_children": [lambda m: {"blocks", "ln_final", "hook_embed"} <= set(dict(m.named_children()))],
     "get_submodule": [lambda m: m.get_submodule("blocks.1.attn.hook_z").name],
     "set_submodule": [lambda m: m.get_submodule("blocks.1") is m.blocks[1]],
-    "get_parameter": [lambda m: m.get_parameter(next(iter(dict(m.named_parameters())))).requires_grad],
+    "get_parameter": [
+        lambda m: m.get_parameter(next(iter(dict(m.named_parameters())))).requires_grad,
+        lambda m: m.get_parameter("nonsense"),
+    ],
     "get_buffer": [lambda m: m.get_buffer("nonsense")],
     "get_extra_state": [lambda m: m.get_extra_state()],
     "set_extra_state": [lambda m: m.set_extra_state(1)],

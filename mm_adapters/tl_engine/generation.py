@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mm_adapters._errors import InputError
+from mm_adapters.tl_engine.generation_checks import (
+    check_fill,
+    check_mask,
+    check_padding_side,
+    criteria_of,
+    stop_texts,
+)
 
 RETURN_TYPES = ("input", "str", "tokens", "embeds")
 
@@ -81,7 +88,7 @@ class TowerGeneration:
             input: What is continued. Texts of several lengths are padded on the left.
             max_new_tokens: At most so many tokens more.
             stop_at_eos: Whether a row ends at an end token; it is filled with it then.
-            eos_token_id: The end token, or several; None: the tokenizer's.
+            eos_token_id: The end token, or several; None: the tokenizer's, or `cfg.eos_token_id` without one.
             do_sample: Draws each token; False takes the most likely.
             top_k: Draws among the k most likely.
             top_p: Draws among the most likely that have this probability together.
@@ -202,11 +209,18 @@ class TowerGeneration:
             yield self._yielded(held, return_type)
 
     def hf_generate(self, input: Any = "", **kwargs: Any) -> Any:
-        """The model's own generate, with its own options and settings; a text gives a text back."""
+        """The model's own generate, with its own options and settings; a text gives a text back.
+
+        `return_type` is as in `generate`: "str", "tokens", or "input".
+        """
+        return_type = kwargs.pop("return_type", "input")
+        if return_type not in ("str", "tokens", "input"):
+            raise InputError(f"return_type={return_type!r} is none of 'str', 'tokens', 'input'.")
         prompt = self._prompt(input, None, None, kwargs.pop("attention_mask", None), {})
         with self._root.turn(), torch.no_grad(), self._root.running():
             out = self._root.wrapped.generate(**prompt.arguments, **kwargs)
-        return self._texts(out) if prompt.were_texts and isinstance(out, Tensor) else out
+        as_texts = return_type == "str" or (return_type == "input" and prompt.were_texts)
+        return self._texts(out) if as_texts and isinstance(out, Tensor) else out
 
     def _prompt(
         self,
@@ -229,11 +243,14 @@ class TowerGeneration:
         elif not isinstance(input, Tensor) or input.ndim > 3:
             raise InputError("generate continues a text, a list of texts, tokens or embeddings.")
         if input.is_floating_point():
+            check_mask(mask, input)
             return _Prompt("inputs_embeds", input.to(self._root.dtype), mask, False, more)
         input = (input if input.ndim == 2 else input[None]).to(self._root.device)
         if not input.numel():
             raise InputError("generate was given no tokens to continue. Give a text, or one token at least.")
+        check_mask(mask, input)
         if mask is None:
+            check_padding_side(None if are_texts else side, self.tokenizer)
             known = list(texts) if are_texts and len(texts) > 1 else None
             mask = self.attended_tokens(input, known, prepend_bos, side)
             # The library would guess it from padding tokens.
@@ -261,7 +278,7 @@ class TowerGeneration:
 
         own = getattr(self._root.wrapped, "generation_config", None)
         if stop_at_eos and eos is None:
-            eos = getattr(self.tokenizer, "eos_token_id", None)
+            eos = self.cfg.eos_token_id if self.tokenizer is None else self.tokenizer.eos_token_id
             eos = getattr(own, "eos_token_id", None) if eos is None else eos
             if eos is None:
                 raise InputError(
@@ -270,12 +287,14 @@ class TowerGeneration:
         ends = None if not stop_at_eos else [eos] if isinstance(eos, int) else list(eos)
         sampled = do_sample and temperature != 0.0
         drawn = {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
-        fill = ends[0] if ends else getattr(self.tokenizer, "pad_token_id", None) or 0
+        strings, conditions = stop_texts(stop_strings, self.tokenizer), criteria_of(criteria)
+        fill = ends[0] if ends else getattr(self.tokenizer, "pad_token_id", None)
+        check_fill(len(prompt.value), bool(strings or conditions), fill)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=sampled,
             eos_token_id=ends,
-            pad_token_id=fill,
+            pad_token_id=0 if fill is None else fill,  # No row ends before the others then.
             repetition_penalty=repetition_penalty,
             return_dict_in_generate=True,
             output_logits=True,
@@ -289,12 +308,11 @@ class TowerGeneration:
             # The library divides by the temperature afterwards.
             penalty = _FrequencyPenalty(freq_penalty * temperature)
             settings["logits_processor"] = LogitsProcessorList([penalty])
-        if stop_strings is not None:
-            config.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if strings:
+            config.stop_strings = strings
             settings["tokenizer"] = self.tokenizer
-        if criteria is not None:
-            listed = list(criteria) if isinstance(criteria, Iterable) else [criteria]
-            settings["stopping_criteria"] = StoppingCriteriaList(listed)
+        if conditions:
+            settings["stopping_criteria"] = StoppingCriteriaList(conditions)
         return settings
 
     def _run(self, prompt: _Prompt, settings: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ class TowerConfig(TransformerLensConfig):
     original_architecture: str | None = None
     tokenizer_name: str | None = None
     tokenizer_prepends_bos: bool = True
+    tokenizer_appends_eos: bool = False
+    eos_token_id: int | list[int] | None = None
     n_params: int | None = None
     attention_dir: str = "causal"
     attn_scale: float = -1.0
@@ -88,6 +91,24 @@ class TowerConfig(TransformerLensConfig):
     yarn_original_max_position_embeddings: int = 4096
     yarn_truncate: bool = True
     yarn_global_attn_only: bool = False
+
+    def watch(self, flags: Container[str], switch: Callable[[str, bool], None]) -> None:
+        """Calls `switch` in place of setting one of these attributes, and it sets it.
+
+        HookedTransformer reads them at each call, so that setting one is a way to switch its points on.
+        """
+        self.__dict__["_watched"] = (flags, switch)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        flags, switch = self.__dict__.get("_watched", ((), None))
+        if name in flags and switch is not None:
+            switch(name, bool(value))
+        else:
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to no tower."""
+        return {name: value for name, value in self.__dict__.items() if name != "_watched"}
 
     def is_layer_norm_activation(self) -> bool:
         """Whether the MLP normalises its neurons (SoLU); no model here does."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_adapters._errors import InputError
+from mm_adapters._errors import StateDictError
 from mm_adapters.sites.tower_view import TowerView
 
 
@@ -79,7 +79,7 @@ class TowerState:
     ) -> Any:
         """Loads what `state_dict()` gave into the model.
 
-        Raises: InputError if `strict` and names are missing or unknown; then nothing is loaded.
+        Raises: StateDictError if `strict` and names are missing or unknown; then nothing is loaded.
         """
         from torch.nn.modules.module import _IncompatibleKeys
 
@@ -87,9 +87,9 @@ class TowerState:
         known = set(self.state_dict())
         missing, unknown = sorted(known - state_dict.keys()), sorted(state_dict.keys() - known)
         if strict and (missing or unknown):
-            raise InputError(
-                f"This state is not the {self.name} tower's: it lacks {missing[:3] or 'nothing'}, and has "
-                f"{unknown[:3] or 'nothing'} besides. Give what its state_dict() gives, or strict=False."
+            raise StateDictError(
+                f"This state is not the {self.name} tower's. Missing keys: {missing[:3] or 'none'}. "
+                f"Unexpected keys: {unknown[:3] or 'none'}. Give what its state_dict() gives, or strict=False."
             )
         for path, module in owned.items():
             start = f"{path}." if path else ""

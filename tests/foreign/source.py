@@ -37,5 +37,6 @@ def fetch_or_skip(library: str, folder: Path) -> Path:
     try:
         return fetch_tests(library, folder)
     except RuntimeError as error:
-        assert not os.environ.get("CI"), str(error)
+        if os.environ.get("CI"):
+            raise
         pytest.skip(f"{library.upper()}'S OWN TESTS WERE NOT RUN: {error}")

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from foreign.source import fetch_tests
-from foreign.transformer_lens.compare import compare, complaints, read_list
+from foreign.transformer_lens.compare import Comparison, compare, complaints, read_list
 from foreign.transformer_lens.run import files_with_models, run
 
 
@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
         ours = run("ours", tests, sorted(f.removeprefix("tests/") for f in reached), folder)
     comparison = compare(theirs, ours, read_list("outside"))
     lines = complaints(comparison, read_list("exceptions"), whole=not options.files)
-    print("\n".join(report(comparison)))  # noqa: T201
-    print("\n".join(lines) or "All else is as listed.")  # noqa: T201
+    print("\n".join(report(comparison)))
+    print("\n".join(lines) or "All else is as listed.")
     return 1 if lines else 0
 
 
-def report(comparison) -> list[str]:
+def report(comparison: Comparison) -> list[str]:
     """The table and its sum."""
     rows = [f"{passed:4d} of {n:4d}  {file}" for file, (passed, n) in comparison.by_file().items()]
     total = (

@@ -170,6 +170,8 @@ def _plan(cfg: Any) -> _Plan | None:
         cfg = HookedTransformerConfig.unwrap(cfg)
     if not dataclasses.is_dataclass(cfg) or (getattr(cfg, "n_devices", 1) or 1) > 1:
         return None
+    if getattr(cfg, "original_architecture", None) not in (None, "OPTForCausalLM"):
+        return None
     heads = cfg.n_heads if cfg.n_heads > 0 else cfg.d_model // cfg.d_head
     keys = getattr(cfg, "n_key_value_heads", None)
     vocabulary = cfg.d_vocab
@@ -226,6 +228,7 @@ class _Theirs:
 
     def bridge(self, opt: Any, tokenizer: Any, name: str) -> Any:
         """A bridge over this OPT, whose compatibility mode leaves the weights as they are."""
+        opt.set_attn_implementation("eager")
         bridge = build_bridge_from_module(
             opt, "OPTForCausalLM", hf_config=copy.deepcopy(opt.config), tokenizer=tokenizer, model_name=name
         )

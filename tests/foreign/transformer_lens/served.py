@@ -43,8 +43,9 @@ SIZES = {
     "hyper-accel/tiny-random-gpt2": (2, 4, 512),
     "hf-internal-testing/tiny-random-gpt2": (2, 4, 512),
     "sshleifer/tiny-gpt2": (2, 2, 1024),
+    "Intel/tiny-random-gpt2": (2, 4, 512),
 }
-ALIASES = {"openai-community/gpt2": "gpt2", "hf-internal-testing/tiny-random-GPT2LMHeadModel": "hf-internal-testing/tiny-random-gpt2"}  # fmt: skip
+ALIASES = {"openai-community/gpt2": "gpt2"}
 
 
 def official(name: Any) -> str | None:
@@ -98,7 +99,6 @@ def random_opt(
         num_attention_heads=heads, vocab_size=vocabulary, max_position_embeddings=context,
         activation_function=act, bos_token_id=vocabulary - 1, eos_token_id=vocabulary - 1,
         pad_token_id=None, dropout=0.0, architectures=["OPTForCausalLM"],
-        attn_implementation="eager",
     )  # fmt: skip
     model = transformers.OPTForCausalLM(config)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def random_opt(
 
 
 def write_tokenizer(folder: Path, tests: Path) -> None:
-    """A byte-level tokenizer of GPT-2's size, trained on the tests' own texts, so that their words are tokens."""
+    """A byte-level tokenizer of GPT-2's size; its words are those of the tests' own texts."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE())
