@@ -394,7 +394,10 @@ def test_a_hook_that_is_removed_by_its_own_handle_is_gone(vision: HookedTower) -
     # TransformerLens 4's bridge takes its hooks off so; in any version a user may.
     attention = vision._mounted.module.encoder.layers[0].self_attn
     point: Any = vision.blocks[0].attn.hook_pattern
-    handles = [point.register_forward_hook(lambda *a: None), point.register_full_backward_hook(lambda *a: None)]
+    handles = [
+        point.register_forward_hook(lambda *a: None),
+        point.register_full_backward_hook(lambda *a: None),
+    ]
     assert attention._forward_hooks
     for handle in handles:
         handle.remove()
