@@ -24,10 +24,18 @@ from mm_adapters.tl_engine.tower_flags import POINTS, TowerFlags
 from mm_adapters.tl_engine.tower_state import TowerState
 from mm_adapters.tl_engine.tower_tokens import TowerTokens
 from mm_adapters.tl_engine.tower_weights import TowerWeights
+from mm_adapters.tl_engine.wrapped_members import WrappedMembers
 
 
 class HookedTower(
-    TowerCall, TowerGeneration, TowerFlags, TowerState, TowerTokens, TowerWeights, HookedRootModule
+    WrappedMembers,
+    TowerCall,
+    TowerGeneration,
+    TowerFlags,
+    TowerState,
+    TowerTokens,
+    TowerWeights,
+    HookedRootModule,
 ):
     """A TransformerLens model over one tower: local hook names, weights, tokens, its own cache.
 
@@ -78,6 +86,7 @@ class HookedTower(
             self.add_module("embed", Embedding())
         if mounted.record.position and mounted.role in ("text", "language"):
             self.add_module("pos_embed", Positions())
+        self.share_own_members()
         self.setup()
         self._name_weights()
         before = self.__dict__.get("cfg")
