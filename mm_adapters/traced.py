@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, no_type_check
 
-import mm_adapters.nnsight_engine.import_order  # noqa: F401
+import mm_adapters.nnsight_engine.import_order
 
 # isort: split
 import nnsight
@@ -27,6 +27,7 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+import mm_adapters.nnsight_engine.task_classes  # noqa: F401
 from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.open import open_checkpoint
 from mm_adapters.checkpoints.origin import CheckpointRef
