@@ -72,9 +72,10 @@ class Watch:
             return
         if event in _RUNS_CODE:
             self.seen.append(event)
-        elif event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree"):
-            self._outside(event, args[0])
-        elif event == "open" and isinstance(args[1], str) and set(args[1]) & set("wxa+"):
+        is_write = event == "open" and isinstance(args[1], str) and bool(set(args[1]) & set("wxa+"))
+        at_folder = event in ("os.mkdir", "os.remove") and args[-1] != -1  # A name in a folder that is open.
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
+        if is_write or (changes and not at_folder):
             self._outside(event, args[0])
 
     def _outside(self, event: str, path: Any) -> None:
@@ -195,7 +196,9 @@ def damage(kind: Kind, folder: Path, rng: random.Random) -> tuple[str, bool]:
     changes = {**PLAIN, **(_HALF if file.suffix in (".json", ".safetensors", ".png") else {})}
     done, change = rng.choice(list(changes.items()))
     file.write_bytes(change(raw, rng))
-    return f"{name}: {done}", not (is_picture and done == "cut in half")
+    meant = is_picture and done == "cut in half"  # Its lower half may be all that is gone, and gray.
+    meant = meant or (file.suffix == ".txt" and done == "nested deep")  # Any line is a text.
+    return f"{name}: {done}", not meant
 
 
 def _may_be_meant(done: str) -> bool:
@@ -338,8 +341,14 @@ def run(n: int, seed: int, only: int | None = None) -> list[Verdict]:
     """So many cases, one after the other."""
     torch.set_num_threads(1)
     watch = Watch()
+    verdicts: list[Verdict] = []
     try:
-        return [judge(i, seed, watch) for i in (range(n) if only is None else [only])]
+        for i in range(n) if only is None else [only]:
+            verdicts.append(judge(i, seed, watch))
+            v = verdicts[-1]
+            if v.outcome not in ("right", "refused", "read") or only is not None:
+                print(f"{v.outcome}: {v.index} {v.kind}: {v.done}\n    {v.seen}", flush=True)
+        return verdicts
     finally:
         watch.inside = None
         for kind in KINDS:
@@ -349,7 +358,7 @@ def run(n: int, seed: int, only: int | None = None) -> list[Verdict]:
 
 
 def holds(verdicts: Sequence[Verdict]) -> bool:
-    """Whether nothing was silent, ran code or was left half, nothing whole was refused, and few were foreign."""
+    """Whether nothing was silent, ran code, was left half or refused though whole, and few were foreign."""
     counts = collections.Counter(v.outcome for v in verdicts)
     broken = sum(counts[name] for name in ("silent", "code", "half-written", "refused though whole"))
     return broken == 0 and counts["foreign"] <= MOST_FOREIGN * len(verdicts)
@@ -362,9 +371,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=int, default=None)
     options = parser.parse_args(argv)
     verdicts = run(options.n, options.seed, options.only)
-    for v in sorted(verdicts, key=lambda v: (v.outcome, v.kind)):
-        if v.outcome not in ("right", "refused", "read") or options.only is not None:
-            print(f"{v.outcome}: {v.index} {v.kind}: {v.done}\n    {v.seen}")
     table = collections.Counter((v.kind, v.outcome) for v in verdicts)
     for name in [k.name for k in KINDS]:
         print(f"{name:<14}", {o: n for (k, o), n in sorted(table.items()) if k == name})
