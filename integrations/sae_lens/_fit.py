@@ -227,7 +227,7 @@ def _keep_until(log: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:  # Cut short when the process died.
+        except (ValueError, KeyError, TypeError):  # Cut short when the process died, or damaged since.
             break
     with atomic_write(log) as draft:
         draft.write_text("".join(kept), encoding="utf-8")

@@ -30,13 +30,13 @@ from typing import Any
 
 import torch
 
-from tests.fuzz.outcome import own_classes
+from tests.fuzz.outcome import own_classes as _own_classes
 from tests.fuzz.stored import KINDS, Kind
 
 MOST_FOREIGN = 0.02
 SECONDS = 60
 # Whose errors say what is wrong with a file of their format, and nothing else could.
-_READERS = ("PIL", "yaml", "json", "builtins")
+_READERS = ("PIL", "yaml", "json", "struct", "zlib", "builtins")
 _RUNS_CODE = (
     "os.system",
     "os.exec",
@@ -86,6 +86,9 @@ class Watch:
             )
             if not allowed and "__pycache__" not in str(place):
                 self.seen.append(f"{event} {place}")
+
+
+own_classes = cache(_own_classes)
 
 
 def _flip(raw: bytes, rng: random.Random) -> bytes:
@@ -311,7 +314,9 @@ def _is_whole(path: Path) -> bool:
 def _foreign(error: BaseException) -> str:
     """Another library's error that this one was made of."""
     inner = error.__cause__ or error.__context__
-    while inner is not None:
+    seen: list[BaseException] = []
+    while inner is not None and inner not in seen:
+        seen.append(inner)
         module = type(inner).__module__.partition(".")[0]
         if not isinstance(inner, own_classes()):
             frames, trace = [], inner.__traceback__
