@@ -152,16 +152,6 @@ def test_a_module_that_is_here_takes_what_prepares_its_inputs() -> None:
     assert torch.equal(logits, loaded(text=TEXTS[0]).logits)
 
 
-def test_a_device_map_of_several_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(mm.InputError, match="several devices"):
-        TracedModel("tiny-clip", device_map={"a": "cpu", "b": "meta"})
-    with pytest.raises(mm.InputError, match="give one of the two"):
-        TracedModel("tiny-clip", device_map="cpu", device="cpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(mm.InputError, match="several devices"):
-        TracedModel("tiny-clip", device_map="auto")
-
-
 def test_what_nnsights_users_look_for_is_there() -> None:
     clip, llava, sd = (mm.load(name, engine="nnsight") for name in INPUTS)
     assert clip.task == "zero-shot-image-classification"
