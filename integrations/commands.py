@@ -84,7 +84,7 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
-        raise FileNotFoundError(f"There is no config {path}.")
+        raise InputError(f"There is no config {path}.")
     try:
         settings = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # A date of month 13 is a ValueError.

@@ -32,12 +32,13 @@ from mm_adapters.tl_engine.hook_point import SitePoint
 from mm_adapters.tl_engine.hung_points import hang, hung_values
 from mm_adapters.tl_engine.named_hooks import NamedHooks
 from mm_adapters.tl_engine.tower import HookedTower
+from mm_adapters.tl_engine.wrapped_members import WrappedMembers
 
 if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
 
 
-class HookedModel(BaseModel, NamedHooks, HookedRootModule):
+class HookedModel(WrappedMembers, BaseModel, NamedHooks, HookedRootModule):
     """CLIP, LLaVA or Stable Diffusion with TransformerLens' hooks, cache and towers.
 
     Calling it calls the wrapped model: with that model's own arguments, or with raw `text=` and
@@ -61,6 +62,7 @@ class HookedModel(BaseModel, NamedHooks, HookedRootModule):
         self.__dict__["wrapped"] = self.sitemap.model
         self.__dict__["inputs"] = inputs
         self._loaded_as = loaded_as
+        self.share_members(as_module(self.wrapped))
         self.points = Points(self.sitemap, SitePoint)
         self._hang_towers()
         self.eval()
@@ -125,6 +127,7 @@ class HookedModel(BaseModel, NamedHooks, HookedRootModule):
     @in_turn
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped model; raw `text` and `images` are prepared first."""
+        self.check_no_export()
         self.check_ready()
         arguments = self._arguments(self._by_name(args, kwargs))
         alone = self.kind == "contrastive"  # Of images or texts alone, their tower is run, as in `run`.
@@ -303,6 +306,10 @@ class HookedModel(BaseModel, NamedHooks, HookedRootModule):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         for module in self._modules_wrapped():
             yield from module.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        for module in self._modules_wrapped():
+            yield from module.named_buffers(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's; of a pipeline, its parts' behind their names."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, no_type_check
 
-import mm_adapters.nnsight_engine.import_order  # noqa: F401
+import mm_adapters.nnsight_engine.import_order
 
 # isort: split
 import nnsight
@@ -27,12 +27,14 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+import mm_adapters.nnsight_engine.task_classes  # noqa: F401
 from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.open import open_checkpoint
 from mm_adapters.checkpoints.origin import CheckpointRef
 from mm_adapters.hooks.eager import eagerly, is_compiled, without_checkpoints
 from mm_adapters.hooks.module_hooks import AttentionHook
 from mm_adapters.hooks.wiring import Points
+from mm_adapters.inputs.from_model import inputs_for
 from mm_adapters.ndif_client.pending_run import PendingRun
 from mm_adapters.ndif_client.remotable import ServedModel
 from mm_adapters.nnsight_engine.batcher import RowBatcher
@@ -43,7 +45,7 @@ from mm_adapters.nnsight_engine.envoys import SiteEnvoy, TracedPart
 from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
 from mm_adapters.nnsight_engine.invokes import Rows
 from mm_adapters.nnsight_engine.iteration import SiteEditor, SiteTracer
-from mm_adapters.nnsight_engine.lazy_weights import NamedModel, generated, generator_of, open_named
+from mm_adapters.nnsight_engine.lazy_weights import PARTS, NamedModel, generated, generator_of, open_named
 from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
 from mm_adapters.nnsight_engine.points import TracedPoint
 from mm_adapters.nnsight_engine.recorder import Recorder
@@ -86,8 +88,8 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         sites: The site map, if it is built.
         task: transformers' name of the task, for `pipe`.
         rename: Other names for modules, as nnsight's.
-        **named: Options of a name: those of `mm_adapters.load`, and nnsight's `dispatch=True`, which reads
-            the weights at once.
+        **named: A processor, tokenizer or image processor, as `mm_adapters.wrap` takes. Options of a name:
+            those of `mm_adapters.load`, and nnsight's `dispatch=True`, which reads the weights at once.
     """
 
     _batcher_class = RowBatcher
@@ -107,7 +109,12 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             checkpoint, self._unread = open_named(wrapped, **named)
             wrapped, inputs, origin, sites = checkpoint
         elif named:
-            raise TypeError(f"{', '.join(named)}: of use with a name only, and the model is here already.")
+            parts = {k: named.pop(k) for k in PARTS if k in named}
+            if named:
+                raise TypeError(
+                    f"{', '.join(named)}: of use with a name only, and the model is here already."
+                )
+            inputs = inputs_for(inside(wrapped), **parts) if inputs is None else inputs
         wrapped = inside(wrapped)
         module = wrapped if isinstance(wrapped, nn.Module) else PipelineModule(wrapped)
         super().__init__(module, interleaver=SiteInterleaver(), envoys=TracedPart, rename=rename)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,27 @@ def test_which_adapter_is_active_is_part_of_the_fingerprint() -> None:
     with model.disable_adapter():
         texts.append(of_module(model)["adapters"])
     assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize("state", ["offloaded", "int8"])
+def test_weights_that_are_no_parameters_are_seen(state: str) -> None:
+    from accelerate import cpu_offload
+
+    texts = set()
+    for value in (0.5, 0.5, 0.25):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        with torch.no_grad():
+            net[1].weight[3, 3] = value
+        if state == "offloaded":
+            cpu_offload(net)
+            assert net[1].weight.is_meta
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                net = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, torch.qint8)
+        texts.add(of_module(net)["weights"])
+    assert len(texts) == 2
 
 
 def test_a_pipelines_schedule_is_part_of_its_fingerprint() -> None:

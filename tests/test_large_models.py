@@ -253,3 +253,95 @@ def test_nan_on_the_disk_is_found(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(mm.CheckpointError, match=r"text_projection\.weight holds NaN"):
         mm.load(folder, device_map={"": "disk"}, offload_folder=str(tmp_path / "off"))
+
+
+# -- Packed weights -------------------------------------------------------------------------------
+
+
+@each_engine
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-sd/unet"])
+def test_a_quantization_config_reaches_the_library_with_where_to_compute(
+    name: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
+    shipped, _, part = name.partition("/")
+    folder = f"{zoo.path(shipped)}/{part}" if part else str(zoo.path(shipped))
+    given: list[dict[str, Any]] = []
+    base: Any = ModelMixin if part else PreTrainedModel
+    read = base.from_pretrained.__func__
+
+    def from_pretrained(cls: Any, *args: Any, quantization_config: Any = None, **options: Any) -> Any:
+        given.append({"quantization_config": quantization_config, **options})
+        return read(cls, *args, **options)
+
+    monkeypatch.setattr(base, "from_pretrained", classmethod(from_pretrained))
+    config = object()
+    mm.load(folder, engine=engine, device="cpu", quantization_config=config)
+    (options,) = given
+    assert options["quantization_config"] is config
+    assert options["device_map"] == {"": torch.device("cpu")}
+
+
+@each_engine
+def test_int8_weights_read_and_edit_as_the_librarys_own_model_does(engine: str) -> None:
+    """Against transformers' own model with the same packed weights, and plain hooks on it."""
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import LlavaForConditionalGeneration, TorchAoConfig
+
+    def config() -> Any:
+        return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+    folder, site = str(zoo.path("tiny-llava")), "language.blocks.1.hook_resid_post"
+    theirs = LlavaForConditionalGeneration.from_pretrained(
+        folder, quantization_config=config(), device_map={"": "cpu"}, dtype=torch.float32
+    )
+    model = mm.load(folder, engine=engine, quantization_config=config())
+    fc = model.wrapped.model.language_model.layers[0].mlp.up_proj.weight
+    assert type(fc) not in (torch.Tensor, torch.nn.Parameter)
+    if engine == "hooked":
+        own = theirs.model.language_model.layers[1].self_attn.q_proj.weight.dequantize()
+        heads = own.unflatten(0, (model.language.cfg.n_heads, -1)).mT
+        assert torch.equal(model.language.blocks[1].attn.W_Q, heads)
+    call, kept = inputs("tiny-llava"), []
+    block = theirs.model.language_model.layers[1]
+    handle = block.register_forward_hook(lambda m, a, out: kept.append(out) or 1.5 * out)
+    with torch.no_grad():
+        edited = theirs(**call).logits
+        handle.remove()
+        logits = theirs(**call).logits
+        run = model.run(call, read=[site])
+        assert torch.equal(run[site], kept[0])
+        assert torch.equal(run.output.logits, logits)
+        assert torch.equal(model.run(call, edit=[mm.Edit(site, lambda x: 1.5 * x)]).output.logits, edited)
+        assert not torch.equal(logits, plain("tiny-llava").run(call).output.logits)
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own.
+def test_a_pipelines_part_is_packed() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = mm.load("tiny-sd", quantization_config=PipelineQuantizationConfig(quant_mapping={"unet": config}))
+    packed = [p for p in model.wrapped.unet.parameters() if type(p) is not torch.nn.Parameter]
+    assert packed
+    got, want = (m.run(CALL, read=DENOISER)[DENOISER[1]] for m in (model, plain("tiny-sd")))
+    assert not torch.equal(got, want)
+    assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.99
+
+
+def test_a_packed_pipeline_whose_text_encoder_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(zoo.path("tiny-sd"), tmp_path / "copy"))
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    name = next(n for n in weights if n.endswith("mlp.fc1.weight"))
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(mm.CheckpointError, match="lacks 1 weight"):  # Before diffusers is asked.
+        mm.load(folder, quantization_config=object())

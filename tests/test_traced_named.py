@@ -70,7 +70,7 @@ def test_a_model_that_is_here_takes_no_options_of_a_name() -> None:
         TracedModel("tiny-clop")
 
 
-@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"": "cpu", "lm_head": "cpu"}])
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
 def test_a_device_map_of_one_device_is_that_device(device_map: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -98,14 +98,58 @@ def test_weights_go_in_by_their_names_and_a_copy_has_its_own() -> None:
         twin.load_state_dict({"nothing": torch.zeros(1)})
 
 
-def test_a_device_map_of_several_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(mm.InputError, match="several devices"):
-        TracedModel("tiny-clip", device_map={"a": "cpu", "b": "meta"})
-    with pytest.raises(mm.InputError, match="give one of the two"):
-        TracedModel("tiny-clip", device_map="cpu", device="cpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(mm.InputError, match="several devices"):
-        TracedModel("tiny-clip", device_map="auto")
+TEXTS = ["a red circle", "a blue square on a white background"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["texts", "invokes", "lists"])
+def test_rows_of_a_decoder_are_padded_so_that_the_last_is_each_rows_own(given: str) -> None:
+    model = TracedModel("tiny-llava", dispatch=True)
+    ids = [model.tokenizer(text).input_ids for text in TEXTS]
+    alone = []
+    for row in ids:
+        with model.trace(row):
+            alone.append(model.output.logits[0, -1].save())
+    if given == "invokes":
+        with model.trace() as tracer:
+            with tracer.invoke(TEXTS[0]):
+                first = model.output.logits[:, -1].save()
+            with tracer.invoke(ids[1]):
+                second = model.output.logits[:, -1].save()
+        last = torch.cat([first, second])
+    else:
+        with model.trace(TEXTS if given == "texts" else ids):
+            last = model.output.logits[:, -1].save()
+    assert len(ids[0]) != len(ids[1])
+    torch.testing.assert_close(last, torch.stack(alone), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_token_ids_are_a_list_a_row_or_a_tensor() -> None:
+    model = TracedModel("tiny-llava", dispatch=True)
+    ids = model.tokenizer(TEXTS[0]).input_ids
+    want = model.wrapped(input_ids=torch.tensor([ids])).logits
+    for form in (ids, [ids], torch.tensor(ids), torch.tensor([ids])):
+        with model.trace(form):
+            logits = model.output.logits.save()
+        assert torch.equal(logits, want)
+        with model.trace(input_ids=form):
+            logits = model.output.logits.save()
+        assert torch.equal(logits, want)
+
+
+def test_what_a_name_is_told_holds_before_its_weights_are_read() -> None:
+    model = TracedModel("tiny-clip", dtype=torch.float16)
+    assert {p.dtype for p in model._module.parameters() if p.is_floating_point()} == {torch.float16}
+    assert TracedModel("tiny-clip", torch_dtype="auto").dtype == torch.float32
+
+
+def test_a_module_that_is_here_takes_what_prepares_its_inputs() -> None:
+    loaded = mm.load("tiny-llava")
+    model = TracedModel(loaded.wrapped, processor=loaded.preparer.processor)
+    with torch.no_grad(), model.trace(TEXTS[0]):
+        logits = model.output.logits.save()
+    assert torch.equal(logits, loaded(text=TEXTS[0]).logits)
 
 
 def test_what_nnsights_users_look_for_is_there() -> None:

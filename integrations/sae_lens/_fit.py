@@ -81,11 +81,12 @@ class Fit:
                 bar.update(n_rows)
                 step = self._first.n_training_steps
                 is_last = self._first.n_training_samples >= total
-                is_due = step % self.checkpoint_every == 0 or clock.is_due()
-                if self._stop is not None or is_due or is_last:
+                is_due = step % self.checkpoint_every == 0 or self._stop is not None or is_last
+                if is_due or clock.is_due():
                     metrics.flush()
+                    at = self.provider.position()
                     with clock.saving():
-                        _checkpoints.save(checkpoints, self.trainers, self.about, self.provider.position())
+                        _checkpoints.save(checkpoints, self.trainers, self.about, at, durable=is_due)
                 if self._stop == signal.SIGTERM:
                     raise SystemExit(128 + self._stop)
                 if self._stop is not None:
@@ -226,7 +227,7 @@ def _keep_until(log: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:  # Cut short when the process died.
+        except (ValueError, KeyError, TypeError):  # Cut short when the process died, or damaged since.
             break
     with atomic_write(log) as draft:
         draft.write_text("".join(kept), encoding="utf-8")

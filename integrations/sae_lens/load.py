@@ -61,9 +61,9 @@ def load(
 
 def _saelens(folder: Path, device: str, cls: type[SAE[Any]] | None) -> SAE[Any]:
     settings = _config(folder)
-    architecture = settings.get("architecture", "standard")
+    architecture = settings.get("architecture")
     if not isinstance(architecture, str):
-        raise CheckpointError(f"{folder}: the architecture is {architecture!r}, and is a name.")
+        raise CheckpointError(f"{folder}/cfg.json: its architecture is {architecture!r}, and is a name.")
     trains_only = architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY
     # A checkpoint of "standard" says so in both; only its training fields tell.
     trained = trains_only or "decoder_init_norm" in settings
@@ -92,6 +92,8 @@ def _check_saelens(folder: Path, kind: type[Any], settings: dict[str, Any]) -> N
     try:
         check_fields(kind, values)
         check_required(kind, values)
+        if any(f.name == "k" for f in fields(kind)) and "k" not in values:
+            raise InputError("it does not say k, how many latents are active.")
     except InputError as error:
         raise CheckpointError(f"{folder / 'cfg.json'}: {error}") from None
     if not isinstance(settings.get("metadata", {}), dict):
@@ -324,6 +326,8 @@ def _format(folder: Path) -> str:
     cfg = _config(folder)
     if (folder / "sae_weights.safetensors").is_file() and "metadata" in cfg:
         return "saelens"
+    if (folder / "sae_weights.safetensors").is_file() and not cfg:
+        raise CheckpointError(f"{folder} has SAELens' weights and no cfg.json, which says what they are of.")
     state, cfg = _read(folder)
     names = set(state)
     if {"pre_bias", "latent_bias"} <= names:

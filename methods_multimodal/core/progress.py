@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods_multimodal.core.record import Record
-from mm_adapters import CheckpointError, InputError, StoreError
+from methods_multimodal.core.running import newest, recent
+from mm_adapters import InputError, StoreError
 from mm_adapters.inputs.images import image_files, to_rgb
 from mm_adapters.store import SaveClock
 
@@ -76,11 +77,8 @@ def run_pass(
     Raises: InputError for an unreadable item; StoreError for a `file` that holds another pass, or is damaged.
     """
     done = Progress(settings, 0, start)
-    if file is not None and file.is_file():
-        try:
-            done = Progress.load(file)
-        except CheckpointError as error:
-            raise StoreError(f"{error} Or delete {file.parent} to start afresh.") from None
+    if file is not None and (found := newest(file, _read_progress)) is not None:
+        done = found[1]
         if done.settings != settings:
             raise StoreError(
                 f"{file} holds the progress of another run (other images, model or settings). Pass "
@@ -99,16 +97,24 @@ def run_pass(
                 done = replace(done, position=last, state=state, unreadable=(*done.unreadable, *bad))
                 unsaved += 1
                 bar.update(last - first)
-                if file is not None and (unsaved >= every or last == len(items) or clock.is_due()):
-                    with clock.saving():
-                        done.save(file)
+                if file is not None and (unsaved >= every or last == len(items)):
+                    done.save(file)
+                    recent(file).unlink(missing_ok=True)
                     unsaved = 0
+                elif file is not None and clock.is_due():
+                    with clock.saving():
+                        done.save(recent(file), durable=False)
     except BaseException:
         if file is not None and unsaved:
             with suppress(StoreError):  # What was saved before stays.
                 done.save(file)
         raise
     return done
+
+
+def _read_progress(path: Path) -> tuple[int, Progress]:
+    done = Progress.load(path)
+    return done.position, done
 
 
 def _read(

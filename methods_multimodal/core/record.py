@@ -18,10 +18,11 @@ R = TypeVar("R", bound="Record")
 class Record:
     """Saving and loading of a frozen dataclass of tensors, dicts of tensors, and plain values."""
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, durable: bool = True) -> Path:
         """Writes the record; a write that is cut short leaves what was there before.
 
-        Equal records are equal bytes. Raises: StoreError if it cannot be written.
+        Equal records are equal bytes. If not `durable`, it outlives the process, and not for certain a power
+        failure. Raises: StoreError if it cannot be written.
         """
         tensors: dict[str, Tensor] = {}
         plain: dict[str, Any] = {}
@@ -33,7 +34,9 @@ class Record:
                 tensors |= {f"{name}/{k}": v for k, v in value.items()}
             else:
                 plain[name] = value
-        return save_tensors(path, tensors, {"record": type(self).__name__, "values": json.dumps(plain)})
+        return save_tensors(
+            path, tensors, {"record": type(self).__name__, "values": json.dumps(plain)}, durable=durable
+        )
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:

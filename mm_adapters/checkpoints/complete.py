@@ -64,6 +64,8 @@ def check_numbers(name: str, parts: Mapping[str, nn.Module]) -> None:
                 tensor = held(module.get_submodule(owner), leaf)
             if tensor.dtype not in _FLOATS or tensor.is_meta or not tensor.numel():
                 continue
+            if type(tensor) not in (nn.Parameter, torch.Tensor):  # Packed, into whole numbers.
+                continue
             # The least and the most are NaN if one number is; nothing as large as the weight is made.
             low, high = torch.aminmax(tensor.detach())
             if not (torch.isfinite(low) and torch.isfinite(high)):

@@ -51,7 +51,8 @@ def load_module(
         raise unknown(_outline(cls, source), ModelRecord)
     check_map(options.get("device_map"), lambda: names_in(_without_weights(cls, source)))
     if device_wanted.type == "meta":
-        return _without_weights(cls, source, options.get("attn_implementation"))
+        model = _without_weights(cls, source, options.get("attn_implementation"))
+        return model if dtype is None else model.to(dtype)
     if options.get("quantization_config") is not None:  # Some are packed where they compute.
         options.setdefault("device_map", {"": device_wanted})
     if source.folder is not None:

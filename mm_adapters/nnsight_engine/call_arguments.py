@@ -31,6 +31,8 @@ def by_name(
             raw = {"text": first}
         elif is_chat(first) or is_chats(first):
             raw = spoken(processor, [first] if is_chat(first) else first)
+        elif is_token_ids(first):
+            raw = {"input_ids": first}
         elif _is_pictures(first):
             raw = {"images": first}
     if raw:
@@ -48,6 +50,12 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) or (
         isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)
     )
+
+
+def is_token_ids(value: Any) -> bool:
+    """Whether this is a list of token ids, or of such lists."""
+    rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+    return all(isinstance(row, list) and bool(row) and all(type(i) is int for i in row) for row in rows)
 
 
 def _is_pictures(value: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm_adapters.inputs.call_names import RAW, Call
 from mm_adapters.inputs.images import opened
-from mm_adapters.nnsight_engine.call_arguments import by_name
+from mm_adapters.nnsight_engine.call_arguments import by_name, is_token_ids
 from mm_adapters.nnsight_engine.invokes import combine, combine_prompts, n_prompts
 from mm_adapters.runs.base_model import BaseModel
 
@@ -26,10 +26,35 @@ class CallsModel(BaseModel):
 
     def named(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """One call's arguments by name, raw text and images as they are."""
+        return self._token_rows(self._named(inputs, kwargs))
+
+    def _named(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not inputs:
             return dict(kwargs)
         processor = getattr(self._inputs, "processor", None) or getattr(self._inputs, "tokenizer", None)
         return by_name(self.kind, self._takes(), processor, inputs, kwargs)
+
+    def _token_rows(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Token ids that are a list of numbers or of lists, or one row, as rows of a tensor."""
+        ids: Any = arguments.get("input_ids")
+        if isinstance(ids, Tensor) and ids.ndim == 1 and not ids.is_floating_point():
+            return arguments | {"input_ids": ids[None]}
+        if not is_token_ids(ids):
+            return arguments
+        rows = [{"input_ids": torch.tensor([row])} for row in (ids if isinstance(ids[0], list) else [ids])]
+        if len(rows) == 1 or "attention_mask" in arguments:
+            return arguments | {"input_ids": torch.cat([row["input_ids"] for row in rows])}
+        return arguments | combine(rows, *self._padding())
+
+    def _padding(self) -> tuple[int, bool]:
+        """The token that pads texts, and whether it stands at the left."""
+        tokenizer = getattr(self._inputs, "tokenizer", None)
+        config = getattr(self.wrapped, "config", None)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        pad = getattr(config, "pad_token_id", None) if pad is None else pad
+        reads_on = any(tower.role == "language" for tower in self.towers.values())
+        left = reads_on and getattr(tokenizer, "padding_side", "right") == "left"
+        return 0 if pad is None else pad, left
 
     def arguments(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """One call's arguments by name, with raw text and images prepared."""
@@ -69,7 +94,7 @@ class CallsModel(BaseModel):
             return 1
         if self.kind == "diffusion":
             return n_prompts(kwargs, by_text="prompt" in self._takes())
-        return int(any(isinstance(v, Tensor) for v in kwargs.values()))
+        return int(any(isinstance(v, Tensor) or is_token_ids(v) for v in kwargs.values()))
 
     def _batch(self, invokes: list[Any], fn: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         calls = [self._in_dtype(arguments) for _, arguments in invokes]
@@ -77,12 +102,7 @@ class CallsModel(BaseModel):
             return (), dict(calls[0]) if calls else {}
         if self.kind == "diffusion":
             return (), combine_prompts(calls)
-        tokenizer = getattr(self._inputs, "tokenizer", None)
-        config = getattr(self.wrapped, "config", None)
-        pad = getattr(tokenizer, "pad_token_id", None)
-        pad = getattr(config, "pad_token_id", None) if pad is None else pad
-        left = self.kind == "vlm" and getattr(tokenizer, "padding_side", "right") == "left"
-        return (), combine(calls, 0 if pad is None else pad, left)
+        return (), combine(calls, *self._padding())
 
     def _in_dtype(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Pixels in the dtype of the weights, which a sandbox that prepared them does not know."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
-import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.transformers import Generator
 from nnsight.tracing.tracer import WithBlockNotFoundError
@@ -20,6 +19,7 @@ from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
 from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
 from mm_adapters.nnsight_engine.tasks import TASKS
 from mm_adapters.runs.base_model import BaseModel
+from mm_adapters.sites.site_map import SiteMap
 
 PARTS = ("processor", "tokenizer", "image_processor")
 
@@ -43,22 +43,25 @@ def open_named(
     *,
     dispatch: bool = False,
     device: Any = None,
-    device_map: Any = None,
     dtype: Any = None,
     **options: Any,
 ) -> tuple[OpenedCheckpoint, Unread | None]:
     """A checkpoint as `load` finds it, and what is left to read of it.
 
     Without `dispatch` its model is on the meta device. `options` may hold a processor, tokenizer or image
-    processor to take instead of the checkpoint's. A `device_map` of one device is that device.
+    processor to take instead of the checkpoint's.
 
-    Raises: InputError for a `device_map` of several; else as `load`.
+    Raises: as `load`.
     """
-    device = device if device_map is None else one_device(device_map, device)
+    dtype = options.pop("torch_dtype", dtype)  # Its old name, which nnsight takes too.
+    dtype = None if dtype == "auto" else dtype
     parts = {k: options.pop(k) for k in PARTS if options.get(k) is not None}
 
     def read(without_weights: bool = False) -> OpenedCheckpoint:
-        return open_checkpoint(os.fspath(name), device, dtype, options, without_weights, **parts)
+        opened = open_checkpoint(os.fspath(name), device, dtype, options, without_weights, **parts)
+        if not parts:
+            pad_as_nnsight(opened.inputs.tokenizer, opened.model, opened.sites)
+        return opened
 
     if dispatch or str(device) == "meta":
         return read(), None
@@ -66,21 +69,20 @@ def open_named(
     return read(without_weights=True), Unread(read, places)
 
 
-def one_device(device_map: Any, device: Any = None) -> Any:
-    """The device of a `device_map` as transformers takes it; None is the first GPU, or else the CPU.
+def pad_as_nnsight(tokenizer: Any, model: Any, sites: SiteMap) -> None:
+    """Pads as nnsight 0.8.1 does (modeling/transformers.py): where the tokenizer has no padding token its end
+    token pads, and rows of a decoder are padded at the left, so that `[:, -1]` is each row's last token.
 
-    Raises: InputError if it spreads the model, or `device` is given too.
+    Of decoders only those with rotary positions: those with learned ones would count the padding.
     """
-    if device is not None:
-        raise InputError(f"device={device!r} and device_map={device_map!r}: give one of the two.")
-    devices = list(dict.fromkeys(device_map.values())) if isinstance(device_map, Mapping) else [device_map]
-    spreads = devices[0] in ("auto", "balanced", "balanced_low_0", "sequential") if devices else True
-    if len(devices) != 1 or (spreads and torch.cuda.device_count() > 1):
-        raise InputError(
-            f"device_map={device_map!r} spreads the model over several devices, which is not done by name. "
-            "Pass device=, or load the model yourself and give it to TracedModel."
-        )
-    return None if spreads else f"cuda:{devices[0]}" if isinstance(devices[0], int) else devices[0]
+    if not hasattr(tokenizer, "padding_side"):
+        return
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    decoders = [tower for tower in sites.towers.values() if tower.role == "language"]
+    rotary = [d for d in decoders if "attn.hook_rot_q" in (d.parts.get("blocks") or [{}])[0]]
+    if rotary and not getattr(model.config, "is_encoder_decoder", False):
+        tokenizer.padding_side = "left"
 
 
 class NamedModel(BaseModel):
@@ -135,7 +137,8 @@ class NamedModel(BaseModel):
     @property
     def task(self) -> str | None:
         """What transformers calls the task of this model, where it has a name for it."""
-        return self._task or TASKS.get(self.kind)
+        alone = [tower.role for tower in self.towers.values()] if self.kind == "tower" else []
+        return self._task or TASKS.get(self.kind) or ("text-generation" if alone == ["language"] else None)
 
     @property
     def processor(self) -> Any:

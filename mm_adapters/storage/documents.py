@@ -1,4 +1,4 @@
-"""Text and JSON files: written whole, with a checksum where nobody edits them; one error for a bad one."""
+"""Text and JSON files: written whole, checked where nobody edits them; a bad one is one clear error."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mm_adapters.storage.files import write_json
 _SUM = "crc32"
 
 
-def write_document(path: Path, document: dict[str, Any]) -> None:
-    """Writes a JSON object as a whole, with a checksum of what it says."""
-    write_json(path, document | {_SUM: _crc32(document)})
+def write_document(path: Path, document: dict[str, Any], *, durable: bool = True) -> None:
+    """Writes a JSON object as a whole, with a checksum of what it says; `durable` as of `atomic_write`."""
+    write_json(path, document | {_SUM: _crc32(document)}, durable=durable)
 
 
 def read_document(path: Path, *, edited: bool = False) -> dict[str, Any]:

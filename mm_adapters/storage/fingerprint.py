@@ -56,6 +56,8 @@ def of_module(module: nn.Module) -> dict[str, Any]:
     """
     tensors = {f"weight {n}": p for n, p in module.named_parameters()}
     tensors |= {f"buffer {n}": b for n, b in module.named_buffers()}
+    for name, layer in module.named_modules():
+        tensors |= {f"weight {name}.{n}".replace(" .", " "): t for n, t in _elsewhere(layer).items()}
     layers, adapters = hashlib.sha256(), []
     for name, layer in module.named_modules():
         layers.update(f"{name}:{type(layer).__name__}:{_ADDRESS.sub('', layer.extra_repr())};".encode())
@@ -69,6 +71,25 @@ def of_module(module: nn.Module) -> dict[str, Any]:
         "config": of_value(_config(getattr(module, "config", None))),
         "adapters": of_value(adapters),
     }
+
+
+def _elsewhere(layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's weights that are not among its parameters: offloaded (accelerate), or packed."""
+    found: dict[str, Tensor] = {}
+    hook = getattr(layer, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if kept is not None:
+            found |= {n: kept[n] for n, p in layer.named_parameters(recurse=False) if p.is_meta}
+    packed = getattr(layer, "weight", None)
+    if callable(packed):  # A layer that torch quantised says its weight when it is called.
+        weight = packed()
+        if isinstance(weight, Tensor):
+            found["weight"] = weight.dequantize() if weight.is_quantized else weight
+    scales = getattr(getattr(packed, "quant_state", None), "absmax", None)
+    if isinstance(scales, Tensor):  # Of bitsandbytes' four bits.
+        found["scales"] = scales
+    return found
 
 
 def of_model(model: Any) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from mm_adapters.storage.provenance import check_same_work
 
 FORMAT = "mm_adapters.store/2"
 MANIFEST = "manifest.json"
+# Of the shard that is not closed, how much is stored all the same.
+OPEN = "open.json"
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,6 @@ def new_manifest(columns: Mapping[str, Column], about: dict[str, Any], shard_byt
         "about": about,
         "shard_bytes": shard_bytes,
         "shards": [],
-        # Of the shard that is not closed, how much is safely stored all the same.
-        "open": None,
         "complete": False,
     }
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_SHARE = 0.03
+_SHARE = 0.05
 _MOST_S = 30.0
 
 
 class SaveClock:
-    """Says that a save is due once the last one has become a small share of the time since.
+    """Says that a save is due once what one takes has become a small share of the time since the last.
 
-    What is lost to a kill is then some thirty times what a save takes, and at most half a minute.
+    What is lost to a kill is then some twenty times what a save takes, and at most half a minute.
     """
 
     def __init__(self, share: float = _SHARE, most_s: float = _MOST_S) -> None:
         self._share, self._most_s = share, most_s
-        self._cost_s = 0.0
+        # The least of a few: a save that had to wait for other programs is no measure of the next.
+        self._costs_s: deque[float] = deque([0.0], maxlen=3)
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
         """Whether to save now."""
         passed = time.monotonic() - self._last
-        return passed >= self._most_s or self._cost_s <= self._share * passed
+        return passed >= self._most_s or min(self._costs_s) <= self._share * passed
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -32,4 +34,4 @@ class SaveClock:
         began = time.monotonic()
         yield
         self._last = time.monotonic()
-        self._cost_s = self._last - began
+        self._costs_s.append(self._last - began)

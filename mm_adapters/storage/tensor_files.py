@@ -19,16 +19,20 @@ from mm_adapters.storage.files import atomic_write
 _SUM = "crc32"
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Path:
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], *, durable: bool = True
+) -> Path:
     """Writes the file as a whole: safetensors, with `facts` and a checksum of all in its header.
 
-    The same content is the same bytes. Raises: StoreError if it cannot be written; what was there stays.
+    The same content is the same bytes; `durable` as of `atomic_write`.
+
+    Raises: StoreError if it cannot be written; what was there stays.
     """
     path = Path(path)
     # Copies, since safetensors takes no two tensors of one memory.
     ready = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
     header = {**facts, _SUM: _crc32(ready, facts)}
-    with atomic_write(path, keep_suffix=True) as part:
+    with atomic_write(path, keep_suffix=True, durable=durable) as part:
         save_file(ready, part, metadata=header)
         _sort_header(part)
     return path

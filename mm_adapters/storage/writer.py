@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_adapters._errors import StoreError
+from mm_adapters._errors import CheckpointError, StoreError
+from mm_adapters.storage.documents import read_document, write_document
 from mm_adapters.storage.files import GrowingFile, lock, sync_folder
 from mm_adapters.storage.manifest import (
     MANIFEST,
+    OPEN,
     Column,
     check_same,
     file_name,
@@ -55,6 +57,7 @@ class Writer:
         self.columns = dict(columns)
         self._manifest = new_manifest(self.columns, dict(about or {}), shard_bytes)
         self._files: list[GrowingFile] = []
+        self._kept: dict[str, Any] | None = None
         self._clock = SaveClock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +127,7 @@ class Writer:
         if self.complete:
             return self._unlock()
         try:
-            if not self._files and self._manifest["open"]:
+            if not self._files and self._kept:
                 self._files = self._open_shard()
             if self._files:
                 self._close_shard()
@@ -152,7 +155,7 @@ class Writer:
         self._unlock()
 
     def _stored(self, what: str) -> int:
-        safe = [*self._manifest["shards"], *([self._manifest["open"]] if self._manifest["open"] else [])]
+        safe = [*self._manifest["shards"], *([self._kept] if self._kept else [])]
         return sum(part[what] for part in safe)
 
     def _resume(self) -> None:
@@ -162,7 +165,8 @@ class Writer:
             check_same(self.folder, stored, self._manifest)
             self._manifest = stored
         else:
-            strangers = [p.name for p in self.folder.iterdir() if p.suffix not in (".tmp", ".safetensors")]
+            ours = (".tmp", ".safetensors")
+            strangers = [p.name for p in self.folder.iterdir() if p.suffix not in ours and p.name != OPEN]
             if strangers:
                 raise StoreError(
                     f"{self.folder} holds other files ({', '.join(strangers[:3])}). Choose a new folder."
@@ -170,19 +174,29 @@ class Writer:
             write_manifest(self.folder, self._manifest)
         n_shards = len(self._manifest["shards"])
         counted = {p.name for i in range(n_shards) for p in self._paths(i)}
-        if self._manifest["open"]:
+        self._kept = None if self.complete else self._read_kept(n_shards)
+        if self._kept:
             self._finish_renaming(n_shards)
             try:
                 for file in self._open_shard():
                     file.leave()
             except OSError:  # Lost or damaged: its rows are made again.
-                self._manifest["open"] = None
-                write_manifest(self.folder, self._manifest)
+                self._kept = None
             else:
                 counted |= {p.with_suffix(".tmp").name for p in self._paths(n_shards)}
+        if not self._kept:
+            (self.folder / OPEN).unlink(missing_ok=True)
         for left in (*self.folder.glob("*.tmp"), *self.folder.glob("*.safetensors")):
             if left.name not in counted:  # Of a run that died before the manifest counted them.
                 left.unlink()
+
+    def _read_kept(self, shard: int) -> dict[str, Any] | None:
+        """What was kept of the open shard; a note that is damaged, or of another one, is as good as none."""
+        try:
+            kept = read_document(self.folder / OPEN)
+        except CheckpointError:
+            return None
+        return kept["open"] if kept.get("shard") == shard else None
 
     def _finish_renaming(self, shard: int) -> None:
         """Files of the open shard that got their name before the manifest counted them lose it again."""
@@ -195,7 +209,7 @@ class Writer:
 
     def _open_shard(self) -> list[GrowingFile]:
         """A new shard's files, or those of the open one, up to what is safely stored of them."""
-        kept = self._manifest["open"]
+        kept = self._kept
         self._pending = dict(kept) if kept else {"rows": 0, "appends": 0, "items": 0, "crc32": []}
         sums = kept["crc32"] if kept else [0] * len(self.columns)
         paths = self._paths(len(self._manifest["shards"]))
@@ -220,20 +234,25 @@ class Writer:
         }
 
     def _keep(self) -> None:
-        """Makes the open shard safe as it is, without closing it: shards are the same with and without."""
+        """Keeps the open shard as it is, without closing it: shards are the same with and without.
+
+        It outlives the process. If the power fails it may not, and the checksums say so.
+        """
         for file in self._files:
-            file.sync()
-        write_manifest(self.folder, self._manifest | {"open": self._pending})
-        self._manifest["open"] = self._pending
+            file.flush()
+        note = {"shard": len(self._manifest["shards"]), "open": self._pending}
+        write_document(self.folder / OPEN, note, durable=False)
+        self._kept = self._pending
 
     def _close_shard(self) -> None:
         for file in self._files:
             file.close()
         sync_folder(self.folder)
         shards = [*self._manifest["shards"], self._pending]
-        write_manifest(self.folder, self._manifest | {"shards": shards, "open": None})
-        self._manifest |= {"shards": shards, "open": None}
-        self._files = []
+        write_manifest(self.folder, self._manifest | {"shards": shards})
+        self._manifest["shards"] = shards
+        self._files, self._kept = [], None
+        (self.folder / OPEN).unlink(missing_ok=True)
 
     def _leave(self) -> None:
         for file in self._files:

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+<<<<<<< HEAD
 from mm_adapters._errors import HostAssertionError, InputError
+=======
+from mm_adapters._errors import InputError
+from mm_adapters.inputs.cache_argument import OLD, cache_name
+>>>>>>> main
 from mm_adapters.tl_engine.generation_checks import (
     check_fill,
     check_mask,
@@ -186,7 +191,7 @@ class TowerGeneration:
         if use_past_kv_cache:
             from transformers import DynamicCache
 
-            settings["past_key_values"] = DynamicCache()
+            settings[cache_name(self._root.call_names().takes) or OLD] = DynamicCache()
         held = prompt.value
         ended = torch.zeros(len(held), dtype=torch.bool, device=held.device)
         ends, fill = settings["generation_config"].eos_token_id, settings["generation_config"].pad_token_id

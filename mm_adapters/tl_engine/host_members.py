@@ -74,7 +74,7 @@ class HostMembers:
         """What enters the first block; the tokens; None; the attention mask, None if all is attended to."""
         tower: Any = self
         texts = [input] if isinstance(input, str) else input if isinstance(input, list) else None
-        tokens = input if texts is None else tower.to_tokens(texts, prepend_bos, padding_side)
+        tokens: Any = input if texts is None else tower.to_tokens(texts, prepend_bos, padding_side)
         tokens = tokens if tokens.ndim == 2 else tokens[None]
         if attention_mask is None:
             attention_mask = tower.attended_tokens(tokens, texts, prepend_bos, padding_side)

@@ -57,13 +57,13 @@ class NamedHooks:
         cache: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """As TransformerLens': hooks that fill a cache in later runs, until they are reset."""
-        cache, forward, backward = self.get_caching_hooks(
+        filled, forward, backward = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim=remove_batch_dim, cache=cache
         )
         for direction, hooks in (("fwd", forward), ("bwd", backward)):
             for name, hook in hooks:
                 self.add_hook(name, hook, dir=direction)
-        return cache
+        return filled
 
     def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
         point = self.mod_dict[name]

@@ -28,9 +28,11 @@ from mm_adapters.tl_engine.tower_state import TowerState
 from mm_adapters.tl_engine.tower_tokens import TowerTokens
 from mm_adapters.tl_engine.tower_weights import TowerWeights
 from mm_adapters.tl_engine.unembed_points import unembed_points
+from mm_adapters.tl_engine.wrapped_members import WrappedMembers
 
 
 class HookedTower(
+    WrappedMembers,
     TowerCall,
     TowerGeneration,
     TowerFlags,
@@ -91,6 +93,7 @@ class HookedTower(
             self.add_module("embed", Embedding())
         if mounted.record.position and mounted.role in ("text", "language"):
             self.add_module("pos_embed", Positions())
+        self.share_own_members()
         self.setup()
         self._name_weights()
         before = self.__dict__.get("cfg")

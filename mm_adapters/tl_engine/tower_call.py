@@ -39,6 +39,7 @@ class TowerCall:
     _root: Any
     _class_directions: Tensor | None
     to_tokens: Callable[..., Tensor]
+    check_no_export: Callable[[], None]
     pads_left: Callable[[str | None], bool]
 
     def forward(
@@ -80,6 +81,7 @@ class TowerCall:
 
         Raises: InputError for what the tower does not take.
         """
+        self.check_no_export()
         if return_type not in RETURN_TYPES:
             known = ", ".join(map(repr, RETURN_TYPES))
             raise InputError(f"return_type={return_type!r} is none of {known}.")

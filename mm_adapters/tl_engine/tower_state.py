@@ -21,6 +21,7 @@ class TowerState:
     name: str
     _root: Any
     _mounted: TowerView
+    share_members: Callable[..., None]
 
     def own_modules(self) -> dict[str, nn.Module]:
         """The tower's module, and those that make its summary or its logits of it; by path from the model.
@@ -36,6 +37,19 @@ class TowerState:
             if module is not None and not inside:
                 owners[owner] = module
         return owners
+
+    def share_own_members(self) -> None:
+        """Shows the model's modules in which the tower's are, under their names in the model."""
+        mounted: TowerView = self.__dict__["_mounted"]
+        paths = self.own_modules()
+        if "" in paths:
+            self.share_members(paths[""])
+        elif isinstance(mounted.model, nn.Module):
+            self.share_members(mounted.model, frozenset(path.partition(".")[0] for path in paths))
+        else:  # A pipeline's part, under the part's name.
+            names = {path.partition(".")[0] for path in paths}
+            parts = {name: getattr(mounted.model, name) for name in names}
+            self.share_members(nn.ModuleDict(parts), frozenset(names))
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -89,8 +103,12 @@ class TowerState:
         if strict and (missing or unknown):
             raise StateDictError(
                 f"This state is not the {self.name} tower's. Missing keys: {missing[:3] or 'none'}. "
+<<<<<<< HEAD
                 f"Unexpected keys: {unknown[:3] or 'none'}. Give what its state_dict() gives, "
                 "or strict=False."
+=======
+                f"Unexpected keys: {unknown[:3] or 'none'}. Give what state_dict() gives, or strict=False."
+>>>>>>> main
             )
         for path, module in owned.items():
             start = f"{path}." if path else ""

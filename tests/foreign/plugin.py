@@ -12,6 +12,7 @@ import anyio._core._sockets  # noqa: F401
 import beartype  # noqa: F401
 import nnsight
 import pytest
+from foreign.gpt2 import register_gpt2
 from nnsight.intervention.backends import remote
 from nnsight.modeling import diffusion, transformers
 
@@ -20,6 +21,16 @@ from mm_adapters.traced import TracedModel
 
 _HERE = json.loads(os.environ.get("FOREIGN_CHECKPOINTS", "{}"))
 _OUTCOMES = Path(os.environ["FOREIGN_OUTCOMES"])
+
+
+_running: list[str] = []
+_reached: set[str] = set()
+
+
+def noted(self: Any, name: str) -> Any:
+    """An attribute of a model; the running test has reached it."""
+    _reached.update(_running)
+    return object.__getattribute__(self, name)
 
 
 def here(cls: Any) -> Any:
@@ -37,17 +48,17 @@ def here(cls: Any) -> Any:
 class Named:
     """What a backend asks of a model, of one that is known by its key only."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, env: Any) -> None:
         self.to_model_key = lambda: key
-        self._remoteable_get_env = dict
+        self._remoteable_get_env = lambda: env or {}
         self.service_packages: dict[str, dict[str, str]] = {}
 
 
 class Backend(Dispatch):
     """Ours, made as nnsight's tests make theirs: of a key."""
 
-    def __init__(self, key: str, **options: Any) -> None:
-        super().__init__(Named(key), **options)  # type: ignore[arg-type]
+    def __init__(self, key: str, env: Any = None, **options: Any) -> None:
+        super().__init__(Named(key, env), **options)  # type: ignore[arg-type]
 
 
 class AsyncBackend(remote.AsyncRemoteBackend, Backend):
@@ -55,11 +66,21 @@ class AsyncBackend(remote.AsyncRemoteBackend, Backend):
 
 
 ARE_THEIRS = os.environ.get("FOREIGN_CLASSES") == "theirs"
+for kind in (transformers.TransformersModel, diffusion.DiffusionModel) if ARE_THEIRS else (TracedModel,):
+    kind.__getattribute__ = noted  # type: ignore[method-assign]
 transformers.TransformersModel = here(transformers.TransformersModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
 diffusion.DiffusionModel = here(diffusion.DiffusionModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
 nnsight.VisionLanguageModel = here(nnsight.VisionLanguageModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
+nnsight.LanguageModel = here(nnsight.LanguageModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
+register_gpt2()
 if not ARE_THEIRS:
     remote.RemoteBackend, remote.AsyncRemoteBackend = Backend, AsyncBackend  # type: ignore[misc]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    _running[:] = [item.nodeid]
+    return (yield)
 
 
 @pytest.hookimpl
@@ -67,4 +88,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.outcome != "passed" or report.when == "call":
         why = str(getattr(report.longrepr, "reprcrash", report.longrepr) or "")
         with _OUTCOMES.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([report.nodeid.rpartition("/")[2], report.outcome, why[-600:]]) + "\n")
+            file_of, _, test = report.nodeid.partition("::")
+            line = [f"{Path(file_of).name}::{test}", report.outcome, why[-600:], report.nodeid in _reached]
+            file.write(json.dumps(line) + "\n")
