@@ -143,7 +143,9 @@ def test_a_switch_of_the_configuration_is_the_towers(flag: str, name: str) -> No
     torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
     setattr(both.ours.cfg, flag, False)
     assert name not in both.ours.hook_dict
+    of_the_bridge = name.replace("1.hook_q", "1.attn.hook_q")
     for use in (
+        lambda: both.ours.add_hook(of_the_bridge, lambda value, hook: None),
         lambda: both.ours.run_with_cache(TOKENS, names_filter=[name]),
         lambda: both.ours.add_hook(name, lambda value, hook: None),
         lambda: both.ours.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda value, hook: None)]),

@@ -23,6 +23,8 @@ POINTS = {
     "use_hook_mlp_in": ("hook_mlp_in",),
 }
 
+_SWITCH_OF = {point.rpartition(".")[2]: flag for flag, points in POINTS.items() for point in points}
+
 
 class TowerFlags:
     """`set_use_attn_result(True)` and the others, as HookedTransformer's, for every block."""
@@ -75,8 +77,8 @@ class TowerFlags:
         """Raises: MissingSiteError for a name that is no site; HostAssertionError before its switch is on."""
         for name in names_of(names):
             local = name.removeprefix(f"{self.name}.")
-            flag = next((f for f, points in POINTS.items() if local.split(".", 2)[-1] in points), None)
-            if flag is not None and local not in self.hook_dict:
+            flag = _SWITCH_OF.get(local.rpartition(".")[2])  # The bridge says attn.hook_q_input.
+            if flag is not None and local not in self.hook_dict and not getattr(self.cfg, flag):
                 raise HostAssertionError(
                     f"{self.name}.{local} is there only if it is asked for: call set_{flag}(True) first."
                 )

@@ -282,12 +282,11 @@ def _tower(opt: Any, tokenizer: Any, prepend_bos: bool | None, padding_side: str
 
 def _unprocessed(model: Any) -> Any:
     """The model, whose compatibility mode processes no weights whatever is asked."""
-    enable = getattr(model, "enable_compatibility_mode", lambda **_: None)
-    if enable is not None:
-        keep = {"no_processing": True}
-        model.__dict__["enable_compatibility_mode"] = lambda *_, **asked: enable(
-            **{k: v for k, v in asked.items() if k == "disable_warnings"} | keep
-        )
+    enable = model.enable_compatibility_mode
+    keep = {"no_processing": True}
+    model.__dict__["enable_compatibility_mode"] = lambda *_, **asked: enable(
+        **{k: v for k, v in asked.items() if k == "disable_warnings"} | keep
+    )
     return model
 
 
