@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from mm_adapters import InputError, load
+from mm_adapters.inputs.images import image_files, readable_files
+from mm_adapters.store import read_text
 
 _TRAINER = ("total_training_samples", "train_batch_size_samples")
 
@@ -35,6 +37,9 @@ def train(
     prompts: Annotated[Path | None, typer.Option(help="A text file, a prompt a line.")] = None,
     tokens: Annotated[str, typer.Option(help="class, patch, image, word, pad, ... or all.")] = "all",
     steps: Annotated[str | None, typer.Option(help="Of a sampling loop: '3' or '0-9'.")] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="List pictures that cannot be read, and go on.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and the order of rows.")] = 0,
 ) -> None:
@@ -43,14 +48,21 @@ def train(
     if (images is None) == (prompts is None):
         raise InputError("Pass --images FOLDER or --prompts FILE, one of the two.")
     step_numbers = _steps(steps)
-    data: Any = images
+    data: Any = None
     if prompts is not None:
         if not prompts.is_file():
             raise FileNotFoundError(f"There is no file {prompts}.")
-        data = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        data = [line.strip() for line in read_text(prompts).splitlines() if line.strip()]
+        if not data:
+            raise InputError(f"{prompts} holds no prompt: give one a line.")
+    check_folder(out)
     from integrations import sae_lens as mm_sae
 
     cfg, trainer = parse_config(settings)
+    if images is not None:
+        data, skipped = readable_files(image_files(images), skip_unreadable=skip_unreadable)
+        for path, why in skipped:
+            typer.echo(f"skipped {path}: {why}")
     sae = mm_sae.train(
         load(model, device=device),
         site,
@@ -72,10 +84,10 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
-        raise FileNotFoundError(f"There is no config {path}.")
+        raise InputError(f"There is no config {path}.")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # A date of month 13 is a ValueError.
         raise InputError(f"{path} is not valid YAML: {error}.") from None
     if not isinstance(settings, dict) or "architecture" not in settings:
         raise InputError(f"{path} needs a line 'architecture: batchtopk' (or another of SAELens').")
@@ -87,29 +99,37 @@ def parse_config(settings: dict[str, Any]) -> tuple[Any, Any]:
 
     Raises: InputError for an unknown architecture or field, listing those there are.
     """
-    from dataclasses import fields
-
     from sae_lens.config import SAETrainerConfig
     from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
     from integrations import sae_lens as _  # noqa: F401  Registers the transcoder.
+    from integrations.sae_lens._fields import check_fields, check_required
 
     settings = dict(settings)
     architecture, trainer = settings.pop("architecture"), settings.pop("trainer", None)
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+    if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
         known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
         raise InputError(f"There is no architecture {architecture!r} to train; there is {known}.")
+    if trainer is not None and not isinstance(trainer, dict):
+        raise InputError(f"trainer: holds fields and values, not {trainer!r}.")
     cls = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     for kind, values in ((cls, settings), (SAETrainerConfig, trainer or {})):
-        known = [f.name for f in fields(kind)]
-        unknown = [k for k in values if k not in known]
-        if unknown:
-            raise InputError(f"{kind.__name__} has no {unknown[0]!r}; it has {', '.join(known)}.")
+        texts = [k for k in values if not isinstance(k, str)]
+        if texts:
+            raise InputError(f"A field's name is a text, not {texts[0]!r}.")
+        check_fields(kind, values)
+    check_required(cls, settings)
     if trainer is not None:
         missing = [k for k in _TRAINER if k not in trainer]
         if missing:
             raise InputError(f"trainer: needs {', '.join(missing)}.")
     return cls(**settings), None if trainer is None else SAETrainerConfig(**trainer)
+
+
+def check_folder(out: Path) -> None:
+    """Raises: InputError if a folder of results would take the place of a file."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give a folder.")
 
 
 def _steps(text: str | None) -> list[int] | None:

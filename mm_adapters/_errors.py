@@ -33,6 +33,14 @@ class WordNotFoundError(InputError):
     """A word or phrase was looked up in a text that does not have it."""
 
 
+class HostAssertionError(InputError, AssertionError):
+    """What TransformerLens' models refuse by an assertion, so that code that catches theirs goes on."""
+
+
+class StateDictError(InputError, RuntimeError):
+    """A state that is not the tower's was to be loaded strictly; torch raises RuntimeError."""
+
+
 class CheckpointError(OSError):
     """A checkpoint is missing, truncated, pickled, or not one that this package reads."""
 
@@ -47,6 +55,10 @@ class MetaDeviceError(RuntimeError):
 
 class ModelStateError(RuntimeError):
     """The model was changed into a state in which a site or weight asked for would not hold what it says."""
+
+
+class HostMemberError(AttributeError):
+    """A member of TransformerLens' models was asked of a tower, which does not have it, for a reason."""
 
 
 class ModelBusyError(RuntimeError):

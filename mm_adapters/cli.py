@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,13 +22,21 @@ MISTAKES = (
     _errors.InputError,
     _errors.MetaDeviceError,
     _errors.MissingSiteError,
+    _errors.HostAssertionError,
+    _errors.HostMemberError,
     _errors.ModelBusyError,
     _errors.ModelStateError,
     _errors.ReadNeverFiredError,
+    _errors.StateDictError,
     _errors.StoreError,
     _errors.UnknownFamilyError,
     FileNotFoundError,
 )
+# What the machine says no to: no room, no right, too many files.
+SYSTEM = (
+    errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE,
+    errno.ENFILE, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO,
+)  # fmt: skip
 
 
 class Friendly(TyperGroup):
@@ -37,8 +46,18 @@ class Friendly(TyperGroup):
         try:
             return super().invoke(ctx)
         except MISTAKES as error:
-            typer.echo(f"mm-interp: {error}", err=True)
+            typer.echo(f"mm-interp: {_one_line(error)}", err=True)
             raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in SYSTEM:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"mm-interp: {where}{error.strerror}.", err=True)
+            raise typer.Exit(2) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n"))
 
 
 def sites(

@@ -30,13 +30,15 @@ from mm_adapters.tl_engine.cache import ModelCache
 from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device, names_of
 from mm_adapters.tl_engine.hook_point import SitePoint
 from mm_adapters.tl_engine.hung_points import hang, hung_values
+from mm_adapters.tl_engine.named_hooks import NamedHooks
 from mm_adapters.tl_engine.tower import HookedTower
+from mm_adapters.tl_engine.wrapped_members import WrappedMembers
 
 if TYPE_CHECKING:
     from mm_adapters.inputs.prepare import Inputs
 
 
-class HookedModel(BaseModel, HookedRootModule):
+class HookedModel(WrappedMembers, BaseModel, NamedHooks, HookedRootModule):
     """CLIP, LLaVA or Stable Diffusion with TransformerLens' hooks, cache and towers.
 
     Calling it calls the wrapped model: with that model's own arguments, or with raw `text=` and
@@ -60,6 +62,7 @@ class HookedModel(BaseModel, HookedRootModule):
         self.__dict__["wrapped"] = self.sitemap.model
         self.__dict__["inputs"] = inputs
         self._loaded_as = loaded_as
+        self.share_members(as_module(self.wrapped))
         self.points = Points(self.sitemap, SitePoint)
         self._hang_towers()
         self.eval()
@@ -86,7 +89,7 @@ class HookedModel(BaseModel, HookedRootModule):
         gone = [
             name
             for name, point in before.items()
-            if name not in self.sitemap.sites and (point.has_hooks() or point.live)
+            if name not in self.points.by_name and (point.has_hooks() or point.live)
         ]
         if gone:
             raise ModelStateError(
@@ -124,6 +127,7 @@ class HookedModel(BaseModel, HookedRootModule):
     @in_turn
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped model; raw `text` and `images` are prepared first."""
+        self.check_no_export()
         self.check_ready()
         arguments = self._arguments(self._by_name(args, kwargs))
         alone = self.kind == "contrastive"  # Of images or texts alone, their tower is run, as in `run`.
@@ -294,14 +298,18 @@ class HookedModel(BaseModel, HookedRootModule):
                 tower.cfg.device, tower.cfg.dtype = str(parameter.device), parameter.dtype
 
     def renamed(self) -> None:
-        """Names its points anew, after a tower has got some or lost them."""
-        for tower in map(self.tower, self.tower_names):
-            tower.setup()
+        """Names its points anew, after towers have got some or lost them: a point has its tower's name."""
         self.setup()
+        for name in self.sitemap.towers:
+            getattr(self, name).setup()
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         for module in self._modules_wrapped():
             yield from module.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        for module in self._modules_wrapped():
+            yield from module.named_buffers(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's; of a pipeline, its parts' behind their names."""
@@ -316,7 +324,7 @@ class HookedModel(BaseModel, HookedRootModule):
     def __reduce__(self) -> Any:
         # A copy is wrapped anew: it has no hooks, and its sites are those of the copied modules.
         modes = [m.training for module in self._modules_wrapped() for m in module.modules()]
-        kept = {name: self.tower(name).kept() for name in self.tower_names}
+        kept = {name: self.tower(name).own_state() for name in self.tower_names}
         return _wrapped_again, (
             type(self),
             self.wrapped,
@@ -340,7 +348,7 @@ class HookedModel(BaseModel, HookedRootModule):
                 getattr(self, name).move(mounted, self.points)
             else:
                 self.add_module(name, HookedTower(self, mounted, self.points))
-        self.setup()
+        self.renamed()
         self._turns = Turns([self.wrapped, *(t.module for t in self.sitemap.towers.values())])
 
     def eagerly(self) -> AbstractContextManager[None]:
@@ -439,7 +447,7 @@ def _wrapped_again(
     for module, mode in zip(modules, modes, strict=True):
         module.training = mode
     for name, state in kept.items():
-        model.tower(name).keep(state)
+        model.tower(name).set_state(state)
     return model
 
 

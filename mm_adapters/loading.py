@@ -64,7 +64,9 @@ def load(
         device: The first GPU if there is one, else the CPU. On "meta" no weights are read: the sites can
             be listed and the model cannot run.
         dtype: The checkpoint's own on a GPU, and float32 on the CPU.
-        options: For the library's own from_pretrained. Of a pipeline, `automodel` is the class of
+        options: For the library's own from_pretrained: `device_map` in place of `device` (with
+            `offload_folder`, `max_memory`) spreads a model over devices, the memory and the disk,
+            `quantization_config` packs its weights. Of a pipeline, `automodel` is the class of
             diffusers to make of the checkpoint ("StableDiffusionImg2ImgPipeline",
             "AutoPipelineForInpainting") instead of the one that it names.
 

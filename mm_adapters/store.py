@@ -6,13 +6,18 @@
     for batch in Store(folder).batches(4096, seed=0): ...
 
 A folder holds `manifest.json` and, for each shard, one safetensors file a column. A shard closes
-between two appends, when it is large enough; then the manifest counts it. What came after the last
-closed shard is lost when the process dies, and made again: the store ends up the same, byte for byte.
+between two appends, when it is large enough. From time to time the rows of the open one are made safe
+too. What came after that is lost when the process dies, and made again: the store ends up the same, byte
+for byte. Every file has a checksum in the manifest, which is taken when the file is first read.
+
+`provenance` says what work is made of, and `work_folder` keeps it beside work that is no store.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -26,19 +31,44 @@ from torch import Tensor
 
 from mm_adapters._errors import CheckpointError, StoreError
 from mm_adapters.checkpoints.checks import check_safetensors
+from mm_adapters.storage.documents import read_document, read_mapping, read_text, write_document
 from mm_adapters.storage.files import CODES, DTYPES, Mapped, atomic_write
+from mm_adapters.storage.fingerprint import of_data, of_module, of_tensors
 from mm_adapters.storage.manifest import Column, file_name, read_manifest
+from mm_adapters.storage.provenance import check_same_work, exclusive, provenance, work_folder
+from mm_adapters.storage.save_clock import SaveClock
+from mm_adapters.storage.tensor_files import load_tensors, save_tensors
 from mm_adapters.storage.writer import Writer
 
-__all__ = ["Column", "Store", "Writer", "atomic_write"]
+__all__ = [
+    "Column",
+    "SaveClock",
+    "Store",
+    "Writer",
+    "atomic_write",
+    "check_same_work",
+    "exclusive",
+    "load_tensors",
+    "of_data",
+    "of_module",
+    "of_tensors",
+    "provenance",
+    "read_document",
+    "read_mapping",
+    "read_text",
+    "save_tensors",
+    "work_folder",
+    "write_document",
+]
 
 
 class Store:
     """Reads a store: its rows in order, or shuffled batches, in memory that does not grow with it.
 
-    `partial=True` also opens one whose writer was stopped, with the rows that are safely stored.
+    `partial=True` also opens one whose writer was stopped, with the rows of its closed shards.
 
-    Raises: StoreError if it is no store, not complete, or a file of it is cut.
+    Raises: StoreError if it is no store, not complete, or a file of it is cut; when a file is first read
+    that is damaged, or that changed since.
     """
 
     def __init__(self, folder: str | Path, *, partial: bool = False) -> None:
@@ -58,12 +88,12 @@ class Store:
         self._ends = list(accumulate(s["rows"] for s in manifest["shards"]))
         self._shards: list[dict[str, Mapped]] = []
         for i, shard in enumerate(manifest["shards"]):
-            self._shards.append(
-                {
-                    name: self._map(self.folder / file_name(i, k), name, column, shard["rows"])
-                    for k, (name, column) in enumerate(self.columns.items())
-                }
-            )
+            files: dict[str, Mapped] = {}
+            for k, (name, column) in enumerate(self.columns.items()):
+                path = self.folder / file_name(i, k)
+                files[name] = self._map(path, name, column, shard["rows"], shard["crc32"][k])
+            self._shards.append(files)
+        self.content = f"{zlib.crc32(json.dumps(manifest['shards']).encode()):08x}"
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -183,7 +213,7 @@ class Store:
             raise StoreError(f"{self.folder} has no column {unknown}; it has {list(self.columns)}.")
         return names
 
-    def _map(self, path: Path, name: str, column: Column, n_rows: int) -> Mapped:
+    def _map(self, path: Path, name: str, column: Column, n_rows: int, crc32: int) -> Mapped:
         try:
             header = check_safetensors(path)
         except CheckpointError as error:
@@ -195,7 +225,7 @@ class Store:
                 f"{path} holds {header} and the manifest says {name!r}, {column.dtype}, {shape}. It is of "
                 f"another store; delete {self.folder} and make it again."
             )
-        return Mapped(path, tuple(shape), column.dtype)
+        return Mapped(path, tuple(shape), column.dtype, crc32)
 
 
 def _empty(n_rows: int, column: Column) -> Tensor:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, no_type_check
 
-import mm_adapters.nnsight_engine.import_order  # noqa: F401
+import mm_adapters.nnsight_engine.import_order
 
 # isort: split
 import nnsight
@@ -27,6 +27,7 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+import mm_adapters.nnsight_engine.task_classes  # noqa: F401
 from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.open import open_checkpoint
 from mm_adapters.checkpoints.origin import CheckpointRef
@@ -143,11 +144,22 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
 
     def follow(self) -> None:
         """Maps the sites again if modules of the model were put in place of others."""
-        if not self.sitemap.follow(self.wrapped):
-            return
+        if self.sitemap.follow(self.wrapped):
+            self._wire_again(self._module)
+
+    def stand_for(self, model: Any) -> None:
+        """Traces another model of the same build from now on, in place of the one that it has."""
+        self.sitemap.follow(model)
         if isinstance(self._module, PipelineModule):
-            self._module.hold()
-        self._update(self._module)
+            self._module.pipeline = model
+            self._wire_again(self._module)
+        else:
+            self._wire_again(model)
+
+    def _wire_again(self, module: nn.Module) -> None:
+        if isinstance(module, PipelineModule):
+            module.hold()
+        self._update(module)
         self._points.wire()
         assert isinstance(self.interleaver, SiteInterleaver)
         self._attach_sites(self.interleaver)
@@ -409,16 +421,15 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         device: Any = None,
         dtype: Any = None,
         device_map: Any = None,
+        max_memory: Any = None,
         **_: Any,
     ) -> Remotable:
-        if device_map is not None:
-            raise NotImplementedError(
-                "A TracedModel is served from one device; give its deployment one card."
-            )
         ref = CheckpointRef.parse(model_key)
         device = f"cuda:{device}" if isinstance(device, int) else device
         device = device if dispatch else "meta"
-        wrapped, inputs, origin, sites = open_checkpoint(ref.name, device, dtype, ref.options)
+        placing = {"device_map": device_map, "max_memory": max_memory}
+        options = {**ref.options, **{k: v for k, v in placing.items() if dispatch and v is not None}}
+        wrapped, inputs, origin, sites = open_checkpoint(ref.name, device, dtype, options)
         return TracedModel(wrapped, inputs=inputs, origin=origin, sites=sites)
 
     @classmethod

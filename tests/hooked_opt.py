@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -19,10 +20,16 @@ N_LAYERS, N_HEADS, WIDTH, N_CTX = 3, 4, 32, 64
 class Pair:
     """`theirs` is a HookedTransformer, `ours` the tower of a model of ours."""
 
-    theirs: Any
+    hooked_transformer: Any
     ours: Any
     model: Any
     raw: Any
+
+    @property
+    def theirs(self) -> Any:
+        if self.hooked_transformer is None:
+            pytest.skip("TransformerLens 4 has no HookedTransformer.")
+        return self.hooked_transformer
 
 
 def tokenizer(side: str = "right") -> Any:
@@ -56,10 +63,18 @@ def raw_opt(seed: int = 0) -> Any:
 
 def pair(side: Any = "right", seed: int = 0) -> Pair:
     """Both, over the same weights; theirs are neither folded nor centred."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions.opt import convert_opt_weights
-
     raw = raw_opt(seed)
+    model: Any = mm.wrap(raw, tokenizer=tokenizer(side))
+    return Pair(_hooked_transformer(raw, side), model.language, model, raw)
+
+
+def _hooked_transformer(raw: Any, side: Any) -> Any:
+    """TransformerLens' model of the same weights; None from TransformerLens 4 on."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+        from transformer_lens.pretrained.weight_conversions.opt import convert_opt_weights
+    except ImportError:
+        return None
     cfg = HookedTransformerConfig(
         d_model=WIDTH, d_head=WIDTH // N_HEADS, n_heads=N_HEADS, n_layers=N_LAYERS, n_ctx=N_CTX, d_mlp=48,
         d_vocab=28, act_fn="relu", device="cpu", eps=1e-5, normalization_type="LN",
@@ -68,5 +83,4 @@ def pair(side: Any = "right", seed: int = 0) -> Pair:
         warnings.simplefilter("ignore", DeprecationWarning)
         theirs = HookedTransformer(cfg, tokenizer=tokenizer(side), default_padding_side=side)
     theirs.load_state_dict(convert_opt_weights(raw, cfg), strict=False)
-    model: Any = mm.wrap(raw, tokenizer=tokenizer(side))
-    return Pair(theirs.eval(), model.language, model, raw)
+    return theirs.eval()

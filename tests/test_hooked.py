@@ -57,6 +57,49 @@ def test_heads_that_do_not_matter_to_the_pattern_keep_the_fused_kernel() -> None
     assert torch.equal(plain[first], watched[first])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_pattern_that_is_read_keeps_its_bits_where_gradients_are_wanted(attention: str) -> None:
+    case = tiny.clip()
+    case.model.set_attn_implementation(attention)
+    model = mm.HookedModel(case.model)
+    pixels = case.inputs["pixel_values"].clone().requires_grad_()
+    plain = case.model.get_image_features(pixels).pooler_output
+    seen = []
+    hooks = [("blocks.1.attn.hook_pattern", lambda value, hook: seen.append(value))]
+    watched = model.vision.run_with_hooks(pixels, fwd_hooks=hooks)
+    assert torch.equal(watched, plain)
+    at_pattern, through_pattern = torch.autograd.grad(watched.square().sum(), [seen[0], pixels])
+    (through_kernel,) = torch.autograd.grad(plain.square().sum(), pixels)
+    torch.testing.assert_close(through_pattern, through_kernel, rtol=1e-4, atol=1e-5)
+    step = 1e-3 * at_pattern.sign()
+    with torch.no_grad():
+        hooks = [("blocks.1.attn.hook_pattern", lambda value, hook: value + step)]
+        moved = model.vision.run_with_hooks(pixels, fwd_hooks=hooks)
+    change = moved.square().sum() - plain.square().sum()
+    torch.testing.assert_close(change, (at_pattern * step).sum(), rtol=2e-2, atol=1e-4)
+
+
+def test_a_norm_that_is_read_keeps_its_bits_where_gradients_are_wanted() -> None:
+    """Its parts are formed for the gradient of its scale; the value that goes on is the model's own."""
+    case = tiny.clip()
+    model = mm.HookedModel(case.model)
+    pixels = case.inputs["pixel_values"].clone().requires_grad_()
+    plain = case.model.get_image_features(pixels).pooler_output
+    seen = []
+    hooks = [(lambda name: name.endswith("ln1.hook_scale"), lambda value, hook: seen.append(value))]
+    watched = model.vision.run_with_hooks(pixels, fwd_hooks=hooks)
+    assert torch.equal(watched, plain)
+    (through_parts,) = torch.autograd.grad(watched.square().sum(), pixels, retain_graph=True)
+    (through_kernel,) = torch.autograd.grad(plain.square().sum(), pixels)
+    torch.testing.assert_close(through_parts, through_kernel, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(watched.sum(), seen[1])
+    step = 1e-3 * gradient.sign()
+    with torch.no_grad():
+        hooks = [("blocks.1.ln1.hook_scale", lambda value, hook: value + step)]
+        moved = model.vision.run_with_hooks(pixels, fwd_hooks=hooks)
+    torch.testing.assert_close((moved - plain).sum(), (gradient * step).sum(), rtol=2e-2, atol=1e-4)
+
+
 def test_llava_sees_an_edit_of_its_feature_layer_even_after_its_own_recorders_are_on() -> None:
     module, model, inputs = llava()
     with torch.no_grad():

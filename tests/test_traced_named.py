@@ -70,7 +70,7 @@ def test_a_model_that_is_here_takes_no_options_of_a_name() -> None:
         TracedModel("tiny-clop")
 
 
-@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"": "cpu", "lm_head": "cpu"}])
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
 def test_a_device_map_of_one_device_is_that_device(device_map: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -150,16 +150,6 @@ def test_a_module_that_is_here_takes_what_prepares_its_inputs() -> None:
     with torch.no_grad(), model.trace(TEXTS[0]):
         logits = model.output.logits.save()
     assert torch.equal(logits, loaded(text=TEXTS[0]).logits)
-
-
-def test_a_device_map_of_several_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(mm.InputError, match="several devices"):
-        TracedModel("tiny-clip", device_map={"a": "cpu", "b": "meta"})
-    with pytest.raises(mm.InputError, match="give one of the two"):
-        TracedModel("tiny-clip", device_map="cpu", device="cpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(mm.InputError, match="several devices"):
-        TracedModel("tiny-clip", device_map="auto")
 
 
 def test_what_nnsights_users_look_for_is_there() -> None:

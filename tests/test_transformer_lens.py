@@ -15,6 +15,7 @@ from transformer_lens.utilities import get_act_name
 
 import mm_adapters as mm
 from mm_adapters.tl_engine.tower import HookedTower
+from mm_adapters.zoo import sample_images
 
 
 @cache
@@ -287,7 +288,7 @@ def test_hooks_added_stay_until_reset_and_permanent_ones_beyond(vision: HookedTo
         vision(tiny.pixels())
         vision.reset_hooks()
         vision(tiny.pixels())
-    assert calls == ["vision.blocks.0.hook_resid_pre", *["vision.blocks.1.attn.hook_pattern"] * 2]
+    assert calls == ["blocks.0.hook_resid_pre", *["blocks.1.attn.hook_pattern"] * 2]  # The tower's own names.
     vision.reset_hooks(including_permanent=True)
     assert not [p for p in vision.hook_points() if p.live]
 
@@ -388,3 +389,43 @@ def test_configuration_says_what_the_tower_is() -> None:
     for name, value in vars(facts).items():
         assert getattr(cfg, name) == value, name
     assert model("clip").tower("vision").cfg.n_ctx == 5
+
+
+def test_a_hook_sees_the_names_of_the_model_that_it_was_added_to() -> None:
+    model: Any = mm.load("tiny-clip")
+    seen: list[tuple[str, int]] = []
+
+    def look(value: Any, hook: Any) -> None:
+        seen.append((hook.name, hook.layer()))
+
+    images = [sample_images()["red_circle"]]
+    pixels = model.prepare(images=images)["pixel_values"]
+    model.run_with_hooks(text=["a"], images=images, fwd_hooks=[("vision.blocks.1.attn.hook_z", look)])
+    model.run_with_hooks(
+        text=["a"], images=images, fwd_hooks=[(lambda n: n == "vision.blocks.1.attn.hook_z", look)]
+    )
+    model.vision.run_with_hooks(pixels, fwd_hooks=[("blocks.1.attn.hook_z", look)])
+    assert seen == [("vision.blocks.1.attn.hook_z", 1)] * 2 + [("blocks.1.attn.hook_z", 1)]
+    held = model.vision.add_caching_hooks(lambda n: n.endswith("0.hook_resid_pre"))
+    held_by_all = model.add_caching_hooks(lambda n: n.endswith("0.hook_resid_pre"))
+    model(text=["a"], images=images)
+    model.reset_hooks()
+    assert set(held) == {"blocks.0.hook_resid_pre"}
+    assert set(held_by_all) == {"vision.blocks.0.hook_resid_pre", "text.blocks.0.hook_resid_pre"}
+    assert model.vision.hook_embed.name == "hook_embed"
+
+
+def test_a_hook_that_is_removed_by_its_own_handle_is_gone(vision: HookedTower) -> None:
+    # TransformerLens 4's bridge takes its hooks off so; in any version a user may.
+    attention = vision._mounted.module.encoder.layers[0].self_attn
+    point: Any = vision.blocks[0].attn.hook_pattern
+    handles = [
+        point.register_forward_hook(lambda *a: None),
+        point.register_full_backward_hook(lambda *a: None),
+    ]
+    assert attention._forward_hooks
+    for handle in handles:
+        handle.remove()
+    assert not attention._forward_hooks
+    assert not attention._forward_pre_hooks
+    assert not point.live

@@ -24,6 +24,7 @@ PAGES = {
     "methods": (ROOT / "README.md", DOCS / "methods" / "index.md"),
     "families": (DOCS / "families.md",),
     "states": (DOCS / "states.md",),
+    "host members": (DOCS / "hosts.md",),
     "overrides": (DOCS / "developing" / "overrides.md",),
 }
 # The libraries whose classes this project's classes extend.
@@ -122,6 +123,32 @@ def states(page: Path) -> str:
     return "\n".join(rows)
 
 
+def host_members(page: Path) -> str:
+    """Each public member of the hosts' classes: that it works, or why it is refused."""
+    from integrations.pyvene._members import MEMBERS as OF_PYVENE
+    from integrations.sae_lens._members import MEMBERS as OF_SAE_LENS
+    from mm_adapters.tl_engine.host_members import REFUSED
+    from tests.hosts import transformer_lens_members
+
+    hosts = {
+        f"TransformerLens' {host}": {name: REFUSED.get(name, "") for name in members}
+        for host, members in sorted(transformer_lens_members().items())
+    }
+    hosts |= {
+        "SAELens' HookedSAETransformer and SAETransformerBridge": OF_SAE_LENS,
+        "pyvene's IntervenableModel": OF_PYVENE,
+    }
+    lines: list[str] = []
+    for host, members in hosts.items():
+        works = [f"`{name}`" for name, why in sorted(members.items()) if not why]
+        refused = {name: why for name, why in sorted(members.items()) if why}
+        lines += [f"## {host}", "", f"Works ({len(works)}): {', '.join(works)}.", ""]
+        if refused:
+            lines += ["| refused | because |", "|---|---|"]
+            lines += [f"| `{name}` | {why} |" for name, why in refused.items()] + [""]
+    return "\n".join(lines).strip()
+
+
 def our_classes() -> list[type]:
     """Every class of this project that can be imported here (a service's own needs Ray)."""
     found: dict[type, None] = {}
@@ -165,6 +192,7 @@ def shape(base: type, name: str) -> str:
 
 WRITERS: dict[str, Callable[[Path], str]] = {
     "commands": commands, "methods": methods, "families": families, "states": states, "overrides": overrides,
+    "host members": host_members,
 }  # fmt: skip
 
 

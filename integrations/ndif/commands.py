@@ -109,7 +109,7 @@ def status() -> None:
         typer.echo(f"Not ready: {service['address']}; logs in {service['logs']}")
         raise typer.Exit(1)
     typer.echo(f"READY {service['address']}")
-    reply = httpx.get(f"{service['address']}/status", timeout=60).json()
+    reply = httpx.get(f"{service['address']}/status", timeout=60, trust_env=False).json()
     for deployment in reply.get("deployments", {}).values():
         where = f"{deployment.get('deployment_level')}, {deployment.get('application_state')}"
         typer.echo(f"{deployment.get('repo_id')}  {where}")

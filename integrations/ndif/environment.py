@@ -165,4 +165,5 @@ def _link(folder: Path) -> None:
     (info / "top_level.txt").write_text("\n".join(PACKAGES))
     (site,) = folder.glob("lib/python*/site-packages")
     # A line that begins with import is run as every Python of the environment starts.
-    (site / "mm_interp.pth").write_text(f"{ours}\nimport integrations.ndif.ray_timeouts\n")
+    started = "integrations.ndif.ray_timeouts, integrations.ndif.loopback"
+    (site / "mm_interp.pth").write_text(f"{ours}\nimport {started}\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -37,7 +38,19 @@ AGENT_PORTS = {
 RAY_PORTS = ("gcs", "client", "dashboard", *AGENT_PORTS)
 # A client's, or a shell's, that are not for the service's Python. Without its own bytecode each of its
 # processes, a sandbox's runners too, would compile torch and all the rest again: most of what they cost.
-NOT_INHERITED = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "CUDA_VISIBLE_DEVICES")
+# Proxies would stand between its parts, which are on one machine.
+NOT_INHERITED = (
+    "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "CUDA_VISIBLE_DEVICES",
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "GRPC_PROXY",
+)  # fmt: skip
+# Another Ray's or another NDIF's settings.
+OF_OTHERS = ("RAY_", "NDIF_", "REDIS_")
+# A part that says one of these does not come up, though it may not end.
+HOPELESS = (
+    "Authentication token is missing or incorrect",
+    "Address already in use",
+    "No space left on device",
+)
 
 
 class Service:
@@ -64,13 +77,13 @@ class Service:
         self.parts: dict[str, subprocess.Popen[bytes]] = {}
         self.ports = free_ports("redis", "s3", *RAY_PORTS) | {"api": port}
         ports = self.ports
-        self.env = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
+        self.env = inherited(os.environ)
         if gpus and "CUDA_VISIBLE_DEVICES" in os.environ:
             self.env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
         self.env |= mark(run) | {
             "TMPDIR": str(temp),
             "PATH": f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}",
-            "NDIF_REDIS_URL": f"redis://127.0.0.1:{ports['redis']}",
+            "NDIF_REDIS_URL": f"redis://:{self._secret('redis')}@127.0.0.1:{ports['redis']}",
             "NDIF_OBJECT_STORE_URL": f"http://127.0.0.1:{ports['s3']}",
             "NDIF_API_PORT": str(port),
             "NDIF_RAY_ADDRESS": f"ray://127.0.0.1:{ports['client']}",
@@ -81,6 +94,9 @@ class Service:
             "NDIF_SANDBOX_POOL_SIZE": str(sandbox),
             "GRPC_ENABLE_FORK_SUPPORT": "0",  # NDIF's own start.sh says why.
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray listens where it likes, so whoever has no token is refused; its own is in the user's home.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._secret_file("ray")),
             # The timeouts that can be set (ray_timeouts.py: one that cannot); Ray's own are 30 to 60 s.
             "RAY_agent_register_timeout_ms": "300000",
             "RAY_worker_register_timeout_seconds": "300",
@@ -102,8 +118,12 @@ class Service:
         ports = {name: str(port) for name, port in self.ports.items()}
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
-        redis = [redis_server(self.home / "env"), "--port", ports["redis"], "--bind", "127.0.0.1"]
-        self._part("redis", *redis, "--save", "", "--appendonly", "no", "--dir", str(self.temp))
+        settings = self.temp / "redis.conf"  # Others can see a command line, but not into this folder.
+        settings.write_text(
+            f"port {ports['redis']}\nbind 127.0.0.1\nrequirepass {self._secret('redis')}\n"
+            f'save ""\nappendonly no\ndir {self.temp}\n'
+        )
+        self._part("redis", redis_server(self.home / "env"), str(settings))
         self._part("s3", self._tool("moto_server"), "-H", "127.0.0.1", "-p", ports["s3"])
         for attempt in range(RAY_TRIES):
             try:
@@ -177,6 +197,17 @@ class Service:
         """Ends every process of this service."""
         end(self.run, timeout_s=5.0, below=os.getpid())
 
+    def _secret_file(self, of: str) -> Path:
+        """A file with a secret of this run, that no other user can read."""
+        path = self.temp / f"{of}.secret"
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(secrets.token_hex(32))
+        return path
+
+    def _secret(self, of: str) -> str:
+        return self._secret_file(of).read_text()
+
     def _tool(self, name: str) -> str:
         return str(self.bin / name)
 
@@ -204,17 +235,32 @@ class Service:
         assert callable(done)
         start = time.monotonic()
         while not done():
-            self._check()
+            self._check(starting=True)
             if time.monotonic() - start > READY_WITHIN_S:
                 raise RuntimeError(f"{what} was not ready after {READY_WITHIN_S} s; see {self.logs}.")
             time.sleep(0.2)
 
-    def _check(self) -> None:
+    def _check(self, *, starting: bool = False) -> None:
         for name, part in self.parts.items():
+            log = self.logs / f"{name}.log"
+            said = (
+                log.read_text(errors="replace").strip().splitlines()[-200:] if starting or part.poll() else []
+            )
             if part.poll() and not (name == "controller" and part.returncode == 0):
-                log = self.logs / f"{name}.log"
-                tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-15:])
+                tail = "\n".join(said[-15:])
                 raise RuntimeError(f"{name} ended with {part.returncode}; the end of {log}:\n{tail}")
+            hopeless = next((line for line in said if any(sign in line for sign in HOPELESS)), None)
+            if hopeless is not None:
+                raise RuntimeError(f"{name} cannot start: {hopeless.strip()} ({log})")
+
+
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of a user's environment is for the service: nothing of another Ray, of proxies, of a Python."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.upper() not in NOT_INHERITED and not name.upper().startswith(OF_OTHERS)
+    }
 
 
 def free_ports(*names: str) -> dict[str, int]:
@@ -236,9 +282,10 @@ def is_open(port: int) -> bool:
 
 
 def answers(url: str) -> bool:
-    """Whether a GET of the URL succeeds."""
+    """Whether a GET of the URL succeeds. No proxy is asked: the service is on this machine."""
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
+        with directly.open(url, timeout=5) as reply:
             return reply.status == 200
     except (OSError, urllib.error.URLError):
         return False

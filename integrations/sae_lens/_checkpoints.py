@@ -11,24 +11,37 @@ from typing import Any
 import torch
 from sae_lens.training.activation_scaler import ActivationWhitening
 from sae_lens.training.sae_trainer import SAETrainer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm_adapters import CheckpointError
-from mm_adapters.store import atomic_write
+from mm_adapters import CheckpointError, StoreError
+from mm_adapters.store import (
+    atomic_write,
+    check_same_work,
+    load_tensors,
+    read_document,
+    save_tensors,
+    write_document,
+)
 
 _NUMBERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples", "started_fine_tuning")
 _TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
 _WHITENING = ("mean", "matrix", "inverse_matrix")
 _KEPT = 2
+_RECENT = "recent"
 
 
 def save(
-    folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mapping[str, Any], position: Any
+    folder: Path,
+    trainers: Mapping[str, SAETrainer[Any, Any]],
+    about: Mapping[str, Any],
+    position: Any,
+    *,
+    durable: bool = True,
 ) -> Path:
     """Writes step_N beside its predecessors, of which the last is kept.
 
-    `position` is the provider's: which batch comes next.
+    `position` is the provider's: which batch comes next. If not `durable`, it is called "recent" and takes
+    the place of the one before: it outlives the process, and not for certain a power failure.
     """
     step = next(iter(trainers.values())).n_training_steps
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
@@ -38,37 +51,43 @@ def save(
         tensors |= {f"{i}/{key}": value for key, value in state.items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     document = {"about": about, "position": position, "trainers": plain}
-    target = folder / f"step_{step:09d}"
-    with atomic_write(target) as draft:
+    target = folder / (f"step_{step:09d}" if durable else _RECENT)
+    with atomic_write(target, durable=durable) as draft:
         draft.mkdir(parents=True)
-        save_file(tensors, draft / "state.safetensors")
-        (draft / "state.json").write_text(json.dumps(document, indent=1))
-    for old in _all(folder)[:-_KEPT]:
-        shutil.rmtree(old)
+        save_tensors(draft / "state.safetensors", tensors, {}, durable=durable)
+        write_document(
+            draft / "state.json", json.loads(json.dumps(document)) | {"step": step}, durable=durable
+        )
+    if durable:
+        for old in (*_all(folder)[:-_KEPT], folder / _RECENT):
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, if there is one."""
+    """The newest checkpoint, if there is one; a recent one that is damaged is as good as none."""
     checkpoints = _all(folder)
-    return checkpoints[-1] if checkpoints else None
+    newest = checkpoints[-1] if checkpoints else None
+    recent = folder / _RECENT
+    try:
+        step = read_document(recent / "state.json").get("step", -1)
+        load_tensors(recent / "state.safetensors")
+    except CheckpointError:
+        return newest
+    return recent if newest is None or step > int(newest.name.removeprefix("step_")) else newest
 
 
 def load(path: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mapping[str, Any]) -> Any:
     """Gives the trainers the state they had; returns the provider's position.
 
-    Raises: CheckpointError if the checkpoint is of other training.
+    Raises: StoreError if the checkpoint is of other training, or damaged.
     """
-    document = json.loads((path / "state.json").read_text())
-    was, now = document["about"], json.loads(json.dumps(about))
-    differ = [k for k in {*was, *now} if was.get(k) != now.get(k)]
-    if differ:
-        key = sorted(differ)[0]
-        raise CheckpointError(
-            f"{path} is of other training: {', '.join(sorted(differ))} differ ({key}: there "
-            f"{was.get(key)!r}, asked for {now.get(key)!r}). Choose another folder, or pass resume=False."
-        )
-    tensors = load_file(path / "state.safetensors")
+    try:
+        document = read_document(path / "state.json")
+        tensors, _ = load_tensors(path / "state.safetensors")
+    except CheckpointError as error:
+        raise StoreError(f"{error} Or delete {path} to go on from before it.") from None
+    check_same_work(path.parents[1], document["about"], json.loads(json.dumps(about)))
     for i, (name, trainer) in enumerate(trainers.items()):
         state = {k.removeprefix(f"{i}/"): v for k, v in tensors.items() if k.startswith(f"{i}/")}
         _restore(trainer, state, document["trainers"][name])

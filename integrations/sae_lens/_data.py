@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -62,29 +59,3 @@ def inputs_of(
 
 def _stacked(values: list[Any]) -> Any:
     return torch.stack(values) if all(isinstance(v, Tensor) for v in values) else values
-
-
-def fingerprint(data: Any) -> str:
-    """A hash of what the items are: of their content, and of a file its name and size."""
-    digest = hashlib.sha256()
-    for item in items_of(data):
-        digest.update(_bytes_of(item))
-    return digest.hexdigest()[:16]
-
-
-def _bytes_of(item: Any) -> bytes:
-    if isinstance(item, Mapping):
-        return b"".join(str(k).encode() + _bytes_of(v) for k, v in sorted(item.items()))
-    if isinstance(item, str):
-        return item.encode()
-    if isinstance(item, Path):
-        return f"{item.name}:{item.stat().st_size}".encode()
-    if isinstance(item, Image.Image):
-        return f"{item.size}{item.mode}".encode() + item.tobytes()
-    if isinstance(item, Tensor):
-        return np.ascontiguousarray(item.detach().float().cpu().numpy()).tobytes()
-    if isinstance(item, np.ndarray):
-        return np.ascontiguousarray(item).tobytes()
-    if isinstance(item, list | tuple):
-        return b"".join(map(_bytes_of, item))
-    return json.dumps(item, default=str).encode()

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from integrations.sae_lens import _checkpoints
 from integrations.sae_lens._providers import FromIterator, Provider
 from mm_adapters import InputError
+from mm_adapters.store import SaveClock, atomic_write
 
 Evaluator = Callable[[dict[str, TrainingSAE[Any]]], Mapping[str, float]]
 
@@ -60,6 +61,7 @@ class Fit:
             if self.centre:
                 self._start_at_means()
         total = self._first.cfg.total_training_samples
+        clock = SaveClock()
         log = self.folder / "metrics.jsonl"
         _keep_until(log, self._first.n_training_steps)
         with (
@@ -78,9 +80,13 @@ class Fit:
                 n_rows = self._step(batch, metrics, bar)
                 bar.update(n_rows)
                 step = self._first.n_training_steps
-                if self._stop is not None or step % self.checkpoint_every == 0:
+                is_last = self._first.n_training_samples >= total
+                is_due = step % self.checkpoint_every == 0 or self._stop is not None or is_last
+                if is_due or clock.is_due():
                     metrics.flush()
-                    _checkpoints.save(checkpoints, self.trainers, self.about, self.provider.position())
+                    at = self.provider.position()
+                    with clock.saving():
+                        _checkpoints.save(checkpoints, self.trainers, self.about, at, durable=is_due)
                 if self._stop == signal.SIGTERM:
                     raise SystemExit(128 + self._stop)
                 if self._stop is not None:
@@ -96,7 +102,7 @@ class Fit:
             one.maybe_reset_sparsity()
             rows = _input_of(name, batch).to(one.sae.dtype)
             n_rows = len(rows)
-            _check_width(name, rows, one.sae.cfg)
+            check_width(name, rows.shape[-1], one.sae.cfg)
             output = one.step(rows)
             step = one.n_training_steps + 1
             if step % self.log_every == 0:
@@ -189,10 +195,11 @@ def _input_of(name: str, batch: Mapping[str, Tensor]) -> Tensor:
     return batch[parts[0]] if len(parts) == 1 else torch.cat([batch[p] for p in parts], -1)
 
 
-def _check_width(name: str, rows: Tensor, cfg: Any) -> None:
-    if rows.shape[-1] != cfg.d_in + getattr(cfg, "d_out", 0):
+def check_width(name: str, width: int, cfg: Any) -> None:
+    """Raises: InputError if rows of this width are not what the config says."""
+    if width != cfg.d_in + getattr(cfg, "d_out", 0):
         widths = f"d_in={cfg.d_in}" + (f" and d_out={cfg.d_out}" if hasattr(cfg, "d_out") else "")
-        raise InputError(f"{name} has rows of {rows.shape[-1]} and the config says {widths}.")
+        raise InputError(f"{name} has rows of {width} and the config says {widths}.")
 
 
 def _tagged(key: str, name: str, trainers: Mapping[str, Any]) -> str:
@@ -220,6 +227,7 @@ def _keep_until(log: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:  # Cut short when the process died.
+        except (ValueError, KeyError, TypeError):  # Cut short when the process died, or damaged since.
             break
-    log.write_text("".join(kept), encoding="utf-8")
+    with atomic_write(log) as draft:
+        draft.write_text("".join(kept), encoding="utf-8")

@@ -8,6 +8,7 @@ import torch
 from sae_lens import TopKTrainingSAEConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
+from integrations.sae_lens._fields import check_fields
 from integrations.sae_lens._transcoder import BatchTopKTranscoderConfig
 from mm_adapters import InputError
 
@@ -41,6 +42,8 @@ def check(name: str, cfg: TrainingSAEConfig, trainer: SAETrainerConfig) -> None:
         raise InputError(
             f"{type(cfg).__name__} is no training config. Pass one of SAELens' *TrainingSAEConfig."
         )
+    check_fields(type(cfg), vars(cfg))
+    check_fields(type(trainer), vars(trainer))
     if "->" in name and not isinstance(cfg, BatchTopKTranscoderConfig):
         raise InputError(f"{name} is a transcoder's: its config is a BatchTopKTranscoderConfig.")
     if "->" not in name and isinstance(cfg, BatchTopKTranscoderConfig):

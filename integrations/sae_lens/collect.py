@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from integrations.sae_lens._data import fingerprint, inputs_of, items_of
+from integrations.sae_lens._data import inputs_of, items_of
 from integrations.sae_lens._sites import SAESite, Tokens, find_site, layouts_of, reads_of, rows_of
 from mm_adapters import InputError, Model
-from mm_adapters.store import Column, Store, Writer
+from mm_adapters.store import Column, Store, Writer, provenance
 
 _WHERE = ("item", "position", "step")
 
@@ -45,22 +45,22 @@ def collect(
     names = [sites] if isinstance(sites, str) else list(sites)
     steps = None if steps is None else sorted(set(steps))
     sae_sites = [find_site(model, name) for name in names]
-    about = {
-        "made_by": "integrations.sae_lens.collect",
-        "model": model.record.name,
-        "sites": names,
-        "tokens": [tokens] if isinstance(tokens, str) else list(tokens),
-        "steps": steps,
-        "rows": "cond",
-        "data": fingerprint(data),
-        "inputs": {k: v for k, v in (inputs or {}).items() if isinstance(v, str | int | float | bool)},
-        "batch_size": batch_size,
-    }
     items = items_of(data)
+    about = provenance(
+        models={"model": model},
+        data=items,
+        sites=names,
+        job="integrations.sae_lens.collect",
+        tokens=[tokens] if isinstance(tokens, str) else list(tokens),
+        steps=steps,
+        rows="cond",
+        inputs=dict(inputs or {}),
+        batch_size=batch_size,
+    )
     n_batches = -(-len(items) // batch_size)
+    pending: dict[str, Tensor] | None = None
     if (Path(folder) / "manifest.json").is_file():
         widths = {n: c.shape for n, c in Store(folder, partial=True).columns.items() if n in names}
-        pending = None
     else:
         pending = next(batches(model, sae_sites, items, tokens, steps, batch_size, inputs))
         widths = {name: tuple(pending[name].shape[1:]) for name in names}

@@ -7,18 +7,19 @@ Discover-then-Name (2407.14499), sdxl-unbox (2410.22366), SAeUron (2501.18052).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE, TrainingSAE, __version__
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mm_adapters import CheckpointError
+from integrations.sae_lens._fields import check_fields, check_required
+from mm_adapters import CheckpointError, InputError
+from mm_adapters.store import load_tensors, read_document
 
 State = dict[str, Tensor]
 Converted = tuple[dict[str, Any], State]
@@ -51,6 +52,7 @@ def load(
             )
         if cls is not None and issubclass(cls, TrainingSAE):
             raise CheckpointError(f"{folder} is a finished SAE ({format}): it cannot be trained further.")
+        CONVERTERS[format](folder)  # What is missing or damaged is said here, under our names.
         sae = SAE.load_from_disk(folder, device=device, converter=CONVERTERS[format])
     if site is not None:
         sae.cfg.metadata.hook_name = site
@@ -58,10 +60,13 @@ def load(
 
 
 def _saelens(folder: Path, device: str, cls: type[SAE[Any]] | None) -> SAE[Any]:
-    architecture = _config(folder).get("architecture", "standard")
+    settings = _config(folder)
+    architecture = settings.get("architecture")
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{folder}/cfg.json: its architecture is {architecture!r}, and is a name.")
     trains_only = architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY
     # A checkpoint of "standard" says so in both; only its training fields tell.
-    trained = trains_only or "decoder_init_norm" in _config(folder)
+    trained = trains_only or "decoder_init_norm" in settings
     if cls is not None and issubclass(cls, TrainingSAE) != trained:
         what = "a training checkpoint" if trained else "a finished SAE"
         raise CheckpointError(
@@ -70,8 +75,53 @@ def _saelens(folder: Path, device: str, cls: type[SAE[Any]] | None) -> SAE[Any]:
         )
     if architecture not in SAE_CLASS_REGISTRY and architecture not in SAE_TRAINING_CLASS_REGISTRY:
         raise CheckpointError(f"{folder} has the architecture {architecture!r}, which SAELens does not have.")
+    registry = SAE_TRAINING_CLASS_REGISTRY if trained else SAE_CLASS_REGISTRY
+    _check_saelens(folder, registry[architecture][1], settings)
     kind: Any = TrainingSAE if trained else SAE
-    return kind.load_from_disk(folder, device=device)
+    try:
+        return kind.load_from_disk(folder, device=device)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # As SAELens says of weights that lack.
+        raise CheckpointError(
+            f"{folder} holds no {architecture} SAE that fits its cfg.json: {error}"
+        ) from None
+
+
+def _check_saelens(folder: Path, kind: type[Any], settings: dict[str, Any]) -> None:
+    """Raises: CheckpointError for a configuration or weights that this kind of SAE cannot have."""
+    values = {k: v for k, v in settings.items() if k in {f.name for f in fields(kind)} and k != "metadata"}
+    try:
+        check_fields(kind, values)
+        check_required(kind, values)
+        if any(f.name == "k" for f in fields(kind)) and "k" not in values:
+            raise InputError("it does not say k, how many latents are active.")
+    except InputError as error:
+        raise CheckpointError(f"{folder / 'cfg.json'}: {error}") from None
+    if not isinstance(settings.get("metadata", {}), dict):
+        raise CheckpointError(f"{folder / 'cfg.json'}: metadata is an object.")
+    weights = folder / "sae_weights.safetensors"
+    state = _tensors(weights)
+    d_in, d_sae = settings["d_in"], settings["d_sae"]
+    d_out = settings.get("d_out", d_in)
+    for name, shape in (("W_enc", (d_in, d_sae)), ("W_dec", (d_sae, d_out)), ("b_dec", (d_out,))):
+        if kind.__name__.startswith(("Temporal", "MatchingPursuit")):
+            break  # Which have no such three.
+        if name not in state:
+            raise CheckpointError(f"{weights} lacks {name}; it has {', '.join(sorted(state))}.")
+        if tuple(state[name].shape) != shape:
+            raise CheckpointError(
+                f"{weights}: {name} is {list(state[name].shape)}, and cfg.json says {list(shape)}."
+            )
+
+
+def _tensors(file: Path) -> State:
+    """The weights in a file. Raises: CheckpointError naming it, or a weight that is no finite fraction."""
+    state, _ = load_tensors(file)
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{file}: {name} is stored as {value.dtype}, whole numbers. Get it again.")
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(f"{file}: {name} holds NaN or infinity. Get it again.")
+    return state
 
 
 def vit_prisma(path: str | Path, device: str = "cpu", cfg_overrides: Any = None) -> Converted:
@@ -79,7 +129,8 @@ def vit_prisma(path: str | Path, device: str = "cpu", cfg_overrides: Any = None)
     state, cfg = _read(Path(path))
     weights = {name: state[name] for name in _need(state, ("W_enc", "b_enc", "W_dec", "b_dec"), path)}
     k = cfg.get("k") if cfg.get("activation_fn_str") == "topk" or cfg.get("architecture") == "topk" else None
-    k = k or (cfg.get("activation_fn_kwargs") or {}).get("k")
+    more = cfg.get("activation_fn_kwargs")
+    k = k or (more.get("k") if isinstance(more, dict) else None)
     hook = cfg.get("hook_point") or cfg.get("hook_name")
     norm = cfg.get("normalize_activations")
     normalise = norm if norm in ("layer_norm", "constant_norm_rescale") else "none"
@@ -102,7 +153,9 @@ def patch_sae(path: str | Path, device: str = "cpu", cfg_overrides: Any = None) 
     state, cfg = _read(Path(path))
     weights = {name: state[name] for name in _need(state, ("W_enc", "b_enc", "W_dec", "b_dec"), path)}
     layer = cfg.get("block_layer")
-    hook = None if layer is None else f"vision.blocks.{int(layer)}.hook_resid_post"
+    if layer is not None and type(layer) is not int:
+        raise CheckpointError(f"{path}: block_layer is {layer!r}, and is a number.")
+    hook = None if layer is None else f"vision.blocks.{layer}.hook_resid_post"
     return _converted(weights, "standard", device, cfg_overrides, tied=True, hook=hook, source="PatchSAE")
 
 
@@ -113,6 +166,8 @@ def discover_then_name(path: str | Path, device: str = "cpu", cfg_overrides: Any
     flat = {k: (v[0] if v.ndim > (2 if k.endswith("weight") else 1) else v) for k, v in state.items()}
     _need(flat, ("encoder.weight", "encoder.bias", "decoder.weight"), path)
     bias = flat.get("tied_bias", flat.get("pre_encoder_bias._bias_reference", flat.get("decoder.bias")))
+    if flat["decoder.weight"].ndim != 2 or flat["encoder.weight"].ndim != 2:
+        raise CheckpointError(f"{path}: encoder.weight and decoder.weight are matrices.")
     d_in = flat["decoder.weight"].shape[0]
     weights = {
         "W_enc": flat["encoder.weight"].T,
@@ -152,7 +207,7 @@ def sdxl_unbox(path: str | Path, device: str = "cpu", cfg_overrides: Any = None)
         "topk",
         device,
         cfg_overrides,
-        k=int(k),
+        k=k,
         tied=True,
         hook=cfg.get("hook_name"),
         hook_kind="update",
@@ -179,7 +234,7 @@ def saeuron(path: str | Path, device: str = "cpu", cfg_overrides: Any = None) ->
         "topk",
         device,
         cfg_overrides,
-        k=int(k),
+        k=k,
         tied=True,
         hook=cfg.get("hook_name"),
         guidance_rows="cond",
@@ -209,7 +264,19 @@ def _converted(
     normalize_activations: str = "none",
     **metadata: Any,
 ) -> Converted:
+    if state["W_enc"].ndim != 2:
+        raise CheckpointError(
+            f"{source}: the encoder's weights are {list(state['W_enc'].shape)}, not a matrix."
+        )
     d_in, d_sae = state["W_enc"].shape
+    wanted = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    for name, shape in wanted.items():
+        if tuple(state[name].shape) != shape:
+            raise CheckpointError(
+                f"{source}: {name} is {list(state[name].shape)}, and its encoder says {list(shape)}."
+            )
+    if k is not None and (type(k) is not int or not 0 < k <= d_sae):
+        raise CheckpointError(f"{source}: k is {k!r}, and there are {d_sae} latents.")
     cfg: dict[str, Any] = {
         "architecture": architecture,
         "d_in": d_in,
@@ -242,13 +309,13 @@ def _read(folder: Path) -> tuple[State, dict[str, Any]]:
     if len(files) > 1:
         raise CheckpointError(f"{folder} has {len(files)} safetensors files; keep one SAE in a folder.")
     prefix = "state_dict."
-    return {k.removeprefix(prefix): v for k, v in load_file(files[0]).items()}, _config(folder)
+    return {k.removeprefix(prefix): v for k, v in _tensors(files[0]).items()}, _config(folder)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     for name in ("cfg.json", "config.json"):
         if (folder / name).is_file():
-            return json.loads((folder / name).read_text())
+            return read_document(folder / name, edited=True)
     return {}
 
 
@@ -259,6 +326,8 @@ def _format(folder: Path) -> str:
     cfg = _config(folder)
     if (folder / "sae_weights.safetensors").is_file() and "metadata" in cfg:
         return "saelens"
+    if (folder / "sae_weights.safetensors").is_file() and not cfg:
+        raise CheckpointError(f"{folder} has SAELens' weights and no cfg.json, which says what they are of.")
     state, cfg = _read(folder)
     names = set(state)
     if {"pre_bias", "latent_bias"} <= names:
@@ -283,5 +352,10 @@ def _need(state: State, names: tuple[str, ...], path: Any) -> tuple[str, ...]:
 
 
 def _site(hook: str | None) -> str | None:
-    """ViT-Prisma's hooks are TransformerLens', of a vision tower alone."""
+    """ViT-Prisma's hooks are TransformerLens', of a vision tower alone.
+
+    Raises: CheckpointError for a hook that is no name.
+    """
+    if hook is not None and not isinstance(hook, str):
+        raise CheckpointError(f"The SAE's hook is {hook!r}, and is a name.")
     return None if hook is None else hook if hook.startswith("vision.") else f"vision.{hook}"

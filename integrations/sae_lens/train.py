@@ -20,13 +20,13 @@ from torch import Tensor
 
 from integrations.sae_lens._data import items_of
 from integrations.sae_lens._fast import FastBatchTopK
-from integrations.sae_lens._fit import Evaluator, Fit
+from integrations.sae_lens._fit import Evaluator, Fit, check_width
 from integrations.sae_lens._providers import FromIterator, FromModel, FromStore, Provider
 from integrations.sae_lens._settings import check, trainer_config
 from integrations.sae_lens._sites import Tokens, find_site
-from integrations.sae_lens.collect import collect
+from integrations.sae_lens.collect import batches, collect
 from mm_adapters import InputError, Model
-from mm_adapters.store import Store
+from mm_adapters.store import Store, atomic_write, exclusive, provenance
 
 
 def train(
@@ -72,14 +72,15 @@ def train(
         seed: Of the weights, and of the order of rows.
         resume: Goes on from the last checkpoint in `folder`.
 
-    Raises: InputError, MissingSiteError before heavy work; CheckpointError if `folder` has other training.
+    Raises: InputError, MissingSiteError before heavy work; StoreError if `folder` has other training (of
+    another model, of other data, with other settings), or another process trains there.
     """
     names = [site] if isinstance(site, str) else list(site)
     configs = {n: copy.deepcopy(cfg[n] if isinstance(cfg, Mapping) else cfg) for n in names}
     trainer_cfg = trainer_config(trainer)
     for name, config in configs.items():
         check(name, config, trainer_cfg)
-    with _work_folder(folder) as work:
+    with _work_folder(folder) as work, exclusive(work):
         provider, about = _provider(
             model,
             names,
@@ -94,6 +95,7 @@ def train(
             batch_size=batch_size,
             needed=trainer_cfg.total_training_samples,
             progress=progress,
+            configs=configs,
         )
         trainers = _trainers(model, configs, trainer_cfg, tokens, steps, seed, fast)
         about |= {
@@ -101,6 +103,7 @@ def train(
             "trainer": _as_json(trainer_cfg),
             "seed": seed,
             "saes": {n: _as_json(c) for n, c in configs.items()},
+            "fast": fast,
         }
         about |= {"centre": True} if centre else {}
         fit = Fit(
@@ -118,7 +121,8 @@ def train(
         saved = {}
         for name, one in trainers.items():
             target = work / "sae" / (name.replace(" ", "") if len(trainers) > 1 else "")
-            one.sae.save_inference_model(target)
+            with atomic_write(target) as draft:
+                one.sae.save_inference_model(draft)
             saved[name] = SAE.load_from_disk(target, device=trainer_cfg.device)
     return saved if not isinstance(site, str) else saved[site]
 
@@ -189,22 +193,27 @@ def _provider(
     batch_size: int,
     needed: int,
     progress: bool,
+    configs: Mapping[str, Any],
 ) -> tuple[Provider, dict[str, Any]]:
     columns = list(dict.fromkeys(part.strip() for name in names for part in name.split("->")))
     sae_sites = [find_site(model, column) for column in columns]
+    models = {"model": model}
     if isinstance(data, Store):
         missing = [c for c in columns if c not in data.columns]
         if missing:
             raise InputError(f"{data.folder} has no column {missing}; it has {list(data.columns)}.")
-        return FromStore(data, columns, size, seed), {"data": data.about}
+        return FromStore(data, columns, size, seed), {"data": data.about, "content": data.content}
     if hasattr(data, "__next__") or isinstance(data, Tensor):
         if len(columns) > 1:
             raise InputError(
                 "An iterator gives the rows of one site. Pass a store, or items to collect from."
             )
-        return FromIterator(data, columns[0], needed), {"data": "iterator"}
+        return FromIterator(data, columns[0], needed), {"data": "iterator"} | provenance(models=models)
     items = items_of(data)
     steps = None if steps is None else sorted(set(steps))
+    one = next(batches(model, sae_sites, items[:1], tokens, steps, 1, inputs))
+    for name, cfg in configs.items():  # Before all of them are run.
+        check_width(name, sum(one[part.strip()].shape[-1] for part in name.split("->")), cfg)
     if on_disk:
         store = collect(
             model,
@@ -217,11 +226,21 @@ def _provider(
             inputs=inputs,
             progress=progress,
         )
-        return FromStore(store, columns, size, seed), {"data": store.about}
+        return FromStore(store, columns, size, seed), {"data": store.about, "content": store.content}
     streamed = FromModel(
         model, sae_sites, items, size, seed, tokens=tokens, steps=steps, batch_size=batch_size, inputs=inputs
     )
-    return streamed, {"data": "streamed", "tokens": tokens, "steps": steps}
+    return streamed, {
+        "data": provenance(
+            models=models,
+            data=items,
+            sites=columns,
+            tokens=tokens,
+            steps=steps,
+            batch_size=batch_size,
+            inputs=dict(inputs or {}),
+        )
+    }
 
 
 def _as_json(cfg: Any) -> dict[str, Any]:

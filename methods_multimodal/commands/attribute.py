@@ -13,11 +13,14 @@ from methods_multimodal.commands.options import (
     ModelName,
     Picture,
     Seed,
+    SkipUnreadable,
     Steps,
+    check_folder,
     check_out,
     open_model,
 )
 from mm_adapters import InputError
+from mm_adapters.inputs.images import to_rgb
 
 _METHODS = (
     "d-trak", "trak", "journey-trak", "dot", "cosine", "datainf", "ekfac", "unlearning", "clip", "pixels",
@@ -42,6 +45,7 @@ def attribute(
     seed: Seed = 0,
     steps: Steps = 25,
     shown: Annotated[int, typer.Option(min=1, help="How many pictures of each kind.")] = 6,
+    skip_unreadable: SkipUnreadable = False,
     device: Device = None,
     work: Annotated[
         Path, typer.Option(help="A folder for gradient features, which the next query uses again.")
@@ -62,9 +66,11 @@ def attribute(
     journey = method == "journey-trak"
     if journey and (image is not None or steps < 2):
         raise InputError("journey-trak follows a drawing of at least two --steps: it takes no --image.")
-    pictures = read_pictures(train)
-
-    from PIL import Image
+    asked_about: Any = None if image is None else to_rgb(image)
+    pictures = read_pictures(train, skip_unreadable=skip_unreadable)
+    for name, why in pictures.unreadable:
+        typer.echo(f"skipped {name}: {why}")
+    check_folder(work, "--work")
     from torchvision.transforms.functional import to_pil_image
 
     from methods_multimodal.core.files import write_json
@@ -86,7 +92,7 @@ def attribute(
     elif image is None:
         drawn = pipe(query, num_inference_steps=steps, generator=generator(seed)).images[0]
     else:
-        drawn = Image.open(image).convert("RGB").resize((side, side))
+        drawn = asked_about.resize((side, side))
     if method in ("clip", "pixels"):
         scored = _alike([drawn], known, open_model(judge, device) if method == "clip" else None)
     else:

@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from methods_multimodal.commands.options import BatchSize, Device, ModelName, check_folder, open_model
+from methods_multimodal.commands.options import (
+    BatchSize,
+    Device,
+    ModelName,
+    SkipUnreadable,
+    check_folder,
+    open_model,
+)
 from mm_adapters import InputError, Model
 
 
@@ -31,18 +38,25 @@ def dissect(
     question: Annotated[str, typer.Option(help="For a model that answers questions.")] = "what is this?",
     cards: Annotated[int, typer.Option(min=1, help="How many units get a card.")] = 48,
     batch: BatchSize = 32,
+    skip_unreadable: SkipUnreadable = False,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="A folder: index.html, units.json, units.csv.")] = Path(
         "dissection"
     ),
 ) -> None:
-    """Names every unit of a site, says how sure that is, and writes a page of it."""
+    """Names every unit of a site, says how sure that is, and writes a page of it.
+
+    A run that was killed goes on where it was, if it is started again with the same --out.
+    """
     from methods_multimodal.dissection.concepts import read_concepts
     from methods_multimodal.dissection.masks import read_masks
-    from mm_adapters.inputs.images import image_files
+    from mm_adapters.inputs.images import image_files, readable_files
 
-    files = image_files(images, recursive=False, verify=True)
     check_folder(out)
+    found = image_files(images, recursive=False, verify=not skip_unreadable)
+    files, skipped = readable_files(found, skip_unreadable=skip_unreadable)
+    for path, why in skipped:
+        typer.echo(f"skipped {path}: {why}")
     if masks is None and concepts is None:
         raise InputError("Give --masks (names and where they are), --concepts (names), or both.")
     labelled, known = (None, None) if masks is None else read_masks(masks, files)
@@ -53,44 +67,60 @@ def dissect(
         if unknown:
             raise InputError(f"{concepts} lacks {', '.join(unknown[:6])}, which the masks have. Add them.")
 
-    from PIL import Image
-
-    from methods_multimodal.dissection.concepts import presence
-    from methods_multimodal.dissection.survey import survey
     from methods_multimodal.dissection.units import Units
-    from methods_multimodal.report.dissection import strongest, write_page
+    from mm_adapters.store import exclusive
 
     loaded = open_model(model, device)
     units = Units(loaded, site)
-    pictures = [Image.open(path) for path in files]
-    batches = [
-        (_inputs(loaded, pictures[i : i + batch], question), pictures[i : i + batch])
-        for i in range(0, len(pictures), batch)
-    ]
-    about = {"model": model, "images": str(images), "n_images": len(files)}
+    parts = [files[i : i + batch] for i in range(0, len(files), batch)]
+    batches = [(_inputs(loaded, part, question), part) for part in parts]
+    with exclusive(out):
+        judged_by = open_model(judge, device)
+        _write(
+            units, batches, loaded, judged_by, listed, labelled, template, question, cards, files, out, model
+        )
+
+
+def _write(
+    units: Any,
+    batches: Sequence[Any],
+    loaded: Model,
+    judge: Model,
+    listed: Any,
+    labelled: Any,
+    template: str,
+    question: str,
+    cards: int,
+    files: Sequence[Path],
+    out: Path,
+    model: str,
+) -> None:
+    from methods_multimodal.dissection.concepts import presence
+    from methods_multimodal.dissection.survey import survey
+    from methods_multimodal.report.dissection import strongest, write_page
+
     results = survey(
         units,
         batches,
-        open_model(judge, device),
+        judge,
         listed,
         out / "activations",
         masks=labelled,
         template=template,
-        about=about,
     )
     maps: dict[int, list[Any]] = {}
     units_shown = strongest(results, cards)
     numbers = sorted({int(i) for unit in units_shown for i in results.top[unit, :5]})
     by_number = {}
     for number in numbers:
-        by_number[number] = units.maps(_inputs(loaded, [pictures[number]], question))[0]
+        by_number[number] = units.maps(_inputs(loaded, [files[number]], question))[0]
     for unit in units_shown:
         maps[unit] = [(int(i), by_number[int(i)][unit]) for i in results.top[unit, :5]]
     written = write_page(
         results,
         out,
         model=model,
-        pictures=pictures,
+        pictures=files,
         maps=maps,
         thresholds=None if results.network is None else results.network.thresholds,
         shown=None if labelled is None else presence(labelled, listed),

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from methods_multimodal.commands.options import BatchSize, Device, ModelName, check_folder, open_model
+from methods_multimodal.commands.options import (
+    BatchSize,
+    Device,
+    ModelName,
+    SkipUnreadable,
+    check_folder,
+    open_model,
+)
 from mm_adapters import InputError
 
 
@@ -20,9 +27,7 @@ def heads(
     texts: Annotated[int, typer.Option(min=1, help="How many texts name a head.")] = 5,
     top: Annotated[int, typer.Option(min=1, help="How many images are shown for a text.")] = 4,
     batch_size: BatchSize = 32,
-    skip_unreadable: Annotated[
-        bool, typer.Option(help="List images that cannot be read, and go on.")
-    ] = False,
+    skip_unreadable: SkipUnreadable = False,
     device: Device = None,
     out: Annotated[
         Path, typer.Option(help="A folder: heads.html, heads.json, and what a killed run left.")

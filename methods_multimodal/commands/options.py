@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,13 @@ Steps = Annotated[int, typer.Option(min=1, help="The sampler's steps.")]
 GuidanceScale = Annotated[float, typer.Option("--guidance", help="The guidance scale.")]
 Prompt = Annotated[str, typer.Option(help="What to draw.")]
 Picture = Annotated[Path, typer.Option(help="The picture; its numbers go beside it, as .json.")]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="List pictures that cannot be read, and go on.")
+]
+Work = Annotated[
+    Path | None,
+    typer.Option(help="A folder to write work down in as it is done: a run that was killed goes on there."),
+]
 BatchSize = Annotated[int, typer.Option(min=1)]
 
 
@@ -29,12 +37,27 @@ def check_out(out: Path) -> None:
         raise InputError(f"--out {out}: the picture's format is one of {', '.join(FORMATS)}.")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.absolute().parent}.")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder; give a file in it.")
+    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: its folder cannot be written to. Give another one.")
 
 
-def check_folder(out: Path) -> None:
-    """Raises: InputError if a folder of results would take the place of a file."""
+def check_folder(out: Path, option: str = "--out") -> None:
+    """Raises: InputError if a folder of results would take the place of a file, or cannot be written to."""
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; give a folder.")
+        raise InputError(f"{option} {out} is a file; give a folder.")
+    nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{option} {out}: {nearest} is a file, so it has no folders.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {out}: {nearest} cannot be written to. Give another folder.")
+
+
+def check_work(work: Path | None) -> None:
+    """Raises: InputError as `check_folder`."""
+    if work is not None:
+        check_folder(work, "--work")
 
 
 def open_model(name: str, device: str | None, *, kind: str | None = None, otherwise: str = "") -> Model:

@@ -14,7 +14,9 @@ from methods_multimodal.commands.options import (
     Picture,
     Seed,
     Steps,
+    Work,
     check_out,
+    check_work,
     open_model,
     write_report,
 )
@@ -40,6 +42,7 @@ def report(
     seed: Seed = 0,
     steps: Steps = 25,
     device: Device = None,
+    work: Work = None,
     out: Picture = Path("report.png"),
 ) -> None:
     """Writes one picture with numbers: what a model does with an input, and which parts do it.
@@ -50,6 +53,7 @@ def report(
     options = {"--image": image, "--text": text, "--question": question, "--prompt": prompt}
     _check_images(image or [])
     check_out(out)
+    check_work(work)
     loaded = open_model(model, device)
     if loaded.kind not in _KINDS:
         raise InputError(
@@ -71,28 +75,41 @@ def report(
         prompt=prompt,
         seed=seed,
         steps=steps,
+        work=work,
     )
     write_report(written, out)
 
 
-def _contrastive(model: Model, model_name: str, *, images: list[Path], texts: list[str], **_: Any) -> Any:
+def _contrastive(
+    model: Model, model_name: str, *, images: list[Path], texts: list[str], work: Path | None, **_: Any
+) -> Any:
     from methods_multimodal.report import contrastive_report
 
     pair = _two_images(images, _DEFAULT_IMAGES)
-    return contrastive_report(model, pair, texts or list(_DEFAULT_TEXTS), _names(pair), model_name=model_name)
+    return contrastive_report(
+        model, pair, texts or list(_DEFAULT_TEXTS), _names(pair), model_name=model_name, folder=work
+    )
 
 
-def _vlm(model: Model, model_name: str, *, images: list[Path], question: str | None, **_: Any) -> Any:
+def _vlm(
+    model: Model, model_name: str, *, images: list[Path], question: str | None, work: Path | None, **_: Any
+) -> Any:
     from methods_multimodal.report import vlm_report
 
     pair = _two_images(images, _DEFAULT_PAIR)
-    return vlm_report(model, pair, question or _DEFAULT_QUESTION, _names(pair), model_name=model_name)
+    return vlm_report(
+        model, pair, question or _DEFAULT_QUESTION, _names(pair), model_name=model_name, folder=work
+    )
 
 
-def _diffusion(model: Model, model_name: str, *, prompt: str | None, seed: int, steps: int, **_: Any) -> Any:
+def _diffusion(
+    model: Model, model_name: str, *, prompt: str | None, seed: int, steps: int, work: Path | None, **_: Any
+) -> Any:
     from methods_multimodal.report import diffusion_report
 
-    return diffusion_report(model, prompt or PROMPT, seed=seed, steps=steps, model_name=model_name)
+    return diffusion_report(
+        model, prompt or PROMPT, seed=seed, steps=steps, model_name=model_name, folder=work
+    )
 
 
 _KINDS = {

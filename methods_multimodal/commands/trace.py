@@ -16,7 +16,9 @@ from methods_multimodal.commands.options import (
     Picture,
     Prompt,
     Steps,
+    Work,
     check_out,
+    check_work,
     open_model,
     write_report,
 )
@@ -37,10 +39,12 @@ def trace(
         str, typer.Option(help="The model like CLIP that says what a picture shows.")
     ] = "tiny-clip",
     device: Device = None,
+    work: Work = None,
     out: Picture = Path("trace.png"),
 ) -> None:
     """Which layers and steps bring a word into the picture: patched, blocked, and by one gradient."""
     check_out(out)
+    check_work(work)
     loaded = open_model(model, device, kind="diffusion", otherwise=DRAWS_NOTHING)
     loaded.prompt_layout("text", [prompt]).where(word)  # Before the judge is loaded.
     from methods_multimodal.cross_attention.metrics import clip_contrast
@@ -60,6 +64,7 @@ def trace(
             model_name=model,
             unit=f"{judge}'s cosine, other minus word",
             guidance_scale=guidance,
+            folder=work,
         ),
         out,
     )

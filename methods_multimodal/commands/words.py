@@ -17,7 +17,9 @@ from methods_multimodal.commands.options import (
     Prompt,
     Seed,
     Steps,
+    Work,
     check_out,
+    check_work,
     open_model,
     write_report,
 )
@@ -32,10 +34,12 @@ def words(
     guidance: GuidanceScale = 3.0,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Where a word's outline is drawn.")] = 0.5,
     device: Device = None,
+    work: Work = None,
     out: Picture = Path("words.png"),
 ) -> None:
     """Which words drew which pixels: the picture, a map for each word, and its way through the steps."""
     check_out(out)
+    check_work(work)
     loaded = open_model(model, device, kind="diffusion", otherwise=DRAWS_NOTHING)
     from methods_multimodal.report import words_report
 
@@ -49,6 +53,7 @@ def words(
             threshold=threshold,
             model_name=model,
             guidance_scale=guidance,
+            folder=work,
         ),
         out,
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -14,8 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods_multimodal.core.record import Record
-from mm_adapters import InputError
+from methods_multimodal.core.running import newest, recent
+from mm_adapters import InputError, StoreError
 from mm_adapters.inputs.images import image_files, to_rgb
+from mm_adapters.store import SaveClock
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,6 @@ class Progress(Record):
     position: int
     state: dict[str, Tensor]
     unreadable: tuple[tuple[int, str], ...] = ()
-
-
-def fingerprint(**settings: Any) -> str:
-    """What a pass depends on, as short text: two passes with the same are the same pass."""
-    parts = {k: _digest(v) for k, v in sorted(settings.items())}
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def all_images(images: Any) -> Sequence[Any]:
@@ -72,36 +67,54 @@ def run_pass(
     every: int = 16,
     label: str = "images",
 ) -> Progress:
-    """`step(state, images, their numbers)` over all items, batch by batch; `every` so many it is saved.
+    """`step(state, images, their numbers)` over all items, batch by batch.
+
+    It is saved after `every` so many batches at the latest, and before if saving costs little of the time.
 
     A batch always holds the same items, so a pass that was killed gives the same numbers as one that
     was not. Items that cannot be read end it with an error that names them; what was done is kept.
 
-    Raises: InputError for an unreadable item, or a `file` that holds another pass.
+    Raises: InputError for an unreadable item; StoreError for a `file` that holds another pass, or is damaged.
     """
     done = Progress(settings, 0, start)
-    if file is not None and file.is_file():
-        done = Progress.load(file)
+    if file is not None and (found := newest(file, _read_progress)) is not None:
+        done = found[1]
         if done.settings != settings:
-            raise InputError(
-                f"{file.parent} holds the progress of another run (other images, model or settings). Pass "
-                "another folder, or delete this one."
+            raise StoreError(
+                f"{file} holds the progress of another run (other images, model or settings). Pass "
+                f"another folder, or delete {file.parent} to start afresh."
             )
-    with tqdm(total=len(items), initial=done.position, desc=label, unit="image", disable=None) as bar:
-        for count, first in enumerate(range(done.position, len(items), batch_size), start=1):
-            last = min(first + batch_size, len(items))
-            try:
+        if done.unreadable and not skip_unreadable:
+            number, why = done.unreadable[0]
+            raise _unreadable(items[number], number, why)
+    clock, unsaved = SaveClock(), 0
+    try:
+        with tqdm(total=len(items), initial=done.position, desc=label, unit="image", disable=None) as bar:
+            for first in range(done.position, len(items), batch_size):
+                last = min(first + batch_size, len(items))
                 images, numbers, bad = _read(items, range(first, last), skip_unreadable)
-            except InputError:
-                if file is not None:
+                state = step(done.state, images, numbers) if numbers else done.state
+                done = replace(done, position=last, state=state, unreadable=(*done.unreadable, *bad))
+                unsaved += 1
+                bar.update(last - first)
+                if file is not None and (unsaved >= every or last == len(items)):
                     done.save(file)
-                raise
-            state = step(done.state, images, numbers) if numbers else done.state
-            done = replace(done, position=last, state=state, unreadable=(*done.unreadable, *bad))
-            bar.update(last - first)
-            if file is not None and (count % every == 0 or last == len(items)):
+                    recent(file).unlink(missing_ok=True)
+                    unsaved = 0
+                elif file is not None and clock.is_due():
+                    with clock.saving():
+                        done.save(recent(file), durable=False)
+    except BaseException:
+        if file is not None and unsaved:
+            with suppress(StoreError):  # What was saved before stays.
                 done.save(file)
+        raise
     return done
+
+
+def _read_progress(path: Path) -> tuple[int, Progress]:
+    done = Progress.load(path)
+    return done.position, done
 
 
 def _read(
@@ -114,20 +127,13 @@ def _read(
             numbers.append(i)
         except (InputError, OSError) as error:
             if not skip:
-                raise InputError(
-                    f"{name_of(items[i], i)} cannot be read: {error} Remove or repair it, or skip what "
-                    "cannot be read (skip_unreadable=True, --skip-unreadable)."
-                ) from error
+                raise _unreadable(items[i], i, str(error)) from error
             bad.append((i, str(error)))
     return images, numbers, bad
 
 
-def _digest(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        raw = value.detach().cpu().contiguous().float().numpy().tobytes()
-        return hashlib.sha256(raw).hexdigest()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_digest(v) for v in value]
-    if isinstance(value, Path):
-        return [value.name, value.stat().st_size]
-    return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
+def _unreadable(item: Any, number: int, why: str) -> InputError:
+    return InputError(
+        f"{name_of(item, number)} cannot be read: {why} Remove or repair it, or skip what cannot be read "
+        "(skip_unreadable=True, --skip-unreadable)."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods_multimodal.core.generators import generator
+from methods_multimodal.core.running import State, run_steps
 from methods_multimodal.cross_attention.cases import Case, Part, unused_words
 from methods_multimodal.cross_attention.effects import Effects
 from methods_multimodal.cross_attention.metrics import Metric, scores
@@ -30,6 +32,7 @@ def measure_parts(
     what: str,
     batch: int,
     seed: int,
+    file: Path | None = None,
 ) -> Effects:
     """The metric of every case's pictures.
 
@@ -42,6 +45,7 @@ def measure_parts(
         what: the intervention's name.
         batch: rows of a run.
         seed: of the other words.
+        file: where runs are written down as they are done, in a folder of this work's own.
 
     Raises: InputError if there is no case or part, or a batch holds no part.
     """
@@ -51,19 +55,28 @@ def measure_parts(
     if size < 1:
         raise InputError(f"batch={batch}: a run holds a picture, its goal, its control and a part at least.")
     rng = generator(seed)
-    table, ends = torch.zeros(len(parts), len(cases)), torch.zeros(_ENDS, len(cases))
     chunks = [list(range(i, min(i + size, len(parts)))) for i in range(0, len(parts), size)]
-    with tqdm(total=len(cases) * len(chunks), desc=what, unit="run", disable=None, leave=False) as bar:
-        for i, case in enumerate(cases):
-            words = unused_words(layouts[i], [case.word]) if case.word else []
-            which = int(torch.randint(max(len(words), 1), (), generator=rng))
-            draw = drawing_of(i, words[which] if words else None, rng)
-            for k, chunk in enumerate(chunks):
-                values = scores(metric, draw(chunk)).cpu()
-                table[chunk, i] = values[_ENDS:]
-                if k == 0:
-                    ends[:, i] = values[:_ENDS]
-                bar.update()
+    draws: list[DrawParts] = []
+    for i, case in enumerate(cases):
+        words = unused_words(layouts[i], [case.word]) if case.word else []
+        which = int(torch.randint(max(len(words), 1), (), generator=rng))
+        draws.append(drawing_of(i, words[which] if words else None, rng))
+
+    def one_run(sofar: State, number: int) -> State:
+        i, k = divmod(number, len(chunks))
+        values = scores(metric, draws[i](chunks[k])).cpu()
+        table, ends = sofar["table"].clone(), sofar["ends"].clone()
+        table[chunks[k], i] = values[_ENDS:]
+        if k == 0:
+            ends[:, i] = values[:_ENDS]
+        bar.update()
+        return {"table": table, "ends": ends}
+
+    start = {"table": torch.zeros(len(parts), len(cases)), "ends": torch.zeros(_ENDS, len(cases))}
+    n_runs = len(cases) * len(chunks)
+    with tqdm(total=n_runs, desc=what, unit="run", disable=None, leave=False) as bar:
+        done = run_steps(n_runs, one_run, start, file)
+    table, ends = done["table"], done["ends"]
     return Effects(
         changed=table,
         base=ends[0],

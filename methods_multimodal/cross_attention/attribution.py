@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from methods_multimodal.core.kept import kept
 from methods_multimodal.core.record import Record
 from methods_multimodal.cross_attention._sites import TextAttention, text_attention, text_positions
 from methods_multimodal.cross_attention.cases import Case, Part, align_positions, layouts_of
@@ -54,12 +56,15 @@ def attribute_patching(
     *,
     positions: str = "after",
     options: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
 ) -> Attribution:
     """Estimates `patch_words` for every layer, head and step at once.
 
     (what the other prompt has there - what this one has) times the metric's gradient there, over a
     word's keys and values. Each case costs a run of the other prompt, and a run of its own with a
     gradient; `tests/benchmarks/cross_attention.py` says what that is in generations.
+
+    With a `folder`, cases are written down as they are done, and a run that was killed goes on.
 
     Source: Nanda 2023, "Attribution patching"; Kramár et al. 2024, arXiv 2403.00745, section 2.
     Raises: InputError if the metric has no gradient, or a case has no other prompt.
@@ -70,8 +75,11 @@ def attribute_patching(
         if other is None:
             raise InputError(f"Patching takes two prompts; the case {case.prompt!r} has no other one.")
     effects, base = [], []
-    with tqdm(total=len(cases), desc="attribution", unit="case", disable=None, leave=False) as bar:
-        for case, (layout, other) in zip(cases, layouts, strict=True):
+    settings: dict[str, Any] = {"cases": list(cases), "metric": metric, "options": dict(options or {})}
+    made_of = settings | {"job": "attribute_patching", "positions": positions}
+    bar = tqdm(total=len(cases), desc="attribution", unit="case", disable=None, leave=False)
+    with bar, kept(folder, models={"model": model}, **made_of) as work:
+        for number, (case, (layout, other)) in enumerate(zip(cases, layouts, strict=True)):
             assert other is not None
             if case.word:
                 to, source = align_positions(
@@ -79,9 +87,14 @@ def attribute_patching(
                 )
             else:
                 to = source = text_positions(layout)
-            effect, value = _one(model, attention, case, to, source, metric, options)
-            effects.append(effect)
-            base.append(value)
+
+            def of_case(case: Case = case, to: Any = to, source: Any = source) -> dict[str, Tensor]:
+                effect, value = _one(model, attention, case, to, source, metric, options)
+                return {"effect": effect, "value": value}
+
+            found = work.tensors(f"case {number}", of_case)
+            effects.append(found["effect"])
+            base.append(found["value"])
             bar.update()
     return Attribution(
         effects=torch.stack(effects),

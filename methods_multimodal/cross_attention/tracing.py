@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.core.kept import kept
 from methods_multimodal.cross_attention import _knockout
 from methods_multimodal.cross_attention._measuring import DrawParts, measure_parts
 from methods_multimodal.cross_attention._rows import RowEdit, copy_positions, generate
@@ -38,11 +40,14 @@ def patch_words(
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
     control_seed: int = 0,
+    folder: str | Path | None = None,
 ) -> Effects:
     """Gives a picture the keys and values that another prompt has in a word's place, part by part.
 
     Both prompts start from the same noise. The goal is the picture of the other prompt. An empty
     `word` patches every position, as LocoGen does.
+
+    With a `folder`, runs are written down as they are done, and a run that was killed goes on.
 
     Source: Basu et al. 2024, arXiv 2405.01008, section 3 (LocoGen); Meng et al. 2022, arXiv 2202.05262.
     Raises: WordNotFoundError, InputError before anything runs.
@@ -60,8 +65,21 @@ def patch_words(
     for i in range(len(cases)):  # Every mistake in a word comes up here.
         change(i, parts[0], 0, 0, None)
     goals = [c.other for c in cases]
+    more = {"positions": positions}
     return _measured(
-        model, cases, goals, metric, parts, change, layouts, "patching", batch, options, control_seed
+        model,
+        cases,
+        goals,
+        metric,
+        parts,
+        change,
+        layouts,
+        "patching",
+        batch,
+        options,
+        control_seed,
+        folder,
+        more,
     )
 
 
@@ -112,12 +130,15 @@ def knock_out_words(
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
     control_seed: int = 0,
+    folder: str | Path | None = None,
 ) -> Effects:
     """Blocks the attention to a word, part by part: of the pixels, and of the words after it (`text`).
 
     Without `text` the words after it still carry it. The scores are put to minus infinity before
     the softmax; that no attention is left there afterwards is looked at in every run. The goal is
     the picture with the word blocked everywhere.
+
+    With a `folder`, runs are written down as they are done, and a run that was killed goes on.
 
     Source: Geva et al. 2023, arXiv 2304.14767, section 4.
     Raises: WordNotFoundError, InputError before anything runs; RuntimeError if attention is left.
@@ -130,8 +151,21 @@ def knock_out_words(
 
     for i in range(len(cases)):
         change(i, parts[0], 0, 0, None)
+    more = {"text": text}
     return _measured(
-        model, cases, None, metric, parts, change, layouts, "knockout", batch, options, control_seed
+        model,
+        cases,
+        None,
+        metric,
+        parts,
+        change,
+        layouts,
+        "knockout",
+        batch,
+        options,
+        control_seed,
+        folder,
+        more,
     )
 
 
@@ -168,11 +202,12 @@ def ablate_heads(
     *,
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
 ) -> Effects:
     """Puts the output of heads of the attention to text to zero, part by part.
 
     The goal is the picture with all of it at zero; the control is one head of the same run drawn at
-    random.
+    random. With a `folder`, runs are written down as they are done, and a run that was killed goes on.
 
     Raises: InputError before anything runs.
     """
@@ -188,7 +223,9 @@ def ablate_heads(
             for a in select_layers(attention, part)
         ]
 
-    return _measured(model, cases, None, metric, parts, change, layouts, "ablation", batch, options, 0)
+    return _measured(
+        model, cases, None, metric, parts, change, layouts, "ablation", batch, options, 0, folder, {}
+    )
 
 
 def _measured(
@@ -203,6 +240,8 @@ def _measured(
     batch: int,
     options: Mapping[str, Any] | None,
     control_seed: int,
+    folder: str | Path | None,
+    more: Mapping[str, Any],
 ) -> Effects:
     """Draws for each case: its picture, its goal, a control, and one picture for each part."""
     n_steps = (options or {}).get("num_inference_steps")
@@ -223,7 +262,13 @@ def _measured(
 
         return draw_parts
 
-    return measure_parts(cases, layouts, parts, metric, drawing_of, what=what, batch=batch, seed=control_seed)
+    settings: dict[str, Any] = {"batch": batch, "options": dict(options or {}), "seed": control_seed, **more}
+    settings |= {"cases": list(cases), "parts": list(parts), "metric": metric}
+    with kept(folder, job=what, models={"model": model}, **settings) as work:
+        file = work.folder and work.folder / "runs.safetensors"
+        return measure_parts(
+            cases, layouts, parts, metric, drawing_of, what=what, batch=batch, seed=control_seed, file=file
+        )
 
 
 def generate_checked(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from methods_multimodal.data_attribution._parameters import select
 from methods_multimodal.data_attribution.task import Batch, Call, Task
 from mm_adapters import InputError, Model
+from mm_adapters.store import of_tensors
 
 _MEASURES = ("loss", "similarity")
 
@@ -53,7 +54,7 @@ def contrastive_task(
         return {name: measured[name] for name in names}
 
     about = {"module": type(module).__name__, "measures": names, "scale": scale, "n_draws": 1}
-    about["reference"] = [float(images.double().sum()), float(texts.double().sum())]
+    about["reference"] = of_tensors({"images": images, "texts": texts})
     return Task(module, select(module, parameters), tuple(names), 1, lambda b, _: b, values, about)
 
 

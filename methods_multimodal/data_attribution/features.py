@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,7 +20,7 @@ from methods_multimodal.data_attribution.gradients import Mode
 from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.task import Examples, Task, batch_of, n_examples
 from mm_adapters import InputError, StoreError
-from mm_adapters.store import Column, Store, Writer
+from mm_adapters.store import Column, Store, Writer, load_tensors, of_data, of_module, of_tensors, provenance
 
 Checkpoint = Mapping[str, Tensor] | str | PathLike[str]
 
@@ -69,7 +67,7 @@ def featurise(
     maker = _maker(task, examples, projection, draws, mode, max_rows)
     n, points = n_examples(examples), [None] if checkpoints is None else list(checkpoints)
     about = _about(task, maker, projection, draws, points)
-    about |= {"data": _digest_examples(examples), "n_examples": n, "batch_size": batch_size}
+    about |= {"data": examples_fingerprint(examples), "n_examples": n, "batch_size": batch_size}
     names = [f"{m}@{k}" for k in range(len(points)) for m in task.measures]
     columns = {"index": Column((), torch.int64)}
     columns |= {name: Column((maker.dim,), dtype) for name in names}
@@ -170,11 +168,13 @@ def _about(
 ) -> dict[str, Any]:
     # A dense matrix of signs was another one before its columns came in bytes.
     signs = {"signs": "in bytes"} if projection.kind == "rademacher" else {}
-    return signs | {
+    each = [made_of(task, _state(p)) for p in points]
+    return {
+        **signs,
+        **each[0],
+        "format": provenance()["format"],
         "made_by": "methods_multimodal.data_attribution.featurise",
-        "task": dict(task.about),
-        "weights": [_digest_weights(task, _state(p)) for p in points],
-        "parameters": _digest(json.dumps(task.parameters).encode()),
+        "weights": [one["weights"] for one in each],
         "projection": projection.about(),
         "draws": draws,
         "mode": maker.gradients.mode,
@@ -186,7 +186,7 @@ def _state(point: Checkpoint | None) -> Mapping[str, Tensor] | None:
     if isinstance(point, str | PathLike):
         if not Path(point).is_file():
             raise InputError(f"There is no checkpoint {point}.")
-        return load_file(point)
+        return load_tensors(Path(point))[0]
     return point
 
 
@@ -204,32 +204,25 @@ def _check_kept(row: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dt
             )
 
 
-def _digest_weights(task: Task, state: Mapping[str, Tensor] | None) -> str:
-    hashed = hashlib.sha256()
-    for name, value in sorted({**task.constants(state), **task.weights(state)}.items()):
-        hashed.update(name.encode())
-        hashed.update(_bytes(value))
-    return hashed.hexdigest()[:16]
-
-
-def _digest_examples(examples: Examples) -> str:
-    """All of what lies in memory; of what is read from elsewhere the first and the last."""
+def _items(examples: Examples) -> Iterator[Mapping[str, Any]]:
+    """What the examples are, one after the other; all at once if they lie in memory."""
     if isinstance(examples, Mapping):
-        parts = [dict(examples)]
+        yield dict(examples)
     else:
-        parts = [dict(examples[i]) for i in (0, len(examples) - 1)]
-    hashed = hashlib.sha256()
-    for part in parts:
-        for name, value in sorted(part.items()):
-            hashed.update(name.encode())
-            hashed.update(_bytes(torch.as_tensor(value)))
-    return hashed.hexdigest()[:16]
+        yield from (dict(examples[i]) for i in range(len(examples)))
 
 
-def _bytes(value: Tensor) -> bytes:
-    flat = value.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+def made_of(task: Task, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What a task's numbers depend on, in JSON's types: its own account, its weights, how it is built."""
+    module = of_module(task.module)
+    return {
+        "task": dict(task.about),
+        "weights": of_tensors({**task.constants(state), **task.weights(state)}),
+        "parameters": of_data([list(task.parameters)]),
+        "module": {key: module[key] for key in ("class", "layers", "config", "adapters")},
+    }
 
 
-def _digest(raw: bytes) -> str:
-    return hashlib.sha256(raw).hexdigest()[:16]
+def examples_fingerprint(examples: Examples) -> str:
+    """A hash of all examples, by content."""
+    return of_data(_items(examples))

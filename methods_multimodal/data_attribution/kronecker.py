@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from methods_multimodal.data_attribution._layers import has_factors
+from methods_multimodal.data_attribution.features import examples_fingerprint, made_of
 from methods_multimodal.data_attribution.task import Batch, Examples, Task, batch_of, n_examples
 from mm_adapters import InputError
+from mm_adapters.store import provenance, work_folder
 
 
 def kronecker_scores(
@@ -40,7 +42,8 @@ def kronecker_scores(
     Factors and scores are kept in `folder`, which kronfluence goes on with.
 
     Source: Grosse et al. 2023, arXiv 2308.03296; Mlodozeniec et al. 2024, arXiv 2410.13850.
-    Raises: InputError if kronfluence is not installed, or no layer can be tracked.
+    Raises: InputError if kronfluence is not installed, or no layer can be tracked; StoreError for a folder
+    of another run.
     """
     try:
         from kronfluence.analyzer import Analyzer, prepare_model
@@ -58,34 +61,42 @@ def kronecker_scores(
     module = copy.deepcopy(task.module)
     if state is not None:
         module.load_state_dict(dict(state), strict=False)
-    tracked = _task(task, layers, measure, query_measure)
-    analyzer = Analyzer(
-        "mm_interp",
-        prepare_model(module, tracked),
-        tracked,
-        cpu=next(module.parameters()).device.type == "cpu",
-        output_dir=str(folder),
-        disable_tqdm=True,
-    )
-    analyzer.fit_all_factors(
-        factors_name=strategy,
-        dataset=_Rows(train),
-        factor_args=FactorArguments(strategy=strategy, use_empirical_fisher=True),
-        per_device_batch_size=batch_size,
-    )
-    analyzer.compute_pairwise_scores(
-        scores_name=strategy,
-        factors_name=strategy,
-        query_dataset=_Rows(queries),
-        train_dataset=_Rows(train),
-        per_device_query_batch_size=batch_size,
-        per_device_train_batch_size=batch_size,
-        score_args=ScoreArguments(damping_factor=damping),
-    )
-    pairwise = analyzer.load_pairwise_scores(strategy)
-    assert pairwise is not None
-    k = task.n_draws
-    return pairwise["all_modules"].float().view(n_examples(queries), k, n_examples(train), k).mean((1, 3))
+    facts = made_of(task, state)
+    facts |= {"data": examples_fingerprint(train), "queries": examples_fingerprint(queries)}
+    settings: dict[str, Any] = {
+        "strategy": strategy,
+        "measures": [measure, query_measure],
+        "damping": damping,
+    }
+    with work_folder(folder, provenance(job="kronecker", batch_size=batch_size, **settings) | facts) as work:
+        tracked = _task(task, layers, measure, query_measure)
+        analyzer = Analyzer(
+            "mm_interp",
+            prepare_model(module, tracked),
+            tracked,
+            cpu=next(module.parameters()).device.type == "cpu",
+            output_dir=str(work),
+            disable_tqdm=True,
+        )
+        analyzer.fit_all_factors(
+            factors_name=strategy,
+            dataset=_Rows(train),
+            factor_args=FactorArguments(strategy=strategy, use_empirical_fisher=True),
+            per_device_batch_size=batch_size,
+        )
+        analyzer.compute_pairwise_scores(
+            scores_name=strategy,
+            factors_name=strategy,
+            query_dataset=_Rows(queries),
+            train_dataset=_Rows(train),
+            per_device_query_batch_size=batch_size,
+            per_device_train_batch_size=batch_size,
+            score_args=ScoreArguments(damping_factor=damping),
+        )
+        pairwise = analyzer.load_pairwise_scores(strategy)
+        assert pairwise is not None
+        k = task.n_draws
+        return pairwise["all_modules"].float().view(n_examples(queries), k, n_examples(train), k).mean((1, 3))
 
 
 class _Rows(Dataset[dict[str, Tensor]]):

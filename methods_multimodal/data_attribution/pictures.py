@@ -11,18 +11,23 @@ from typing import Any
 from PIL import Image
 
 from mm_adapters import InputError
-from mm_adapters.inputs.images import image_files
+from mm_adapters.inputs.images import image_files, readable_files, to_rgb
+from mm_adapters.store import read_text
 
 _ZOO = "zoo:"
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Training pictures: `names` for people, `captions`, and `files` (None: of the zoo, by number)."""
+    """Training pictures: `names` for people, `captions`, and `files` (None: of the zoo, by number).
+
+    `unreadable` are files that were left out, each with the reason.
+    """
 
     names: tuple[str, ...]
     captions: tuple[str, ...]
     files: tuple[Path, ...] | None = None
+    unreadable: tuple[tuple[str, str], ...] = ()
 
     def image(self, index: int, side_px: int | None = None) -> Image.Image:
         """Picture number `index`, scaled to a square if a side is given."""
@@ -31,7 +36,7 @@ class Pictures:
 
             opened = Image.fromarray(training_example(index)[0])
         else:
-            opened = Image.open(self.files[index]).convert("RGB")
+            opened = to_rgb(self.files[index])
         if side_px is None or opened.size == (side_px, side_px):
             return opened
         return opened.resize((side_px, side_px), Image.Resampling.LANCZOS)
@@ -41,11 +46,13 @@ class Pictures:
         return [self.image(i, side_px) for i in range(len(self.names))]
 
 
-def read_pictures(source: str | Path) -> Pictures:
+def read_pictures(source: str | Path, *, skip_unreadable: bool = False) -> Pictures:
     """A folder with captions, or "zoo:N": the first N pictures that tiny-sd was trained on.
 
     A folder's captions are in metadata.jsonl, a line {"file_name": ..., "text": ...} each, or a .txt
     beside each picture.
+
+    `skip_unreadable` leaves out what cannot be read; `unreadable` lists it.
 
     Raises: InputError for a folder without pictures, a picture without a caption, or a bad number.
     """
@@ -55,9 +62,11 @@ def read_pictures(source: str | Path) -> Pictures:
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Give a folder of pictures, or zoo:256.")
-    files = image_files(folder, recursive=False, verify=True, min_images=2)
+    found = image_files(folder, recursive=False, verify=not skip_unreadable, min_images=2)
+    files, skipped = readable_files(found, skip_unreadable=skip_unreadable, min_images=2)
     captions = _captions(folder, files)
-    return Pictures(tuple(p.name for p in files), captions, tuple(files))
+    unreadable = tuple((path.name, why) for path, why in skipped)
+    return Pictures(tuple(p.name for p in files), captions, tuple(files), unreadable)
 
 
 def _of_zoo(number: str) -> Pictures:
@@ -75,16 +84,19 @@ def _captions(folder: Path, files: Sequence[Path]) -> tuple[str, ...]:
     listed: dict[str, Any] = {}
     table = folder / "metadata.jsonl"
     if table.is_file():
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(read_text(table).splitlines(), start=1):
             try:
                 row = json.loads(line)
-                listed[row["file_name"]] = row["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+                name, text = row["file_name"], row["text"]
+                if not isinstance(name, str) or not isinstance(text, str):
+                    raise TypeError
+                listed[name] = text
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise InputError(f'{table}, line {number}: not {{"file_name": ..., "text": ...}}.') from None
     for path in files:
         beside = path.with_suffix(".txt")
         if path.name not in listed and beside.is_file():
-            listed[path.name] = beside.read_text(encoding="utf-8").strip()
+            listed[path.name] = read_text(beside).strip()
     missing = [p.name for p in files if p.name not in listed]
     if missing:
         raise InputError(

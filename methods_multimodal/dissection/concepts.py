@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mm_adapters import InputError
+from mm_adapters.store import read_text
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,12 @@ def shares(
 def read_concepts(path: Path) -> Concepts:
     """A concept list: one a line, with its category before a tab if it has one.
 
-    Raises: InputError for an empty line or a name that occurs twice, with the line's number.
+    Raises: InputError for a file that is no text in UTF-8; for an empty line or a name that occurs twice,
+    with the line's number.
     """
     names: list[str] = []
     categories: list[str] = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         category, _, name = line.rpartition("\t")
         if not name.strip():
             raise InputError(f"{path}, line {number} is empty. Remove it: each line is a concept.")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
+from methods_multimodal.dissection._coco import read_document
 from methods_multimodal.dissection.concepts import Concepts, Mask, Masks
 from mm_adapters import InputError
+from mm_adapters.inputs.images import open_image
+from mm_adapters.store import read_mapping
 
 LEGEND = "legend.json"
 
@@ -21,7 +23,7 @@ def read_masks(where: Path, images: Sequence[Path]) -> tuple[list[Masks], Concep
 
     Raises: InputError naming the file, for an image without masks or of another size than its masks.
     """
-    return read_coco(where, images) if where.suffix == ".json" else read_index_maps(where, images)
+    return read_coco(where, images) if where.suffix.lower() == ".json" else read_index_maps(where, images)
 
 
 def read_index_maps(folder: Path, images: Sequence[Path]) -> tuple[list[Masks], Concepts]:
@@ -41,14 +43,11 @@ def read_index_maps(folder: Path, images: Sequence[Path]) -> tuple[list[Masks], 
         size = _size(image)
         masks: dict[str, Mask] = {}
         for category, path in maps.items():
-            with Image.open(path) as opened:
-                if opened.mode not in ("L", "P", "I", "I;16", "1"):
-                    raise InputError(f"{path} is {opened.mode}: an index map has one number a pixel.")
-                if opened.size != size:
-                    raise InputError(
-                        f"{path} is {_by(opened.size)} and {image} is {_by(size)}: they must agree."
-                    )
-                numbers = np.array(opened).astype(np.int64)
+            numbers = _numbers(path)
+            if numbers.shape != (size[1], size[0]):
+                raise InputError(
+                    f"{path} is {_by(numbers.shape[::-1])} and {image} is {_by(size)}: they must agree."
+                )
             for number in np.unique(numbers).tolist():
                 if number in legend[category]:
                     masks[legend[category][number]] = numbers == number
@@ -68,14 +67,22 @@ def read_coco(path: Path, images: Sequence[Path]) -> tuple[list[Masks], Concepts
     from contextlib import redirect_stdout
     from io import StringIO
 
+    document = read_document(path)
     with redirect_stdout(StringIO()):
-        coco = COCO(str(path))
+        coco: Any = COCO()
+        coco.dataset = document
+        coco.createIndex()
     kinds = coco.loadCats(coco.getCatIds())
     concepts = Concepts(
         tuple(kind["name"] for kind in kinds), tuple(kind.get("supercategory") or "object" for kind in kinds)
     )
     names = {kind["id"]: kind["name"] for kind in kinds}
-    by_file = {Path(one["file_name"]).name: one for one in coco.dataset["images"]}
+    by_file: dict[str, Any] = {}
+    for one in document["images"]:
+        name = Path(one["file_name"]).name
+        if name in by_file:
+            raise InputError(f"{path} has two images {name}; images are found by the names of their files.")
+        by_file[name] = one
     missing = [image.name for image in images if image.name not in by_file]
     if missing:
         raise InputError(f"{path} has no image {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")
@@ -101,11 +108,12 @@ def _legend(folder: Path) -> dict[str, dict[int, str]]:
             f"{folder} has no {LEGEND}. It says what the numbers of the maps mean: "
             '{"colour": {"1": "red"}}.'
         )
-    try:
-        legend: Any = json.loads(path.read_text("utf-8"))
-        return {str(c): {int(n): str(name) for n, name in names.items()} for c, names in legend.items()}
-    except (ValueError, AttributeError):
-        raise InputError(f"{path} is not {{category: {{number: concept}}}} in JSON.") from None
+    legend = read_mapping(path)
+    for category, names in legend.items():
+        fits = isinstance(names, dict) and all(n.isdecimal() and isinstance(c, str) for n, c in names.items())
+        if not fits or not category.strip() or Path(category).name != category:
+            raise InputError(f"{path} is not {{category: {{number: concept}}}} in JSON: {category!r}.")
+    return {c: {int(n): name for n, name in names.items()} for c, names in legend.items()}
 
 
 def _map_of(folder: Path, category: str, legend: dict[str, Any], image: Path) -> Path:
@@ -117,10 +125,19 @@ def _map_of(folder: Path, category: str, legend: dict[str, Any], image: Path) ->
     return path
 
 
+def _numbers(path: Path) -> NDArray[np.int64]:
+    """The numbers of an index map, [row, column]."""
+    opened = open_image(path)
+    with opened:
+        if opened.mode not in ("L", "P", "I", "I;16", "1"):
+            raise InputError(f"{path} is {opened.mode}: an index map has one number a pixel.")
+        return np.array(opened).astype(np.int64)
+
+
 def _size(image: Path) -> tuple[int, int]:
-    with Image.open(image) as opened:
+    with open_image(image) as opened:
         return opened.size
 
 
-def _by(size: tuple[int, int]) -> str:
+def _by(size: Sequence[int]) -> str:
     return f"{size[0]} x {size[1]}"

@@ -18,8 +18,8 @@ from methods_multimodal.core.embed import embed, unit
 from methods_multimodal.core.record import Record
 from methods_multimodal.dissection import similarity as kernels
 from methods_multimodal.dissection.units import Pool, Units
-from mm_adapters import InputError, Model, StoreError
-from mm_adapters.store import Column, Store, Writer
+from mm_adapters import InputError, Model
+from mm_adapters.store import Column, Store, Writer, provenance
 
 JUDGE = "judge"
 # A shard closes when it is this large.
@@ -74,24 +74,25 @@ def collect(
     if not batches:
         raise InputError("There are no pictures to probe with.")
     known = {
-        "sites": [u.site for u in units],
-        "families": [u.model.record.name for u in units],
-        "judge": judge.record.name,
-        "pool": pool,
-        "n_batches": len(batches),
+        **provenance(
+            models={"judge": judge, **_models_of(units)},
+            data=({"inputs": i, "pictures": "its images" if i.get("images") is p else p} for i, p in batches),
+            sites=[u.site for u in units],
+            job="dissection",
+            pool=pool,
+        ),
         **(about or {}),
     }
-    finished = _finished(Path(folder), known)
-    if finished is not None:
-        return finished
     judge.check_tower("vision")
-    first = _probe(units, batches[0], judge, pool)
-    columns = {name: Column(tuple(v.shape[1:]), torch.float32) for name, v in first.items()}
+    first, columns = None, _columns_of(Path(folder))
+    if columns is None:
+        first = _probe(units, batches[0], judge, pool)
+        columns = {name: Column(tuple(v.shape[1:]), torch.float32) for name, v in first.items()}
     with Writer(folder, columns, known, shard_bytes=SHARD_BYTES) as writer:
-        rest = batches[writer.appends :]
+        rest = [] if writer.complete else batches[writer.appends :]
         bar = tqdm(rest, initial=writer.appends, total=len(batches), desc="probing", disable=not progress)
         for batch in bar:
-            rows = first if batch is batches[0] else _probe(units, batch, judge, pool)
+            rows = first if first is not None and batch is batches[0] else _probe(units, batch, judge, pool)
             writer.append(rows, items=len(batch[1]))
     return Store(folder)
 
@@ -284,13 +285,16 @@ def _probe(
     return {**activations, JUDGE: unit(seen)}
 
 
-def _finished(folder: Path, known: Mapping[str, Any]) -> Store | None:
-    """The store, if it is there and whole and of the same things."""
-    try:
-        store = Store(folder)
-    except StoreError:
-        return None
-    return store if store.about == known else None
+def _models_of(units: Sequence[Units]) -> dict[str, Model]:
+    """One model, or that of each site where there are several."""
+    if all(u.model is units[0].model for u in units):
+        return {"model": units[0].model}
+    return {f"model of {u.site}": u.model for u in units}
+
+
+def _columns_of(folder: Path) -> dict[str, Column] | None:
+    """Those of the store that is there already, if one is."""
+    return Store(folder, partial=True).columns if (folder / "manifest.json").is_file() else None
 
 
 def embed_concepts(

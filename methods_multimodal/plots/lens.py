@@ -24,7 +24,7 @@ def lens_table(
             ax.text(
                 j,
                 i,
-                f"{name_of(token)!r}\n{table[i, j]:.2f}",
+                f"{name_of(token)!r}\n{table[i, j]:z.2f}",
                 ha="center",
                 va="center",
                 fontsize=8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from einops import rearrange
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.grids import image_layout
+from methods_multimodal.core.kept import Kept, kept
 from methods_multimodal.core.model import check_whole_images
 from methods_multimodal.core.outputs import contrast_of, probabilities
 from methods_multimodal.lenses.direct_attribution import LogitAttribution, attribute_logits
@@ -57,11 +59,12 @@ def contrastive_report(
     names: Sequence[str] = ("image", "counterpart"),
     *,
     model_name: str = "",
+    folder: str | Path | None = None,
 ) -> Report:
     """Explains the first image's logit for the first text (against the second, if there is one).
 
     The second image is what activation patching compares the first with. `model_name` is the model's
-    name on the page.
+    name on the page. With a `folder`, parts are written down as they are done, and are not made again.
 
     Raises: MissingSiteError if the model sees no images, cuts no patches, or captions what it compares;
     InputError if there are not two images, or no text.
@@ -72,7 +75,8 @@ def contrastive_report(
             f"This report compares two images and takes a text; there are {len(images)} and {len(texts)}."
         )
     words, shown = model.prepare(text=list(texts)), model.prepare(images=list(images))
-    evidence = _gather(model, words, shown, texts)
+    with kept(folder, job="contrastive_report", models={"model": model}, data=[words, shown]) as work:
+        evidence = _gather(model, words, shown, texts, work)
     (pixels,) = (v for v in shown.values() if v.ndim == 4)
     return _draw(model, evidence, [as_seen(model, p) for p in pixels], texts, names, model_name or model.name)
 
@@ -88,7 +92,7 @@ def _check(model: Model) -> None:
 
 
 def _gather(
-    model: Model, words: Mapping[str, Tensor], shown: Mapping[str, Tensor], texts: Sequence[str]
+    model: Model, words: Mapping[str, Tensor], shown: Mapping[str, Tensor], texts: Sequence[str], work: Kept
 ) -> Evidence:
     (pixels,) = (v for v in shown.values() if v.ndim == 4)
     layout = image_layout(model, pixels, TOWER)
@@ -102,21 +106,30 @@ def _gather(
 
     reason, attribution = "", None
     try:
-        attribution = attribute_logits(model, both, texts=texts)
+        attribution = work.record(
+            "attribution", LogitAttribution, lambda: attribute_logits(model, both, texts=texts)
+        )
     except MissingSiteError as error:
         reason = f"No logit attribution: {error}"
     every: dict[str, Any] = {"tower": TOWER, "stacked": set(shown)}
     groups, grid = windows(layout)
     query, name = (0, "class token") if "class" in layout.roles[0] else (None, "average position")
     layers = range(n_layers)
+    looked: dict[str, Any] = {"tower": TOWER, "layers": layers, "query": query, "query_name": name}
+    few: dict[str, Any] = {"layers": spread(n_layers), "units": groups, **every}
+    logits = work.tensors("logits", lambda: {"": contrast_of(model.run(both).output).logits.float()})[""]
     return Evidence(
-        logits=contrast_of(model.run(both).output).logits.float(),
-        maps=head_maps(model, both, layout, tower=TOWER, layers=layers, query=query, query_name=name),
+        logits=logits,
+        maps=work.record("maps", HeadMaps, lambda: head_maps(model, both, layout, **looked)),
         attribution=attribution,
         no_attribution=reason,
-        heads=patch_heads(model, clean, corrupted, metric, layers=layers, **every),
-        patches=patch_positions(
-            model, clean, corrupted, metric, layers=spread(n_layers), units=groups, **every
+        heads=work.record(
+            "heads",
+            ActivationPatching,
+            lambda: patch_heads(model, clean, corrupted, metric, layers=layers, **every),
+        ),
+        patches=work.record(
+            "patches", ActivationPatching, lambda: patch_positions(model, clean, corrupted, metric, **few)
         ),
         grid=grid,
     )

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
+from methods_multimodal.core.kept import kept
 from methods_multimodal.cross_attention import WordMaps, word_reader
 from methods_multimodal.diffusion import DenoisingSteps, frames_of, pictures_of, step_reader, to_array
 from methods_multimodal.plots import overlay, picture, word_lines
 from methods_multimodal.report._page import Report, new_page, rounded
-from mm_adapters import InputError, Model
+from mm_adapters import InputError, Model, Run
 
 MOST_WORDS = 12
 
 
 def diffusion_report(
-    model: Model, prompt: str, *, seed: int = 0, steps: int = 25, model_name: str = "", **options: Any
+    model: Model,
+    prompt: str,
+    *,
+    seed: int = 0,
+    steps: int = 25,
+    model_name: str = "",
+    folder: str | Path | None = None,
+    **options: Any,
 ) -> Report:
     """Draws the prompt once, and shows its steps and where each word was attended to.
 
-    `options` go to the pipeline (`guidance_scale`, `height`, ...).
+    `options` go to the pipeline (`guidance_scale`, `height`, ...). With a `folder`, what was drawn is
+    written down there and not drawn again.
 
     Raises: InputError for an empty prompt or fewer than one step, before anything runs.
     """
@@ -37,10 +47,19 @@ def diffusion_report(
     inputs = frames.inputs({**options, "prompt": prompt, "seed": seed, "output_type": "pt"})
     # Both read the latents; the frames keep them whole.
     reads = {read.site: read for read in (*words.reads(), *frames.reads())}
-    run = model.run(inputs, read=list(reads.values()))
-    final = pictures_of(model, run.output)[0].float().cpu()
+    runs: list[Run] = []
+
+    def run() -> Run:
+        if not runs:
+            runs.append(model.run(inputs, read=list(reads.values())))
+        return runs[0]
+
+    settings: dict[str, Any] = {"inputs": inputs, "n_steps": steps}
+    with kept(folder, job="diffusion_report", models={"model": model}, **settings) as work:
+        final = work.tensors("picture", lambda: {"": pictures_of(model, run().output)[0].float().cpu()})[""]
+        shown = work.record("frames", DenoisingSteps, lambda: frames.pictures(model, run()))
+        maps = work.record("maps", WordMaps, lambda: words.maps(run()))
     model_name = model_name or model.name
-    shown, maps = frames.pictures(model, run), words.maps(run)
     numbers = _numbers(model_name, prompt, seed, shown, maps)
     return Report(_draw(model_name, prompt, final, shown, maps), numbers, tuple(_lines(numbers, maps)))
 

@@ -22,6 +22,7 @@ from methods_multimodal.dissection.survey import Named, Survey
 from methods_multimodal.plots.dissection import activation_histogram, detectors
 from methods_multimodal.report._html import inline, render
 from methods_multimodal.report._page import rounded
+from mm_adapters.inputs.images import to_rgb
 
 _THUMB = 96
 
@@ -31,13 +32,15 @@ def write_page(
     out: Path,
     *,
     model: str,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Any],
     maps: dict[int, list[tuple[int, Float[Tensor, "row column"]]]],
     thresholds: Float[Tensor, " unit"] | None,
     shown: Any = None,
 ) -> tuple[Path, Path, Path]:
     """Writes OUT/index.html (self-contained), OUT/units.json and OUT/units.csv; returns their paths.
 
+    `pictures` are whatever `to_rgb` takes, such as paths. In the CSV, a name that begins as a formula does
+    has an apostrophe before it.
     `maps[unit]` are (picture number, map) for the pictures on the unit's card; units without are in the
     tables only. `shown [image, concept]` says which pictures show what, if that is known.
     """
@@ -47,7 +50,7 @@ def write_page(
     lines = io.StringIO()
     writer = csv.DictWriter(lines, fieldnames=list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     write_text(table, lines.getvalue())
     numbers = out / "units.json"
     about = {
@@ -75,10 +78,16 @@ def _row(survey: Survey, unit: int) -> dict[str, Any]:
     return row
 
 
+def _cell(value: Any) -> Any:
+    """A name that a spreadsheet would calculate stands behind an apostrophe, which makes it a text."""
+    is_formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
+    return f"'{value}" if is_formula else value
+
+
 def _page(
     survey: Survey,
     model: str,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Any],
     maps: dict[int, list[tuple[int, Tensor]]],
     thresholds: Tensor | None,
     shown: Any,
@@ -128,7 +137,7 @@ def _agreements(survey: Survey) -> list[tuple[str, str, float]]:
 def _card(
     survey: Survey,
     unit: int,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Any],
     maps: list[tuple[int, Tensor]],
     thresholds: Tensor | None,
     shown: Any,
@@ -137,7 +146,7 @@ def _card(
     images = []
     for number, map_ in maps:
         level = cut if cut is not None and bool((map_ > cut).any()) else float(map_.flatten().quantile(0.9))
-        small = pictures[number].convert("RGB").resize((_THUMB, _THUMB), Image.Resampling.NEAREST)
+        small = to_rgb(pictures[number]).resize((_THUMB, _THUMB), Image.Resampling.NEAREST)
         images.append({"number": number, "source": _picture(exemplar(small, map_, level))})
     first = survey.methods[0]
     concept = survey.concepts.index(first.names[unit])

@@ -22,7 +22,7 @@ def heads_page(record: HeadNames, picture_of: Callable[[int], Image.Image], mode
     def image(number: int, score: float) -> dict[str, str]:
         if number not in thumbs:
             thumbs[number] = _inline(picture_of(number))
-        return {"source": thumbs[number], "tip": f"{Path(files[number]).name}: {score:+z.4f}"}
+        return {"number": str(number), "tip": f"{Path(files[number]).name}: {score:+z.4f}"}
 
     def texts(layer: int, head: int) -> list[dict[str, Any]]:
         return [
@@ -58,6 +58,7 @@ def heads_page(record: HeadNames, picture_of: Callable[[int], Image.Image], mode
         n_images=record.n_images,
         n_texts=len(record.texts),
         layers=layers,
+        thumbs=thumbs,
         unreadable=record.unreadable,
     )
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from methods_multimodal.core.kept import Kept, kept
 from methods_multimodal.cross_attention import (
     Case,
     Effects,
@@ -39,12 +42,14 @@ def trace_report(
     n_groups: int = 3,
     model_name: str = "",
     unit: str = "metric",
+    folder: str | Path | None = None,
     **options: Any,
 ) -> Report:
     """Patches `other` in the place of `word`, layer by layer and by groups of steps; and blocks the word.
 
     `metric` is of pictures and rises from the word to the other. It shows the exact effects with
-    their intervals over seeds, and how well one gradient foretells them.
+    their intervals over seeds, and how well one gradient foretells them. With a `folder`, work is written
+    down as it is done, and a run that was killed goes on.
 
     Raises: WordNotFoundError or InputError before anything runs.
     """
@@ -52,12 +57,18 @@ def trace_report(
     options |= {"num_inference_steps": steps}
     cases = [Case(prompt, word, changed, other, seed) for seed in seeds]
     parts = grid(model, steps=step_groups(steps, n_groups))
-    exact = patch_words(model, cases, metric, parts, positions=positions, options=options)
-    fast = attribute_patching(model, cases, metric, positions=positions, options=options).of(parts)
-    blocked = knock_out_words(model, cases, metric, [Part()], options=options)
+    made_of: dict[str, Any] = {"prompt": prompt, "word": word, "other": other, "positions": positions}
+    made_of |= {
+        "seeds": list(seeds),
+        "steps": steps,
+        "n_groups": n_groups,
+        "options": options,
+        "metric": metric,
+    }
+    with kept(folder, job="trace_report", models={"model": model}, **made_of) as work:
+        exact, fast, blocked, shown = _measured(model, cases, metric, parts, positions, options, work)
     change = (exact.changed - exact.base).mean(1)
     pearson, spearman = correlation(fast.mean(1), change)
-    shown = _pictures(model, cases[0], exact, positions, options)
     page = new_page(14.5, 8.2, f"{model_name or model.name}: “{word}” to “{other}” in “{prompt}”")
     halves: Any = page.subfigures(2, 1, height_ratios=[3.0, 5.2])
     top, bottom = halves
@@ -102,9 +113,39 @@ def trace_report(
     return Report(page, numbers, tuple(lines))
 
 
-def _pictures(
-    model: Model, case: Case, exact: Effects, positions: str, options: dict[str, Any]
-) -> list[tuple[str, torch.Tensor]]:
+def _measured(
+    model: Model,
+    cases: Sequence[Case],
+    metric: Metric,
+    parts: Sequence[Part],
+    positions: str,
+    options: dict[str, Any],
+    work: Kept,
+) -> tuple[Effects, Float[Tensor, "part case"], Effects, list[tuple[str, Tensor]]]:
+    """The exact effects, the estimated ones, those of blocking, and the pictures shown."""
+
+    def inside(name: str) -> Path | None:
+        return None if work.folder is None else work.folder / name
+
+    exact = patch_words(
+        model, cases, metric, parts, positions=positions, options=options, folder=inside("patched")
+    )
+    fast = attribute_patching(
+        model, cases, metric, positions=positions, options=options, folder=inside("estimated")
+    )
+    blocked = knock_out_words(model, cases, metric, [Part()], options=options, folder=inside("blocked"))
+    shown = work.tensors("pictures", lambda: {"": _pictures(model, cases[0], exact, positions, options)})[""]
+    best = exact.parts[int(exact.share().mean.argmax())]
+    titles = [
+        "the picture",
+        f"with “{cases[0].other_word}”",
+        f"patched at {best}",
+        f"“{cases[0].word}” blocked",
+    ]
+    return exact, fast.of(parts), blocked, list(zip(titles, shown, strict=True))
+
+
+def _pictures(model: Model, case: Case, exact: Effects, positions: str, options: dict[str, Any]) -> Tensor:
     """The picture, the other prompt's, the best part patched, and the word blocked."""
     best = exact.parts[int(exact.share().mean.argmax())]
     rows = [case.prompt, case.other, case.prompt, case.prompt]
@@ -112,11 +153,7 @@ def _pictures(
         *patch_edits(model, case, 2, 1, best, positions=positions, options=options),
         *knockout_edits(model, case, 3, options=options),
     ]
-    images = generate_checked(model, rows, case.seed, changes, options)
-    titles = [
-        "the picture", f"with “{case.other_word}”", f"patched at {best}", f"“{case.word}” blocked"
-    ]  # fmt: skip
-    return list(zip(titles, images, strict=True))
+    return generate_checked(model, rows, case.seed, changes, options)
 
 
 def _with(share: Any, i: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.grids import one_grid
+from methods_multimodal.core.kept import Kept, kept
 from methods_multimodal.core.model import check_sites
 from methods_multimodal.core.outputs import answer_ids, vocabulary_logits
 from methods_multimodal.lenses.direct_attribution import LogitAttribution, attribute_tokens
@@ -70,11 +72,12 @@ def vlm_report(
     names: Sequence[str] = ("image", "counterpart"),
     *,
     model_name: str = "",
+    folder: str | Path | None = None,
 ) -> Report:
     """Explains the first token of the answer about the first image.
 
     The second image is what activation patching compares the first with. `model_name` is the model's
-    name on the page.
+    name on the page. With a `folder`, parts are written down as they are done, and are not made again.
 
     Raises: MissingSiteError if the model has no language tower that unembeds one stream, or one that is given
     no patches; InputError if there are not two images, or no question, or the images are cut into tiles.
@@ -87,7 +90,9 @@ def vlm_report(
     prompt = prompt_of(model, question)
     clean, corrupted = (model.prepare(text=[prompt], images=[image]) for image in images)
     pictures = [_shown(model, x["pixel_values"], i) for x, i in zip((clean, corrupted), images, strict=True)]
-    return _draw(model, _gather(model, clean, corrupted), pictures, question, names, model_name or model.name)
+    with kept(folder, job="vlm_report", models={"model": model}, data=[clean, corrupted]) as work:
+        evidence = _gather(model, clean, corrupted, work)
+    return _draw(model, evidence, pictures, question, names, model_name or model.name)
 
 
 def _shown(model: Model, pixels: Tensor, image: Any) -> Any:
@@ -106,16 +111,22 @@ def prompt_of(model: Model, question: str) -> str:
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)  # type: ignore[union-attr]
 
 
-def _gather(model: Model, clean: dict[str, Any], corrupted: dict[str, Any]) -> Evidence:
+def _gather(model: Model, clean: dict[str, Any], corrupted: dict[str, Any], work: Kept) -> Evidence:
     layout = model.layout(**clean)[TOWER]
     one_grid(layout, TOWER)
-    lens = logit_lens(model, clean, final_norm=True)
-    with torch.no_grad():
-        answers = [
-            model.wrapped.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
-            for inputs in (clean, corrupted)
-        ]
-    answers = [answer_ids(ids, clean["input_ids"][0]) for ids in answers]
+    lens = work.record("lens", LogitLens, lambda: logit_lens(model, clean, final_norm=True))
+
+    @torch.no_grad()
+    def answer() -> dict[str, Tensor]:
+        return {
+            name: model.wrapped.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
+            for name, inputs in (("clean", clean), ("corrupted", corrupted))
+        }
+
+    answered = work.tensors("answers", answer)
+    answers = [
+        answer_ids(answered[x], clean["input_ids"][0].to(answered[x].device)) for x in ("clean", "corrupted")
+    ]
     first, other = (int(ids[0]) for ids in answers)
     name = name_of(model)
     target = f"{name(first)!r}" if first == other else f"{name(first)!r} − {name(other)!r}"
@@ -127,19 +138,29 @@ def _gather(model: Model, clean: dict[str, Any], corrupted: dict[str, Any]) -> E
         return logits[:, first] if first == other else logits[:, first] - logits[:, other]
 
     tokens = [first] if first == other else [first, other]
-    shares = attribute_tokens(model, clean, tokens, names=[repr(name(t)) for t in tokens])
+    shares = work.record(
+        "shares",
+        LogitAttribution,
+        lambda: attribute_tokens(model, clean, tokens, names=[repr(name(t)) for t in tokens]),
+    )
     layers = range(model.check_tower(TOWER).n_layers())
     decode = model.tokenizer_of(TOWER).decode
     groups, grid = windows(layout)
+    looked: dict[str, Any] = {"tower": TOWER, "layers": layers, "query": -1, "query_name": "last token"}
+    few: dict[str, Any] = {"tower": TOWER, "layers": spread(len(layers)), "units": groups}
     return Evidence(
         answers=tuple(decode(ids, skip_special_tokens=True).strip() for ids in answers),
         target=target,
         lens=lens,
-        maps=head_maps(model, clean, layout, tower=TOWER, layers=layers, query=-1, query_name="last token"),
+        maps=work.record("maps", HeadMaps, lambda: head_maps(model, clean, layout, **looked)),
         shares=shares.minus(0, 1) if len(tokens) > 1 else shares,
-        heads=patch_heads(model, clean, corrupted, metric, tower=TOWER, layers=layers),
-        patches=patch_positions(
-            model, clean, corrupted, metric, tower=TOWER, layers=spread(len(layers)), units=groups
+        heads=work.record(
+            "heads",
+            ActivationPatching,
+            lambda: patch_heads(model, clean, corrupted, metric, tower=TOWER, layers=layers),
+        ),
+        patches=work.record(
+            "patches", ActivationPatching, lambda: patch_positions(model, clean, corrupted, metric, **few)
         ),
         grid=grid,
     )

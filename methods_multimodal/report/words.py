@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from methods_multimodal.cross_attention import word_maps
+from torch import Tensor
+
+from methods_multimodal.core.kept import kept
+from methods_multimodal.cross_attention import WordMaps, word_maps
 from methods_multimodal.diffusion import pictures_of, to_array
 from methods_multimodal.plots import film_strip, picture, word_lines, word_map
 from methods_multimodal.report._page import Report, new_page, rounded
@@ -23,18 +27,31 @@ def words_report(
     steps: int = 25,
     threshold: float | None = 0.5,
     model_name: str = "",
+    folder: str | Path | None = None,
     **options: Any,
 ) -> Report:
     """Draws the prompt once: a map for each word, its outline at `threshold`, and the strongest's steps.
 
-    Raises: WordNotFoundError or InputError before anything runs.
+    With a `folder`, what was drawn is written down there and not drawn again.
+
+    Raises: WordNotFoundError or InputError before anything runs; StoreError for a folder of other work.
     """
     if not prompt.strip() or steps < 1:
         raise InputError(f"A word sheet takes a prompt with words and one step; not {prompt!r}, {steps}.")
     inputs = {**options, "prompt": prompt, "seed": seed, "num_inference_steps": steps, "output_type": "pt"}
-    maps, output = word_maps(model, inputs, words=words, keep=("step",), spread=True)
+    drawn: list[Tensor] = []
+
+    def draw() -> WordMaps:
+        maps, output = word_maps(model, inputs, words=words, keep=("step",), spread=True)
+        drawn.append(pictures_of(model, output)[0].float().cpu())
+        work.tensors("picture", lambda: {"": drawn[0]})
+        return maps
+
+    settings: dict[str, Any] = {"inputs": inputs, "words": None if words is None else list(words)}
+    with kept(folder, job="words_report", models={"model": model}, **settings) as work:
+        maps = work.record("maps", WordMaps, draw)
+        pixels = to_array(drawn[0] if drawn else work.tensors("picture", dict)[""])
     recipe = "spread" if maps.affinity.numel() else "mean"
-    pixels = to_array(pictures_of(model, output)[0].float())
     shown = maps.words_of()[:MOST_WORDS]
     model_name = model_name or model.name
     across = min(ACROSS, len(shown) + 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from methods_multimodal.core.batches import prepared
 from methods_multimodal.core.embed import embed_texts, unit
-from methods_multimodal.core.progress import all_images, fingerprint, name_of, run_pass
+from methods_multimodal.core.progress import all_images, name_of, run_pass
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.moments import Moments
 from methods_multimodal.text_explanations.pooled_run import PooledRun, run_pooled
@@ -21,6 +23,7 @@ from methods_multimodal.text_explanations.text_span import NothingVariesError, T
 from methods_multimodal.text_explanations.tower_parts import TowerParts, tower_parts
 from methods_multimodal.text_explanations.vocabulary import Vocabulary
 from mm_adapters import InputError, Model
+from mm_adapters.store import provenance, work_folder
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,12 @@ def name_heads(
 
     Source: Gandelsman et al. 2024, arXiv 2310.05916, sections 4 and 5.
     Raises: InputError for an image that cannot be read, unless `skip_unreadable`; those skipped are
-    listed in the result.
+    listed in the result. StoreError for a folder with work of something else.
     """
     parts = tower_parts(model, "vision")
     items = all_images(images)
     if len(items) < 2:
         raise InputError(f"Heads are named by what varies between images; {len(items)} is not enough.")
-    where = None if folder is None else Path(folder)
-    if where is not None:
-        where.mkdir(parents=True, exist_ok=True)
     texts = embed_texts(model, words.texts)
     if texts.shape[1] != parts.width:
         raise InputError(
@@ -103,9 +103,38 @@ def name_heads(
         )
     texts = texts - texts.mean(0) if centre_texts else texts
     basis = head_basis(parts)
-    listed = [items[i] if isinstance(items[i], Path | str) else "image" for i in range(len(items))]
-    about = fingerprint(weights=parts.readers, out=parts.out, images=listed, size=batch_size)
     options = {"batch_size": batch_size, "skip_unreadable": skip_unreadable, "every": every}
+    work: Any = nullcontext()
+    if folder is not None:
+        settings = {"n_texts": n_texts, "rank": rank, "top": top, "centre_texts": centre_texts}
+        work = work_folder(
+            folder,
+            provenance(
+                models={"model": model},
+                data=(Path(i) if isinstance(i, str) else i for i in items),
+                job="name_heads",
+                words=list(words.texts),
+                batch_size=batch_size,
+                **settings,
+            ),
+        )
+    with work as where:
+        return _named(model, parts, items, words, texts, basis, where, n_texts, rank, top, options)
+
+
+def _named(
+    model: Model,
+    parts: TowerParts,
+    items: Sequence[Any],
+    words: Vocabulary,
+    texts: Tensor,
+    basis: Tensor,
+    where: Path | None,
+    n_texts: int,
+    rank: int,
+    top: int,
+    options: Mapping[str, Any],
+) -> HeadNames:
 
     def run_on(batch: list[Any]) -> PooledRun:
         return run_pooled(model, parts, prepared(model, parts.tower, batch), tokens=False)
@@ -118,14 +147,13 @@ def name_heads(
     blank = Moments.none(parts.n_layers, parts.n_heads, basis.shape[2], device=basis.device)
     start = _state(blank, torch.zeros(parts.width, dtype=torch.float64, device=basis.device))
     file = where and where / "moments.safetensors"
-    first = run_pass(items, gather, start, settings=about, label="what heads write", file=file, **options)
+    first = run_pass(items, gather, start, settings="moments", label="what heads write", file=file, **options)
     moments = _moments(first.state, basis)
     spans = [
         [_span(moments[layer, head], texts, rank, n_texts, words) for head in range(parts.n_heads)]
         for layer in range(parts.n_layers)
     ]
     table, explained, axes, middle = _tables(spans, basis, n_texts)
-    settings = fingerprint(about=about, chosen=table.float(), top=top)
 
     def best(state: dict[str, Tensor], batch: list[Any], numbers: list[int]) -> dict[str, Tensor]:
         along = einsum(head_coordinates(parts, run_on(batch)), axes, "n l h i, l h i t -> l h t n")
@@ -133,9 +161,7 @@ def name_heads(
 
     empty = {"scores": torch.zeros(*table.shape, 0), "images": torch.zeros(*table.shape, 0).long()}
     file = where and where / "top.safetensors"
-    second = run_pass(
-        items, best, empty, settings=settings, label="images furthest along", file=file, **options
-    )
+    second = run_pass(items, best, empty, settings="top", label="images furthest along", file=file, **options)
     top_images = second.state["images"]
     used = sorted(set(top_images.flatten().tolist()))
     return HeadNames(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from methods_multimodal.core.record import Record
 from mm_adapters import InputError
+from mm_adapters.store import read_text
 
 SHIPPED = ("general", "world")
 _ANY = "any"
@@ -47,7 +48,7 @@ def vocabulary(source: str | Path | Sequence[str] = "general") -> Vocabulary:
     A file has one text a line; a line `[colour]` says what those below it are about, and lines that
     start with # are notes.
 
-    Raises: InputError if there is no such file, or it has fewer than two texts.
+    Raises: InputError if there is no such file, it is no text in UTF-8, or has fewer than two texts.
     """
     if isinstance(source, str | Path) and str(source) in SHIPPED:
         rows = _rows(files("methods_multimodal").joinpath(f"words/{source}.txt").read_text("utf-8"))
@@ -63,10 +64,7 @@ def vocabulary(source: str | Path | Sequence[str] = "general") -> Vocabulary:
         raise InputError(
             f"There is no vocabulary {source}: it is neither {' nor '.join(SHIPPED)}, nor a text file."
         )
-    try:
-        return _unique(_rows(path.read_text("utf-8")))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text file in UTF-8: {error}") from None
+    return _unique(_rows(read_text(path)))
 
 
 def attribute_templates() -> dict[str, tuple[str, ...]]:

@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}. Is it the right folder?") from None
-    except ValueError as error:  # Also what is no UTF-8.
+    except (ValueError, RecursionError) as error:  # Also what is no UTF-8.
         raise CheckpointError(f"{path} is not valid JSON: {error}. Get the file again.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object. Get it again.")

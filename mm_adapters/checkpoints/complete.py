@@ -12,6 +12,7 @@ from torch import nn
 
 from mm_adapters._errors import CheckpointError
 from mm_adapters.checkpoints.checks import check_safetensors
+from mm_adapters.sites.held import held
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WHOLE = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
@@ -58,7 +59,12 @@ def check_numbers(name: str, parts: Mapping[str, nn.Module]) -> None:
     """Raises: CheckpointError naming the first weight that holds NaN or infinity."""
     for part, module in parts.items():
         for weight, tensor in module.named_parameters():
+            if tensor.is_meta:  # On the disk, or without weights.
+                owner, _, leaf = weight.rpartition(".")
+                tensor = held(module.get_submodule(owner), leaf)
             if tensor.dtype not in _FLOATS or tensor.is_meta or not tensor.numel():
+                continue
+            if type(tensor) not in (nn.Parameter, torch.Tensor):  # Packed, into whole numbers.
                 continue
             # The least and the most are NaN if one number is; nothing as large as the weight is made.
             low, high = torch.aminmax(tensor.detach())

@@ -14,6 +14,7 @@ import torch
 from mm_adapters._errors import CheckpointError, InputError
 from mm_adapters.checkpoints.checks import check_pipeline, check_weights, read_json, stored_dtype
 from mm_adapters.checkpoints.complete import check_filled, check_kinds, check_report
+from mm_adapters.checkpoints.placement import check_map, is_placed, names_in
 from mm_adapters.checkpoints.source import Source
 from mm_adapters.inputs.call_names import parameters_of, unknown_name
 from mm_adapters.records.registry import covers
@@ -24,8 +25,8 @@ from mm_adapters.sites.lookup import unknown
 _OPTIONS = (
     "dtype", "variant", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies",
     "custom_pipeline", "custom_revision", "low_cpu_mem_usage", "quantization_config", "max_memory",
-    "offload_folder", "offload_state_dict", "provider", "sess_options", "provider_options", "use_onnx",
-    "load_connected_pipeline", "disable_mmap", "use_flashpack",
+    "device_map", "offload_folder", "offload_state_dict", "provider", "sess_options", "provider_options",
+    "use_onnx", "load_connected_pipeline", "disable_mmap", "use_flashpack",
 )  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def load_pipeline(
     if not covers(cls):
         raise unknown(_outline(source, index, cls), ModelRecord)
     _check_options(cls if _can_be_built(chosen) else None, index, options)
+    _check_map(options.get("device_map"))
     if device_wanted.type == "meta":
         return cls(**_without_weights(source, index, cls))
     folder = source.folder
@@ -68,11 +70,13 @@ def load_pipeline(
         denoiser = next((files[n] for n in ("unet", "transformer") if n in files), None)
         dtype = stored_dtype(denoiser[0]) if denoiser else torch.float32
     rest = {k: v for k, v in options.items() if k not in source.where}
-    if "quantization_config" not in rest:
-        rest |= _transformers_parts(folder, index, files, dtype, rest)
+    # diffusers itself packs the parts, or spreads them; else they are as read here.
+    by_diffusers = rest.get("quantization_config") is not None or rest.get("device_map") == "balanced"
+    read_parts = _transformers_parts(folder, index, files, dtype, rest, report_only=by_diffusers)
+    rest |= {} if by_diffusers else read_parts
     pipeline = Source(str(folder), folder).read(chosen.from_pretrained, dtype=dtype, **rest)
     parts = {n: p for n, p in pipeline.components.items() if isinstance(p, torch.nn.Module)}
-    check_filled({f"{source.name}/{name}": part for name, part in parts.items()})
+    check_filled({f"{source.name}/{name}": part for name, part in parts.items() if not is_placed(part)})
     return pipeline
 
 
@@ -98,8 +102,11 @@ def load_diffusers_model(
         outline = kind.from_config(config)
     if not covers(cls):
         raise unknown(outline, ModelRecord)
+    check_map(options.get("device_map"), lambda: names_in(outline))
     if device_wanted.type == "meta":
         return outline
+    if options.get("quantization_config") is not None:
+        options.setdefault("device_map", {"": device_wanted})
     if source.folder is not None:
         files = check_weights(source.folder, options.get("variant"))
         check_kinds(files)
@@ -111,9 +118,17 @@ def load_diffusers_model(
 
 
 def _transformers_parts(
-    folder: Path, index: dict[str, Any], files: Mapping[str, Any], dtype: Any, options: Mapping[str, Any]
+    folder: Path,
+    index: dict[str, Any],
+    files: Mapping[str, Any],
+    dtype: Any,
+    options: Mapping[str, Any],
+    report_only: bool,
 ) -> dict[str, Any]:
-    """A pipeline's models of transformers, read here: diffusers does not say what they lack."""
+    """A pipeline's models of transformers, read here: diffusers does not say what they lack.
+
+    With `report_only` their weights are compared with the files by name, and not read.
+    """
     import transformers
 
     parts: dict[str, Any] = {}
@@ -126,6 +141,8 @@ def _transformers_parts(
         variant = options.get("variant")
         more = {"variant": variant} if variant and any(variant in file.name for file in files[name]) else {}
         source = Source(str(folder / name), folder / name)
+        if report_only:
+            more["device_map"] = "meta"
         own = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
         parts[name], report = source.read(kind.from_pretrained, dtype=own, output_loading_info=True, **more)
         check_report(source.name, report)
@@ -167,6 +184,18 @@ def _check_options(cls: Any, index: dict[str, Any], options: Mapping[str, Any]) 
     known = {*takes, *_OPTIONS}
     if unknown_options := [name for name in options if name not in known]:
         raise unknown_name("Loading a pipeline does not take", unknown_options, sorted(known))
+
+
+def _check_map(device_map: Any) -> None:
+    """Raises: InputError for a map that diffusers takes of its models, and not of its pipelines."""
+    from diffusers.pipelines.pipeline_utils import SUPPORTED_DEVICE_MAP
+
+    if device_map is not None and device_map not in SUPPORTED_DEVICE_MAP:
+        raise InputError(
+            f"device_map={device_map!r}: diffusers spreads a pipeline by its parts only, with "
+            f"{' or '.join(map(repr, SUPPORTED_DEVICE_MAP))}. To spread one part, load it with its own "
+            "device_map (UNet2DConditionModel.from_pretrained(...)) and pass it: load(name, unet=part)."
+        )
 
 
 def _can_be_built(cls: Any) -> bool:

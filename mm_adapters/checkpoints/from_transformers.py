@@ -13,6 +13,7 @@ from mm_adapters._errors import CheckpointError
 from mm_adapters.checkpoints.checks import check_weights, read_json
 from mm_adapters.checkpoints.complete import check_kinds, check_report
 from mm_adapters.checkpoints.from_diffusers import load_diffusers_model
+from mm_adapters.checkpoints.placement import check_map, names_in
 from mm_adapters.checkpoints.source import Source
 from mm_adapters.inputs.call_names import parameters_of, unknown_name
 from mm_adapters.records.registry import covers
@@ -23,7 +24,7 @@ from mm_adapters.sites.lookup import unknown
 _OPTIONS = (
     "attn_implementation", "variant", "subfolder", "dtype", "quantization_config", "low_cpu_mem_usage",
     "key_mapping", "generation_config", "experts_implementation", "max_memory", "offload_folder",
-    "offload_buffers", "state_dict", "adapter_kwargs", "use_kernels", "tp_plan", "proxies",
+    "offload_buffers", "device_map", "state_dict", "adapter_kwargs", "use_kernels", "tp_plan", "proxies",
 )  # fmt: skip
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model",
@@ -48,9 +49,12 @@ def load_module(
     check_options(cls, options)
     if not covers(cls):  # Before any weight is read.
         raise unknown(_outline(cls, source), ModelRecord)
+    check_map(options.get("device_map"), lambda: names_in(_without_weights(cls, source)))
     if device_wanted.type == "meta":
         model = _without_weights(cls, source, options.get("attn_implementation"))
         return model if dtype is None else model.to(dtype)
+    if options.get("quantization_config") is not None:  # Some are packed where they compute.
+        options.setdefault("device_map", {"": device_wanted})
     if source.folder is not None:
         files = check_weights(source.folder, options.get("variant"))
         if "quantization_config" not in config:

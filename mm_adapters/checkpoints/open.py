@@ -17,6 +17,7 @@ from mm_adapters.checkpoints.from_open_clip import load_open_clip
 from mm_adapters.checkpoints.from_transformers import load_module, processor_beside
 from mm_adapters.checkpoints.not_a_model import of_file, of_folder
 from mm_adapters.checkpoints.origin import CheckpointRef
+from mm_adapters.checkpoints.placement import computes_on, is_placed
 from mm_adapters.checkpoints.source import Source
 from mm_adapters.inputs.from_model import inputs_for
 from mm_adapters.inputs.prepare import Inputs
@@ -27,7 +28,6 @@ _REFUSED = {
     "use_safetensors": "Weights are read from safetensors only",
     "torch_dtype": "It is called dtype",
     "output_loading_info": "Weights that are missing are an error",
-    "device_map": "Pass device; to spread a model, load it yourself and wrap it",
 }
 
 
@@ -41,16 +41,23 @@ class OpenedCheckpoint(NamedTuple):
 
 
 def open_checkpoint(
-    name: str, device: str | torch.device | None, dtype: str | torch.dtype | None, options: Any, **parts: Any
+    name: str,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    options: Any,
+    without_weights: bool = False,
+    **parts: Any,
 ) -> OpenedCheckpoint:
     """The model or pipeline of a checkpoint.
 
     The arguments are `load`'s; `parts` (processor, tokenizer, image_processor) are taken instead of
-    those beside the checkpoint. Raises: as `load`.
+    those beside the checkpoint. With `without_weights` it is on the meta device, and the options are
+    checked as if they were read. Raises: as `load`.
     """
-    device_wanted, precision = _device(device), _dtype(dtype)
     for option in _REFUSED.keys() & options.keys():
         raise InputError(f"load does not take {option}: {_REFUSED[option]}.")
+    device_wanted, precision = computes_on(device, options.get("device_map")), _dtype(dtype)
+    device_wanted = torch.device("meta") if without_weights else device_wanted
     precision = precision or (torch.float32 if device_wanted.type == "cpu" else None)
     if name.startswith("open_clip:"):
         model, tokenizer, transform = load_open_clip(name.removeprefix("open_clip:"), **options)
@@ -64,26 +71,15 @@ def open_checkpoint(
             model = load_module(source, device_wanted, precision, **options)
             precision = None  # from_pretrained was given it, and keeps some weights and buffers in float32.
             parts = parts or processor_beside(source)
-    model = model.to(device_wanted) if precision is None else model.to(device_wanted, precision)
     for module in modules_of(model):
+        if not (is_placed(model) or is_placed(module)):
+            module.to(device_wanted) if precision is None else module.to(device_wanted, precision)
         module.eval()
     check_numbers(name, {"": model} if isinstance(model, nn.Module) else parts_of(model))
     sites = SiteMap(model)
     return OpenedCheckpoint(
         model, inputs_for(model, sites=sites, **parts), CheckpointRef.of(name, options), sites
     )
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        checked = torch.device(device)
-        torch.empty(0, device=checked)  # A device of a kind that torch knows may not be on this machine.
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise InputError(f"There is no device {str(device)!r} here: {reason}. Pass device='cpu'.") from None
-    return checked
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

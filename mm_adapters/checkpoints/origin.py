@@ -12,7 +12,10 @@ from typing import Any
 from mm_adapters._errors import InputError
 
 # About this machine, or part of a request's environment: not of what a checkpoint is.
-_HERE = ("token", "cache_dir", "local_files_only", "force_download", "attn_implementation")
+_HERE = (
+    "token", "cache_dir", "local_files_only", "force_download", "attn_implementation",
+    "device_map", "max_memory", "offload_folder", "offload_buffers", "offload_state_dict",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,8 @@ def attend(
 ) -> Float[Tensor, "batch head query d_value"]:
     """Attention that fires its scores and its pattern. The softmax is taken in float32.
 
-    If neither was changed and autograd does not follow them, the result is that of the model's own kernel:
-    reading leaves the output bit-identical.
+    If neither was changed, the result is that of the model's own kernel: reading leaves the output
+    bit-identical. Where autograd follows, the gradient goes through scores and pattern.
 
     Args:
         fire: Called with "attn_scores" or "pattern" and the value; returns it or an edited one.
@@ -155,9 +155,13 @@ def attend(
     pattern, moved_too = _shown(fire, "pattern", pattern)
     if joint is not None:
         pattern = onto_text(fire, pattern, joint)
-    elif kernel is not None and not (moved or moved_too or pattern.requires_grad):
-        del pattern
-        return kernel()
+    elif kernel is not None and not (moved or moved_too):
+        if not pattern.requires_grad:
+            del pattern
+            return kernel()
+        if not dropout_p:
+            formed = pattern @ value
+            return kernel().detach() + (formed - formed.detach())
     return F.dropout(pattern, dropout_p) @ value if dropout_p else pattern @ value
 
 

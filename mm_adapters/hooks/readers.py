@@ -158,7 +158,9 @@ class NormReader(Reader):
         bias = bias_of(self.norm)
         out = normalized if weight is None else normalized * (weight.float() + self.offset)
         out = out if bias is None else out + bias.float()
-        return (out.squeeze(1) if pooled else out).to(x.dtype)
+        out = (out.squeeze(1) if pooled else out).to(x.dtype)
+        # Read but not edited: the model's own bits, with the gradient that reaches both points.
+        return out if rescaled or changed else x.detach() + (out - out.detach())
 
 
 class ResidualReader(Reader):

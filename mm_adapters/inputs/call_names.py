@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from mm_adapters._errors import InputError
+from mm_adapters.inputs.cache_argument import NEW, OLD
 from mm_adapters.sites.site_map import SiteMap
 
 Call = Literal["forward", "generate"]
@@ -148,14 +149,15 @@ def _read(function: Any) -> tuple[tuple[str, ...], frozenset[str], bool]:
     own = tuple(parameters_of(function))
     parameters = inspect.signature(function).parameters.values()
     keywords = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
+    renamed = frozenset({OLD} if NEW in own else ())
     if keywords is None:
-        return own, frozenset(), False
+        return own, renamed, False
     home = inspect.unwrap(function).__module__ or ""
     if not home.startswith("transformers."):
         return own, frozenset(), True
     from transformers.utils.generic import TransformersKwargs
 
-    named = {*TransformersKwargs.__annotations__, *_OF_ANY_FORWARD}
+    named = {*TransformersKwargs.__annotations__, *_OF_ANY_FORWARD, *renamed}
     for typed in get_args(keywords.annotation):
         named |= {*getattr(typed, "__annotations__", {})}
     return own, frozenset(named), False

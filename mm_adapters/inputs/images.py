@@ -1,12 +1,13 @@
 """Any picture a user may hold, as the 8-bit RGB image that image processors are made for.
 
-Public: `to_rgb`, `to_rgb_list`, `image_files`, `SUFFIXES`.
+Public: `to_rgb`, `to_rgb_list`, `image_files`, `readable_files`, `open_image`, `SUFFIXES`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +24,18 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ACCEPTED = (
     "Accepted: a PIL image, the path of an image file, a numpy array [height, width] or "
     "[height, width, channel], or a torch tensor [channel, height, width]"
+)
+# What Pillow's readers raise for files that are cut or damaged: SyntaxError for broken chunks of a PNG.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
 )
 _ROUNDING = 1e-4  # How far outside 0..1 a float may lie, as resizing leaves it, before it is an error.
 
@@ -83,9 +96,60 @@ def image_files(
         try:
             with Image.open(path) as image:
                 image.verify()
-        except (UnidentifiedImageError, OSError, SyntaxError):
+        except _DAMAGE:
             raise InputError(f"{path} is no picture that can be read. Remove or replace it.") from None
     return files
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The image in a file, open and whole, to be closed by who asked.
+
+    Raises: InputError naming the file if there is none, it is no image, or it is damaged.
+    """
+    image = None
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except FileNotFoundError:
+        raise InputError(f"There is no file at {path}. Pass the path of an image file.") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not in an image format that Pillow reads.") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} is too large to open: {error}") from None
+    except _DAMAGE as error:
+        if image is not None:
+            image.close()
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} is truncated or corrupt: {reason}. Get the file again.") from None
+
+
+def readable_files(
+    files: Sequence[Path], *, skip_unreadable: bool, min_images: int = 1
+) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The files whose pixels can be read, and of the others why not.
+
+    With `skip_unreadable` each is read through, else they are taken as they are: who reads them will say.
+
+    Raises: InputError if fewer than `min_images` can be read.
+    """
+    if not skip_unreadable:
+        return list(files), []
+    good: list[Path] = []
+    bad: list[tuple[Path, str]] = []
+    for path in files:
+        try:
+            to_rgb(path)
+        except (InputError, OSError) as error:
+            bad.append((path, str(error)))
+        else:
+            good.append(path)
+    if len(good) < min_images:
+        raise InputError(
+            f"Of {len(files)} images {len(good)} can be read, and at least {min_images} are needed. "
+            f"{bad[0][0]}: {bad[0][1]}"
+        )
+    return good, bad
 
 
 def opened(images: Any) -> Any:
@@ -119,13 +183,8 @@ def _from_file(path: str) -> Image.Image:
     if not Path(path).is_file():
         kind = "a folder" if Path(path).is_dir() else "no file"
         raise InputError(f"There is {kind} at {path}. Pass the path of an image file.")
-    try:
-        with Image.open(path) as image:
-            return _from_pil(image)
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is not in an image format that Pillow reads.") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large to open: {error}") from None
+    with open_image(path) as image:
+        return _from_pil(image)
 
 
 def _from_pil(image: Image.Image) -> Image.Image:
@@ -133,7 +192,7 @@ def _from_pil(image: Image.Image) -> Image.Image:
         raise InputError(f"The image is empty: {image.width} x {image.height} pixels.")
     try:
         image.load()
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks.
+    except _DAMAGE as error:
         name = getattr(image, "filename", "") or "The image"
         raise InputError(f"{name} is truncated or corrupt: {error}. Get the file again.") from None
     image = ImageOps.exif_transpose(image)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mm_adapters._errors import InputError
+from mm_adapters.inputs.cache_argument import NEW, OLD, cache_name, cache_of
 from mm_adapters.inputs.image_counts import check_images, check_videos
 from mm_adapters.records.image_tokens import ImageTokens, VideoTokens
 
@@ -24,7 +25,8 @@ _BESIDE = {
 # What a model takes in place of an image's pixels.
 _FEATURES = (
     "mm_encoder_outputs",
-    "past_key_values",
+    NEW,
+    OLD,
     "encoder_outputs",
     "decoder_input_ids",
     "pixel_values_videos",
@@ -87,11 +89,12 @@ class Readable:
                 self._check_pixels(key, value, resized=bool(arguments.get("interpolate_pos_encoding")))
             if key == self.text_key:
                 self._check_tokens(key, value)
-        past = arguments.get("past_key_values")
+        past = cache_of(arguments)
         if past is None:
             _check_beside(arguments)
         elif not isinstance(past, tuple) and not hasattr(past, "get_seq_length"):
-            raise InputError(f"past_key_values is {type(past).__name__}. Pass a cache of transformers.")
+            name = cache_name(arguments.__contains__)
+            raise InputError(f"{name} is {type(past).__name__}. Pass a cache of transformers.")
         _check_mask(arguments, arguments.get(self.image_key))
         if past is None:
             self._check_videos(arguments)

@@ -32,6 +32,10 @@ class Axis:
     n_heads: int = 1
 
 
+# transformers 5.24: a picture's or video's features each, in a list (`image_outputs.pooler_output`).
+_ONE_EACH = ("pooler_output",)
+
+
 class RowBatcher(Batcher):
     """Gives each invoke its rows of a value, and puts an edit of them back."""
 
@@ -85,21 +89,29 @@ class RowBatcher(Batcher):
         """One entry of an output, narrowed; or with `edited` put back into it."""
         self._named = self.envoy.rows.entry(key) if self.envoy.rows.is_output(self._where) else None
         try:
-            if isinstance(item, np.ndarray) or (isinstance(item, list) and not _has_tensors(item)):
-                axis = self._named[0] if self._named else self._axis.name
-                (start, size), total = self._span(group, axis), self._total(axis)
-                if len(item) != total:
-                    return item if edited is None else edited
-                if edited is None:
-                    return item[start : start + size]
-                new = item.copy()
-                new[start : start + size] = edited
-                return new
-            if edited is None:
-                return super().narrow(item, group)
-            return super().widen(item, group, edited)
+            return self._of_entry(key, item, group, edited)
         finally:
             self._named = None
+
+    def _of_entry(self, key: str, item: Any, group: list[int], edited: Any) -> Any:
+        if _has_entries(item):  # An encoder's own output, within the model's.
+            return _rebuilt(
+                item, lambda k, v: self._of_entry(k, v, group, None if edited is None else edited[k])
+            )
+        one_each = key in _ONE_EACH and isinstance(item, list | tuple)
+        if one_each or isinstance(item, np.ndarray) or (isinstance(item, list) and not _has_tensors(item)):
+            axis = self._named[0] if self._named else self._axis.name
+            (start, size), total = self._span(group, axis), self._total(axis)
+            if len(item) != total:
+                return item if edited is None else edited
+            if edited is None:
+                return item[start : start + size]
+            new: Any = item.copy() if isinstance(item, np.ndarray) else list(item)
+            new[start : start + size] = edited
+            return type(item)(new) if one_each else new  # type: ignore[call-arg]
+        if edited is None:
+            return super().narrow(item, group)
+        return super().widen(item, group, edited)
 
     def _narrow_tensor(self, tensor: Tensor, group: list[int]) -> Tensor:
         for dim, spans in self._cuts(tensor, group):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
-import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.transformers import Generator
 from nnsight.tracing.tracer import WithBlockNotFoundError
@@ -27,10 +26,16 @@ PARTS = ("processor", "tokenizer", "image_processor")
 
 @dataclass
 class Unread:
-    """A checkpoint whose weights are not read yet; a model and its edited copies share one."""
+    """A checkpoint whose weights are not read yet; a model and its edited copies share one.
+
+    They go into the modules that are here, unless the library itself `places` or packs them: then what it
+    makes, `model`, takes their place.
+    """
 
     read: Callable[[], OpenedCheckpoint]
+    places: bool
     is_done: bool = False
+    model: Any = None
 
 
 def open_named(
@@ -38,48 +43,30 @@ def open_named(
     *,
     dispatch: bool = False,
     device: Any = None,
-    device_map: Any = None,
     dtype: Any = None,
     **options: Any,
 ) -> tuple[OpenedCheckpoint, Unread | None]:
     """A checkpoint as `load` finds it, and what is left to read of it.
 
     Without `dispatch` its model is on the meta device. `options` may hold a processor, tokenizer or image
-    processor to take instead of the checkpoint's. A `device_map` of one device is that device.
+    processor to take instead of the checkpoint's.
 
-    Raises: InputError for a `device_map` of several; else as `load`.
+    Raises: as `load`.
     """
-    device = device if device_map is None else one_device(device_map, device)
     dtype = options.pop("torch_dtype", dtype)  # Its old name, which nnsight takes too.
     dtype = None if dtype == "auto" else dtype
     parts = {k: options.pop(k) for k in PARTS if options.get(k) is not None}
 
-    def read(on: Any = device) -> OpenedCheckpoint:
-        opened = open_checkpoint(os.fspath(name), on, dtype, options, **parts)
+    def read(without_weights: bool = False) -> OpenedCheckpoint:
+        opened = open_checkpoint(os.fspath(name), device, dtype, options, without_weights, **parts)
         if not parts:
             pad_as_nnsight(opened.inputs.tokenizer, opened.model, opened.sites)
         return opened
 
     if dispatch or str(device) == "meta":
         return read(), None
-    return read("meta"), Unread(read)
-
-
-def one_device(device_map: Any, device: Any = None) -> Any:
-    """The device of a `device_map` as transformers takes it; None is the first GPU, or else the CPU.
-
-    Raises: InputError if it spreads the model, or `device` is given too.
-    """
-    if device is not None:
-        raise InputError(f"device={device!r} and device_map={device_map!r}: give one of the two.")
-    devices = list(dict.fromkeys(device_map.values())) if isinstance(device_map, Mapping) else [device_map]
-    spreads = devices[0] in ("auto", "balanced", "balanced_low_0", "sequential") if devices else True
-    if len(devices) != 1 or (spreads and torch.cuda.device_count() > 1):
-        raise InputError(
-            f"device_map={device_map!r} spreads the model over several devices, which is not done by name. "
-            "Pass device=, or load the model yourself and give it to TracedModel."
-        )
-    return None if spreads else f"cuda:{devices[0]}" if isinstance(devices[0], int) else devices[0]
+    places = any(options.get(option) is not None for option in ("device_map", "quantization_config"))
+    return read(without_weights=True), Unread(read, places)
 
 
 def pad_as_nnsight(tokenizer: Any, model: Any, sites: SiteMap) -> None:
@@ -110,6 +97,7 @@ class NamedModel(BaseModel):
     interleave: Any
     turn: Any
     running: Any
+    stand_for: Callable[[Any], None]
     _module: nn.Module
     generator: Envoy | None = None
     _pipeline: Any = None
@@ -128,16 +116,23 @@ class NamedModel(BaseModel):
     def dispatch(self) -> None:
         """Reads the weights into the model's modules, if they are not read.
 
+        With `device_map` or `quantization_config` the modules are others then, which the library made.
         Raises: CheckpointError if they cannot be read.
         """
-        if self._unread is None or self._unread.is_done:
+        unread = self._unread
+        if unread is None:
             return
-        model, self._inputs, *_ = self._unread.read()
-        if isinstance(self._module, PipelineModule):
-            self._module.take(model)
-        else:
-            load_weights_into(self._module, model)
-        self._unread.is_done = True
+        if not unread.is_done:
+            model, self._inputs, *_ = unread.read()
+            if unread.places:
+                unread.model = model
+            elif isinstance(self._module, PipelineModule):
+                self._module.take(model)
+            else:
+                load_weights_into(self._module, model)
+            unread.is_done = True
+        if unread.model is not None and unread.model is not self.wrapped:
+            self.stand_for(unread.model)
 
     @property
     def task(self) -> str | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_adapters._errors import AttentionUnreachableError, MissingSiteError
 from mm_adapters.hooks.module_hooks import first_tensor, key_of_tensor
+from mm_adapters.inputs.cache_argument import cache_of
 from mm_adapters.records.spec import Input, Output
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def shown(site: Site, raw: Any, n_heads: int | None) -> Tensor:
     assert isinstance(location, Output | Input)
     if isinstance(location, Input):
         args, kwargs = raw
-        if kwargs.get("past_key_values") is not None:
+        if cache_of(kwargs) is not None:
             # It would be sent back as a copy, and the model would go on with the one it has.
             raise MissingSiteError(
                 f"{site.name} is read beside a key-value cache, which this service's sandbox cannot "

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mm_adapters.inputs.cache_argument import cache_of
 from mm_adapters.runs.lens import Call
 from mm_adapters.runs.schedule import Schedule
 
@@ -64,5 +65,5 @@ class Clock:
 
 def n_past(kwargs: Mapping[str, Any]) -> int:
     """How many positions a key-value cache holds."""
-    past = kwargs.get("past_key_values")
+    past = cache_of(kwargs)
     return 0 if past is None or not hasattr(past, "get_seq_length") else int(past.get_seq_length())

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mm_adapters._errors import InputError, MissingSiteError, ModelStateError
+from mm_adapters.inputs.cache_argument import cache_of
 from mm_adapters.inputs.pipeline_call import n_pictures
 from mm_adapters.records.resolve import is_guided_by, may_perturb
 from mm_adapters.records.spec import Site
@@ -107,7 +108,7 @@ def n_positions(
         return None
     tower = model.sitemap.towers[site.tower]
     given = arguments.get(tower.input_name)
-    if not isinstance(given, Tensor) or arguments.get("past_key_values") is not None:
+    if not isinstance(given, Tensor) or cache_of(arguments) is not None:
         return None
     if tower.record.role in ("text", "language"):
         # Where pictures' places are written into the text it grows by them, and never shrinks.

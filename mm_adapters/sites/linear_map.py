@@ -24,7 +24,10 @@ def weight_of(module: nn.Module) -> Tensor:
     weight: Any = held(module, "weight")
     if callable(weight):  # torch.ao's quantised linears.
         return cast(Any, weight)().dequantize()
-    if isinstance(weight, Tensor) and weight.is_quantized:
+    # torch's own packed tensors, and the classes of torchao and quanto.
+    if isinstance(weight, Tensor) and (
+        weight.is_quantized or type(weight).dequantize is not Tensor.dequantize
+    ):
         return weight.dequantize()
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight

@@ -176,6 +176,17 @@ class TowerView:
         return matrix
 
     @property
+    def unembedding_module(self) -> nn.Module | None:
+        """What makes a language tower's logits; None where no one module does."""
+        path = self.mount.project or ""
+        if self.role != "language" or not path.endswith(".weight.T") or {"@", "|"} & set(path):
+            return None
+        try:
+            return self.model.get_submodule(path.removesuffix(".weight.T"))
+        except AttributeError:
+            return None
+
+    @property
     def unembedding_bias(self) -> Float[Tensor, " token"]:
         """What the final norm's bias and the unembedding's own add to every logit.
 

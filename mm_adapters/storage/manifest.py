@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from mm_adapters._errors import CheckpointError, StoreError
-from mm_adapters.checkpoints.checks import read_json
+from mm_adapters.storage.documents import read_document, write_document
 from mm_adapters.storage.files import CODES
+from mm_adapters.storage.provenance import check_same_work
 
-FORMAT = "mm_adapters.store/1"
+FORMAT = "mm_adapters.store/2"
 MANIFEST = "manifest.json"
+# Of the shard that is not closed, how much is stored all the same.
+OPEN = "open.json"
 
 
 @dataclass(frozen=True)
@@ -58,29 +61,29 @@ def new_manifest(columns: Mapping[str, Column], about: dict[str, Any], shard_byt
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises: StoreError if the folder has none, or one of another format."""
+    """Raises: StoreError if the folder has none, one of another format, or a damaged one."""
     if not (folder / MANIFEST).is_file():
         raise StoreError(f"{folder} is no store: it has no {MANIFEST}.")
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_document(folder / MANIFEST)
     except CheckpointError as error:
-        raise StoreError(str(error)) from None
+        raise StoreError(f"{error} Or delete {folder} and make it again.") from None
     if manifest.get("format") != FORMAT:
-        raise StoreError(f"{folder} has the format {manifest.get('format')!r}; this reads {FORMAT!r}.")
+        raise StoreError(
+            f"{folder} is a store of the format {manifest.get('format')!r}; this reads {FORMAT!r}. Delete "
+            "it and make it again."
+        )
     return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Replaces the manifest as a whole, with a checksum of what it says."""
+    write_document(folder / MANIFEST, manifest)
 
 
 def check_same(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises: StoreError naming what differs between the store that is there and the one asked for."""
-    differ = [key for key in ("columns", "shard_bytes") if stored[key] != asked[key]]
-    keys = {*stored["about"], *asked["about"]}
-    differ += [f"about[{k!r}]" for k in sorted(keys) if stored["about"].get(k) != asked["about"].get(k)]
-    if not differ:
-        return
-    key = differ[0]
-    name = key.removeprefix("about['").removesuffix("']")
-    was, now = (m["about"].get(name) if key.startswith("about") else m[key] for m in (stored, asked))
-    raise StoreError(
-        f"{folder} is a store of something else: {', '.join(differ)} differ ({key}: there {was!r}, asked "
-        f"for {now!r}). Choose a new folder, or delete this one."
+    was, now = (
+        {"columns": m["columns"], "shard_bytes": m["shard_bytes"], **m["about"]} for m in (stored, asked)
     )
+    check_same_work(folder, was, now)

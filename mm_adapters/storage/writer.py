@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,16 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_adapters._errors import StoreError
-from mm_adapters.storage.files import GrowingFile, lock, sync_folder, write_json
+from mm_adapters._errors import CheckpointError, StoreError
+from mm_adapters.storage.documents import read_document, write_document
+from mm_adapters.storage.files import GrowingFile, lock, sync_folder
 from mm_adapters.storage.manifest import (
     MANIFEST,
+    OPEN,
     Column,
     check_same,
     file_name,
     new_manifest,
     read_manifest,
+    write_manifest,
 )
+from mm_adapters.storage.save_clock import SaveClock
 
 _SHARD_BYTES = 128 * 2**20
 
@@ -31,7 +36,9 @@ class Writer:
     `about` says what the rows are (model, site, data, roles, steps, seed, projection ...), in JSON's
     types; a store made with other columns or other words about it is not gone on with.
 
-    `appends`, `items` and `rows` count what is safely stored: where a resumed run begins.
+    `appends`, `items` and `rows` count what is safely stored: where a resumed run begins. That is brought
+    up to date when a shard closes, when time has passed (saving takes a few hundredths of it), and when
+    the block ends with an error.
 
     Raises: StoreError for other metadata, a store that is complete, or one another process writes.
     """
@@ -50,14 +57,20 @@ class Writer:
         self.columns = dict(columns)
         self._manifest = new_manifest(self.columns, dict(about or {}), shard_bytes)
         self._files: list[GrowingFile] = []
-        self._open_appends = self._open_items = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._kept: dict[str, Any] | None = None
+        self._clock = SaveClock()
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.folder)
         except BlockingIOError:
             raise StoreError(f"Another process is writing {self.folder}. Wait for it.") from None
+        except OSError as error:
+            raise StoreError(f"{self.folder} cannot be a store: {error.strerror or error}.") from None
         try:
             self._resume()
+        except OSError as error:
+            self._unlock()
+            raise error if isinstance(error, StoreError) else self._failed(error) from error
         except BaseException:
             self._unlock()
             raise
@@ -65,17 +78,17 @@ class Writer:
     @property
     def appends(self) -> int:
         """How many appends are safely stored."""
-        return sum(s["appends"] for s in self._manifest["shards"])
+        return self._stored("appends")
 
     @property
     def items(self) -> int:
         """How many source items (images, prompts) are safely stored."""
-        return sum(s["items"] for s in self._manifest["shards"])
+        return self._stored("items")
 
     @property
     def rows(self) -> int:
         """How many rows are safely stored."""
-        return sum(s["rows"] for s in self._manifest["shards"])
+        return self._stored("rows")
 
     @property
     def complete(self) -> bool:
@@ -94,16 +107,19 @@ class Writer:
         ready = self._checked(batch)
         try:
             if not self._files:
-                self._files = self._new_shard()
+                self._files = self._open_shard()
             for file, rows in zip(self._files, ready, strict=True):
                 file.write(rows)
-            self._open_appends += 1
-            self._open_items += items
+            self._count(1, items)
             size = sum(c.row_bytes for c in self.columns.values()) * self._files[0].rows
             if size >= self._manifest["shard_bytes"]:
-                self._close_shard()
+                with self._clock.saving():
+                    self._close_shard()
+            elif self._clock.is_due():
+                with self._clock.saving():
+                    self._keep()
         except OSError as error:
-            self._discard()
+            self._leave()
             raise self._failed(error) from error
 
     def close(self) -> None:
@@ -111,12 +127,15 @@ class Writer:
         if self.complete:
             return self._unlock()
         try:
+            if not self._files and self._kept:
+                self._files = self._open_shard()
             if self._files:
                 self._close_shard()
             self._manifest["complete"] = True
-            write_json(self.folder / MANIFEST, self._manifest)
+            write_manifest(self.folder, self._manifest)
         except OSError as error:
-            self._discard()
+            self._manifest["complete"] = False
+            self._leave()
             raise self._failed(error) from error
         finally:
             self._unlock()
@@ -129,8 +148,15 @@ class Writer:
     ) -> None:
         if kind is None:
             return self.close()
-        self._discard()
+        if self._files:
+            with suppress(OSError):  # What was kept before still is.
+                self._keep()
+        self._leave()
         self._unlock()
+
+    def _stored(self, what: str) -> int:
+        safe = [*self._manifest["shards"], *([self._kept] if self._kept else [])]
+        return sum(part[what] for part in safe)
 
     def _resume(self) -> None:
         path = self.folder / MANIFEST
@@ -139,41 +165,99 @@ class Writer:
             check_same(self.folder, stored, self._manifest)
             self._manifest = stored
         else:
-            strangers = [p.name for p in self.folder.iterdir() if p.suffix not in (".tmp", ".safetensors")]
+            ours = (".tmp", ".safetensors")
+            strangers = [p.name for p in self.folder.iterdir() if p.suffix not in ours and p.name != OPEN]
             if strangers:
                 raise StoreError(
                     f"{self.folder} holds other files ({', '.join(strangers[:3])}). Choose a new folder."
                 )
-            write_json(path, self._manifest)
-        counted = {p.name for i in range(len(self._manifest["shards"])) for p in self._paths(i)}
+            write_manifest(self.folder, self._manifest)
+        n_shards = len(self._manifest["shards"])
+        counted = {p.name for i in range(n_shards) for p in self._paths(i)}
+        self._kept = None if self.complete else self._read_kept(n_shards)
+        if self._kept:
+            self._finish_renaming(n_shards)
+            try:
+                for file in self._open_shard():
+                    file.leave()
+            except OSError:  # Lost or damaged: its rows are made again.
+                self._kept = None
+            else:
+                counted |= {p.with_suffix(".tmp").name for p in self._paths(n_shards)}
+        if not self._kept:
+            (self.folder / OPEN).unlink(missing_ok=True)
         for left in (*self.folder.glob("*.tmp"), *self.folder.glob("*.safetensors")):
             if left.name not in counted:  # Of a run that died before the manifest counted them.
                 left.unlink()
 
+    def _read_kept(self, shard: int) -> dict[str, Any] | None:
+        """What was kept of the open shard; a note that is damaged, or of another one, is as good as none."""
+        try:
+            kept = read_document(self.folder / OPEN)
+        except CheckpointError:
+            return None
+        return kept["open"] if kept.get("shard") == shard else None
+
+    def _finish_renaming(self, shard: int) -> None:
+        """Files of the open shard that got their name before the manifest counted them lose it again."""
+        for path in self._paths(shard):
+            if path.exists():
+                os.replace(path, path.with_suffix(".tmp"))
+
     def _paths(self, shard: int) -> list[Path]:
         return [self.folder / file_name(shard, i) for i in range(len(self.columns))]
 
-    def _new_shard(self) -> list[GrowingFile]:
-        shard = len(self._manifest["shards"])
+    def _open_shard(self) -> list[GrowingFile]:
+        """A new shard's files, or those of the open one, up to what is safely stored of them."""
+        kept = self._kept
+        self._pending = dict(kept) if kept else {"rows": 0, "appends": 0, "items": 0, "crc32": []}
+        sums = kept["crc32"] if kept else [0] * len(self.columns)
+        paths = self._paths(len(self._manifest["shards"]))
         files: list[GrowingFile] = []
-        for path, (name, column) in zip(self._paths(shard), self.columns.items(), strict=True):
-            files.append(GrowingFile(path, name, column.shape, column.dtype))
+        try:
+            for path, (name, column), crc32 in zip(paths, self.columns.items(), sums, strict=True):
+                rows = kept["rows"] if kept else 0
+                files.append(GrowingFile(path, name, column.shape, column.dtype, rows=rows, crc32=crc32))
+        except BaseException:
+            for file in files:
+                file.leave()
+            raise
         return files
+
+    def _count(self, appends: int, items: int) -> None:
+        """What the open shard has, after an append that reached all of its files."""
+        self._pending = {
+            "rows": self._files[0].rows,
+            "appends": self._pending["appends"] + appends,
+            "items": self._pending["items"] + items,
+            "crc32": [file.crc32 for file in self._files],
+        }
+
+    def _keep(self) -> None:
+        """Keeps the open shard as it is, without closing it: shards are the same with and without.
+
+        It outlives the process. If the power fails it may not, and the checksums say so.
+        """
+        for file in self._files:
+            file.flush()
+        note = {"shard": len(self._manifest["shards"]), "open": self._pending}
+        write_document(self.folder / OPEN, note, durable=False)
+        self._kept = self._pending
 
     def _close_shard(self) -> None:
         for file in self._files:
             file.close()
         sync_folder(self.folder)
-        counts = {"rows": self._files[0].rows, "appends": self._open_appends, "items": self._open_items}
-        shards = [*self._manifest["shards"], counts]
-        write_json(self.folder / MANIFEST, self._manifest | {"shards": shards})
+        shards = [*self._manifest["shards"], self._pending]
+        write_manifest(self.folder, self._manifest | {"shards": shards})
         self._manifest["shards"] = shards
-        self._files, self._open_appends, self._open_items = [], 0, 0
+        self._files, self._kept = [], None
+        (self.folder / OPEN).unlink(missing_ok=True)
 
-    def _discard(self) -> None:
+    def _leave(self) -> None:
         for file in self._files:
-            file.discard()
-        self._files, self._open_appends, self._open_items = [], 0, 0
+            file.leave()
+        self._files = []
 
     def _checked(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
         if set(batch) != set(self.columns):

@@ -27,17 +27,19 @@ _AS_THE_MODEL = 0.02
 class DerivedPoint(LivePoint):
     """A HookPoint whose value is computed from sites. `on` puts what computes it on those sites."""
 
-    def __init__(self, name: str, layer: int, on: Callable[[], Any]) -> None:
+    def __init__(self, name: str, layer: int | None, on: Callable[[], Any]) -> None:
         super().__init__()
         self.__dict__.update(shown_name=name, in_layer=layer, on=on, active=None)
 
     shown_name: str
-    in_layer: int
+    in_layer: int | None
     on: Callable[[], Any]
     active: ExitStack | None
 
     def layer(self) -> int:
         """The layer, counted within the tower."""
+        if self.in_layer is None:
+            raise InputError(f"{self.shown_name} belongs to no layer.")
         return self.in_layer
 
     def refresh(self) -> None:
@@ -74,6 +76,13 @@ class DerivedPoint(LivePoint):
 
     def move(self, site: Any) -> None:
         """It has no module hooks of its own."""
+
+    def watch_again(self) -> None:
+        """Watches what is there now, after modules were put in place of others."""
+        if self.active is not None:
+            self.active.close()
+            self.__dict__["active"] = None
+            self.refresh()
 
 
 class HeadResults:

@@ -12,6 +12,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mm_adapters._errors import InputError
+from mm_adapters.inputs.cache_argument import OLD, cache_name
+from mm_adapters.tl_engine.generation_checks import (
+    check_fill,
+    check_mask,
+    check_padding_side,
+    criteria_of,
+    stop_texts,
+)
 
 RETURN_TYPES = ("input", "str", "tokens", "embeds")
 
@@ -81,12 +89,12 @@ class TowerGeneration:
             input: What is continued. Texts of several lengths are padded on the left.
             max_new_tokens: At most so many tokens more.
             stop_at_eos: Whether a row ends at an end token; it is filled with it then.
-            eos_token_id: The end token, or several; None: the tokenizer's.
+            eos_token_id: The end token, or several; None: the tokenizer's, or `cfg.eos_token_id` without one.
             do_sample: Draws each token; False takes the most likely.
             top_k: Draws among the k most likely.
             top_p: Draws among the most likely that have this probability together.
             temperature: Divides the logits; 0 takes the most likely.
-            freq_penalty: Taken off a token's logit for each time that it stands there already.
+            freq_penalty: Taken off a drawn token's logit for each time that it stands there already.
             repetition_penalty: Divides positive logits of tokens that stand there (multiplies negative ones).
             use_past_kv_cache: Keeps keys and values; False computes all positions at each step.
             prepend_bos: Whether texts get the start token; None: as `cfg.default_prepend_bos`.
@@ -94,7 +102,7 @@ class TowerGeneration:
             return_type: "str", "tokens", "embeds", or "input" for what was given.
             verbose: Shows a progress bar.
             output_logits: Returns transformers' output with `sequences` and each step's `logits`.
-            return_cache: Returns also an ActivationCache of the whole result (of one row).
+            return_cache: Returns also an ActivationCache of a run of the whole result.
             return_input_tokens: Returns also the tokens that were continued.
             names_filter: Of `return_cache`: which names.
             device: Of `return_cache`: where to.
@@ -113,8 +121,8 @@ class TowerGeneration:
             max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature,
             freq_penalty, repetition_penalty, stop_strings, stopping_criteria, prompt,
         )  # fmt: skip
-        if return_cache and (len(prompt.value) != 1 or prompt.name != "input_ids"):
-            raise InputError("return_cache takes one row of text or tokens.")
+        if return_cache and prompt.name != "input_ids":
+            raise InputError("return_cache takes text or tokens.")
         settings["generation_config"].use_cache = use_past_kv_cache
         if verbose:
             settings["streamer"] = _Bar(max_new_tokens)
@@ -128,7 +136,12 @@ class TowerGeneration:
             result = self._result(prompt, sequences, return_type)
         more: list[Any] = []
         if return_cache:
-            more.append(self.run_with_cache(sequences, names_filter=names_filter, device=device)[1])
+            new = torch.ones_like(sequences[:, prompt.value.shape[1] :])
+            whole = torch.cat([torch.ones_like(prompt.value) if prompt.mask is None else prompt.mask, new], 1)
+            options = {} if bool(whole.all()) else {"attention_mask": whole}
+            more.append(
+                self.run_with_cache(sequences, names_filter=names_filter, device=device, **options)[1]
+            )
         if return_input_tokens:
             more.append(prompt.value)
         return (result, *more) if more else result
@@ -174,7 +187,7 @@ class TowerGeneration:
         if use_past_kv_cache:
             from transformers import DynamicCache
 
-            settings["past_key_values"] = DynamicCache()
+            settings[cache_name(self._root.call_names().takes) or OLD] = DynamicCache()
         held = prompt.value
         ended = torch.zeros(len(held), dtype=torch.bool, device=held.device)
         ends, fill = settings["generation_config"].eos_token_id, settings["generation_config"].pad_token_id
@@ -197,11 +210,18 @@ class TowerGeneration:
             yield self._yielded(held, return_type)
 
     def hf_generate(self, input: Any = "", **kwargs: Any) -> Any:
-        """The model's own generate, with its own options and settings; a text gives a text back."""
+        """The model's own generate, with its own options and settings; a text gives a text back.
+
+        `return_type` is as in `generate`: "str", "tokens", or "input".
+        """
+        return_type = kwargs.pop("return_type", "input")
+        if return_type not in ("str", "tokens", "input"):
+            raise InputError(f"return_type={return_type!r} is none of 'str', 'tokens', 'input'.")
         prompt = self._prompt(input, None, None, kwargs.pop("attention_mask", None), {})
         with self._root.turn(), torch.no_grad(), self._root.running():
             out = self._root.wrapped.generate(**prompt.arguments, **kwargs)
-        return self._texts(out) if prompt.were_texts and isinstance(out, Tensor) else out
+        as_texts = return_type == "str" or (return_type == "input" and prompt.were_texts)
+        return self._texts(out) if as_texts and isinstance(out, Tensor) else out
 
     def _prompt(
         self,
@@ -224,11 +244,14 @@ class TowerGeneration:
         elif not isinstance(input, Tensor) or input.ndim > 3:
             raise InputError("generate continues a text, a list of texts, tokens or embeddings.")
         if input.is_floating_point():
+            check_mask(mask, input)
             return _Prompt("inputs_embeds", input.to(self._root.dtype), mask, False, more)
         input = (input if input.ndim == 2 else input[None]).to(self._root.device)
         if not input.numel():
             raise InputError("generate was given no tokens to continue. Give a text, or one token at least.")
+        check_mask(mask, input)
         if mask is None:
+            check_padding_side(None if are_texts else side, self.tokenizer)
             known = list(texts) if are_texts and len(texts) > 1 else None
             mask = self.attended_tokens(input, known, prepend_bos, side)
             # The library would guess it from padding tokens.
@@ -252,11 +275,11 @@ class TowerGeneration:
     ) -> dict[str, Any]:
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens!r}: it must be 1 at least.")
-        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         own = getattr(self._root.wrapped, "generation_config", None)
         if stop_at_eos and eos is None:
-            eos = getattr(self.tokenizer, "eos_token_id", None)
+            eos = self.cfg.eos_token_id if self.tokenizer is None else self.tokenizer.eos_token_id
             eos = getattr(own, "eos_token_id", None) if eos is None else eos
             if eos is None:
                 raise InputError(
@@ -265,12 +288,14 @@ class TowerGeneration:
         ends = None if not stop_at_eos else [eos] if isinstance(eos, int) else list(eos)
         sampled = do_sample and temperature != 0.0
         drawn = {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
-        fill = ends[0] if ends else getattr(self.tokenizer, "pad_token_id", None) or 0
+        strings, conditions = stop_texts(stop_strings, self.tokenizer), criteria_of(criteria)
+        fill = ends[0] if ends else getattr(self.tokenizer, "pad_token_id", None)
+        check_fill(len(prompt.value), bool(strings or conditions), fill)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=sampled,
             eos_token_id=ends,
-            pad_token_id=fill,
+            pad_token_id=0 if fill is None else fill,  # No row ends before the others then.
             repetition_penalty=repetition_penalty,
             return_dict_in_generate=True,
             output_logits=True,
@@ -278,18 +303,17 @@ class TowerGeneration:
             **(drawn if sampled else {}),
         )
         settings: dict[str, Any] = {"generation_config": config}
-        if freq_penalty:
+        if freq_penalty and sampled:  # TransformerLens has none for the most likely token.
             if prompt.name != "input_ids":
                 raise InputError("freq_penalty counts tokens, and embeddings were given.")
             # The library divides by the temperature afterwards.
-            scale = temperature if sampled else 1.0
-            settings["logits_processor"] = LogitsProcessorList([_FrequencyPenalty(freq_penalty * scale)])
-        if stop_strings is not None:
-            config.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+            penalty = _FrequencyPenalty(freq_penalty * temperature)
+            settings["logits_processor"] = LogitsProcessorList([penalty])
+        if strings:
+            config.stop_strings = strings
             settings["tokenizer"] = self.tokenizer
-        if criteria is not None:
-            listed = [criteria] if isinstance(criteria, StoppingCriteria) else list(criteria)
-            settings["stopping_criteria"] = StoppingCriteriaList(listed)
+        if conditions:
+            settings["stopping_criteria"] = StoppingCriteriaList(conditions)
         return settings
 
     def _run(self, prompt: _Prompt, settings: dict[str, Any]) -> Any:

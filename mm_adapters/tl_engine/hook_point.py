@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from mm_adapters._errors import InputError
@@ -17,24 +18,38 @@ from mm_adapters.records.spec import Site
 Change = Callable[[Tensor], Tensor]
 
 
+class PointHandle(RemovableHandle):
+    """The handle of a hook on a point, which tells the point when it is removed."""
+
+    point: LivePoint | None = None
+
+    def __init__(self, handle: RemovableHandle, point: LivePoint) -> None:
+        self.__dict__.update(vars(handle), point=point)
+
+    def remove(self) -> None:
+        """Takes the hook off."""
+        super().remove()
+        if self.point is not None:
+            self.point.refresh()
+
+
 class LivePoint(HookPoint):
     """A HookPoint that is told when its first hook comes and its last one goes: `refresh`."""
 
-    # Every way on passes through torch's own two; TransformerLens' one way off is `remove_hooks`.
+    # Every way on passes through torch's own two, and every way off through a handle.
     def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
         if self.fwd_hooks or self.bwd_hooks:
             super().remove_hooks(*args, **kwargs)
-            self.refresh()
 
-    def register_forward_hook(self, *args: Any, **kwargs: Any):
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> PointHandle:
         self.check()
-        handle = super().register_forward_hook(*args, **kwargs)
+        handle = PointHandle(super().register_forward_hook(*args, **kwargs), self)
         self.refresh()
         return handle
 
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any):
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> PointHandle:
         self.check()
-        handle = super().register_full_backward_hook(*args, **kwargs)
+        handle = PointHandle(super().register_full_backward_hook(*args, **kwargs), self)
         self.refresh()
         return handle
 

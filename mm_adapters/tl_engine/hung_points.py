@@ -35,8 +35,7 @@ def hang(root: Any, site: str, points: Mapping[str, HookPoint]) -> None:
     at._modules.clear()
     for leaf, point in points.items():
         at.add_module(leaf, point)
-    root.tower(at.site.tower).setup()
-    root.setup()  # Last: a point bears its full name.
+    root.renamed()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mm_adapters._errors import InputError
+from mm_adapters.inputs.cache_argument import cache_name
 from mm_adapters.inputs.call_names import CallNames
 from mm_adapters.sites.tower_view import TowerView
 
@@ -26,7 +27,8 @@ def key_value_cache(
     Raises: InputError if the tower keeps no keys and values, or the cache is of another shape.
     """
     has_encoder = any("cross_attn.hook_z" in parts for parts in mounted.parts.get("blocks", ()))
-    if has_encoder or not names.takes("past_key_values"):
+    name = cache_name(names.takes)
+    if has_encoder or name is None:
         raise InputError(
             f"The {mounted.name} tower takes no past_kv_cache: "
             "it does not keep keys and values of its own positions alone."
@@ -54,7 +56,7 @@ def key_value_cache(
             keys, values = (rearrange(t, "b p h d -> b h p d") for t in (entry.past_keys, entry.past_values))
             past.update(keys, values, layer)
     mask = torch.cat([cache.previous_attention_mask.to(new), new], -1)
-    yield {"past_key_values": past, "use_cache": True, "attention_mask": mask}
+    yield {name: past, "use_cache": True, "attention_mask": mask}
     if cache.frozen:
         return
     cache.append_attention_mask(new)

@@ -28,6 +28,13 @@ class Part(nn.Module):
             self.follow()
         return self.weights[name]()
 
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Raises: InputError, for the weights here are computed from those of the model's module."""
+        raise InputError(
+            f"{name} would stand beside the model's weights and change nothing. Prune or register it on the "
+            "module of the model inside: model.wrapped."
+        )
+
     @property
     def QK(self) -> FactoredMatrix:
         """W_Q W_K^T of each head of an attention, factored."""

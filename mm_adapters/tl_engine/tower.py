@@ -16,7 +16,10 @@ from mm_adapters.records.spec import Attention, Input, Norm, Output
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tl_engine.cache import TowerCache
 from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device
+from mm_adapters.tl_engine.folded import FoldedWeights, folded_weights
 from mm_adapters.tl_engine.generation import TowerGeneration
+from mm_adapters.tl_engine.generation_checks import check_backward
+from mm_adapters.tl_engine.host_members import HostMembers
 from mm_adapters.tl_engine.parts import Embedding, Part, Positions, Unembedding
 from mm_adapters.tl_engine.tower_call import TowerCall
 from mm_adapters.tl_engine.tower_config import TowerConfig, tower_config
@@ -24,10 +27,20 @@ from mm_adapters.tl_engine.tower_flags import POINTS, TowerFlags
 from mm_adapters.tl_engine.tower_state import TowerState
 from mm_adapters.tl_engine.tower_tokens import TowerTokens
 from mm_adapters.tl_engine.tower_weights import TowerWeights
+from mm_adapters.tl_engine.unembed_points import unembed_points
+from mm_adapters.tl_engine.wrapped_members import WrappedMembers
 
 
 class HookedTower(
-    TowerCall, TowerGeneration, TowerFlags, TowerState, TowerTokens, TowerWeights, HookedRootModule
+    WrappedMembers,
+    TowerCall,
+    TowerGeneration,
+    TowerFlags,
+    TowerState,
+    TowerTokens,
+    TowerWeights,
+    HostMembers,
+    HookedRootModule,
 ):
     """A TransformerLens model over one tower: local hook names, weights, tokens, its own cache.
 
@@ -45,6 +58,7 @@ class HookedTower(
         self._class_directions = None
         self.__dict__["_given"] = {}
         self.__dict__["_derived"], self.__dict__["_head_inputs"] = {}, {}
+        self.__dict__["_unembed_points"] = {}
         self._build(points)
         nn.Module.train(self, False)  # Its points; the model is as it was given.
 
@@ -74,16 +88,29 @@ class HookedTower(
             self._hang(name, point)
         if mounted.role in ("vision", "text", "language", "audio"):
             self.add_module("unembed", Unembedding())
+            self._hang_unembed(mounted)
         if mounted.record.embed:
             self.add_module("embed", Embedding())
         if mounted.record.position and mounted.role in ("text", "language"):
             self.add_module("pos_embed", Positions())
+        self.share_own_members()
         self.setup()
         self._name_weights()
         before = self.__dict__.get("cfg")
         self.cfg = self._config()
         for flag in POINTS if before is not None else ():
-            setattr(self.cfg, flag, getattr(before, flag))
+            self.cfg.__dict__[flag] = getattr(before, flag)
+        self.cfg.watch(POINTS, self._switch)
+
+    def _hang_unembed(self, mounted: TowerView) -> None:
+        """The points around what makes logits, where one module does."""
+        if mounted.unembedding_module is None:
+            return
+        if not self.__dict__["_unembed_points"]:
+            self.__dict__["_unembed_points"] = unembed_points(lambda: self._mounted.unembedding_module)
+        for name, point in self.__dict__["_unembed_points"].items():
+            self._hang(name, point)
+            point.watch_again()
 
     # TransformerLens gives every module a name attribute; the tower's is the prefix of its sites.
     @property
@@ -116,7 +143,13 @@ class HookedTower(
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
-        return self.__dict__.get("_tokenizer") or self._root.tokenizer_of(self.name)
+        """The tower's own if one was set, else the model's; padding is its end token if it has none."""
+        own = self.__dict__
+        tokenizer = own["_tokenizer"] if "_tokenizer" in own else self._root.tokenizer_of(self.name)
+        # As HookedTransformer does: TransformerLens' functions ask a model's tokenizer for its padding.
+        if getattr(tokenizer, "pad_token", "") is None and getattr(tokenizer, "eos_token", None) is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
@@ -151,6 +184,11 @@ class HookedTower(
         finally:
             self.__dict__["_given"] = before
 
+    @property
+    def folded(self) -> FoldedWeights:
+        """Its weights folded and centred as HookedTransformer's are by default; the model keeps its own."""
+        return folded_weights(self)
+
     def to_single_token(self, string: str) -> int:
         """The id of a string that is one token; of a class, where the tower has classes."""
         return super().to_single_token(string) if self._class_names is None else self._class_index(string)
@@ -165,15 +203,23 @@ class HookedTower(
                 self._root.points.unwind()
 
     def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
-        """As HookedTransformer's: the output and an ActivationCache under local names."""
+        """As HookedTransformer's: the output and an ActivationCache under local names.
+
+        Raises: InputError if `incl_bwd` is asked for, and the output is no scalar that has a gradient.
+        """
         check_device(kwargs.get("device"))
+        if kwargs.get("incl_bwd"):
+            return_type = kwargs.get("return_type", args[1] if len(args) > 1 else "logits")
+            per_token, stop = kwargs.get("loss_per_token", False), kwargs.get("stop_at_layer")
+            # A hook may bring in weights of its own.
+            tracked = any(p.requires_grad for p in self.parameters()) or any(
+                point.fwd_hooks for point in self.hook_points()
+            )
+            check_backward(return_type, per_token, stop, tracked)
         remove = kwargs.get("remove_batch_dim", False)
         output, values = super().run_with_cache(*args, **kwargs)
         check_cached(kwargs.get("names_filter"), values, f"{self.name}.")
-        local_values = {key.removeprefix(f"{self.name}."): value for key, value in values.items()}
-        return output, TowerCache(
-            local_values, self, has_batch_dim=not remove
-        ) if return_cache_object else local_values
+        return output, TowerCache(values, self, has_batch_dim=not remove) if return_cache_object else values
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), **kwargs: Any) -> Any:
         """As TransformerLens'. Raises: ReadNeverFiredError if a hook was never called."""
@@ -184,35 +230,42 @@ class HookedTower(
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
         """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
-        self._root.check_names(names_filter, self.name)
+        self.check_names(names_filter)
         return super().get_caching_hooks(names_filter, *args, **kwargs)
 
     def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:
         """As TransformerLens'. Raises: MissingSiteError for a name that is no site."""
-        self._root.check_names(name, self.name)
+        self.check_names(name)
         super().add_hook(name, *args, **kwargs)
 
     def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
-        self._root.check_names(name, self.name)
+        self.check_names(name)
         super()._enable_hook_with_name(name, hook, dir)
 
-    def kept(self) -> dict[str, Any]:
+    def own_state(self) -> dict[str, Any]:
         """What was set on it, for a copy: its classes, its tokenizer, its switches."""
         return {
             "classes": (self._class_names, self._class_directions),
-            "tokenizer": self.__dict__.get("_tokenizer"),
+            **({"tokenizer": self.__dict__["_tokenizer"]} if "_tokenizer" in self.__dict__ else {}),
             "flags": [flag for flag in POINTS if getattr(self.cfg, flag)],
         }
 
-    def keep(self, state: dict[str, Any]) -> None:
-        """Sets what `kept` gave."""
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Sets what `own_state` gave."""
         names, directions = state["classes"]
         if names is not None:
             self._class_names, self._class_directions = names, directions
             self._resize(len(names))
-        self.__dict__["_tokenizer"] = state["tokenizer"]
+        if "tokenizer" in state:
+            self.tokenizer = state["tokenizer"]
         for flag in state["flags"]:
             self._switch(flag, True)
+
+    def __copy__(self) -> HookedTower:
+        """Another view of the same tower, whose tokenizer can be another."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     def __reduce__(self) -> Any:
         return _tower_of, (self._root, self.name)
@@ -272,7 +325,13 @@ class HookedTower(
             model_name=root.sitemap.family,
             original_architecture=type(root.wrapped).__name__,
             tokenizer_name=getattr(self.tokenizer, "name_or_path", None),
+            tokenizer_prepends_bos=_prepends_start(self.tokenizer),
         )
+
+
+def _prepends_start(tokenizer: Any) -> bool:
+    start = getattr(tokenizer, "bos_token_id", None)
+    return start is not None and list(tokenizer("")["input_ids"])[:1] == [start]
 
 
 def _tower_of(root: Any, name: str) -> HookedTower:

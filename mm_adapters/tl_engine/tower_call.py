@@ -39,6 +39,7 @@ class TowerCall:
     _root: Any
     _class_directions: Tensor | None
     to_tokens: Callable[..., Tensor]
+    check_no_export: Callable[[], None]
     pads_left: Callable[[str | None], bool]
 
     def forward(
@@ -80,6 +81,7 @@ class TowerCall:
 
         Raises: InputError for what the tower does not take.
         """
+        self.check_no_export()
         if return_type not in RETURN_TYPES:
             known = ", ".join(map(repr, RETURN_TYPES))
             raise InputError(f"return_type={return_type!r} is none of {known}.")
@@ -114,10 +116,13 @@ class TowerCall:
         texts: Sequence[str] | None = None,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
+        *,
+        goes_on: bool = False,
     ) -> Int[Tensor, "batch pos"] | None:
         """1 where tokens are no padding; None if all are none.
 
-        Of texts all their padding is known; of tokens, what they begin with where texts are padded left.
+        Of texts all their padding is known; of tokens, what they begin with where texts are padded left, and
+        if another call `goes_on` from them, what they end with where texts are padded right.
         """
         mounted: TowerView = self.__dict__["_mounted"]
         if mounted.role != "language":
@@ -127,13 +132,14 @@ class TowerCall:
             places = torch.arange(tokens.shape[1], device=tokens.device)
             places = places.flip(0) if self.pads_left(padding_side) else places
             mask = places.lt(torch.tensor(lengths, device=tokens.device)[:, None]).long()
-        elif (
-            self.tokenizer is None or self.tokenizer.pad_token_id is None or not self.pads_left(padding_side)
-        ):
+        elif self.tokenizer is None or self.tokenizer.pad_token_id is None:
             return None
         else:
+            left = self.pads_left(padding_side)
+            if not left and not goes_on:
+                return None
             has_bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-            mask = get_attention_mask(self.tokenizer, tokens, has_bos, "left")
+            mask = get_attention_mask(self.tokenizer, tokens, has_bos, "left" if left else "right")
         return None if bool(mask.all()) else mask
 
     def _point(self, local: str) -> SitePoint:
@@ -171,7 +177,7 @@ class _Call:
             input = (input if input.ndim != 1 else input[None]).to(self.tower._root.device)
             self.tokens = input
             if self.mask is None and (len(texts or ()) != 1 or given):
-                self.mask = self.tower.attended_tokens(input, texts, prepend_bos, padding_side)
+                self.mask = self.tower.attended_tokens(input, texts, prepend_bos, padding_side, goes_on=given)
                 if self.mask is None and given:
                     self.mask = torch.ones_like(input)
         self.value = input

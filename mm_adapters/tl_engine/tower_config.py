@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ class TowerConfig(TransformerLensConfig):
     original_architecture: str | None = None
     tokenizer_name: str | None = None
     tokenizer_prepends_bos: bool = True
+    tokenizer_appends_eos: bool = False
+    eos_token_id: int | list[int] | None = None
     n_params: int | None = None
     attention_dir: str = "causal"
     attn_scale: float = -1.0
@@ -69,6 +72,43 @@ class TowerConfig(TransformerLensConfig):
     decoder_start_token_id: int | None = None
     relative_attention_num_buckets: int | None = None
     relative_attention_max_distance: int | None = None
+    use_attention_sinks: bool = False
+    norm_topk_prob: bool = False
+    # How the angles of rotary positions are scaled for long texts.
+    rotary_base_local: float | None = None
+    rotary_scaling_factor: float = 1.0
+    use_dynamic_ntk_rope: bool = False
+    use_NTK_by_parts_rope: bool = False
+    NTK_by_parts_low_freq_factor: float = 1.0
+    NTK_by_parts_high_freq_factor: float = 4.0
+    NTK_by_parts_factor: float = 8.0
+    NTK_original_ctx_len: int = 8192
+    use_yarn_rope: bool = False
+    yarn_factor: float = 1.0
+    yarn_attention_factor: float = 1.0
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_truncate: bool = True
+    yarn_global_attn_only: bool = False
+
+    def watch(self, flags: Container[str], switch: Callable[[str, bool], None]) -> None:
+        """Calls `switch` in place of setting one of these attributes, and it sets it.
+
+        HookedTransformer reads them at each call, so that setting one is a way to switch its points on.
+        """
+        self.__dict__["_watched"] = (flags, switch)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        flags, switch = self.__dict__.get("_watched", ((), None))
+        if name in flags and switch is not None:
+            switch(name, bool(value))
+        else:
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to no tower."""
+        return {name: value for name, value in self.__dict__.items() if name != "_watched"}
 
     def is_layer_norm_activation(self) -> bool:
         """Whether the MLP normalises its neurons (SoLU); no model here does."""
@@ -130,12 +170,47 @@ def _heads(block: nn.Module, location: Location) -> int:
     return head_count(block, location.heads)
 
 
+# By transformers' kind of scaling: TransformerLens' switch, and its names for that kind's numbers.
+_SCALINGS: dict[str, tuple[str | None, dict[str, str]]] = {
+    "linear": (None, {"rotary_scaling_factor": "factor"}),
+    "dynamic": ("use_dynamic_ntk_rope", {"rotary_scaling_factor": "factor"}),
+    "llama3": (
+        "use_NTK_by_parts_rope",
+        {
+            "NTK_by_parts_factor": "factor",
+            "NTK_by_parts_low_freq_factor": "low_freq_factor",
+            "NTK_by_parts_high_freq_factor": "high_freq_factor",
+            "NTK_original_ctx_len": "original_max_position_embeddings",
+        },
+    ),
+    "yarn": (
+        "use_yarn_rope",
+        {
+            "yarn_factor": "factor",
+            "yarn_attention_factor": "attention_factor",
+            "yarn_beta_fast": "beta_fast",
+            "yarn_beta_slow": "beta_slow",
+            "yarn_truncate": "truncate",
+            "yarn_original_max_position_embeddings": "original_max_position_embeddings",
+        },
+    ),
+}
+
+
 def _rotary(settings: Any, d_head: int) -> dict[str, Any]:
     named = getattr(settings, "rope_parameters", None)
     named = named if isinstance(named, dict) else {}
+    more: dict[str, Any] = {}
+    if isinstance(named.get("full_attention"), dict):  # Layers of two kinds.
+        more["rotary_base_local"] = (named.get("sliding_attention") or {}).get("rope_theta")
+        named = named["full_attention"]
+    switch, names = _SCALINGS.get(str(named.get("rope_type")), (None, {}))
+    more |= {ours: named[theirs] for ours, theirs in names.items() if named.get(theirs) is not None}
+    if switch is not None:
+        more[switch] = True
     base = named.get("rope_theta") or getattr(settings, "rope_theta", None) or 10000
     share = named.get("partial_rotary_factor") or getattr(settings, "partial_rotary_factor", None) or 1.0
-    return {"rotary_base": base, "rotary_dim": int(d_head * share)}
+    return {"rotary_base": base, "rotary_dim": int(d_head * share), **more}
 
 
 def _attention_scale(block: nn.Module, parts: dict[str, Location], d_head: int) -> float:

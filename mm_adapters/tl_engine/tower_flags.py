@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_adapters._errors import InputError
+from mm_adapters._errors import HostAssertionError, InputError
 from mm_adapters.records.spec import Input, Norm, Output, Site
 from mm_adapters.sites.tower_view import TowerView
+from mm_adapters.tl_engine.counted_hooks import names_of
 from mm_adapters.tl_engine.derived_points import DerivedPoint, HeadInputs, HeadResults
 from mm_adapters.tl_engine.hook_point import SitePoint
 from mm_adapters.tl_engine.parts import Part
@@ -28,6 +29,7 @@ class TowerFlags:
 
     cfg: Any
     blocks: nn.ModuleList
+    hook_dict: dict[str, Any]
     name: str
     _mounted: TowerView
     _root: Any
@@ -69,12 +71,23 @@ class TowerFlags:
                 f"{self.cfg.n_heads} heads, and its sites show what it computes. W_K and W_V repeat them."
             )
 
+    def check_names(self, names: Any) -> None:
+        """Raises: MissingSiteError for a name that is no site; HostAssertionError before its switch is on."""
+        for name in names_of(names):
+            local = name.removeprefix(f"{self.name}.")
+            flag = next((f for f, points in POINTS.items() if local.split(".", 2)[-1] in points), None)
+            if flag is not None and local not in self.hook_dict:
+                raise HostAssertionError(
+                    f"{self.name}.{local} is there only if it is asked for: call set_{flag}(True) first."
+                )
+        self._root.check_names(names, self.name)
+
     def _switch(self, flag: str, on: bool) -> None:
         parts = self._mounted.parts.get("blocks", [])
         needed = "mlp.hook_post" if flag == "use_hook_mlp_in" else "attn.hook_z"
         if on and not any(needed in part for part in parts):
             raise InputError(f"The {self.name} tower has no {POINTS[flag][0]}: its blocks have no {needed}.")
-        setattr(self.cfg, flag, bool(on))
+        self.cfg.__dict__[flag] = bool(on)
         for layer, _ in enumerate(parts):
             for local in POINTS[flag]:
                 self._hang_or_drop(layer, local, on)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_adapters._errors import InputError
+from mm_adapters._errors import StateDictError
 from mm_adapters.sites.tower_view import TowerView
 
 
@@ -21,6 +21,7 @@ class TowerState:
     name: str
     _root: Any
     _mounted: TowerView
+    share_members: Callable[..., None]
 
     def own_modules(self) -> dict[str, nn.Module]:
         """The tower's module, and those that make its summary or its logits of it; by path from the model.
@@ -36,6 +37,19 @@ class TowerState:
             if module is not None and not inside:
                 owners[owner] = module
         return owners
+
+    def share_own_members(self) -> None:
+        """Shows the model's modules in which the tower's are, under their names in the model."""
+        mounted: TowerView = self.__dict__["_mounted"]
+        paths = self.own_modules()
+        if "" in paths:
+            self.share_members(paths[""])
+        elif isinstance(mounted.model, nn.Module):
+            self.share_members(mounted.model, frozenset(path.partition(".")[0] for path in paths))
+        else:  # A pipeline's part, under the part's name.
+            names = {path.partition(".")[0] for path in paths}
+            parts = {name: getattr(mounted.model, name) for name in names}
+            self.share_members(nn.ModuleDict(parts), frozenset(names))
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -79,7 +93,7 @@ class TowerState:
     ) -> Any:
         """Loads what `state_dict()` gave into the model.
 
-        Raises: InputError if `strict` and names are missing or unknown; then nothing is loaded.
+        Raises: StateDictError if `strict` and names are missing or unknown; then nothing is loaded.
         """
         from torch.nn.modules.module import _IncompatibleKeys
 
@@ -87,9 +101,9 @@ class TowerState:
         known = set(self.state_dict())
         missing, unknown = sorted(known - state_dict.keys()), sorted(state_dict.keys() - known)
         if strict and (missing or unknown):
-            raise InputError(
-                f"This state is not the {self.name} tower's: it lacks {missing[:3] or 'nothing'}, and has "
-                f"{unknown[:3] or 'nothing'} besides. Give what its state_dict() gives, or strict=False."
+            raise StateDictError(
+                f"This state is not the {self.name} tower's. Missing keys: {missing[:3] or 'none'}. "
+                f"Unexpected keys: {unknown[:3] or 'none'}. Give what state_dict() gives, or strict=False."
             )
         for path, module in owned.items():
             start = f"{path}." if path else ""
@@ -122,6 +136,14 @@ class TowerState:
             module._apply(fn, recurse)
         self._root.refresh_configs()
         return self
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of a name that `named_parameters` gives."""
+        return dict(self.named_parameters())[target]
+
+    def get_buffer(self, target: str) -> Tensor:
+        """The buffer of a name that `named_buffers` gives."""
+        return dict(self.named_buffers())[target]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the tower's parameters."""

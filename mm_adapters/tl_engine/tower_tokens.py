@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mm_adapters._errors import InputError
+from mm_adapters._errors import HostAssertionError, InputError
 
 
 class TowerTokens:
@@ -44,6 +44,8 @@ class TowerTokens:
         rows: list[list[int]] = []
         for text in texts:
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            while self.cfg.tokenizer_appends_eos and ids and ids[-1] == tokenizer.eos_token_id:
+                ids.pop()  # The model goes on from a text; as TransformerLens' bridge.
             ids = ([start] if use_start and start is not None else []) + ids
             rows.append([*ids, tokenizer.eos_token_id] if self.appends_end else ids)
         longest = max(len(r) for r in rows)
@@ -117,7 +119,7 @@ class TowerTokens:
     ) -> int:
         """Where a token stands in a text; `mode` is "first" or "last".
 
-        Raises: InputError for another mode, or if the token is not there.
+        Raises: InputError for another mode; HostAssertionError, which is one, if the token is not there.
         """
         if mode not in ("first", "last"):
             raise InputError(f"mode={mode!r}: a token's first or last position, 'first' or 'last'.")
@@ -129,7 +131,7 @@ class TowerTokens:
         token = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
         at = (tokens.squeeze() == token).nonzero().reshape(-1).tolist()
         if not at:
-            raise InputError(f"Token {single_token!r} is not in {self.to_str_tokens(tokens)}.")
+            raise HostAssertionError(f"Token {single_token!r} is not in {self.to_str_tokens(tokens)}.")
         return at[0] if mode == "first" else at[-1]
 
     def pads_left(self, side: str | None) -> bool:
@@ -140,8 +142,8 @@ class TowerTokens:
 
     def _known_tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise InputError(
-                f"The {self.cfg.tower} tower has no tokenizer. "
+            raise HostAssertionError(
+                f"The {self.cfg.tower} tower has no tokenizer; there is no to_tokens without a tokenizer. "
                 "Pass one: mm_adapters.wrap(model, tokenizer=...)."
             )
         return self.tokenizer

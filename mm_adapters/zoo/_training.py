@@ -13,15 +13,20 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
+
+from mm_adapters._errors import StoreError
+
+# The share of the time that writing checkpoints may take.
+_SAVING = 0.03
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,18 @@ def fit(
     checkpoint: Path,
     *,
     resume: bool = False,
+    seed: int | None = None,
 ) -> float:
     """Trains the parameters that require gradients, in place; returns the seconds it took in all.
 
     Leaves the moving average of the weights in the model where `schedule.average` asks for one.
-    With `resume`, continues from the checkpoint if there is one.
+    With `resume`, continues from the checkpoint if there is one, of the same schedule and `seed`. A
+    checkpoint is written every so many steps, and before if that costs little of the time.
+
+    Raises: StoreError if the checkpoint is of another run, or damaged.
     """
+    run = {k: v for k, v in asdict(schedule).items() if k not in ("checkpoint_every", "stop_after")}
+    run["seed"] = seed
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decayed = [p for p in named.values() if p.ndim >= 2]
     plain = [p for p in named.values() if p.ndim < 2]
@@ -100,10 +111,11 @@ def fit(
 
     first, spent_s = 0, 0.0
     if resume and checkpoint.exists():
-        first, spent_s = _restore(checkpoint, named, optimiser, averages)
+        first, spent_s = _restore(checkpoint, run, named, optimiser, averages)
     last = min(schedule.steps, schedule.stop_after or schedule.steps)
     model.train()
     began = time.monotonic() - spent_s
+    saving_s, saved_at = 0.0, time.monotonic()
     bar = tqdm(range(first, last), initial=first, total=last, desc=checkpoint.stem, mininterval=5)
     for step in bar:
         for group in optimiser.param_groups:
@@ -120,8 +132,12 @@ def fit(
                 averages[name].lerp_(parameter.detach(), 1 - keep)
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == last:
-            _store(checkpoint, step + 1, time.monotonic() - began, named, optimiser, averages)
+        is_due = saving_s < _SAVING * (time.monotonic() - saved_at)
+        if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == last or is_due:
+            before = time.monotonic()
+            _store(checkpoint, step + 1, before - began, run, named, optimiser, averages)
+            saved_at = time.monotonic()
+            saving_s = saved_at - before
     model.eval()
     with torch.no_grad():
         for name, average in averages.items():
@@ -133,6 +149,7 @@ def _store(
     path: Path,
     done: int,
     spent_s: float,
+    settings: dict[str, object],
     named: dict[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     averages: dict[str, Tensor],
@@ -146,20 +163,34 @@ def _store(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
-    run = json.dumps({"steps_done": done, "seconds": round(spent_s, 1)})
+    run = json.dumps({"steps_done": done, "seconds": round(spent_s, 1), "run": settings})
     save_file(tensors, partial, metadata={"run": run})
     os.replace(partial, path)
 
 
 def _restore(
     path: Path,
+    settings: dict[str, object],
     named: dict[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     averages: dict[str, Tensor],
 ) -> tuple[int, float]:
     """Puts a stored state back; says how many steps are done and how many seconds they took."""
-    with safe_open(path, framework="pt") as file, torch.no_grad():
+    try:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{path} is damaged: {error}. Delete it to start afresh.") from None
+    with opened as file, torch.no_grad():
         stored = set(file.keys())
+        was = json.loads((file.metadata() or {}).get("run", "{}")).get("run", {})
+        differ = [k for k in settings if was.get(k) != settings[k]]
+        missing = [n for n in named if f"weight/{n}" not in stored]
+        if differ or missing:
+            what = ", ".join(differ) or f"the weights {missing[:3]}"
+            raise StoreError(
+                f"{path} is of another run: {what} differ. Delete it to start afresh, or choose another "
+                "folder."
+            )
         for name, parameter in named.items():
             parameter.copy_(file.get_tensor(f"weight/{name}"))
             if averages:

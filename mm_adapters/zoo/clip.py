@@ -221,7 +221,7 @@ def train(work: Path, *, steps: int | None = None, seed: int = 0, resume: bool =
     student, tokenizer = Student(build(seed)).to(device()), clip_tokenizer()
 
     def run(number: int, loss_at: Callable[[int], Tensor]) -> None:
-        fit(student, loss_at, plans[number], files[number], resume=resume)
+        fit(student, loss_at, plans[number], files[number], resume=resume, seed=seed)
 
     run(0, lambda step: loss(student, tokenizer, step, seed))
     student.requires_grad_(False)

@@ -169,7 +169,9 @@ def train(
     schedule = SCHEDULE if steps is None else replace(SCHEDULE, steps=steps)
     model, tokenizer = build(clip, seed).to(device()), llava_tokenizer()
     checkpoint = work / "tiny-llava.safetensors"
-    fit(model, lambda step: loss(model, tokenizer, step, seed), schedule, checkpoint, resume=resume)
+    fit(
+        model, lambda step: loss(model, tokenizer, step, seed), schedule, checkpoint, resume=resume, seed=seed
+    )
     return model
 
 

@@ -238,7 +238,14 @@ def train(
     data = encode_training_set(autoencoder, text_tower, seed)
     student, noising = Student(build(seed)).to(device()), scheduler()
     checkpoint = work / "tiny-sd.safetensors"
-    fit(student, lambda step: loss(student, noising, data, step, seed), schedule, checkpoint, resume=resume)
+    fit(
+        student,
+        lambda step: loss(student, noising, data, step, seed),
+        schedule,
+        checkpoint,
+        resume=resume,
+        seed=seed,
+    )
     return assemble(autoencoder, text_tower, student.unet)
 
 

@@ -70,7 +70,14 @@ def train(work: Path, *, steps: int | None = None, seed: int = 0, resume: bool =
     """A trained autoencoder whose `scaling_factor` makes the latents of unit size."""
     schedule = SCHEDULE if steps is None else replace(SCHEDULE, steps=steps)
     model = build(seed).to(device())
-    fit(model, lambda step: loss(model, step, seed), schedule, work / "vae.safetensors", resume=resume)
+    fit(
+        model,
+        lambda step: loss(model, step, seed),
+        schedule,
+        work / "vae.safetensors",
+        resume=resume,
+        seed=seed,
+    )
     sample = latents(model, [world.scene(i, "validation", seed) for i in range(256)])
     model.register_to_config(scaling_factor=float(1 / sample.std()))
     return model

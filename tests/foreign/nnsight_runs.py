@@ -12,12 +12,10 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +23,7 @@ sys.path[:0] = [str(ROOT / "tests")] if str(ROOT / "tests") not in sys.path else
 
 from foreign import checkpoints  # noqa: E402  (as a command, this file finds its own folder first)
 from foreign.nnsight_table import EXCEPTIONS, LANGUAGE_ONLY, SKIPS  # noqa: E402
+from foreign.source import fetch_tests  # noqa: E402
 
 # Of a test that fails: a pattern of its name, one of what it says, and why.
 Known = tuple[str, str, str]
@@ -38,26 +37,6 @@ class Outcome:
     outcome: str
     says: str
     reached: bool
-
-
-class NotFetchedError(Exception):
-    """The source distribution could not be fetched."""
-
-
-def fetch(folder: Path) -> Path:
-    """nnsight's tests, of the version that is installed. Raises: NotFetchedError without a package index."""
-    fetch = ["download", "--quiet", "--no-deps", "--no-binary", "nnsight", "-d", str(folder)]
-    command = [sys.executable, "-m", "pip", *fetch, f"nnsight=={version('nnsight')}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise NotFetchedError(done.stderr[-500:])
-    (archive,) = folder.glob("nnsight-*.tar.gz")
-    with tarfile.open(archive) as tar:
-        # Not its sources: those installed are to be tested.
-        inside = [m for m in tar if m.name.split("/")[1:2] == ["tests"]]
-        tar.extractall(folder, inside, filter="data")
-    (unpacked,) = folder.glob("nnsight-*/tests")
-    return unpacked
 
 
 def run(tests: Path, names: list[str], named: dict[str, str], hub: Path, classes: str) -> dict[str, Outcome]:
@@ -113,7 +92,7 @@ def by_name(files: Iterable[str]) -> list[Known]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tests, hub = fetch(folder), folder / "hub"
+        tests, hub = fetch_tests("nnsight", folder / "source"), folder / "hub"
         named = checkpoints.make(folder / "checkpoints")
         checkpoints.fill_hub(hub)
         files = sorted(path.stem for path in tests.glob("test_*.py"))

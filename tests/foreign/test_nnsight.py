@@ -6,26 +6,21 @@ it is kept. `python -m tests.foreign.nnsight_runs` runs all of its files.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from foreign import checkpoints
-from foreign.nnsight_runs import NotFetchedError, Outcome, by_name, check, fetch, run
+from foreign.nnsight_runs import Outcome, by_name, check, run
 from foreign.nnsight_table import EXCEPTIONS
+from foreign.source import fetch_or_skip
 
 FILES = ("test_vlm", "test_vision", "test_diffusion", "test_remote_backend", "test_ndif")
 
 
 @pytest.fixture(scope="module")
 def tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of nnsight's tests. Skips, loudly, only without a package index; in CI that is a failure."""
-    try:
-        return fetch(tmp_path_factory.mktemp("nnsight"))
-    except NotFetchedError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"NNSIGHT'S OWN TESTS WERE NOT RUN: they could not be fetched.\n{error}")
+    """The folder of nnsight's tests."""
+    return fetch_or_skip("nnsight", tmp_path_factory.mktemp("nnsight"))
 
 
 def test_nnsights_own_tests_pass_with_our_classes(tests: Path, tmp_path: Path) -> None:

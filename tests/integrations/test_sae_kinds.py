@@ -137,11 +137,11 @@ def test_rows_are_stored_as_asked_and_the_manifest_says_what_they_are(
     torch.testing.assert_close(store.rows()[site].float(), value.to(dtype).float(), rtol=1e-2, atol=1e-3)
     about = json.loads((tmp_path / "s" / "manifest.json").read_text())["about"]
     assert about["sites"] == [site]
-    assert about["tokens"] == ["class"]
-    assert about["steps"] is None
+    assert about["settings"]["tokens"] == ["class"]
+    assert about["settings"]["steps"] is None
     other = mm_sae.collect(clip, site, images[1:5], tmp_path / "t", tokens="class", progress=False)
     assert other.about["data"] != about["data"]
-    assert other.about["model"] == about["model"] == clip.sitemap.family
+    assert other.about["model"] == about["model"]
 
 
 # ---- evaluating ----------------------------------------------------------------------------------

@@ -20,13 +20,16 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from nnsight.intervention import batching, interleaver, serialization
 from nnsight.intervention.backends import local
 from nnsight.modeling import diffusion
+from nnsight.modeling import transformers as nnsight_models
 from nnsight.modeling.mixins.remotable import Remotable
 from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from integrations.ndif import environment
+from mm_adapters import zoo
 from mm_adapters.ndif_client.backend import by_value
+from mm_adapters.nnsight_engine import task_classes
 from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
 from mm_adapters.traced import TracedModel
 
@@ -44,6 +47,30 @@ def test_nnsight_runs_here_what_it_was_told_to_run_remotely() -> None:
     with theirs.trace(**built.inputs, remote=True):
         whole = theirs.output.logits_per_image.save()
     assert out.shape[0] == whole.shape[0] == 2  # There is no service: it was computed here, without an error.
+
+
+@pytest.mark.parametrize("form", ["path", "class"])
+def test_v1_nnsight_looks_for_flags_on_the_path_of_a_class(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mm_adapters/nnsight_engine/task_classes.py; nnsight 0.8.1, modeling/transformers.py.
+
+    transformers 5.22 has the class in its table, 5.23 and newer its path.
+    """
+    from transformers import pipelines
+
+    task = "image-text-to-text"
+    entry = dict(pipelines.SUPPORTED_TASKS[task])
+    cls = pipelines.ImageTextToTextPipeline
+    entry["impl"] = cls if form == "class" else f"{cls.__module__}.{cls.__name__}"
+    monkeypatch.setitem(pipelines.SUPPORTED_TASKS, task, entry)
+    asks = types.SimpleNamespace(task=task)
+    assert task_classes._theirs(asks) == ({"processor"} if form == "class" else set())
+    assert nnsight_models.TransformersModel._loaded_preprocessors(asks) == {"processor"}
+    unknown = nnsight_models.TransformersModel._loaded_preprocessors(types.SimpleNamespace(task="paint"))
+    assert unknown == set(nnsight_models._PREPROCESSORS)
+    folder = str(zoo.path("tiny-llava"))
+    assert type(nnsight_models.TransformersModel(folder, task=task).processor).__name__ == "LlavaProcessor"
 
 
 def test_v4_nnsight_breaks_anyios_attribute_sets() -> None:

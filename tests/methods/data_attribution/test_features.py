@@ -25,7 +25,7 @@ from methods_multimodal.data_attribution.gradients import per_example_gradients
 from methods_multimodal.data_attribution.projection import Projection, _Dense
 from methods_multimodal.data_attribution.task import Task, batch_of
 from mm_adapters import InputError, StoreError
-from mm_adapters.store import Store
+from mm_adapters.store import Store, read_document, write_document
 from tests.benchmarks._memory import peak
 
 
@@ -229,8 +229,8 @@ def test_a_cut_shard_is_found_before_anything_is_made(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:-40])
     with pytest.raises(StoreError, match=cut.name):  # Also in a store that was finished.
         featurise(denoiser(), pictures(8), tmp_path, **asked)  # type: ignore[arg-type]
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    manifest = read_document(tmp_path / "manifest.json")
+    write_document(tmp_path / "manifest.json", manifest | {"complete": False})
     for _ in range(2):
         with pytest.raises(StoreError, match=cut.name):
             featurise(denoiser(), pictures(8), tmp_path, **asked)  # type: ignore[arg-type]
@@ -250,7 +250,7 @@ def test_a_store_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
         "columns": (denoiser(), pictures(4), {"dtype": torch.bfloat16}),
     }
     for key, (task, examples, more) in others.items():
-        with pytest.raises(StoreError, match=f"store of something else.*{key}"):
+        with pytest.raises(StoreError, match=f"work of something else: {key}"):
             featurise(task, examples, tmp_path, **asked | more)  # type: ignore[arg-type]
 
 

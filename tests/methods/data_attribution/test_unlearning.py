@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from methods_multimodal.data_attribution import module_task
-from methods_multimodal.data_attribution import unlearning as unlearning_module
+from methods_multimodal.data_attribution.task import Batch, Task
 from methods_multimodal.data_attribution.unlearning import fisher_diagonal, unlearning_scores
-from mm_adapters import InputError
+from mm_adapters import InputError, StoreError
 
 
 def subject() -> tuple:
@@ -82,28 +83,34 @@ def test_the_query_itself_is_forgotten_most() -> None:
     assert torch.equal(found.argmax(1)[large], torch.arange(12)[large])
 
 
-def test_what_is_done_is_not_done_again_and_the_end_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("stop", [1, 4, 7, 12, 20, 25])
+def test_what_is_done_is_not_done_again_and_the_end_is_the_same(tmp_path: Path, stop: int) -> None:
     _, task, examples, queries = subject()
-    whole = unlearning_scores(task, examples, queries)
-    real, calls = unlearning_module.save_file, []
+    calls: list[int] = []
 
-    def failing(tensors: dict, path: Path) -> None:
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append(path)
-        real(tensors, path)
+    def watched(stop: int) -> Task:
+        def rows(batch: Batch, draws: range) -> Batch:
+            calls.append(len(batch["index"]))
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return task.rows(batch, draws)
 
-    monkeypatch.setattr(unlearning_module, "save_file", failing)
+        return dataclasses.replace(task, rows=rows)
+
+    whole = unlearning_scores(watched(-1), examples, queries, batch_size=2)
+    assert sum(calls) == 12 + 12 + 3 * (12 + 1)  # Fisher, before, and of each query a gradient and all.
+    calls.clear()
+    folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        unlearning_scores(task, examples, queries, folder=tmp_path / "run")
-    monkeypatch.setattr(unlearning_module, "save_file", lambda t, p: (calls.append(p), real(t, p)))
-    again = unlearning_scores(task, examples, queries, folder=tmp_path / "run")
+        unlearning_scores(watched(stop), examples, queries, batch_size=2, folder=folder)
+    first = sum(calls)
+    calls.clear()
+    again = unlearning_scores(watched(-1), examples, queries, batch_size=2, folder=folder)
     assert torch.equal(again, whole)
-    assert len(calls) == 3
-    with pytest.raises(InputError, match="another run's scores"):
-        unlearning_scores(task, examples, queries, step=0.5, folder=tmp_path / "run")
+    # The batch that was stopped (the Fisher's is all twelve), and each query's one gradient.
+    assert first + sum(calls) <= 63 + (12 if stop == 1 else 2) + 3
+    with pytest.raises(StoreError, match=r"settings\.step differ"):
+        unlearning_scores(task, examples, queries, step=0.5, batch_size=2, folder=folder)
 
 
 def test_the_step_of_each_example_is_the_papers_unless_it_is_given() -> None:

@@ -130,7 +130,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(
     again = name_heads(clip(), files, vocabulary("world"), folder=tmp_path / "b", **options)
     assert read == [list(range(40, 48))]
     assert before[stage] == 40
-    assert counts[stage] - before[stage] == 28  # Written down after 32: only what came later is done again.
+    assert counts[stage] - before[stage] == 20  # Nothing is done twice.
     assert torch.equal(again.chosen, whole.chosen)
     assert torch.equal(again.variance_explained, whole.variance_explained)
     assert torch.equal(again.scores, whole.scores)
@@ -152,6 +152,8 @@ def test_an_image_that_cannot_be_read_is_named_and_skipped_only_if_asked(tmp_pat
     assert name == str(files[11])
     assert "truncated" in why
     assert found.n_images == 19
+    with pytest.raises(mm.InputError, match=r"011\.png.*skip_unreadable"):  # What was skipped is not hidden.
+        name_heads(clip(), files[0].parent, vocabulary("world"), folder=tmp_path / "out", **options)
     assert 11 not in found.top_images
     without = name_heads(clip(), good, vocabulary("world"), **options)
     assert torch.equal(found.chosen, without.chosen)
@@ -161,7 +163,7 @@ def test_an_image_that_cannot_be_read_is_named_and_skipped_only_if_asked(tmp_pat
 def test_another_runs_progress_is_not_taken_for_this_ones(tmp_path: Path) -> None:
     _, pixels = seen()
     name_heads(clip(), pixels[:20], vocabulary("world"), n_texts=2, folder=tmp_path)
-    with pytest.raises(mm.InputError, match="another run"):
+    with pytest.raises(mm.StoreError, match="data differ"):
         name_heads(clip(), pixels[:24], vocabulary("world"), n_texts=2, folder=tmp_path)
 
 
