@@ -116,6 +116,10 @@ def test_a_backward_pass_needs_gradients(tower: Any) -> None:
     with pytest.raises(mm.InputError, match="no grad_fn"):
         tower.run_with_cache(TOKENS, return_type="loss", incl_bwd=True)
     assert not runs
+    tower.add_hook("hook_embed", lambda value, hook: None)
+    with pytest.raises(mm.InputError, match="no grad_fn"):
+        tower.run_with_cache(TOKENS, return_type="loss", incl_bwd=True)
+    tower.reset_hooks()
     tower.requires_grad_(True)
     _, cache = tower.run_with_cache(TOKENS, return_type="loss", incl_bwd=True)
     grad: Tensor = cache["blocks.0.hook_resid_pre_grad"]

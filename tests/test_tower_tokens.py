@@ -64,7 +64,7 @@ def test_a_tokens_first_and_last_position_are_told_apart() -> None:
     assert language.get_token_position(circle, torch.tensor([ids]), mode="last") == places[1]
     with pytest.raises(mm.InputError, match="mode='middle'"):
         language.get_token_position(" circle", text, mode="middle")
-    with pytest.raises(mm.InputError, match="is not in"):
+    with pytest.raises(mm.InputError, match="does not occur in"):
         language.get_token_position(" red", text)
 
 

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+<<<<<<< HEAD
+from mm_adapters._errors import HostAssertionError, InputError
+=======
 from mm_adapters._errors import InputError
 from mm_adapters.inputs.cache_argument import OLD, cache_name
+>>>>>>> main
 from mm_adapters.tl_engine.generation_checks import (
     check_fill,
     check_mask,
@@ -334,7 +338,7 @@ class TowerGeneration:
 
     def _texts(self, tokens: Tensor) -> str | list[str]:
         if self.tokenizer is None:
-            raise InputError("Without a tokenizer there are no texts: return_type='tokens'.")
+            raise HostAssertionError("Without a tokenizer there are no texts: return_type='tokens'.")
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens.tolist()]
         return texts[0] if len(texts) == 1 else texts
 

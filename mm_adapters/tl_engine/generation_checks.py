@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,10 +82,24 @@ def check_backward(return_type: Any, per_token: bool, stop_at_layer: int | None,
             "pass return_type='loss', or run with hooks and call backward() on a number of your own."
         )
     if not tracked:
-        raise InputError(
-            "incl_bwd=True: the loss would have no grad_fn, since every parameter is frozen. Call "
-            "requires_grad_(True) on the tower first."
-        )
+        raise InputError(_FROZEN)
+
+
+_FROZEN = (
+    "incl_bwd=True: the loss has no grad_fn, since every parameter is frozen. Call requires_grad_(True) "
+    "on the tower first."
+)
+
+
+@contextmanager
+def said_as_no_gradient() -> Iterator[None]:
+    """Torch's words for a backward pass of what has no gradient become ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad and does not have a grad_fn" not in str(error):
+            raise
+        raise InputError(_FROZEN) from None
 
 
 class _PerRow:

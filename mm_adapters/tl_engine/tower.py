@@ -18,7 +18,7 @@ from mm_adapters.tl_engine.cache import TowerCache
 from mm_adapters.tl_engine.counted_hooks import CountedHooks, check_cached, check_device
 from mm_adapters.tl_engine.folded import FoldedWeights, folded_weights
 from mm_adapters.tl_engine.generation import TowerGeneration
-from mm_adapters.tl_engine.generation_checks import check_backward
+from mm_adapters.tl_engine.generation_checks import check_backward, said_as_no_gradient
 from mm_adapters.tl_engine.host_members import HostMembers
 from mm_adapters.tl_engine.parts import Embedding, Part, Positions, Unembedding
 from mm_adapters.tl_engine.tower_call import TowerCall
@@ -211,13 +211,14 @@ class HookedTower(
         if kwargs.get("incl_bwd"):
             return_type = kwargs.get("return_type", args[1] if len(args) > 1 else "logits")
             per_token, stop = kwargs.get("loss_per_token", False), kwargs.get("stop_at_layer")
-            # A hook may bring in weights of its own.
+            # A hook may bring in weights of its own: `said_as_no_gradient` tells then.
             tracked = any(p.requires_grad for p in self.parameters()) or any(
                 point.fwd_hooks for point in self.hook_points()
             )
             check_backward(return_type, per_token, stop, tracked)
         remove = kwargs.get("remove_batch_dim", False)
-        output, values = super().run_with_cache(*args, **kwargs)
+        with said_as_no_gradient():
+            output, values = super().run_with_cache(*args, **kwargs)
         check_cached(kwargs.get("names_filter"), values, f"{self.name}.")
         return output, TowerCache(values, self, has_batch_dim=not remove) if return_cache_object else values
 

@@ -131,7 +131,9 @@ class TowerTokens:
         token = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
         at = (tokens.squeeze() == token).nonzero().reshape(-1).tolist()
         if not at:
-            raise HostAssertionError(f"Token {single_token!r} is not in {self.to_str_tokens(tokens)}.")
+            raise HostAssertionError(
+                f"Token {single_token!r} does not occur in {self.to_str_tokens(tokens)}."
+            )
         return at[0] if mode == "first" else at[-1]
 
     def pads_left(self, side: str | None) -> bool:

@@ -100,7 +100,7 @@ class TowerWeights:
         for Transformer Circuits.
         """
         if mode not in ("Q", "K", "V"):
-            raise InputError(f"mode={mode!r}: a head reads with its 'Q', its 'K' or its 'V'.")
+            raise InputError(f"mode={mode!r}: mode must be one of 'Q', 'K' and 'V', with which a head reads.")
         right = {"Q": self.QK, "K": self.QK.T, "V": self.OV}[mode]
         scores = composition_scores(self.OV, right, broadcast_dims=True)
         layers = torch.arange(self.cfg.n_layers, device=scores.device)
