@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-<<<<<<< HEAD
 from mm_adapters._errors import HostAssertionError, InputError
-=======
-from mm_adapters._errors import InputError
 from mm_adapters.inputs.cache_argument import OLD, cache_name
->>>>>>> main
 from mm_adapters.tl_engine.generation_checks import (
     check_fill,
     check_mask,

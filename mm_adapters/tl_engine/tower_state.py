@@ -103,12 +103,7 @@ class TowerState:
         if strict and (missing or unknown):
             raise StateDictError(
                 f"This state is not the {self.name} tower's. Missing keys: {missing[:3] or 'none'}. "
-<<<<<<< HEAD
-                f"Unexpected keys: {unknown[:3] or 'none'}. Give what its state_dict() gives, "
-                "or strict=False."
-=======
                 f"Unexpected keys: {unknown[:3] or 'none'}. Give what state_dict() gives, or strict=False."
->>>>>>> main
             )
         for path, module in owned.items():
             start = f"{path}." if path else ""
