@@ -20,9 +20,13 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 # Counts what did not load and what is wider than the window; the browser prints the page after it ran.
 PROBE = """<script>addEventListener("load", () => {
-  const broken = [...document.images].filter(i => !i.naturalWidth).length;
+  // A picture that is shown several times is a background, so that the page holds it once.
+  const shown = [...document.querySelectorAll("[role=img]")];
+  const lacks = e => !getComputedStyle(e).backgroundImage.startsWith('url("data:image/png') || !e.clientWidth;
+  const broken = [...document.images].filter(i => !i.naturalWidth).length + shown.filter(lacks).length;
   const over = document.documentElement.scrollWidth - innerWidth;
-  document.title = `images ${document.images.length} broken ${broken} over ${Math.max(0, over)}`;
+  const n = document.images.length + shown.length;
+  document.title = `images ${n} broken ${broken} over ${Math.max(0, over)}`;
 })</script></body>"""
 
 

@@ -223,7 +223,7 @@ def _keep_until(log: Path, step: int) -> None:
     if not log.is_file():
         return
     kept = []
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

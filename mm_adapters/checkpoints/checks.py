@@ -130,12 +130,22 @@ def _header(raw: bytes, file: Path) -> dict[str, Any]:
         header = json.loads(raw)
         assert isinstance(header, dict)
         for name, tensor in header.items():
-            assert name == "__metadata__" or len(tensor["data_offsets"]) == 2
-    except (ValueError, AssertionError, KeyError, TypeError):
+            texts = name == "__metadata__"
+            assert all(isinstance(text, str) for text in tensor.values()) if texts else _is_entry(tensor)
+    except (ValueError, AssertionError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(
             f"{file} is not a safetensors file: its header cannot be read. Get it again."
         ) from None
     return header
+
+
+def _is_entry(tensor: Any) -> bool:
+    """Whether a header says of a tensor what it must."""
+    first, last = tensor["data_offsets"]
+    numbers = [first, last, *tensor["shape"]]
+    return (
+        isinstance(tensor["dtype"], str) and all(isinstance(n, int) for n in numbers) and 0 <= first <= last
+    )
 
 
 def _no_weights(folder: Path) -> CheckpointError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -224,6 +225,8 @@ def _feed(update: Callable[[bytes], Any], value: Any) -> None:
         _feed(update, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     elif isinstance(value, type):
         put("class", f"{value.__module__}.{value.__qualname__}".encode())
+    elif hasattr(value, "__wrapped__"):
+        _feed(update, inspect.unwrap(value))
     elif hasattr(value, "__code__"):
         _feed(update, [value.__qualname__, value.__code__.co_code, _constants(value.__code__.co_consts)])
         _feed(update, [cell.cell_contents for cell in value.__closure__ or ()])

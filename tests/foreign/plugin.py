@@ -28,8 +28,9 @@ _reached: set[str] = set()
 
 
 def noted(self: Any, name: str) -> Any:
-    """An attribute of a model; the running test has reached it."""
-    _reached.update(_running)
+    """An attribute of a model; if there is one by now, the running test has reached it."""
+    if "_is_made" in object.__getattribute__(self, "__dict__"):
+        _reached.update(_running)
     return object.__getattribute__(self, name)
 
 
@@ -41,6 +42,7 @@ def here(cls: Any) -> Any:
             super().__init__(
                 _HERE.get(wrapped, wrapped) if isinstance(wrapped, str) else wrapped, *args, **options
             )
+            self.__dict__["_is_made"] = True
 
     return Here
 

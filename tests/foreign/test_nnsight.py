@@ -1,99 +1,26 @@
-"""nnsight's own tests, run with our classes in place of theirs.
+"""nnsight's own tests of pictures, pipelines and remote jobs, passed by our classes in place of theirs.
 
 Its source distribution is fetched from the package index, in the version that is installed; nothing of
-it is kept. The checkpoints that its tests name are small or random ones made here.
-
-By default five files: pictures, pipelines and remote jobs. `-m slow` runs all of them, with nnsight's classes
-and with ours: what a test of theirs says about a checkpoint's words cannot hold for a random one.
+it is kept. `python -m tests.foreign.nnsight_runs` runs all of its files.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from foreign import checkpoints
-from foreign.nnsight_table import EXCEPTIONS, LANGUAGE_ONLY, SKIPS
+from foreign.nnsight_runs import Outcome, by_name, check, run
+from foreign.nnsight_table import EXCEPTIONS
 from foreign.source import fetch_or_skip
 
-ROOT = Path(__file__).parents[2]
-# Of a test that fails: a pattern of its name, one of what it says, and why.
-Known = tuple[str, str, str]
 FILES = ("test_vlm", "test_vision", "test_diffusion", "test_remote_backend", "test_ndif")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a test ended, what it said, and whether it came to a model of the classes that were put in."""
-
-    name: str
-    outcome: str
-    says: str
-    reached: bool
 
 
 @pytest.fixture(scope="module")
 def tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of nnsight's tests."""
     return fetch_or_skip("nnsight", tmp_path_factory.mktemp("nnsight"))
-
-
-def run(tests: Path, names: list[str], named: dict[str, str], hub: Path, classes: str) -> dict[str, Outcome]:
-    """The outcome of each test in these files, each file in a process of its own."""
-    outcomes: dict[str, Outcome] = {}
-    for name in names:
-        written = hub / f"{classes}_{name}.jsonl"
-        env = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "FOREIGN_CHECKPOINTS": json.dumps(named),
-            "FOREIGN_OUTCOMES": str(written),
-            "FOREIGN_CLASSES": classes,
-            "HF_HUB_CACHE": str(hub),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tests.parent)]
-        command += ["-p", "foreign.plugin", "-p", "no:cacheprovider", str(tests / f"{name}.py")]
-        done = subprocess.run(command, env=env, cwd=tests.parent, capture_output=True, text=True, check=False)
-        assert written.is_file(), done.stdout[-3000:] + done.stderr[-3000:]
-        lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
-        for outcome in (Outcome(*line) for line in lines):
-            # What fails to be taken down after a pass has failed.
-            if outcome.name not in outcomes or outcomes[outcome.name].outcome != "failed":
-                outcomes[outcome.name] = outcome
-    return outcomes
-
-
-def check(outcomes: dict[str, Outcome], known: list[Known]) -> None:
-    """Every failure is known and says what it says, none is known that passes; skips are those known."""
-    failed = {name: one.says for name, one in outcomes.items() if one.outcome == "failed"}
-    unexpected = {
-        name: why
-        for name, why in failed.items()
-        if not any(re.search(test, name) and re.search(says, why) for test, says, _ in known)
-    }
-    assert not unexpected, json.dumps(unexpected, indent=1)
-    for test, _, reason in known:
-        assert any(re.search(test, name) for name in failed), (
-            f"{test} passes now: no more is it that {reason}"
-        )
-    skipped = {name: one.says for name, one in outcomes.items() if one.outcome == "skipped"}
-    unknown = {name: why for name, why in skipped.items() if not any(re.search(s, why) for s in SKIPS)}
-    assert not unknown, json.dumps(unknown, indent=1)
-
-
-def by_name(files: Iterable[str]) -> list[Known]:
-    """The exceptions of these files."""
-    here = {name: why for name, why in EXCEPTIONS.items() if name.partition(".py")[0] in files}
-    return [(f"^{re.escape(name)}$", says, reason) for name, (says, reason) in here.items()]
 
 
 def test_nnsights_own_tests_pass_with_our_classes(tests: Path, tmp_path: Path) -> None:
@@ -105,26 +32,16 @@ def test_nnsights_own_tests_pass_with_our_classes(tests: Path, tmp_path: Path) -
     assert {name.partition(".py")[0] for name in passed} == set(FILES)
 
 
-@pytest.mark.slow
-def test_every_file_of_nnsights_own_tests(tests: Path, tmp_path: Path) -> None:
-    named = checkpoints.make(tmp_path / "checkpoints")
-    hub = tmp_path / "hub"
-    checkpoints.fill_hub(hub)
-    files = sorted(path.stem for path in tests.glob("test_*.py"))
-    theirs, ours = (run(tests, files, named, hub, classes) for classes in ("theirs", "ours"))
-    # What fails with both says something of the checkpoint.
-    about_us = {
-        name: one
-        for name, one in ours.items()
-        if one.outcome != "failed" or theirs.get(name, one).outcome == "passed"
-    }
-    check(about_us, [*by_name(files), *LANGUAGE_ONLY])
-    reached = [one for one in about_us.values() if one.reached and one.outcome != "skipped"]
-    passed = sum(one.outcome == "passed" for one in reached)
-    skipped = Counter(one.outcome for one in ours.values())["skipped"]
-    sys.stdout.write(
-        f"\n{len(ours)} tests in {len(files)} files; {skipped} skipped; {len(ours) - len(about_us)} need "
-        f"what a real checkpoint says; {len(reached)} come to a model of ours, and {passed} of those pass.\n"
-    )
-    assert len(files) >= 31
-    assert passed / len(reached) >= 0.85
+def test_a_failure_that_is_not_known_or_says_something_else_is_not_passed_over() -> None:
+    name = next(iter(EXCEPTIONS))
+    known = [(f"^{name}$", EXCEPTIONS[name][0], "")]
+    fails = Outcome(name, "failed", "AttributeError: 'Here' has attribute '_is_causal'", True)
+    check({name: fails}, known)
+    with pytest.raises(AssertionError, match="something else"):
+        check({name: Outcome(name, "failed", "something else", True)}, known)
+    with pytest.raises(AssertionError, match="another"):
+        check({name: fails, "another": Outcome("another", "failed", "", True)}, known)
+    with pytest.raises(AssertionError, match="passes now"):
+        check({name: Outcome(name, "passed", "", True)}, known)
+    with pytest.raises(AssertionError, match="no reason"):
+        check({name: fails, "left out": Outcome("left out", "skipped", "no reason", False)}, known)

@@ -166,7 +166,8 @@ def damage(kind: Kind, folder: Path, rng: random.Random) -> tuple[str, bool]:
     name, raw = str(file.relative_to(folder)), file.read_bytes()
     if rng.random() < 0.06:
         file.unlink()
-        return f"{name}: gone", not kind.rewrites
+        is_question = file.parent.name == "images" and kind.name in ("coco", "index maps")
+        return f"{name}: gone", not kind.rewrites and not is_question
     if kind.sealed:
         if len(files) > 1 and rng.random() < 0.1:
             other = rng.choice([f for f in files if f != file])
