@@ -345,3 +345,15 @@ def test_a_packed_pipeline_whose_text_encoder_lacks_a_weight_is_refused(tmp_path
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(mm.CheckpointError, match="lacks 1 weight"):  # Before diffusers is asked.
         mm.load(folder, quantization_config=object())
+
+
+def test_a_service_spreads_a_model_of_a_key_and_the_key_says_nothing_of_it(tmp_path: Path) -> None:
+    name, site = "tiny-llava", SITES["tiny-llava"][0]
+    here = spread(name, "shards", tmp_path, "nnsight")
+    key = here.to_model_key()
+    assert key == mm.load(name, engine="nnsight").to_model_key()
+    assert "device_map" not in key
+    served = TracedModel.from_model_key(key, dispatch=True, dtype="float32", device_map={"": "disk"})
+    assert all(p.is_meta for p in served.wrapped.parameters())
+    want = plain(name).run(inputs(name), read=[site])
+    assert torch.equal(served.run(inputs(name), read=[site])[site], want[site])

@@ -106,9 +106,9 @@ class RowBatcher(Batcher):
                 return item if edited is None else edited
             if edited is None:
                 return item[start : start + size]
-            new: Any = item.copy() if isinstance(item, np.ndarray) else list(item)
+            new = item.copy() if isinstance(item, np.ndarray) else list(item)
             new[start : start + size] = edited
-            return type(item)(new) if one_each else new  # type: ignore[call-arg]
+            return tuple(new) if isinstance(item, tuple) else new
         if edited is None:
             return super().narrow(item, group)
         return super().widen(item, group, edited)
