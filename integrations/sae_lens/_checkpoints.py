@@ -54,7 +54,7 @@ def save(
     target = folder / (f"step_{step:09d}" if durable else _RECENT)
     with atomic_write(target, durable=durable) as draft:
         draft.mkdir(parents=True)
-        save_tensors(draft / "state.safetensors", tensors, {}, durable=durable)
+        save_tensors(draft / "state.safetensors", tensors, {"step": str(step)}, durable=durable)
         write_document(
             draft / "state.json", json.loads(json.dumps(document)) | {"step": step}, durable=durable
         )
@@ -84,7 +84,9 @@ def load(path: Path, trainers: Mapping[str, SAETrainer[Any, Any]], about: Mappin
     """
     try:
         document = read_document(path / "state.json")
-        tensors, _ = load_tensors(path / "state.safetensors")
+        tensors, facts = load_tensors(path / "state.safetensors")
+        if facts.get("step") != str(document.get("step")):
+            raise CheckpointError(f"{path}: its two files are not of one step of training.")
     except CheckpointError as error:
         raise StoreError(f"{error} Or delete {path} to go on from before it.") from None
     check_same_work(path.parents[1], document["about"], json.loads(json.dumps(about)))

@@ -94,6 +94,8 @@ def _check_saelens(folder: Path, kind: type[Any], settings: dict[str, Any]) -> N
         check_required(kind, values)
         if any(f.name == "k" for f in fields(kind)) and "k" not in values:
             raise InputError("it does not say k, how many latents are active.")
+        if "dtype" not in values:
+            raise InputError("it does not say the dtype.")
     except InputError as error:
         raise CheckpointError(f"{folder / 'cfg.json'}: {error}") from None
     if not isinstance(settings.get("metadata", {}), dict):
