@@ -75,8 +75,9 @@ def colour_bar(ax: Axes, image: Any, unit: str, extend: str = "neither") -> None
 
 
 def _write(ax: Axes, table: Any, form: str, image: Any) -> None:
-    sign = form[:1] if form[:1] in "+- " else ""
-    form = f"{sign}z{form.removeprefix(sign)}" if form[-1:] in "eEfFgG%" else form  # No -0.00.
+    sign = form[:1] if form[:1] in ("+", "-", " ") else ""
+    if form[-1:] in "eEfFgG%" and "z" not in form:
+        form = f"{sign}z{form.removeprefix(sign)}"  # No -0.00.
     for i, row in enumerate(table):
         for j, value in enumerate(row):
             red, green, blue, _ = image.cmap(image.norm(value))
