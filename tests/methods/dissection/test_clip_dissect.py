@@ -175,7 +175,7 @@ def test_masks_that_do_not_fit_name_their_file(folder: Path) -> None:
     with pytest.raises(InputError, match=r"3\.png has no index map"):
         read_masks(folder / "masks", images)
     (folder / "masks" / "legend.json").write_text("[]")
-    with pytest.raises(InputError, match="is not"):
+    with pytest.raises(InputError, match=r"legend\.json holds a list"):
         read_masks(folder / "masks", images)
 
 
