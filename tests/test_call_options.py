@@ -118,6 +118,24 @@ def prepared(name: str, **changed: Callable[[Any], Any]) -> dict[str, Any]:
     return ready | {key: change(ready[key]) for key, change in changed.items()}
 
 
+def test_tokens_without_a_batch_axis_or_as_lists_are_refused_where_nnsight_does_not_take_them() -> None:
+    model = zoo("tiny-llava", "hooked")
+    for change, says in (
+        (lambda x: x[0], r"reads \[row, token\]. Add the batch"),
+        (lambda x: x.tolist(), "input_ids is list.*Pass text="),
+    ):
+        with pytest.raises(mm.InputError, match=says):
+            model.run(prepared("tiny-llava", input_ids=change))
+
+
+def test_tokens_without_a_batch_axis_or_as_lists_are_taken_where_nnsight_takes_them() -> None:
+    model, ids = zoo("tiny-llava", "nnsight"), prepared("tiny-llava")["input_ids"]
+    text_only = {"input_ids": ids[:, -5:]}
+    want = model.run(text_only).output.logits
+    for same in (text_only["input_ids"][0], text_only["input_ids"].tolist()):
+        assert torch.equal(model.run({"input_ids": same}).output.logits, want)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("inputs", "says"),
@@ -131,8 +149,6 @@ def prepared(name: str, **changed: Callable[[Any], Any]) -> dict[str, Any]:
         (lambda: prepared("tiny-llava", attention_mask=lambda x: x[0]), "Pass one entry for each token"),
         (lambda: prepared("tiny-llava", input_ids=lambda x: x.float()), "input_ids is float32"),
         (lambda: prepared("tiny-llava", input_ids=lambda x: x + 10**6), "this model's vocabulary is 0 to"),
-        (lambda: prepared("tiny-llava", input_ids=lambda x: x[0]), r"reads \[row, token\]. Add the batch"),
-        (lambda: prepared("tiny-llava", input_ids=lambda x: x.tolist()), "input_ids is list.*Pass text="),
         (lambda: prepared("tiny-llava", pixel_values=lambda x: x.to(torch.uint8)), "pixel_values is uint8"),
         (lambda: prepared("tiny-llava", pixel_values=lambda x: [*ASK["images"]]), "Pass images="),
         (lambda: prepared("tiny-llava", pixel_values=lambda x: x.repeat(2, 1, 1, 1)), "image tokens, and"),

@@ -47,8 +47,8 @@ FOLDED = ("tokens_to_residual_directions", "logit_attrs")
 
 
 def public(owner: Any) -> set[str]:
-    """The names of an instance, without torch's and Python's private ones."""
-    return {name for name in dir(owner) if not name.startswith("_")}
+    """The names of an instance, without private ones and what nnsight puts on every object."""
+    return {name for name in dir(owner) if not name.startswith("_") and not hasattr(object, name)}
 
 
 def test_every_public_member_has_a_call() -> None:
