@@ -119,10 +119,10 @@ def test_a_test_that_fails_anyway_notices_nothing_and_one_that_hangs_is_ended(tm
     root = small(tmp_path)
     (root / "tests/test_bad.py").write_text("def test_bad():\n    assert False\n")
     (root / "tests/test_slow.py").write_text("import time\n\n\ndef test_slow():\n    time.sleep(60)\n")
-    judge = Judge(Copy(tmp_path / "copy", root), seconds=4)
+    copy = Copy(tmp_path / "copy", root)
     one = Drawn("mm_adapters/sums.py", changes_of((root / "mm_adapters/sums.py").read_text())[0])
-    assert judge.verdict(one, ["tests/test_bad.py"]) == "no sound test"
-    assert judge.verdict(one, ["tests/test_slow.py"]) == "too slow"
+    assert Judge(copy, seconds=120).verdict(one, ["tests/test_bad.py"]) == "no sound test"
+    assert Judge(copy, seconds=4).verdict(one, ["tests/test_slow.py"]) == "too slow"
 
 
 def test_a_seed_draws_the_same_changes_again_and_more_of_longer_modules() -> None:
