@@ -24,6 +24,7 @@ from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_inputs, as_reads
 from mm_adapters.runs.session import Session
 from mm_adapters.runs.turns import Turns, in_turn
 from mm_adapters.sites.held import place
+from mm_adapters.sites.not_in_checkpoint import random_note
 from mm_adapters.sites.single_tower import callable_for
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.tl_engine.cache import ModelCache
@@ -271,6 +272,9 @@ class HookedModel(WrappedMembers, BaseModel, NamedHooks, HookedRootModule):
         Raises: MissingSiteError for a site that there is not.
         """
         hang(self, self.check_site(site).name, points)
+
+    def extra_repr(self) -> str:
+        return random_note(self.random_weights)
 
     # The wrapped model is not a registered child, so these say so.
     def train(self, mode: bool = True):

@@ -57,6 +57,7 @@ from mm_adapters.runs.lens import Edit, Read, Run, as_edits, as_inputs, as_reads
 from mm_adapters.runs.session import is_guided
 from mm_adapters.runs.turns import Turns
 from mm_adapters.sites.held import place
+from mm_adapters.sites.not_in_checkpoint import random_note
 from mm_adapters.sites.single_tower import callable_for
 from mm_adapters.sites.site_map import SiteMap
 from mm_adapters.sites.wrappers import inside
@@ -192,6 +193,10 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
     def wrapped(self) -> Any:
         """The module or pipeline that is traced."""
         return self._module.pipeline if isinstance(self._module, PipelineModule) else self._module
+
+    def __repr__(self) -> str:
+        note = random_note(self.random_weights)
+        return f"{super().__repr__()}{note and f'  # {note}'}"
 
     @property
     def points(self) -> Points:

@@ -64,6 +64,23 @@ def test_a_missing_weight_is_named(tmp_path: Path, name: str, file: str, part: s
     assert caught.value.__cause__ is None
 
 
+@pytest.mark.parametrize("engine", ["hooked", "nnsight"])
+def test_a_missing_weight_is_random_only_on_purpose_and_is_said(tmp_path: Path, engine: str) -> None:
+    name = "vision_model.encoder.layers.1.self_attn.q_proj.weight"
+    folder = changed(tmp_path, "tiny-clip", change=lambda t: t.pop(name))
+    model: Any = mm.load(folder, engine=engine, strict=False)
+    assert model.random_weights == (name,)
+    assert f"random, not in the checkpoint: {name}" in repr(model)
+    assert f"random, not in the checkpoint: {name}" in repr(copy.deepcopy(model))
+    whole: Any = mm.load("tiny-clip", engine=engine)
+    assert whole.random_weights == ()
+    assert "random" not in repr(whole)
+    ours, theirs = (m.wrapped.state_dict() for m in (model, whole))
+    assert {n for n in theirs if not torch.equal(ours[n], theirs[n])} == {name}
+    with pytest.raises(mm.InputError, match="strict"):
+        mm.load("tiny-sd", strict=False)
+
+
 def test_a_misspelt_weight_is_named_with_what_it_was_meant_for(tmp_path: Path) -> None:
     def rename(tensors: dict[str, Tensor]) -> None:
         key = first(tensors, "q_proj.weight")

@@ -36,7 +36,8 @@ def check_report(where: str, report: Mapping[str, Any]) -> None:
     raise CheckpointError(
         f"{where} lacks {len(missing)} weight{'s' * (len(missing) > 1)} of the model: "
         f"{_some(missing)}.{hint} They "
-        "would be random. Get the checkpoint again, or load it yourself and pass it to mm_adapters.wrap."
+        "would be random. Get the checkpoint again, or load it yourself and pass it to mm_adapters.wrap; of "
+        "one model, strict=False leaves them random."
     )
 
 

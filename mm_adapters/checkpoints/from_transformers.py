@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm_adapters._errors import CheckpointError
+from mm_adapters._errors import CheckpointError, InputError
 from mm_adapters.checkpoints.checks import check_weights, read_json
 from mm_adapters.checkpoints.complete import check_kinds, check_report
 from mm_adapters.checkpoints.from_diffusers import load_diffusers_model
@@ -19,6 +19,7 @@ from mm_adapters.inputs.call_names import parameters_of, unknown_name
 from mm_adapters.records.registry import covers
 from mm_adapters.records.spec import ModelRecord
 from mm_adapters.sites.lookup import unknown
+from mm_adapters.sites.not_in_checkpoint import note_missing
 
 # What from_pretrained takes without declaring it.
 _OPTIONS = (
@@ -43,6 +44,9 @@ def load_module(
     if path is None:
         raise CheckpointError(f"{source.name} has no config.json. Is it the right folder?")
     config = read_json(path)
+    strict = bool(options.pop("strict", True))
+    if not strict and isinstance(config.get("_class_name"), str):
+        raise InputError("strict=False is for one model of transformers: a denoiser has no random weights.")
     if isinstance(config.get("_class_name"), str):
         return load_diffusers_model(source, config, device_wanted, dtype, **options)
     cls = _transformers_class(config, source)
@@ -62,7 +66,9 @@ def load_module(
     model, report = source.read(
         cls.from_pretrained, dtype=dtype or "auto", output_loading_info=True, **options
     )
-    check_report(source.name, report)
+    if strict:
+        check_report(source.name, report)
+    note_missing(model, report["missing_keys"])
     return model
 
 

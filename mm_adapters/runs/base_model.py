@@ -21,6 +21,7 @@ from mm_adapters.layouts.of_prompt import prompt_layouts
 from mm_adapters.records.spec import Guidance, Kind, ModelRecord, Site
 from mm_adapters.runs.call_checks import CallChecks
 from mm_adapters.runs.turns import Turns
+from mm_adapters.sites.not_in_checkpoint import random_weights
 from mm_adapters.sites.site_map import SiteMap, SiteTable
 from mm_adapters.sites.tower_view import TowerView
 from mm_adapters.tokens.by_part import Layouts
@@ -72,6 +73,11 @@ class BaseModel(CallChecks):
     def tower_names(self) -> list[str]:
         """The towers' names, in the order they run."""
         return list(self.sitemap.towers)
+
+    @property
+    def random_weights(self) -> tuple[str, ...]:
+        """The weights that the checkpoint lacked, loaded with `strict=False`: they are random."""
+        return random_weights(self.wrapped)
 
     @property
     def is_on_meta(self) -> bool:
