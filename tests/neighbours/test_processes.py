@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,15 @@ from tests.neighbours import TOKENS, fresh, model, pictures
 # The second process is forked while this one has threads of torch.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 METHODS = ("spawn", "fork")
+
+
+@pytest.fixture(autouse=True)
+def _our_tests_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spawned process imports this module by its name, and site-packages has a `tests` too (kronfluence's).
+
+    If it does not find it, it ends, and `Process.start` writes to it for ever.
+    """
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
 
 
 def answers(clip: Any, tower: Any, cache: Any, pixels: Tensor) -> dict[str, Tensor]:
