@@ -51,8 +51,7 @@ def check_filled(parts: Mapping[str, nn.Module]) -> None:
         if empty:
             raise CheckpointError(
                 f"{part} lacks {len(empty)} weight{'s' * (len(empty) > 1)} of the model: {_some(empty)}. "
-                "Get the "
-                "checkpoint again."
+                "Get the checkpoint again."
             )
 
 
@@ -73,8 +72,7 @@ def check_numbers(name: str, parts: Mapping[str, nn.Module]) -> None:
                 at = f"{part}.{weight}" if part else weight
                 raise CheckpointError(
                     f"{name}: the weight {at} holds NaN or infinity, so every output would. Get the "
-                    "checkpoint "
-                    "again; in another dtype, pass dtype='float32'."
+                    "checkpoint again; in another dtype, pass dtype='float32'."
                 )
 
 
@@ -85,8 +83,7 @@ def check_kinds(files: Iterable[Path]) -> None:
             if name.endswith((".weight", ".bias")) and entry["dtype"] in _WHOLE:
                 raise CheckpointError(
                     f"{file}: {name} is stored as {entry['dtype']}, whole numbers, and nothing says that "
-                    "it is "
-                    "quantised. Get the checkpoint again; load a quantised one yourself and pass it to "
+                    "it is quantised. Get the checkpoint again; load a quantised one yourself and pass it to "
                     "mm_adapters.wrap."
                 )
 
