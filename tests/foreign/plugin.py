@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import anyio._core._sockets  # noqa: F401
 import beartype  # noqa: F401
 import nnsight
 import pytest
-from foreign.gpt2 import register_gpt2
+from foreign.stand_ins import register_all
 from nnsight.intervention.backends import remote
 from nnsight.modeling import diffusion, transformers
 
@@ -34,17 +35,19 @@ def noted(self: Any, name: str) -> Any:
     return object.__getattribute__(self, name)
 
 
-def here(cls: Any) -> Any:
-    """The class, with a checkpoint of this machine for each name on the hub."""
+def from_here(cls: Any) -> None:
+    """Has the class take a checkpoint of this machine for each name on the hub.
 
-    class Here(cls):
-        def __init__(self, wrapped: Any, *args: Any, **options: Any) -> None:
-            super().__init__(
-                _HERE.get(wrapped, wrapped) if isinstance(wrapped, str) else wrapped, *args, **options
-            )
-            self.__dict__["_is_made"] = True
+    The class itself, and no class derived from it: that one would be shipped in a job by its source.
+    """
+    made = cls.__init__
 
-    return Here
+    @functools.wraps(made)
+    def __init__(self: Any, wrapped: Any, *args: Any, **options: Any) -> None:
+        made(self, _HERE.get(wrapped, wrapped) if isinstance(wrapped, str) else wrapped, *args, **options)
+        self.__dict__["_is_made"] = True
+
+    cls.__init__ = __init__
 
 
 class Named:
@@ -70,11 +73,11 @@ class AsyncBackend(remote.AsyncRemoteBackend, Backend):
 ARE_THEIRS = os.environ.get("FOREIGN_CLASSES") == "theirs"
 for kind in (transformers.TransformersModel, diffusion.DiffusionModel) if ARE_THEIRS else (TracedModel,):
     kind.__getattribute__ = noted  # type: ignore[method-assign]
-transformers.TransformersModel = here(transformers.TransformersModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
-diffusion.DiffusionModel = here(diffusion.DiffusionModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
-nnsight.VisionLanguageModel = here(nnsight.VisionLanguageModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
-nnsight.LanguageModel = here(nnsight.LanguageModel if ARE_THEIRS else TracedModel)  # type: ignore[misc]
-register_gpt2()
+    from_here(kind)
+if not ARE_THEIRS:
+    transformers.TransformersModel = diffusion.DiffusionModel = TracedModel  # type: ignore[misc]
+    nnsight.VisionLanguageModel = nnsight.LanguageModel = TracedModel  # type: ignore[misc]
+register_all()
 if not ARE_THEIRS:
     remote.RemoteBackend, remote.AsyncRemoteBackend = Backend, AsyncBackend  # type: ignore[misc]
 
