@@ -34,22 +34,24 @@ from mm_adapters.checkpoints.origin import CheckpointRef
 from mm_adapters.hooks.eager import eagerly, is_compiled, without_checkpoints
 from mm_adapters.hooks.module_hooks import AttentionHook
 from mm_adapters.hooks.wiring import Points
-from mm_adapters.inputs.from_model import inputs_for
 from mm_adapters.ndif_client.pending_run import PendingRun
 from mm_adapters.ndif_client.remotable import ServedModel
+from mm_adapters.nnsight_engine.adapters import Attached
 from mm_adapters.nnsight_engine.batcher import RowBatcher
 from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
 from mm_adapters.nnsight_engine.calls import CallsModel
 from mm_adapters.nnsight_engine.deep_copy import without_controllers
-from mm_adapters.nnsight_engine.envoys import SiteEnvoy, TracedPart
+from mm_adapters.nnsight_engine.envoys import SiteEnvoy, TracedPart, adopt_parts
 from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
 from mm_adapters.nnsight_engine.invokes import Rows
 from mm_adapters.nnsight_engine.iteration import SiteEditor, SiteTracer
-from mm_adapters.nnsight_engine.lazy_weights import PARTS, NamedModel, generated, generator_of, open_named
+from mm_adapters.nnsight_engine.lazy_weights import NamedModel, generated, generator_of, open_named
 from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
 from mm_adapters.nnsight_engine.points import TracedPoint
+from mm_adapters.nnsight_engine.ready_module import ready
 from mm_adapters.nnsight_engine.recorder import Recorder
 from mm_adapters.nnsight_engine.scan import SiteScanner, for_shapes, shapes_only
+from mm_adapters.nnsight_engine.tokenizer_settings import set_up
 from mm_adapters.records.spec import Guidance
 from mm_adapters.runs.foreseen import check_foreseen
 from mm_adapters.runs.gradients import check_grad_of, differentiable
@@ -89,8 +91,13 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         sites: The site map, if it is built.
         task: transformers' name of the task, for `pipe`.
         rename: Other names for modules, as nnsight's.
-        **named: A processor, tokenizer or image processor, as `mm_adapters.wrap` takes. Options of a name:
-            those of `mm_adapters.load`, and nnsight's `dispatch=True`, which reads the weights at once.
+        envoys: Classes of your own for the envoys of some modules, as nnsight's: by the module's class or
+            the end of its path.
+        peft: An adapter to put into the model, as `load_adapter` takes it.
+        tokenizer_kwargs: Attributes to set on the tokenizer (`{"padding_side": "right"}`).
+        **named: A processor, tokenizer or image processor, as `mm_adapters.wrap` takes; `device` and `dtype`,
+            to which a module that is here is moved and cast. Options of a name: those of
+            `mm_adapters.load`, and nnsight's `dispatch=True`, which reads the weights at once.
     """
 
     _batcher_class = RowBatcher
@@ -104,23 +111,26 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         sites: SiteMap | None = None,
         task: str | None = None,
         rename: Mapping[Any, Any] | None = None,
+        envoys: type | Mapping[Any, type] | None = None,
+        peft: str | os.PathLike[str] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
         **named: Any,
     ) -> None:
-        if isinstance(wrapped, str | os.PathLike):
+        settings = dict(tokenizer_kwargs or {})
+        is_named = isinstance(wrapped, str | os.PathLike)
+        if is_named:
             checkpoint, self._unread = open_named(wrapped, **named)
             wrapped, inputs, origin, sites = checkpoint
-        elif named:
-            parts = {k: named.pop(k) for k in PARTS if k in named}
-            if named:
-                raise TypeError(
-                    f"{', '.join(named)}: of use with a name only, and the model is here already."
-                )
-            inputs = inputs_for(inside(wrapped), **parts) if inputs is None else inputs
         wrapped = inside(wrapped)
+        if not is_named and inputs is None:
+            inputs = ready(wrapped, named)
+        set_up(getattr(inputs, "tokenizer", None), settings)
         module = wrapped if isinstance(wrapped, nn.Module) else PipelineModule(wrapped)
-        super().__init__(module, interleaver=SiteInterleaver(), envoys=TracedPart, rename=rename)
+        self._attached = Attached()
+        super().__init__(module, interleaver=SiteInterleaver(), envoys=envoys or TracedPart, rename=rename)
         self._inputs = inputs
         self._task = task
+        self._own_envoys = envoys
         self.origin = origin
         self._loaded_as = None if origin is None else origin.name
         self.service_packages = {}
@@ -131,9 +141,11 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         assert isinstance(engine, SiteInterleaver)
         self._points = Points(self.sitemap, lambda site: TracedPoint(site, engine))
         self._attach_sites(engine)
+        self.load_adapter(peft)
 
     def _attach_sites(self, engine: SiteInterleaver) -> None:
         """The sites at the modules there are, in the interleaver, with the rows of each, and the turn."""
+        adopt_parts(self)
         module_hooks = self._points.module_hooks
         heads = {
             engine.envoys[id(t.module)].path: t.n_heads for t in module_hooks if isinstance(t, AttentionHook)
@@ -219,8 +231,10 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             raise InputError("This model has edits, which are its own. Copy it before they are made.")
         wrapped = without_controllers(self._module, self.wrapped, memo)
         inputs = copy.deepcopy(self._inputs, memo)
-        copied = TracedModel(wrapped, inputs=inputs, origin=self.origin, task=self._task, rename=self._rename)
+        names = {"rename": self._rename, "envoys": self._own_envoys}
+        copied = TracedModel(wrapped, inputs=inputs, origin=self.origin, task=self._task, **names)
         copied.automodel, copied._unread = self.automodel, copy.copy(self._unread)
+        copied._attached = Attached(self.peft)
         return copied
 
     def site(self, name: str, new: Any = _NOT_SET) -> Any:
@@ -433,9 +447,11 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
         device = f"cuda:{device}" if isinstance(device, int) else device
         device = device if dispatch else "meta"
         placing = {"device_map": device_map, "max_memory": max_memory}
-        options = {**ref.options, **{k: v for k, v in placing.items() if dispatch and v is not None}}
+        task = ref.options.get("task")
+        own = {k: v for k, v in ref.options.items() if k != "task"}
+        options = {**own, **{k: v for k, v in placing.items() if dispatch and v is not None}}
         wrapped, inputs, origin, sites = open_checkpoint(ref.name, device, dtype, options)
-        return TracedModel(wrapped, inputs=inputs, origin=origin, sites=sites)
+        return TracedModel(wrapped, inputs=inputs, origin=origin, sites=sites, task=task)
 
     @classmethod
     def _remoteable_describe_checkpoint(cls, model_key: str, dtype: str) -> CheckpointInfo:

@@ -17,6 +17,7 @@ import mm_adapters as mm
 from mm_adapters.inputs.prepare import Inputs
 from mm_adapters.nnsight_engine.batcher import RowBatcher
 from mm_adapters.nnsight_engine.invokes import combine, combine_prompts
+from mm_adapters.nnsight_engine.text_rows import Padding
 from mm_adapters.traced import TracedModel
 
 
@@ -149,7 +150,7 @@ def test_invokes_are_joined_row_after_row_and_padded(left: bool) -> None:
         "attention_mask": torch.tensor([[0, 1], [1, 1]]),
         "mm_token_type_ids": torch.tensor([[0, 1], [0, 0]]),
     }
-    found = combine([one, {"pixel_values": pixels}, two | {"use_cache": False}], 9, left)
+    found = combine([one, {"pixel_values": pixels}, two | {"use_cache": False}], Padding(9, left))
     rows = {
         "input_ids": ([1, 7], [1, 8]),
         "attention_mask": ([0, 1], [1, 1]),

@@ -56,7 +56,7 @@ def open_checkpoint(
     """
     for option in _REFUSED.keys() & options.keys():
         raise InputError(f"load does not take {option}: {_REFUSED[option]}.")
-    device_wanted, precision = computes_on(device, options.get("device_map")), _dtype(dtype)
+    device_wanted, precision = computes_on(device, options.get("device_map")), dtype_of(dtype)
     device_wanted = torch.device("meta") if without_weights else device_wanted
     precision = precision or (torch.float32 if device_wanted.type == "cpu" else None)
     if name.startswith("open_clip:"):
@@ -82,7 +82,7 @@ def open_checkpoint(
     )
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None:
         return None
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype

@@ -33,9 +33,10 @@ class CheckpointRef:
         plain = all(v is None or isinstance(v, str | int | float | bool) for v in named.values())
         return cls(name, named) if plain else None
 
-    def key(self) -> str:
-        """As JSON, under the names that NDIF's own tools read (`repo_id`, `revision`)."""
-        return json.dumps({"repo_id": self.name, "revision": None, **self.options}, sort_keys=True)
+    def key(self, task: str | None = None) -> str:
+        """As JSON, under the names that NDIF's own tools read (`repo_id`, `revision`, `task`)."""
+        named = {} if task is None else {"task": _canonical(task)}
+        return json.dumps({"repo_id": self.name, "revision": None, **self.options, **named}, sort_keys=True)
 
     @classmethod
     def parse(cls, key: str) -> CheckpointRef:
@@ -45,6 +46,13 @@ class CheckpointRef:
             raise InputError(f"{key!r} names no checkpoint: it has no repo_id.")
         name = data.pop("repo_id")
         return cls(name, {k: v for k, v in data.items() if v is not None})
+
+
+def _canonical(task: str) -> str:
+    """transformers' own name of a task that has several."""
+    from transformers.pipelines import TASK_ALIASES
+
+    return TASK_ALIASES.get(task, task)
 
 
 def _told(value: Any) -> Any:

@@ -48,6 +48,9 @@ class ServedModel(BaseModel, Remotable):
     """
 
     origin: CheckpointRef | None = None
+    task: str | None
+    peft: str | None
+    load_adapter: Any
     on_stock_service = False
     service_packages: dict[str, dict[str, str]]
 
@@ -95,16 +98,32 @@ class ServedModel(BaseModel, Remotable):
                 "this machine only. Leave remote out, or load it by a name: "
                 "mm_adapters.load(name, engine='nnsight')."
             )
-        return self.origin.key()
+        return self.origin.key(task=self.task)
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """The attention that the model's modules run with ("sdpa", "eager", ...); None if it names none.
+
+        A job runs with that of the model here, whatever the service's had before.
+        """
+        return getattr(getattr(self._module, "config", None), "_attn_implementation", None)
 
     def _remoteable_get_env(self) -> dict[str, Any]:
-        implementation = getattr(getattr(self._module, "config", None), "_attn_implementation", None)
-        return {"attn_implementation": implementation} if implementation else {}
+        env = {"attn_implementation": self.attn_implementation, "peft": self.peft}
+        return {k: v for k, v in env.items() if v is not None}
 
     def _remoteable_set_env(self, env: dict[str, Any] | None) -> None:
-        implementation = (env or {}).get("attn_implementation")
-        if implementation and implementation != self._remoteable_get_env().get("attn_implementation"):
-            self._module.set_attn_implementation(implementation)  # type: ignore[operator]
+        wanted = env or {}
+        self.load_adapter(wanted.get("peft"))
+        implementation = wanted.get("attn_implementation")
+        if implementation is None or implementation == self.attn_implementation:
+            return
+        self._module.set_attn_implementation(implementation)  # type: ignore[operator]
+        if self.attn_implementation != implementation:
+            raise InputError(
+                f"{type(self._module).__name__} cannot switch its attention to {implementation!r}, and keeps "
+                f"{self.attn_implementation!r}. Load it with attn_implementation={implementation!r}."
+            )
 
     def _remoteable_persistent_objects(self) -> dict[str, Any]:
         return super()._remoteable_persistent_objects() | {MODEL: self}

@@ -6,6 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from nnsight.modeling import processing
+from torch import Tensor
+
 from mm_adapters._errors import InputError
 from mm_adapters.inputs.chat import is_chat, is_chats, spoken
 
@@ -53,9 +56,10 @@ def is_text(value: Any) -> bool:
 
 
 def is_token_ids(value: Any) -> bool:
-    """Whether this is a list of token ids, or of such lists."""
-    rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
-    return all(isinstance(row, list) and bool(row) and all(type(i) is int for i in row) for row in rows)
+    """Whether these are token ids, of one row or several: whole numbers, in lists or lists of arrays."""
+    if isinstance(value, Tensor) or getattr(value, "ndim", 1) > 2:  # An array of three axes is a picture.
+        return False
+    return processing.is_token_ids(value)
 
 
 def _is_pictures(value: Any) -> bool:

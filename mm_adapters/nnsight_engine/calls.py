@@ -6,12 +6,15 @@ import inspect
 from typing import Any
 
 import torch
+from nnsight.modeling import processing
 from torch import Tensor
 
 from mm_adapters.inputs.call_names import RAW, Call
 from mm_adapters.inputs.images import opened
+from mm_adapters.inputs.padding import counts_padding
 from mm_adapters.nnsight_engine.call_arguments import by_name, is_token_ids
 from mm_adapters.nnsight_engine.invokes import combine, combine_prompts, n_prompts
+from mm_adapters.nnsight_engine.text_rows import Padding, as_rows, with_positions
 from mm_adapters.runs.base_model import BaseModel
 
 # What this package's own functions call, by their name.
@@ -26,7 +29,8 @@ class CallsModel(BaseModel):
 
     def named(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """One call's arguments by name, raw text and images as they are."""
-        return self._token_rows(self._named(inputs, kwargs))
+        arguments = self._named(inputs, kwargs)
+        return arguments if self.kind == "diffusion" else as_rows(arguments, self._padding())
 
     def _named(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not inputs:
@@ -34,27 +38,19 @@ class CallsModel(BaseModel):
         processor = getattr(self._inputs, "processor", None) or getattr(self._inputs, "tokenizer", None)
         return by_name(self.kind, self._takes(), processor, inputs, kwargs)
 
-    def _token_rows(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Token ids that are a list of numbers or of lists, or one row, as rows of a tensor."""
-        ids: Any = arguments.get("input_ids")
-        if isinstance(ids, Tensor) and ids.ndim == 1 and not ids.is_floating_point():
-            return arguments | {"input_ids": ids[None]}
-        if not is_token_ids(ids):
-            return arguments
-        rows = [{"input_ids": torch.tensor([row])} for row in (ids if isinstance(ids[0], list) else [ids])]
-        if len(rows) == 1 or "attention_mask" in arguments:
-            return arguments | {"input_ids": torch.cat([row["input_ids"] for row in rows])}
-        return arguments | combine(rows, *self._padding())
-
-    def _padding(self) -> tuple[int, bool]:
-        """The token that pads texts, and whether it stands at the left."""
+    def _padding(self) -> Padding:
+        """How this model's texts are made one batch."""
         tokenizer = getattr(self._inputs, "tokenizer", None)
         config = getattr(self.wrapped, "config", None)
-        pad = getattr(tokenizer, "pad_token_id", None)
-        pad = getattr(config, "pad_token_id", None) if pad is None else pad
-        reads_on = any(tower.role == "language" for tower in self.towers.values())
-        left = reads_on and getattr(tokenizer, "padding_side", "right") == "left"
-        return 0 if pad is None else pad, left
+        token = getattr(tokenizer, "pad_token_id", None)
+        token = getattr(config, "pad_token_id", None) if token is None else token
+        if token is None and tokenizer is None:
+            token = 0  # Under the mask it is read by nothing.
+        left = self.kind != "contrastive" and getattr(tokenizer, "padding_side", "right") == "left"
+        targets = Padding.targets
+        if getattr(config, "is_encoder_decoder", False):
+            targets = targets | {"labels"}
+        return Padding(token, left, targets, left and counts_padding(self.wrapped, self.sitemap))
 
     def arguments(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """One call's arguments by name, with raw text and images prepared."""
@@ -90,7 +86,11 @@ class CallsModel(BaseModel):
         return [name for name in inspect.signature(function).parameters if name != "self"]
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
-        if inputs or any(kwargs.get(k) is not None for k in (*RAW, "pipe")):
+        if kwargs.get("pipe") is not None or (self.kind == "diffusion" and inputs):
+            return 1
+        if inputs:
+            return max(1, processing.batch_size(inputs, kwargs))
+        if any(kwargs.get(k) is not None for k in RAW):
             return 1
         if self.kind == "diffusion":
             return n_prompts(kwargs, by_text="prompt" in self._takes())
@@ -98,11 +98,12 @@ class CallsModel(BaseModel):
 
     def _batch(self, invokes: list[Any], fn: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         calls = [self._in_dtype(arguments) for _, arguments in invokes]
-        if len(calls) < 2:
-            return (), dict(calls[0]) if calls else {}
-        if self.kind == "diffusion":
+        if self.kind == "diffusion" and len(calls) > 1:
             return (), combine_prompts(calls)
-        return (), combine(calls, *self._padding())
+        call = combine(calls, self._padding()) if len(calls) > 1 else dict(calls[0]) if calls else {}
+        # A run is given what it is given; a generation counts from the mask by itself.
+        told = self.kind != "diffusion" and getattr(fn, "__name__", "") == "_forward"
+        return (), with_positions(call, self._padding()) if told else call
 
     def _in_dtype(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Pixels in the dtype of the weights, which a sandbox that prepared them does not know."""

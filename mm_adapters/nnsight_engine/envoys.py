@@ -124,5 +124,15 @@ class TracedPart(Envoy):
             )
 
 
+def adopt_parts(model: Envoy) -> None:
+    """Makes nnsight's plain envoys of a model's modules TracedParts; those of a user's own classes stay.
+
+    nnsight 0.8.1 gives a module that no entry of `envoys=` names its own plain envoy.
+    """
+    for envoy in model.modules():
+        if type(envoy) is Envoy:
+            envoy.__class__ = TracedPart
+
+
 def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version

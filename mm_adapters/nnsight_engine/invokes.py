@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mm_adapters._errors import InputError
 from mm_adapters.nnsight_engine.batcher import MIXED, Axis
 from mm_adapters.nnsight_engine.points import ROOT
+from mm_adapters.nnsight_engine.text_rows import Padding, level
 from mm_adapters.records.spec import Guidance
 from mm_adapters.runs.session import is_guided
 from mm_adapters.sites.site_map import SiteMap
@@ -146,13 +146,13 @@ def n_prompts(arguments: Mapping[str, Any], by_text: bool = False) -> int:
     return 0
 
 
-def combine(invokes: list[dict[str, Any]], pad: int, pad_left: bool) -> dict[str, Any]:
+def combine(invokes: list[dict[str, Any]], padding: Padding) -> dict[str, Any]:
     """One model call for all invokes: tensors one after another, texts padded to the longest.
 
-    Raises: InputError if two invokes give different values for what the call takes once.
+    Raises: InputError if two invokes give different values for what the call takes once, or their texts
+    cannot be padded.
     """
-    if any("input_ids" in a for a in invokes):
-        invokes = _padded(invokes, pad, pad_left)
+    invokes = level(invokes, padding)
     out: dict[str, Any] = {}
     for key in dict.fromkeys(k for a in invokes for k in a):
         values = [a[key] for a in invokes if a.get(key) is not None]
@@ -215,24 +215,3 @@ def _common(key: str, values: list[Any]) -> Any:
                 "value for all. Give it to the trace, or run them one by one."
             )
     return first
-
-
-def _padded(invokes: list[dict[str, Any]], pad: int, left: bool) -> list[dict[str, Any]]:
-    longest = max(a["input_ids"].shape[1] for a in invokes if "input_ids" in a)
-    ragged = any("input_ids" in a and a["input_ids"].shape[1] != longest for a in invokes)
-    if not ragged and len({"attention_mask" in a for a in invokes if "input_ids" in a}) < 2:
-        return invokes
-    out = []
-    for arguments in invokes:
-        if "input_ids" not in arguments:
-            out.append(arguments)
-            continue
-        ids = arguments["input_ids"]
-        mask = arguments.get("attention_mask", torch.ones_like(ids))
-        short = longest - ids.shape[1]
-        sides = (short, 0) if left else (0, short)
-        # Kinds of tokens, as some processors tell them beside the tokens.
-        beside = {k: F.pad(v, sides) for k, v in arguments.items() if k.endswith("token_type_ids")}
-        padded = {"input_ids": F.pad(ids, sides, value=pad), "attention_mask": F.pad(mask, sides)}
-        out.append(arguments | beside | padded)
-    return out

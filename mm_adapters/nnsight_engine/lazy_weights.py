@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, no_type_check
 
-from nnsight.intervention.envoy import Envoy
-from nnsight.modeling.transformers import Generator
+from nnsight.modeling.transformers import Generator, GeneratorEnvoy
 from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import nn
 
 from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.fill_weights import load_weights_into
 from mm_adapters.checkpoints.open import OpenedCheckpoint, open_checkpoint
+from mm_adapters.inputs.prepare import Inputs
+from mm_adapters.nnsight_engine.adapters import AdaptedModel, attach
 from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
 from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
+from mm_adapters.nnsight_engine.ready_module import PARTS
 from mm_adapters.nnsight_engine.tasks import TASKS
-from mm_adapters.runs.base_model import BaseModel
-from mm_adapters.sites.site_map import SiteMap
-
-PARTS = ("processor", "tokenizer", "image_processor")
+from mm_adapters.nnsight_engine.tokenizer_settings import pad_as_nnsight
 
 
 @dataclass
@@ -59,8 +58,7 @@ def open_named(
 
     def read(without_weights: bool = False) -> OpenedCheckpoint:
         opened = open_checkpoint(os.fspath(name), device, dtype, options, without_weights, **parts)
-        if not parts:
-            pad_as_nnsight(opened.inputs.tokenizer, opened.model, opened.sites)
+        pad_as_nnsight(opened.inputs.tokenizer, opened.model, opened.sites)
         return opened
 
     if dispatch or str(device) == "meta":
@@ -69,23 +67,7 @@ def open_named(
     return read(without_weights=True), Unread(read, places)
 
 
-def pad_as_nnsight(tokenizer: Any, model: Any, sites: SiteMap) -> None:
-    """Pads as nnsight 0.8.1 does (modeling/transformers.py): where the tokenizer has no padding token its end
-    token pads, and rows of a decoder are padded at the left, so that `[:, -1]` is each row's last token.
-
-    Of decoders only those with rotary positions: those with learned ones would count the padding.
-    """
-    if not hasattr(tokenizer, "padding_side"):
-        return
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    decoders = [tower for tower in sites.towers.values() if tower.role == "language"]
-    rotary = [d for d in decoders if "attn.hook_rot_q" in (d.parts.get("blocks") or [{}])[0]]
-    if rotary and not getattr(model.config, "is_encoder_decoder", False):
-        tokenizer.padding_side = "left"
-
-
-class NamedModel(BaseModel):
+class NamedModel(AdaptedModel):
     """A mixin for an nnsight model that may be made of a name: weights on demand, and what prepares inputs.
 
     Its weights are read when it first runs, or by `dispatch()`; scans and remote runs need none.
@@ -99,13 +81,13 @@ class NamedModel(BaseModel):
     running: Any
     stand_for: Callable[[Any], None]
     _module: nn.Module
-    generator: Envoy | None = None
+    generator: GeneratorEnvoy | None = None
     _pipeline: Any = None
     _unread: Unread | None = None
     _task: str | None = None
 
     @property
-    def dispatched(self) -> bool:
+    def dispatched(self) -> bool:  # type: ignore[override]
         """Whether the weights are read."""
         return self._unread is None or self._unread.is_done
 
@@ -123,7 +105,10 @@ class NamedModel(BaseModel):
         if unread is None:
             return
         if not unread.is_done:
-            model, self._inputs, *_ = unread.read()
+            model, inputs, *_ = unread.read()
+            self._inputs = _with_parts(inputs, self._inputs)
+            if self.peft is not None:
+                attach(model, self.peft, weights=True)
             if unread.places:
                 unread.model = model
             elif isinstance(self._module, PipelineModule):
@@ -203,7 +188,14 @@ class NamedModel(BaseModel):
         return self.pipeline(*inputs, **kwargs)
 
 
-def generator_of(model: NamedModel) -> Envoy | None:
+def _with_parts(new: Inputs, old: Inputs | None) -> Inputs:
+    """What prepares inputs, with the tokenizer and processors that a model had before, and their settings."""
+    if old is None or old.kind == "diffusion":
+        return new
+    return replace(new, **{part: getattr(old, part) for part in PARTS})
+
+
+def generator_of(model: NamedModel) -> GeneratorEnvoy | None:
     """The envoy that a generation's tokens pass, as nnsight's; None for a model that does not generate.
 
     `model.generator.streamer.output` is, at each step of a loop, the step's input: the prompt, then the
@@ -211,7 +203,7 @@ def generator_of(model: NamedModel) -> Envoy | None:
     """
     if not getattr(model._module, "can_generate", bool)():
         return None
-    return Envoy(Generator(), f"{model.path}.generator", interleaver=model.interleaver, parent=model)  # type: ignore[arg-type]
+    return GeneratorEnvoy(Generator(), f"{model.path}.generator", interleaver=model.interleaver, parent=model)  # type: ignore[arg-type]
 
 
 def generated(model: NamedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""GPT-2, BERT and BART as families, so that nnsight's tests of them run with our class; none is the package's."""
+"""GPT-2, BERT and BART as families, so that nnsight's tests of them run with our class; none is ours."""
 
 from mm_adapters.records import Input, ModelRecord, Output, Stack, Tower, TowerMount, norm, register
 
