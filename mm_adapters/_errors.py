@@ -45,6 +45,14 @@ class CheckpointError(OSError):
     """A checkpoint is missing, truncated, pickled, or not one that this package reads."""
 
 
+class UnfitCheckpointError(CheckpointError, ValueError):
+    """A library takes a checkpoint, but not for what is asked of it; the library raises ValueError."""
+
+
+class NoSuchClassError(InputError, AttributeError):
+    """A class of a library was named that it does not have; to look it up raises AttributeError."""
+
+
 class StoreError(OSError):
     """A store of activations cannot be written, resumed or read as asked."""
 

@@ -26,9 +26,11 @@ MISTAKES = (
     _errors.HostMemberError,
     _errors.ModelBusyError,
     _errors.ModelStateError,
+    _errors.NoSuchClassError,
     _errors.ReadNeverFiredError,
     _errors.StateDictError,
     _errors.StoreError,
+    _errors.UnfitCheckpointError,
     _errors.UnknownFamilyError,
     FileNotFoundError,
 )

@@ -41,7 +41,7 @@ from mm_adapters.nnsight_engine.batcher import RowBatcher
 from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
 from mm_adapters.nnsight_engine.calls import CallsModel
 from mm_adapters.nnsight_engine.deep_copy import without_controllers
-from mm_adapters.nnsight_engine.envoys import SiteEnvoy, TracedPart, adopt_parts
+from mm_adapters.nnsight_engine.envoys import SiteEnvoy, TracedPart
 from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
 from mm_adapters.nnsight_engine.invokes import Rows
 from mm_adapters.nnsight_engine.iteration import SiteEditor, SiteTracer
@@ -145,7 +145,6 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
 
     def _attach_sites(self, engine: SiteInterleaver) -> None:
         """The sites at the modules there are, in the interleaver, with the rows of each, and the turn."""
-        adopt_parts(self)
         module_hooks = self._points.module_hooks
         heads = {
             engine.envoys[id(t.module)].path: t.n_heads for t in module_hooks if isinstance(t, AttentionHook)

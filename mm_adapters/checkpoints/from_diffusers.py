@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mm_adapters._errors import CheckpointError, InputError
+from mm_adapters._errors import CheckpointError, InputError, NoSuchClassError
 from mm_adapters.checkpoints.checks import check_pipeline, check_weights, read_json, stored_dtype
 from mm_adapters.checkpoints.complete import check_filled, check_kinds, check_report
 from mm_adapters.checkpoints.placement import check_map, is_placed, names_in
@@ -171,7 +171,7 @@ def _chosen(automodel: Any) -> Any:
     if cls is None:
         names = [n for n in dir(diffusers) if n.endswith("Pipeline") or n.startswith("AutoPipeline")]
         near = difflib.get_close_matches(automodel, names, n=3)
-        raise InputError(
+        raise NoSuchClassError(
             f"automodel={automodel!r}: diffusers has no such class. "
             + (f"Did you mean {' or '.join(near)}?" if near else "Pass a pipeline's class, or its name.")
         )

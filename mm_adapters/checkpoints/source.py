@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_adapters._errors import CheckpointError
+from mm_adapters._errors import CheckpointError, UnfitCheckpointError
 
 # What from_pretrained and hf_hub_download both take.
 _SHARED = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -54,13 +54,14 @@ class Source:
     def read(self, method: Any, **options: Any) -> Any:
         """What a library's from_pretrained makes of it: from safetensors, running no code of its own.
 
-        Raises: CheckpointError, with the library's reason.
+        Raises: CheckpointError, with the library's reason; UnfitCheckpointError if that is a ValueError.
         """
         safe = {"use_safetensors": True, "trust_remote_code": False, **self.where}
         try:
             return method(self.name, **safe | options)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.name} cannot be loaded: {error}") from None
+            kind = UnfitCheckpointError if isinstance(error, ValueError) else CheckpointError
+            raise kind(f"{self.name} cannot be loaded: {error}") from None
 
     def _is_cached(self) -> bool:
         from huggingface_hub import try_to_load_from_cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from mm_adapters.inputs.padding import counts_padding
 from mm_adapters.inputs.prepare import Inputs
 from mm_adapters.inputs.readable import readable
 from mm_adapters.records.spec import ModelRecord
@@ -54,6 +55,7 @@ def inputs_for(
         image_key=reads.image_key,
         accepts=takes,
         pad_to_context=_reads_last_position(sites),
+        counts_padding=counts_padding(model, sites),
         reads=reads,
     )
 

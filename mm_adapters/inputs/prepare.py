@@ -10,6 +10,7 @@ import torch
 
 from mm_adapters._errors import InputError
 from mm_adapters.inputs.images import to_rgb_list
+from mm_adapters.inputs.padding import POSITIONS, is_padded_left, row_positions
 from mm_adapters.inputs.prepared import Readable
 from mm_adapters.inputs.prompts import check_prompts
 from mm_adapters.inputs.texts import as_texts, check_lengths, image_rows, interleave, token_counts
@@ -33,7 +34,8 @@ class Inputs:
     longest sequence, in tokens. `image_token` stands for an image in a text; a text that has none gets
     `image_prompt` in front for each, unless the processor makes places itself. `pad_to_context`: the
     model was trained on texts padded to their full length and reads the last position (SigLIP), so no
-    attention mask is given. `reads`: what prepared tensors are checked against. `pipeline`, with its
+    attention mask is given. `counts_padding`: a decoder counts positions from the padding, unless it is
+    told them. `reads`: what prepared tensors are checked against. `pipeline`, with its
     `record`, is whose text encoders a prompt is for.
     """
 
@@ -50,6 +52,7 @@ class Inputs:
     accepts: frozenset[str] | None = None
     pad_to_context: bool = False
     padding_side: Side | None = None
+    counts_padding: bool = False
     reads: Readable = field(default_factory=Readable)
     pipeline: Any = field(default=None, repr=False)
     record: ModelRecord | None = field(default=None, repr=False)
@@ -96,15 +99,30 @@ class Inputs:
         if self.pad_to_context:
             # Nothing is cut: the lengths were checked. Without it the tokenizer warns.
             options = {"padding": "max_length", "max_length": self.context, "truncation": True}
-        elif len(set(lengths)) > 1:
-            self._need_pad_token(tokenizer)
-            options["padding"] = True
+            batch = self.tokens(texts, side, **options)
+            batch.pop("attention_mask", None)
+            return batch
+        return self.tokens(texts, side, **options)
+
+    def tokens(self, texts: list[str], side: Side | None = None, **options: Any) -> dict[str, Any]:
+        """The tokens of texts, as a tokenizer of transformers makes them with its own `options`.
+
+        Rows of unequal length are padded. Where a decoder would count padding at the left, each token's
+        position comes with it.
+        """
+        tokenizer = self._need("tokenizer", self.text_key, "text")
+        if len(texts) > 1 and not options.get("padding"):
+            rows = tokenizer(texts, **options | {"padding": False})["input_ids"]
+            if len({len(row) for row in rows}) > 1:
+                self._need_pad_token(tokenizer)
+                options["padding"] = True
         side = side or self.padding_side or ("right" if self.kind == "contrastive" else None)
         if side:
             options["padding_side"] = side
         batch = dict(tokenizer(texts, return_tensors="pt", **options))
-        if self.pad_to_context:
-            batch.pop("attention_mask", None)
+        mask = batch.get("attention_mask")
+        if self.counts_padding and mask is not None and is_padded_left(mask):
+            batch[POSITIONS] = row_positions(mask)
         return self._accepted(batch)
 
     def _images(self, images: Any) -> dict[str, Any]:

@@ -14,12 +14,16 @@ from mm_adapters.inputs.images import opened
 from mm_adapters.inputs.padding import counts_padding
 from mm_adapters.nnsight_engine.call_arguments import by_name, is_token_ids
 from mm_adapters.nnsight_engine.invokes import combine, combine_prompts, n_prompts
+from mm_adapters.nnsight_engine.pipe_inputs import joined
 from mm_adapters.nnsight_engine.text_rows import Padding, as_rows, with_positions
+from mm_adapters.nnsight_engine.tokenized import OPTIONS, is_tokenized, tokenized
 from mm_adapters.runs.base_model import BaseModel
 
 # What this package's own functions call, by their name.
 _CALLS: dict[str, Call] = {"_plain": "forward", "_forward": "forward", "_generate": "generate"}
 _OF_THE_TRACE = ("differentiable",)
+# What is given to a whole pipeline of transformers, which prepares it.
+_PIPED = {"pipe", "pipe_options"}
 
 
 class CallsModel(BaseModel):
@@ -54,7 +58,9 @@ class CallsModel(BaseModel):
 
     def arguments(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """One call's arguments by name, with raw text and images prepared."""
-        return kwargs if "pipe" in kwargs else self.call_arguments(self.named(inputs, kwargs))
+        if _PIPED & kwargs.keys():
+            return kwargs
+        return self.call_arguments(tokenized(self._inputs, self.named(inputs, kwargs)))
 
     def check_traced(self, fn: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Passes if these are arguments of what a trace runs, as far as they go; of others' functions any.
@@ -67,7 +73,10 @@ class CallsModel(BaseModel):
         of_a_task = self.kind == "diffusion" and getattr(self, "automodel", None) is not None
         if call is not None and not (of_a_task and self.is_on_meta):
             arguments = self.named(inputs, kwargs)
-            self.check_call({k: v for k, v in arguments.items() if k not in _OF_THE_TRACE}, call)
+            beside = _OF_THE_TRACE
+            if getattr(fn, "__name__", "") == "_forward" and is_tokenized(arguments):
+                beside += OPTIONS
+            self.check_call({k: v for k, v in arguments.items() if k not in beside}, call)
 
     def _for_another_machine(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments with pictures for paths, and tensors on the CPU."""
@@ -98,6 +107,8 @@ class CallsModel(BaseModel):
 
     def _batch(self, invokes: list[Any], fn: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         calls = [self._in_dtype(arguments) for _, arguments in invokes]
+        if calls and all("pipe" in call for call in calls):
+            return (), {"pipe": joined([call["pipe"] for call in calls])}
         if self.kind == "diffusion" and len(calls) > 1:
             return (), combine_prompts(calls)
         call = combine(calls, self._padding()) if len(calls) > 1 else dict(calls[0]) if calls else {}

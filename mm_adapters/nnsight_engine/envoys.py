@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mm_adapters._errors import InputError
 from mm_adapters.hooks.point import tracked
-from mm_adapters.nnsight_engine.interleaver import SiteInterleaver
+from mm_adapters.nnsight_engine.interleaver import SiteInterleaver, refuse_remote
 from mm_adapters.nnsight_engine.iteration import SiteTracer
 from mm_adapters.nnsight_engine.points import TracedPoint
 from mm_adapters.nnsight_engine.protocol import SiteModel
@@ -104,34 +104,17 @@ class TracedPart(Envoy):
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         # nnsight 0.8.1 passes remote= on to the module, whose **kwargs swallow it: a local run.
-        self._refuse(kwargs)
+        refuse_remote(self.path, kwargs)
         return super().trace(*args, tracer_cls=kwargs.pop("tracer_cls", SiteTracer), **kwargs)
 
     def scan(self, *args: Any, fn: Any = None, backend: Any = None, **kwargs: Any) -> SiteScanner:
         """As the whole model's: shapes without computing."""
-        self._refuse(kwargs)
+        refuse_remote(self.path, kwargs)
         return SiteScanner(self, fn or "__call__", *args, backend=backend, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse(kwargs)
+        refuse_remote(self.path, kwargs)
         return super().session(*args, **kwargs)
-
-    def _refuse(self, kwargs: dict[str, Any]) -> None:
-        if kwargs.pop("remote", False):
-            raise InputError(
-                f"{self.path} is a part of a model, and NDIF runs whole models. Trace the model, "
-                "`with model.trace(..., remote=True):`, and read this part inside."
-            )
-
-
-def adopt_parts(model: Envoy) -> None:
-    """Makes nnsight's plain envoys of a model's modules TracedParts; those of a user's own classes stay.
-
-    nnsight 0.8.1 gives a module that no entry of `envoys=` names its own plain envoy.
-    """
-    for envoy in model.modules():
-        if type(envoy) is Envoy:
-            envoy.__class__ = TracedPart
 
 
 def _version(x: Tensor) -> int | None:

@@ -202,6 +202,13 @@ class SiteInterleaver(FastPathInterleaver):
             _throw(mediator, OutOfOrderError(self._reason_unmet(mediator)))
         super().check_dangling_mediators()
 
+    def __enter__(self) -> SiteInterleaver:
+        batcher = self.batcher
+        if batcher is not None and not isinstance(batcher, RowBatcher):  # A part of a model is traced.
+            refuse_remote(batcher.envoy.path, batcher.kwargs)
+        super().__enter__()
+        return self
+
     def __exit__(self, *exc: Any) -> bool:
         while self._gates:
             self._gates.pop().__exit__(None, None, None)
@@ -330,3 +337,12 @@ def _name_of(provider: str) -> str:
 
 def _times(n: int) -> str:
     return "once" if n == 1 else f"{n} times"
+
+
+def refuse_remote(path: str, arguments: dict[str, Any]) -> None:
+    """Takes `remote=` out of the arguments of a part's run. Raises: InputError if it asks for a service."""
+    if arguments.pop("remote", False):
+        raise InputError(
+            f"{path} is a part of a model, and NDIF runs whole models. Trace the model, "
+            "`with model.trace(..., remote=True):`, and read this part inside."
+        )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mm_adapters._errors import InputError
 from mm_adapters.nnsight_engine.batcher import MIXED, Axis
+from mm_adapters.nnsight_engine.pipe_inputs import common, n_texts
 from mm_adapters.nnsight_engine.points import ROOT
 from mm_adapters.nnsight_engine.text_rows import Padding, level
 from mm_adapters.records.spec import Guidance
@@ -72,6 +73,8 @@ class Rows:
             self._arguments = {**options, **arguments}
             each = self._arguments.get("num_images_per_prompt") or 1
             return {_PROMPTS: n, _PICTURES: n * each}
+        if "pipe" in arguments:
+            return {_TEXTS if self._kind == "vlm" else _ROWS: n_texts(arguments["pipe"])}
         tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim}
         if self._kind == "tower":
             (tower,) = self._sites.towers.values()
@@ -162,7 +165,7 @@ def combine(invokes: list[dict[str, Any]], padding: Padding) -> dict[str, Any]:
                 raise InputError(f"{key} has the sizes {sorted(widths)} in the invokes of one run.")
             out[key] = torch.cat(values)
         elif values:
-            out[key] = _common(key, values)
+            out[key] = common(key, values)
     return out
 
 
@@ -187,7 +190,7 @@ def combine_prompts(invokes: list[dict[str, Any]]) -> dict[str, Any]:
                 raise InputError("Some invokes give a seed and some do not. Give all of them one.")
             out[key] = [s for v, n in zip(values, counts, strict=True) for s in _seeds(v, n)]
         else:
-            out[key] = _common(key, values)
+            out[key] = common(key, values)
     return out
 
 
@@ -203,15 +206,3 @@ def _seeds(value: Any, n: int) -> list[int]:
     if n > 1:
         raise InputError(f"An invoke of {n} prompts takes {n} seeds: seed=[...].")
     return [value]
-
-
-def _common(key: str, values: list[Any]) -> Any:
-    first = values[0]
-    for other in values[1:]:
-        same = torch.equal(first, other) if isinstance(first, Tensor) else first == other
-        if not same:
-            raise InputError(
-                f"{key} is {first!r} in one invoke and {other!r} in another, and one run has one "
-                "value for all. Give it to the trace, or run them one by one."
-            )
-    return first

@@ -1,25 +1,22 @@
-"""A model made of a name, as nnsight's users make theirs: weights on demand, processor, pipeline."""
+"""A model made of a name, as nnsight's users make theirs: weights on demand, what prepares inputs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, no_type_check
+from typing import Any
 
 from nnsight.modeling.transformers import Generator, GeneratorEnvoy
-from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import nn
 
-from mm_adapters._errors import InputError
 from mm_adapters.checkpoints.fill_weights import load_weights_into
 from mm_adapters.checkpoints.open import OpenedCheckpoint, open_checkpoint
 from mm_adapters.inputs.prepare import Inputs
-from mm_adapters.nnsight_engine.adapters import AdaptedModel, attach
-from mm_adapters.nnsight_engine.call_arguments import REMOTE_OPTIONS
+from mm_adapters.nnsight_engine.adapters import attach
 from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
+from mm_adapters.nnsight_engine.pipes import PipedModel
 from mm_adapters.nnsight_engine.ready_module import PARTS
-from mm_adapters.nnsight_engine.tasks import TASKS
 from mm_adapters.nnsight_engine.tokenizer_settings import pad_as_nnsight
 
 
@@ -57,34 +54,27 @@ def open_named(
     parts = {k: options.pop(k) for k in PARTS if options.get(k) is not None}
 
     def read(without_weights: bool = False) -> OpenedCheckpoint:
-        opened = open_checkpoint(os.fspath(name), device, dtype, options, without_weights, **parts)
+        return open_checkpoint(os.fspath(name), device, dtype, options, without_weights, **parts)
+
+    is_lazy = not dispatch and str(device) != "meta"
+    opened = read(without_weights=is_lazy)
+    if opened.inputs.kind != "diffusion":
         pad_as_nnsight(opened.inputs.tokenizer, opened.model, opened.sites)
-        return opened
-
-    if dispatch or str(device) == "meta":
-        return read(), None
     places = any(options.get(option) is not None for option in ("device_map", "quantization_config"))
-    return read(without_weights=True), Unread(read, places)
+    return opened, Unread(read, places) if is_lazy else None
 
 
-class NamedModel(AdaptedModel):
+class NamedModel(PipedModel):
     """A mixin for an nnsight model that may be made of a name: weights on demand, and what prepares inputs.
 
     Its weights are read when it first runs, or by `dispatch()`; scans and remote runs need none.
     """
 
     path: str
-    interleaver: Any
-    trace: Any
-    interleave: Any
-    turn: Any
-    running: Any
     stand_for: Callable[[Any], None]
     _module: nn.Module
     generator: GeneratorEnvoy | None = None
-    _pipeline: Any = None
     _unread: Unread | None = None
-    _task: str | None = None
 
     @property
     def dispatched(self) -> bool:  # type: ignore[override]
@@ -120,12 +110,6 @@ class NamedModel(AdaptedModel):
             self.stand_for(unread.model)
 
     @property
-    def task(self) -> str | None:
-        """What transformers calls the task of this model, where it has a name for it."""
-        alone = [tower.role for tower in self.towers.values()] if self.kind == "tower" else []
-        return self._task or TASKS.get(self.kind) or ("text-generation" if alone == ["language"] else None)
-
-    @property
     def processor(self) -> Any:
         """What prepares texts with images, or None."""
         return getattr(self._inputs, "processor", None)
@@ -140,52 +124,12 @@ class NamedModel(AdaptedModel):
         """What prepares images, or None."""
         return getattr(self._inputs, "image_processor", None)
 
-    @property
-    def pipeline(self) -> Any:
-        """diffusers' pipeline, or transformers' own for `task` around this model.
-
-        Raises: InputError if there is no task.
-        """
-        if isinstance(self._module, PipelineModule):
-            return self._module.pipeline
-        if self.task is None:
-            raise InputError(
-                f"What is a {type(self._module).__name__} to do? Say it: TracedModel(..., task=...)."
-            )
-        if self._pipeline is None:
-            from transformers import pipeline
-
-            parts = {k: v for k in PARTS if (v := getattr(self, k)) is not None}
-            if "processor" in parts:
-                parts = {"processor": parts["processor"]}
-            make: Any = pipeline
-            self._pipeline = make(self.task, model=self._module, **parts)
-        return self._pipeline
-
-    @no_type_check  # As `TracedModel.generate`.
-    def pipe(self, *inputs: Any, **kwargs: Any) -> Any:
-        """`with model.pipe(...):` traces transformers' whole pipeline for `task`; the result is what it
-        makes of the model's output (texts, labels). Called without `with` it runs it.
-        """
-        job = {k: kwargs.pop(k) for k in REMOTE_OPTIONS if k in kwargs}
-        call = {"pipe": (inputs, kwargs)}
-        if self.interleaver.interleaving:
-            return self._piped(**call)
-        tracer = self.trace(fn=self._piped, **call, **job)
-        try:
-            tracer.capture()
-        except WithBlockNotFoundError:
-            if job.get("remote"):
-                raise InputError(
-                    "A pipe goes remote as a block: with model.pipe(..., remote=...) as tracer:"
-                ) from None
-            with self.turn(), self.running():
-                return self.interleave(self._piped, **call)
-        return tracer
-
-    def _piped(self, pipe: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-        inputs, kwargs = pipe
-        return self.pipeline(*inputs, **kwargs)
+    def _is_causal(self) -> bool:
+        """nnsight's own word: whether this is a decoder that generates, and no encoder comes before it."""
+        can_generate = getattr(self._module, "can_generate", bool)()
+        return can_generate and not getattr(
+            getattr(self._module, "config", None), "is_encoder_decoder", False
+        )
 
 
 def _with_parts(new: Inputs, old: Inputs | None) -> Inputs:

@@ -44,7 +44,8 @@ def ready(model: Any, options: Mapping[str, Any]) -> Inputs | None:
         return None
     sites = SiteMap(model)
     inputs = inputs_for(model, sites=sites, **parts)
-    pad_as_nnsight(inputs.tokenizer, model, sites)
+    if inputs.kind != "diffusion":
+        pad_as_nnsight(inputs.tokenizer, model, sites)
     return inputs
 
 
