@@ -60,7 +60,7 @@ class AdaptedModel(BaseModel):
             return
         with self.turn():
             if name is not None:
-                check_adapter(name, self._module)
+                check_adapter(name, self._module, is_ours=self.peft is not None)
             if self.peft is not None:
                 nnsight_peft.detach(self._module)
                 self._attached.name = None
@@ -72,9 +72,17 @@ class AdaptedModel(BaseModel):
                 self._wire_again(self._module)
 
 
-def check_adapter(name: str, module: nn.Module) -> None:
-    """Passes if an adapter is there, with weights that may be read. Raises: as `load_adapter`."""
+def check_adapter(name: str, module: nn.Module, *, is_ours: bool) -> None:
+    """Passes if an adapter is there, with weights that may be read, and a module has none but `is_ours`.
+
+    Raises: as `load_adapter`.
+    """
     nnsight_peft.import_peft()
+    if not is_ours and getattr(module, "peft_config", None) is not None:
+        raise InputError(
+            "This model came with an adapter of PEFT in it, which load_adapter cannot take out. Give the "
+            "model without it (PeftModel.unload(), merge_and_unload()), or switch it there."
+        )
     if isinstance(module, PipelineModule):
         raise InputError(
             "peft= is for a model of transformers. A pipeline has its own way: "
@@ -83,7 +91,11 @@ def check_adapter(name: str, module: nn.Module) -> None:
     folder = Path(name).expanduser()
     source = Source(str(folder), folder) if folder.is_dir() else Source.at_hub(name, {})
     for file in (_CONFIG, _WEIGHTS):
-        if source.file(file) is None:
+        try:
+            is_there = source.file(file) is not None
+        except CheckpointError as error:
+            raise CheckpointError(f"There is no adapter {name!r}: no such folder, and {error}.") from None
+        if not is_there:
             raise CheckpointError(
                 f"The adapter {name!r} has no {file}. Pass the folder, or the id on the hub, that "
                 "save_pretrained of a PeftModel wrote; weights are read from safetensors only."
