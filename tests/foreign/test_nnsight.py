@@ -35,7 +35,7 @@ def test_nnsights_own_tests_pass_with_our_classes(tests: Path, tmp_path: Path) -
 def test_a_failure_that_is_not_known_or_says_something_else_is_not_passed_over() -> None:
     name = next(iter(EXCEPTIONS))
     known = [(f"^{name}$", EXCEPTIONS[name][0], "")]
-    fails = Outcome(name, "failed", "AttributeError: 'Here' has attribute '_is_causal'", True)
+    fails = Outcome(name, "failed", "KeyError: 'pipeline'", True)
     check({name: fails}, known)
     with pytest.raises(AssertionError, match="something else"):
         check({name: Outcome(name, "failed", "something else", True)}, known)
