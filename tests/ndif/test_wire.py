@@ -55,7 +55,8 @@ def test_a_model_is_named_and_not_sent(name: str, load: Load, monkeypatch: pytes
 def test_an_options_key_is_what_a_service_loads(tmp_path: Path) -> None:
     model = mm.load("tiny-clip", engine="nnsight", device="meta")
     key = model.to_model_key()
-    assert key == 'mm_adapters.traced.TracedModel:{"repo_id": "tiny-clip", "revision": null}'
+    task = '"task": "zero-shot-image-classification"'
+    assert key == f'mm_adapters.traced.TracedModel:{{"repo_id": "tiny-clip", "revision": null, {task}}}'
     again = TracedModel.from_model_key(key, dispatch=True, dtype="float32", device="cpu")
     assert isinstance(again, TracedModel)
     assert again.run(CLIP).output.logits_per_image.shape == (2, 2)
@@ -67,6 +68,16 @@ def test_an_options_key_is_what_a_service_loads(tmp_path: Path) -> None:
     again._module.save_pretrained(tmp_path / "mine")
     folder = mm.load(os.path.relpath(tmp_path / "mine"), engine="nnsight", device="meta")
     assert str(tmp_path / "mine") in folder.to_model_key()
+
+
+def test_a_key_names_the_task_that_a_pipe_is_for() -> None:
+    model = TracedModel("tiny-clip", task="sentiment-analysis")
+    again = TracedModel.from_model_key(model.to_model_key())
+    assert isinstance(again, TracedModel)
+    assert again.task == "text-classification"  # transformers' own name of it.
+    assert again.to_model_key() == model.to_model_key()
+    assert TracedModel("tiny-clip").to_model_key() != model.to_model_key()
+    assert "task" not in mm.load("tiny-sd", engine="nnsight", device="meta").to_model_key()
 
 
 def test_the_environment_of_a_job_is_its_clients(standin: Any) -> None:
