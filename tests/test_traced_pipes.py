@@ -132,6 +132,9 @@ def test_a_text_is_cut_only_where_truncation_says_so(model: TracedModel) -> None
     with torch.no_grad(), model.trace(too_long, truncation=True):  # To what the model reads.
         longest = nnsight.save(model.inputs[1]["input_ids"])
     assert longest.shape == (1, 32)
+    with model.scan([LONG, SHORT], truncation=True, max_length=7):
+        shape = nnsight.save(tuple(model.site("language.blocks.0.hook_resid_post").shape))
+    assert shape == (2, 7, 24)
 
 
 @pytest.mark.parametrize(

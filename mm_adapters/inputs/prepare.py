@@ -102,6 +102,9 @@ class Inputs:
             batch = self.tokens(texts, side, **options)
             batch.pop("attention_mask", None)
             return batch
+        if len(set(lengths)) > 1:
+            self._need_pad_token(tokenizer)
+            options["padding"] = True
         return self.tokens(texts, side, **options)
 
     def tokens(self, texts: list[str], side: Side | None = None, **options: Any) -> dict[str, Any]:
@@ -111,8 +114,8 @@ class Inputs:
         position comes with it.
         """
         tokenizer = self._need("tokenizer", self.text_key, "text")
-        if len(texts) > 1 and not options.get("padding"):
-            rows = tokenizer(texts, **options | {"padding": False})["input_ids"]
+        if len(texts) > 1 and "padding" not in options:
+            rows = tokenizer(texts, **options)["input_ids"]
             if len({len(row) for row in rows}) > 1:
                 self._need_pad_token(tokenizer)
                 options["padding"] = True

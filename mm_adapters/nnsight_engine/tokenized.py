@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
 from mm_adapters._errors import InputError
 from mm_adapters.inputs.prepare import Inputs
 from mm_adapters.inputs.texts import as_texts
@@ -53,4 +55,5 @@ def tokenized(inputs: Inputs | None, arguments: dict[str, Any]) -> dict[str, Any
     if options.get("truncation"):
         options.setdefault("max_length", inputs.context)
     rest = {k: v for k, v in arguments.items() if k not in (*OPTIONS, "text")}
-    return rest | inputs.tokens(texts, **options)
+    with unset_fake_temporarily():  # In a scan the tokens are real, so that they can be made.
+        return rest | inputs.tokens(texts, **options)
