@@ -28,7 +28,7 @@ def test_nnsights_own_tests_pass_with_our_classes(tests: Path, tmp_path: Path) -
     outcomes = run(tests, list(FILES), named, tmp_path, "ours")
     check(outcomes, by_name(FILES))
     passed = [name for name, one in outcomes.items() if one.outcome == "passed"]
-    assert len(passed) >= 150  # 155 of 158 in nnsight 0.8.1; fewer were not all found.
+    assert len(passed) >= 155  # 157 of 158 in nnsight 0.8.1; fewer were not all found.
     assert {name.partition(".py")[0] for name in passed} == set(FILES)
 
 
