@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -11,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods_multimodal.core.generators import generator
+from methods_multimodal.core.kept import Kept
 from methods_multimodal.core.running import State, run_steps
 from methods_multimodal.cross_attention.cases import Case, Part, unused_words
 from methods_multimodal.cross_attention.effects import Effects
@@ -32,7 +32,7 @@ def measure_parts(
     what: str,
     batch: int,
     seed: int,
-    file: Path | None = None,
+    work: Kept | None = None,
 ) -> Effects:
     """The metric of every case's pictures.
 
@@ -45,7 +45,7 @@ def measure_parts(
         what: the intervention's name.
         batch: rows of a run.
         seed: of the other words.
-        file: where runs are written down as they are done, in a folder of this work's own.
+        work: where runs are written down as they are done, and their steps.
 
     Raises: InputError if there is no case or part, or a batch holds no part.
     """
@@ -64,6 +64,7 @@ def measure_parts(
 
     def one_run(sofar: State, number: int) -> State:
         i, k = divmod(number, len(chunks))
+        begin(f"run {number}")
         values = scores(metric, draws[i](chunks[k])).cpu()
         table, ends = sofar["table"].clone(), sofar["ends"].clone()
         table[chunks[k], i] = values[_ENDS:]
@@ -74,8 +75,10 @@ def measure_parts(
 
     start = {"table": torch.zeros(len(parts), len(cases)), "ends": torch.zeros(_ENDS, len(cases))}
     n_runs = len(cases) * len(chunks)
-    with tqdm(total=n_runs, desc=what, unit="run", disable=None, leave=False) as bar:
-        done = run_steps(n_runs, one_run, start, file)
+    work = work or Kept(None)
+    bar = tqdm(total=n_runs, desc=what, unit="run", disable=None, leave=False)
+    with bar, work.calls() as begin:
+        done = run_steps(n_runs, one_run, start, work.inside("runs.safetensors"))
     table, ends = done["table"], done["ends"]
     return Effects(
         changed=table,

@@ -229,13 +229,18 @@ def _write(report: Any, folder: Path) -> None:
     report.write(folder / "page.png")
 
 
+def _denoised(model: Any, count: Count) -> contextlib.AbstractContextManager[None]:
+    """Counts the rows that the denoiser computes: by its first layer, for what is kept passes it by."""
+    return counted(model.wrapped.unet.conv_in, count)
+
+
 def _words(setting: Setting, count: Count) -> None:
     from methods_multimodal.report import words_report
 
     model = setting.model("tiny-sd")
-    with counted(model.wrapped.unet, count):
+    with _denoised(model, count):
         report = words_report(
-            model, _prompt(setting), steps=3, seed=setting.pick(0, 1), folder=setting.folder / "work"
+            model, _prompt(setting), seed=setting.pick(0, 1), folder=setting.folder / "work"
         )
     _write(report, setting.folder)
 
@@ -246,9 +251,9 @@ def _trace(setting: Setting, count: Count) -> None:
 
     model, prompt = setting.model("tiny-sd"), _prompt(setting)
     metric = clip_contrast(_model("tiny-clip", False), prompt, prompt.replace("red", "blue"))
-    with counted(model.wrapped.unet, count):
+    with _denoised(model, count):
         report = trace_report(
-            model, prompt, "red", "blue", metric, seeds=range(2), steps=setting.pick(2, 3), n_groups=1,
+            model, prompt, "red", "blue", metric, seeds=range(2), steps=setting.pick(4, 3), n_groups=1,
             folder=setting.folder / "work",
         )  # fmt: skip
     _write(report, setting.folder)
@@ -264,13 +269,32 @@ def _report(setting: Setting, count: Count) -> None:
     _write(report, setting.folder)
 
 
+def _vlm_report(setting: Setting, count: Count) -> None:
+    from methods_multimodal.report import vlm_report
+
+    model = setting.model("tiny-llava")
+    question = setting.pick("what colour is the circle?", "what shape is it?")
+    with counted(model.wrapped.model.language_model, count):
+        report = vlm_report(model, setting.files(2), question, folder=setting.folder / "work")
+    _write(report, setting.folder)
+
+
+def _diffusion_report(setting: Setting, count: Count) -> None:
+    from methods_multimodal.report import diffusion_report
+
+    model, seed = setting.model("tiny-sd"), setting.pick(0, 1)
+    with _denoised(model, count):
+        report = diffusion_report(model, _prompt(setting), seed=seed, folder=setting.folder / "work")
+    _write(report, setting.folder)
+
+
 def _patch_words(setting: Setting, count: Count) -> None:
     from methods_multimodal.cross_attention import Case, grid, patch_words
     from methods_multimodal.cross_attention.metrics import colour
 
     model, prompt = setting.model("tiny-sd"), _prompt(setting)
     cases = [Case(prompt, "red", prompt.replace("red", "blue"), "blue", seed) for seed in range(2)]
-    with counted(model.wrapped.unet, count):
+    with _denoised(model, count):
         effects = patch_words(
             model, cases, colour(setting.pick((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))), grid(model), batch=5,
             options={"num_inference_steps": 2}, folder=setting.folder / "work",
@@ -310,6 +334,8 @@ JOBS = (
     Job("words", _words, _PAGE),
     Job("trace", _trace, _PAGE),
     Job("report", _report, _PAGE),
+    Job("vlm_report", _vlm_report, _PAGE),
+    Job("diff_report", _diffusion_report, _PAGE),
     Job("patch_words", _patch_words, ("effects.safetensors",)),
     Job("zoo", _zoo, ("done.safetensors",), without=("weights",)),
 )

@@ -102,7 +102,7 @@ def kills(job: Job, n: int, rng: random.Random, top: Path) -> list[Outcome]:
     data = top / "pictures"
     if not data.exists():
         pictures(data)
-    for name in ("tiny-clip", "tiny-sd"):
+    for name in ("tiny-clip", "tiny-llava", "tiny-sd"):
         _model(name, False)  # Loaded once, for all the processes to come.
     setting = Setting(top / f"{job.name}-whole", data)
     needed = run(job, setting, top / f"{job.name}-whole.log")
