@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from methods_multimodal.core.record import Record
-from mm_adapters import CheckpointError, StoreError
+from mm_adapters import CheckpointError, Model, StoreError
 from mm_adapters.store import kept_calls, load_tensors, provenance, save_tensors, work_folder
 
 R = TypeVar("R", bound=Record)
@@ -42,7 +42,7 @@ class Kept:
         return self._read(lambda: load_tensors(file)[0])
 
     @contextmanager
-    def calls(self) -> Iterator[Callable[[str], None]]:
+    def calls(self, model: Model) -> Iterator[Callable[[str], None]]:
         """Inside, a sampling loop that was killed goes on at the step where it was (`kept_calls`).
 
         What is made of it is stored inside too. Gives what is called with each part's name, if there are
@@ -51,7 +51,7 @@ class Kept:
         if self.folder is None:
             yield lambda name: None
             return
-        with kept_calls(self.folder / "calls") as calls:
+        with kept_calls(model, self.folder / "calls") as calls:
             yield calls.begin
 
     def inside(self, name: str) -> Path | None:

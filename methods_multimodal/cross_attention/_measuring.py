@@ -15,7 +15,7 @@ from methods_multimodal.core.running import State, run_steps
 from methods_multimodal.cross_attention.cases import Case, Part, unused_words
 from methods_multimodal.cross_attention.effects import Effects
 from methods_multimodal.cross_attention.metrics import Metric, scores
-from mm_adapters import InputError, TokenLayout
+from mm_adapters import InputError, Model, TokenLayout
 
 # Draws the base, the goal, the control and the parts of these numbers, in this order.
 DrawParts = Callable[[Sequence[int]], Float[Tensor, "row 3 height width"]]
@@ -23,6 +23,7 @@ _ENDS = 3  # The base, the goal and the control are drawn in every run.
 
 
 def measure_parts(
+    model: Model,
     cases: Sequence[Case],
     layouts: Sequence[TokenLayout],
     parts: Sequence[Part],
@@ -37,6 +38,7 @@ def measure_parts(
     """The metric of every case's pictures.
 
     Args:
+        model: what draws them.
         cases: the pictures; `layouts` are of their prompts.
         parts: what is intervened on, one part at a time.
         metric: takes pictures, gives a number each.
@@ -77,7 +79,7 @@ def measure_parts(
     n_runs = len(cases) * len(chunks)
     work = work or Kept(None)
     bar = tqdm(total=n_runs, desc=what, unit="run", disable=None, leave=False)
-    with bar, work.calls() as begin:
+    with bar, work.calls(model) as begin:
         done = run_steps(n_runs, one_run, start, work.inside("runs.safetensors"))
     table, ends = done["table"], done["ends"]
     return Effects(

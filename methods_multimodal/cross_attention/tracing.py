@@ -266,7 +266,16 @@ def _measured(
     settings |= {"cases": list(cases), "parts": list(parts), "metric": metric}
     with kept(folder, job=what, models={"model": model}, **settings) as work:
         return measure_parts(
-            cases, layouts, parts, metric, drawing_of, what=what, batch=batch, seed=control_seed, work=work
+            model,
+            cases,
+            layouts,
+            parts,
+            metric,
+            drawing_of,
+            what=what,
+            batch=batch,
+            seed=control_seed,
+            work=work,
         )
 
 

@@ -165,10 +165,11 @@ def patch_units(
         bar.update()
         return {"patched": patched}
 
-    made_of: dict[str, Any] = {"site": site, "axis": axis, "layers": list(names), "units": groups}
+    made_of: dict[str, Any] = {"models": {"model": model}, "data": [clean, corrupted], "site": site}
+    made_of |= {"axis": axis, "layers": list(names), "units": groups}
     made_of |= {"metric": metric, "rows": per_run, "stacked": None if stacked is None else sorted(stacked)}
     start = {"patched": base.new_zeros(n_rows, len(names), len(groups))}
-    with bar, kept(folder, job="patch_units", models={"model": model}, data=[clean, corrupted], **made_of) as work:
+    with bar, kept(folder, job="patch_units", **made_of) as work:
         file = work.inside("runs.safetensors")
         patched = run_steps(n_runs, one_run, start, file)["patched"]
     return ActivationPatching(

@@ -55,7 +55,7 @@ def diffusion_report(
         return runs[0]
 
     settings: dict[str, Any] = {"inputs": inputs, "n_steps": steps}
-    with kept(folder, job="diffusion_report", models={"model": model}, **settings) as work, work.calls():
+    with kept(folder, job="diffusion_report", models={"model": model}, **settings) as work, work.calls(model):
         final = work.tensors("picture", lambda: {"": pictures_of(model, run().output)[0].float().cpu()})[""]
         shown = work.record("frames", DenoisingSteps, lambda: frames.pictures(model, run()))
         maps = work.record("maps", WordMaps, lambda: words.maps(run()))

@@ -130,7 +130,7 @@ def _measured(
         model, cases, metric, positions=positions, options=options, folder=work.inside("estimated")
     )
     blocked = knock_out_words(model, cases, metric, [Part()], options=options, folder=work.inside("blocked"))
-    with work.calls():
+    with work.calls(model):
         shown = work.tensors("pictures", lambda: {"": _pictures(model, cases[0], exact, positions, options)})
     best = exact.parts[int(exact.share().mean.argmax())]
     titles = [

@@ -48,7 +48,7 @@ def words_report(
         return maps
 
     settings: dict[str, Any] = {"inputs": inputs, "words": None if words is None else list(words)}
-    with kept(folder, job="words_report", models={"model": model}, **settings) as work, work.calls():
+    with kept(folder, job="words_report", models={"model": model}, **settings) as work, work.calls(model):
         maps = work.record("maps", WordMaps, draw)
         pixels = to_array(drawn[0] if drawn else work.tensors("picture", dict)[""])
     recipe = "spread" if maps.affinity.numel() else "mean"

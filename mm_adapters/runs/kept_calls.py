@@ -1,21 +1,21 @@
 """The calls of a sampling loop, kept: a run that was killed is run again, and does not compute them anew.
 
-The loop itself runs from its start, so that its sampler, its noise and its callbacks are where they were. Of
-the denoiser a call that is kept is not computed: it gives what it gave, and the run's reads get what they got.
+The loop itself runs from its start, so that its sampler, its noise and its callbacks are where they were. A
+call of the denoiser that is kept is not computed: it gives what it gave, and the reads get what they got.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from mm_adapters.hooks.wiring import Points
 from mm_adapters.runs.joining import Value
 from mm_adapters.runs.lens import Call, Read
 from mm_adapters.runs.meter import Meter, with_call
@@ -58,22 +58,19 @@ class Gathers(Protocol):
         ...
 
 
-_memory: ContextVar[CallMemory | None] = ContextVar("memory of calls", default=None)
-
-
 @contextmanager
-def remembering(memory: CallMemory) -> Iterator[None]:
-    """Runs inside keep the calls of their sampling loops in `memory`, and take those that are there from it.
+def remembering(points: Points, memory: CallMemory) -> Iterator[None]:
+    """A model's runs inside keep the calls of their loops in `memory`, and take those that are there from it.
 
     The functions of the reads and edits go by their value and its call alone, or are `Gathers`. Not kept are
     calls of runs with gradients, of a denoiser that goes by earlier calls (a cache), or that takes or gives
     what is neither tensors nor plain values: such runs compute everything.
     """
-    token = _memory.set(memory)
+    before, points.call_memory = points.call_memory, memory
     try:
         yield
     finally:
-        _memory.reset(token)
+        points.call_memory = before
 
 
 class KeptCalls:
@@ -118,15 +115,16 @@ class KeptCalls:
         return gather
 
     @contextmanager
-    def of(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """The run belongs inside; the modules are those that its loops call, by tower."""
-        memory = _memory.get()
+    def of(
+        self, memory: CallMemory | None, loops: Iterable[str], called: Callable[[str], nn.Module]
+    ) -> Iterator[None]:
+        """The run belongs inside; its loops call these towers, and `called` gives the module of one."""
         if memory is None:
             yield
             return
-        run = memory.next_run()
-        own = {name: vars(m).get("forward") for name, m in modules.items()}
-        kept = {name: m for name, m in modules.items() if not _has_state(m)}
+        run, modules = memory.next_run(), {name: called(name) for name in loops}
+        kept = {name: module for name, module in modules.items() if not _has_state(module)}
+        own = {name: vars(module).get("forward") for name, module in kept.items()}
         self._is_active = True
         try:
             for name, module in kept.items():
@@ -135,10 +133,11 @@ class KeptCalls:
         finally:
             self._is_active = False
             for name, module in kept.items():
-                if own[name] is None:
+                before = own[name]
+                if before is None:
                     vars(module).pop("forward", None)
                 else:
-                    module.forward = own[name]
+                    module.forward = before
 
     def _keeping(self, forward: Callable[..., Any], memory: CallMemory, name: str) -> Callable[..., Any]:
         asked = [[r.site, r.steps, r.calls, str(r.rows)] for r in self._read]
@@ -208,8 +207,9 @@ class KeptCalls:
 
 
 def _has_state(module: nn.Module) -> bool:
-    """Whether something at work in it (diffusers' caches) goes by earlier calls."""
-    return any(hasattr(part, "_diffusers_hook") for part in module.modules())
+    """Whether a hook of diffusers is at work in it, as its caches are, which go by earlier calls."""
+    registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
+    return any(registry is not None and registry.hooks for registry in registries)
 
 
 def _is_plain(value: Any) -> bool:

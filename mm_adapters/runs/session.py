@@ -82,9 +82,7 @@ class Session:
         self._wholes: list[list[tuple[Tensor, Any]]] = [[] for _ in read]
         self._edits_seen = [Seen() for _ in edit]
         self._reads_seen = [Seen() for _ in read]
-        self._kept = KeptCalls(
-            read, self.values, self._reads_seen, self.meters, self._edits_seen
-        )
+        self._kept = KeptCalls(read, self.values, self._reads_seen, self.meters, self._edits_seen)
 
     @contextmanager
     def attached(self, arguments: Mapping[str, Any] | None = None) -> Iterator[None]:
@@ -111,7 +109,8 @@ class Session:
                 )
                 stack.callback(handle.remove)
             if not self.keep_graph:
-                stack.enter_context(self._kept.of({name: self._called(name) for name in self.sites.loops}))
+                memory = self.points.call_memory
+                stack.enter_context(self._kept.of(memory, self.sites.loops, self._called))
             yield
 
     @property

@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from mm_adapters._errors import CheckpointError, StoreError
 from mm_adapters.runs.kept_calls import remembering
+from mm_adapters.runs.model import Model
 from mm_adapters.storage.fingerprint import of_value
 from mm_adapters.storage.save_clock import SaveClock
 from mm_adapters.storage.tensor_files import load_tensors, save_tensors
@@ -83,12 +84,12 @@ class FolderOfCalls:
 
 
 @contextmanager
-def kept_calls(folder: str | Path) -> Iterator[FolderOfCalls]:
+def kept_calls(model: Model, folder: str | Path) -> Iterator[FolderOfCalls]:
     """Inside, the denoiser's calls of `model.run` are kept in the folder, and are not computed again.
 
     It is of this work alone: a folder below that of `work_folder`. When the block ends it is deleted, for
-    then what was made of the calls is stored; after an error or a kill it stays, and the same runs in the same
-    order go on with it, to the same result. Of several parts each says its name first (`begin`).
+    then what was made of the calls is stored; after an error or a kill it stays, and the same runs in the
+    same order go on with it, to the same result. Of several parts each says its name first (`begin`).
 
     The functions of reads and edits go by their value and its call alone; a reduce that gathers says how it
     does (`part` and `add`). Runs with gradients, and denoisers with a cache, are computed as a whole.
@@ -102,7 +103,7 @@ def kept_calls(folder: str | Path) -> Iterator[FolderOfCalls]:
         raise StoreError(f"{folder} cannot be a folder of calls: {error.strerror or error}.") from None
     memory = FolderOfCalls(folder)
     try:
-        with remembering(memory):
+        with remembering(cast(Any, model).points, memory):  # Of either engine's model.
             yield memory
     except BaseException:
         with suppress(StoreError):  # What was written before stays.

@@ -305,21 +305,47 @@ def _patch_words(setting: Setting, count: Count) -> None:
 def _zoo(setting: Setting, count: Count) -> None:
     from mm_adapters.zoo import vae
 
-    real = vae.loss
+    with _losses_counted(vae, count):
+        model = vae.train(setting.folder, steps=setting.pick(24, 16), seed=setting.seed(), resume=True)
+    _save_weights(model, setting.folder)
 
-    def loss(model: Any, step: int, seed: int) -> Any:
+
+def _zoo_llava(setting: Setting, count: Count) -> None:
+    from mm_adapters.zoo import llava, models_at, path
+
+    clip, _ = models_at.load(path("tiny-clip"), "tiny-clip")
+    if setting.changed == "weights":
+        dict(clip.named_parameters())[_LAST_WEIGHT["tiny-clip"]].data.view(-1)[-1] *= 1.01
+    with _losses_counted(llava, count):
+        model = llava.train(
+            setting.folder, clip, steps=setting.pick(24, 16), seed=setting.seed(), resume=True
+        )
+    _save_weights(model, setting.folder)
+
+
+@contextlib.contextmanager
+def _losses_counted(recipe: Any, count: Count) -> Iterator[None]:
+    """Counts the steps of one of the zoo's trainings."""
+    real = recipe.loss
+
+    def loss(*args: Any) -> Any:
         count(1)
-        return real(model, step, seed)
+        return real(*args)
 
+    n_threads = torch.get_num_threads()
     try:
-        vae.loss = loss
+        recipe.loss = loss
         torch.set_num_threads(1)
-        model = vae.train(setting.folder, steps=setting.pick(12, 8), seed=setting.seed(), resume=True)
+        yield
     finally:
-        vae.loss = real
+        recipe.loss = real
+        torch.set_num_threads(n_threads)
+
+
+def _save_weights(model: nn.Module, folder: Path) -> None:
     from mm_adapters.store import save_tensors
 
-    save_tensors(setting.folder / "done.safetensors", dict(model.state_dict()), {})
+    save_tensors(folder / "done.safetensors", dict(model.state_dict()), {})
 
 
 _STORE = ("*.safetensors", "manifest.json")
@@ -338,5 +364,6 @@ JOBS = (
     Job("diff_report", _diffusion_report, _PAGE),
     Job("patch_words", _patch_words, ("effects.safetensors",)),
     Job("zoo", _zoo, ("done.safetensors",), without=("weights",)),
+    Job("zoo_llava", _zoo_llava, ("done.safetensors",)),
 )
 BY_NAME = {job.name: job for job in JOBS}
