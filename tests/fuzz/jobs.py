@@ -204,7 +204,7 @@ def _featurise(setting: Setting, count: Count) -> None:
 
     task, projection = _task(setting, count), Projection("sparse", setting.pick(32, 64))
     featurise(
-        task, _examples(setting, 40, 0), setting.folder, projection=projection, batch_size=1, progress=False
+        task, _examples(setting, 120, 0), setting.folder, projection=projection, batch_size=1, progress=False
     )
 
 
