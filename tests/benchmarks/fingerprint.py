@@ -3,9 +3,9 @@
 python -m tests.benchmarks.fingerprint [--rounds 7] [--small]
 
 The work is `collect` of one site: of 1,000 pictures of the zoo's world with tiny-clip; of 200 of 256 x 256
-with a CLIP of ViT-B/32's size with random weights. The fingerprint is of all weights, and of every byte of the
-pictures' files. Noise is the worst case: its files are the largest that pictures of this size have. Rounds are
-paired, by the processor's clock.
+with a CLIP of ViT-B/32's size with random weights. The fingerprint is of all weights, and of every byte of
+the pictures' files. Noise is the worst case: its files are the largest of this size. Rounds
+are paired, by the processor's clock.
 """
 
 from __future__ import annotations
