@@ -1,4 +1,4 @@
-"""The tests of the real service, for a user who has another Ray: running, with a token and settings of its own.
+"""The tests of the real service, for a user who has another Ray: it runs, with a token and settings.
 
     MM_INTERP_NDIF_HOME=/where/it/is python -m tests.ndif.foreign_settings [pytest's arguments]
 
@@ -28,6 +28,12 @@ ROOT = Path(__file__).parents[2]
 TOKEN = hashlib.sha256(b"a token of the user's own Ray").hexdigest()
 NOWHERE = "http://127.0.0.1:9"  # Where nothing listens.
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+
+
+def say(line: str) -> None:
+    """A line for whoever waits, before those of the tests."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def users_home(folder: Path) -> Path:
@@ -77,7 +83,7 @@ def other_ray(installed: Path, home: Path, folder: Path) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() - start > 180:
                 raise RuntimeError(f"the other Ray did not start:\n{log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.5)
-        print(f"another Ray runs at {address}", flush=True)
+        say(f"another Ray runs at {address}")
         yield address
         if process.poll() is not None:
             raise RuntimeError(f"the other Ray ended meanwhile:\n{log.read_text(errors='replace')[-2000:]}")
@@ -107,8 +113,8 @@ def main(argv: Sequence[str]) -> int:
             done = subprocess.run([*command, *(argv or ["tests/ndif"])], env=env, cwd=ROOT, check=False)
         changed = contents(home) != before
         tmp = (folder / "ray_tmp").exists()
-        print(f"the user's files of Ray {'CHANGED' if changed else 'are as they were'}", flush=True)
-        print(f"the user's RAY_TMPDIR {'WAS USED' if tmp else 'was not used'}", flush=True)
+        say(f"the user's files of Ray {'CHANGED' if changed else 'are as they were'}")
+        say(f"the user's RAY_TMPDIR {'WAS USED' if tmp else 'was not used'}")
     return int(done.returncode != 0 or changed or tmp)
 
 
