@@ -68,8 +68,8 @@ def load(
             `offload_folder`, `max_memory`) spreads a model over devices, the memory and the disk,
             `quantization_config` packs its weights. Of a pipeline, `automodel` is the class of
             diffusers to make of the checkpoint ("StableDiffusionImg2ImgPipeline",
-            "AutoPipelineForInpainting") instead of the one that it names. Of one model of transformers,
-            `strict=False` leaves weights that the checkpoint lacks random; its repr names them.
+            "AutoPipelineForInpainting") instead of the one that it names. Of one model of transformers or
+            diffusers, `strict=False` leaves weights that the checkpoint lacks random; its repr names them.
 
     Raises: CheckpointError if it is not found or cannot be read; UnknownFamilyError if no family
     covers it; InputError for a dtype, device, engine or option there is none of.

@@ -34,6 +34,7 @@ from mm_adapters.checkpoints.checks import check_safetensors
 from mm_adapters.storage.documents import read_document, read_mapping, read_text, write_document
 from mm_adapters.storage.files import CODES, DTYPES, Mapped, atomic_write
 from mm_adapters.storage.fingerprint import of_data, of_module, of_tensors
+from mm_adapters.storage.kept_calls import kept_calls
 from mm_adapters.storage.manifest import Column, file_name, read_manifest
 from mm_adapters.storage.provenance import check_same_work, exclusive, provenance, work_folder
 from mm_adapters.storage.save_clock import SaveClock
@@ -48,6 +49,7 @@ __all__ = [
     "atomic_write",
     "check_same_work",
     "exclusive",
+    "kept_calls",
     "load_tensors",
     "of_data",
     "of_module",

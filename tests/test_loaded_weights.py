@@ -81,6 +81,24 @@ def test_a_missing_weight_is_random_only_on_purpose_and_is_said(tmp_path: Path, 
         mm.load("tiny-sd", strict=False)
 
 
+def test_of_one_model_of_diffusers_too(tmp_path: Path) -> None:
+    file = "unet/diffusion_pytorch_model.safetensors"
+    lacking = ["conv_in.weight", "mid_block.resnets.0.conv1.bias"]
+    folder = changed(tmp_path, "tiny-sd", file, lambda t: [t.pop(name) for name in lacking]) / "unet"
+    model: Any = mm.load(folder, device="cpu", strict=False)
+    assert model.random_weights == tuple(lacking)
+    assert f"random, not in the checkpoint: {', '.join(lacking)}" in repr(model)
+    whole: Any = mm.load(zoo.path("tiny-sd") / "unet", device="cpu", strict=False)
+    assert whole.random_weights == ()
+    ours, theirs = (m.wrapped.state_dict() for m in (model, whole))
+    assert {n for n in theirs if not torch.equal(ours[n], theirs[n])} == set(lacking)
+    assert all(bool(weight.isfinite().all()) for weight in ours.values())
+    with pytest.raises(mm.CheckpointError, match="lacks 2 weights"):
+        load(folder)
+    with pytest.raises(mm.InputError, match="strict=False with device_map"):
+        mm.load(folder, strict=False, device_map="auto")
+
+
 def test_a_misspelt_weight_is_named_with_what_it_was_meant_for(tmp_path: Path) -> None:
     def rename(tensors: dict[str, Tensor]) -> None:
         key = first(tensors, "q_proj.weight")

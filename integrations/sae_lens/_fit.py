@@ -61,7 +61,7 @@ class Fit:
             if self.centre:
                 self._start_at_means()
         total = self._first.cfg.total_training_samples
-        clock = SaveClock()
+        clock = SaveClock(n=-(-total // self._first.cfg.train_batch_size_samples))
         log = self.folder / "metrics.jsonl"
         _keep_until(log, self._first.n_training_steps)
         with (

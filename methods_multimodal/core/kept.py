@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from methods_multimodal.core.record import Record
-from mm_adapters import CheckpointError, StoreError
-from mm_adapters.store import load_tensors, provenance, save_tensors, work_folder
+from mm_adapters import CheckpointError, Model, StoreError
+from mm_adapters.store import kept_calls, load_tensors, provenance, save_tensors, work_folder
 
 R = TypeVar("R", bound=Record)
 
@@ -40,6 +40,23 @@ class Kept:
         if not file.is_file():
             save_tensors(file, make(), {})
         return self._read(lambda: load_tensors(file)[0])
+
+    @contextmanager
+    def calls(self, model: Model) -> Iterator[Callable[[str], None]]:
+        """Inside, a sampling loop that was killed goes on at the step where it was (`kept_calls`).
+
+        What is made of it is stored inside too. Gives what is called with each part's name, if there are
+        several.
+        """
+        if self.folder is None:
+            yield lambda name: None
+            return
+        with kept_calls(model, self.folder / "calls") as calls:
+            yield calls.begin
+
+    def inside(self, name: str) -> Path | None:
+        """A folder for a part that writes down its own progress; None without a folder."""
+        return None if self.folder is None else self.folder / name
 
     def _file(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}.safetensors"

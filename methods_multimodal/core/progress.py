@@ -87,7 +87,7 @@ def run_pass(
         if done.unreadable and not skip_unreadable:
             number, why = done.unreadable[0]
             raise _unreadable(items[number], number, why)
-    clock, unsaved = SaveClock(), 0
+    clock, unsaved = SaveClock(n=-(-len(items) // batch_size)), 0
     try:
         with tqdm(total=len(items), initial=done.position, desc=label, unit="image", disable=None) as bar:
             for first in range(done.position, len(items), batch_size):

@@ -29,7 +29,7 @@ def run_steps(n: int, step: Callable[[State, int], State], start: State, file: P
     if file is not None and (found := newest(file, _read)) is not None:
         first, tensors = found
         state = {name: tensors[name].to(value.device) for name, value in start.items()}
-    clock, saved = SaveClock(), first
+    clock, saved = SaveClock(n=n), first
     at = first
     try:
         for at in range(first, n):

@@ -70,14 +70,24 @@ class AttentionLeft:
         self.most = 0.0
 
     def __call__(self, pattern: Tensor, call: Call) -> Tensor:
-        self.is_read = True
+        return self.add(self.part(pattern, call), call)
+
+    def part(self, pattern: Tensor, call: Call) -> Tensor:
+        """What is left in one call."""
+        left = pattern.new_zeros(())
         for edit in self.edits:
             if edit.steps is None or call.step in edit.steps:
                 fn = edit.fn
                 assert isinstance(fn, BlockKeys)
                 row = pattern[edit.row]
-                self.most = max(self.most, float(row[fn.mask(row)].abs().max()))
-        return pattern.new_zeros(0)
+                left = torch.maximum(left, row[fn.mask(row)].abs().max())
+        return left
+
+    def add(self, part: Tensor, call: Call) -> Tensor:
+        """Notes it, and returns nothing to keep."""
+        self.is_read = True
+        self.most = max(self.most, float(part))
+        return part.new_zeros(0)
 
 
 def watch(edits: Sequence[RowEdit]) -> dict[str, AttentionLeft]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -11,11 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods_multimodal.core.generators import generator
+from methods_multimodal.core.kept import Kept
 from methods_multimodal.core.running import State, run_steps
 from methods_multimodal.cross_attention.cases import Case, Part, unused_words
 from methods_multimodal.cross_attention.effects import Effects
 from methods_multimodal.cross_attention.metrics import Metric, scores
-from mm_adapters import InputError, TokenLayout
+from mm_adapters import InputError, Model, TokenLayout
 
 # Draws the base, the goal, the control and the parts of these numbers, in this order.
 DrawParts = Callable[[Sequence[int]], Float[Tensor, "row 3 height width"]]
@@ -23,6 +23,7 @@ _ENDS = 3  # The base, the goal and the control are drawn in every run.
 
 
 def measure_parts(
+    model: Model,
     cases: Sequence[Case],
     layouts: Sequence[TokenLayout],
     parts: Sequence[Part],
@@ -32,11 +33,12 @@ def measure_parts(
     what: str,
     batch: int,
     seed: int,
-    file: Path | None = None,
+    work: Kept | None = None,
 ) -> Effects:
     """The metric of every case's pictures.
 
     Args:
+        model: what draws them.
         cases: the pictures; `layouts` are of their prompts.
         parts: what is intervened on, one part at a time.
         metric: takes pictures, gives a number each.
@@ -45,7 +47,7 @@ def measure_parts(
         what: the intervention's name.
         batch: rows of a run.
         seed: of the other words.
-        file: where runs are written down as they are done, in a folder of this work's own.
+        work: where runs are written down as they are done, and their steps.
 
     Raises: InputError if there is no case or part, or a batch holds no part.
     """
@@ -64,6 +66,7 @@ def measure_parts(
 
     def one_run(sofar: State, number: int) -> State:
         i, k = divmod(number, len(chunks))
+        begin(f"run {number}")
         values = scores(metric, draws[i](chunks[k])).cpu()
         table, ends = sofar["table"].clone(), sofar["ends"].clone()
         table[chunks[k], i] = values[_ENDS:]
@@ -74,8 +77,10 @@ def measure_parts(
 
     start = {"table": torch.zeros(len(parts), len(cases)), "ends": torch.zeros(_ENDS, len(cases))}
     n_runs = len(cases) * len(chunks)
-    with tqdm(total=n_runs, desc=what, unit="run", disable=None, leave=False) as bar:
-        done = run_steps(n_runs, one_run, start, file)
+    work = work or Kept(None)
+    bar = tqdm(total=n_runs, desc=what, unit="run", disable=None, leave=False)
+    with bar, work.calls(model) as begin:
+        done = run_steps(n_runs, one_run, start, work.inside("runs.safetensors"))
     table, ends = done["table"], done["ends"]
     return Effects(
         changed=table,

@@ -128,7 +128,7 @@ def _restored(
         return draw_parts
 
     return measure_parts(
-        cases, layouts, parts, metric, drawing_of, what="restoring", batch=batch, seed=noise_seed
+        model, cases, layouts, parts, metric, drawing_of, what="restoring", batch=batch, seed=noise_seed
     )
 
 

@@ -265,9 +265,17 @@ def _measured(
     settings: dict[str, Any] = {"batch": batch, "options": dict(options or {}), "seed": control_seed, **more}
     settings |= {"cases": list(cases), "parts": list(parts), "metric": metric}
     with kept(folder, job=what, models={"model": model}, **settings) as work:
-        file = work.folder and work.folder / "runs.safetensors"
         return measure_parts(
-            cases, layouts, parts, metric, drawing_of, what=what, batch=batch, seed=control_seed, file=file
+            model,
+            cases,
+            layouts,
+            parts,
+            metric,
+            drawing_of,
+            what=what,
+            batch=batch,
+            seed=control_seed,
+            work=work,
         )
 
 

@@ -45,7 +45,14 @@ class Fold:
     steps: set[int] = field(default_factory=set)
 
     def __call__(self, value: Tensor, call: Call) -> Tensor:
-        part = self.of(value.detach())
+        return self.add(self.part(value, call), call)
+
+    def part(self, value: Tensor, call: Call) -> Tensor:
+        """What a value adds."""
+        return self.of(value.detach())
+
+    def add(self, part: Tensor, call: Call) -> Tensor:
+        """Adds it, and returns nothing to keep."""
         at = call.step if self.each_step else 0
         if at in self.sums:
             self.sums[at] += part
@@ -53,7 +60,7 @@ class Fold:
             self.sums[at] = part
         self.counts[at] = self.counts.get(at, 0) + 1
         self.steps.add(call.step)
-        return value.new_zeros(0)
+        return part.new_zeros(0)
 
     @property
     def count(self) -> int:
@@ -81,13 +88,21 @@ class Affinity:
         self._query = value.detach() if value.shape[1] <= MOST_POSITIONS else None
         return value.new_zeros(0)
 
-    def key(self, value: Float[Tensor, "image pixel head d"], call: Call) -> Tensor:
-        """The `reduce` of a read of the keys."""
-        if self._query is not None:
-            query, self._query = self._query, None
-            q, k = (rearrange(x.float(), "i p h d -> i h p d") for x in (query, value.detach()))
-            self.fold((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1), call)
-        return value.new_zeros(0)
+    def __call__(self, value: Float[Tensor, "image pixel head d"], call: Call) -> Tensor:
+        """As the `reduce` of a read of the keys."""
+        return self.add(self.part(value, call), call)
+
+    def part(self, value: Float[Tensor, "image pixel head d"], call: Call) -> Tensor:
+        """What a call's keys add; nothing, of a fine resolution."""
+        if self._query is None:
+            return value.new_zeros(0)
+        query, self._query = self._query, None
+        q, k = (rearrange(x.float(), "i p h d -> i h p d") for x in (query, value.detach()))
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+
+    def add(self, part: Tensor, call: Call) -> Tensor:
+        """Adds it, and returns nothing to keep."""
+        return self.fold(part, call) if part.numel() else part
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,7 @@ class WordReader:
             name = site.rpartition(".")[0]
             reads += [
                 Read(f"{name}.hook_q", affinity.query, steps, "cond"),
-                Read(f"{name}.hook_k", affinity.key, steps, "cond"),
+                Read(f"{name}.hook_k", affinity, steps, "cond"),
             ]
         if self.grid is not None:
             return reads

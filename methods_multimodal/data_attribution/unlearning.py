@@ -85,7 +85,11 @@ def _scores(
     n, n_queries = n_examples(examples), len(queries["index"])
     weights, constants, measure = task.weights(), task.constants(), task.measures[0]
     fisher = fisher or fisher_diagonal(
-        task, examples, max_rows=max_rows, file=done and done / "fisher.safetensors"
+        task,
+        examples,
+        batch_size=max(1, max_rows // task.n_draws),  # One call each: what a kill costs.
+        max_rows=max_rows,
+        file=done and done / "fisher.safetensors",
     )
     mean = torch.cat([v.flatten() for v in fisher.values()]).mean()
     scale = {name: 1 / (n * (value + damping * mean)) for name, value in fisher.items()}

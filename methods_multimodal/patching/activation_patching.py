@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from methods_multimodal.core.kept import kept
 from methods_multimodal.core.model import check_sites
 from methods_multimodal.core.positions import in_rows
 from methods_multimodal.core.record import Record
+from methods_multimodal.core.running import State, run_steps
 from mm_adapters import Edit, InputError, Model, Read
 
 Metric = Callable[[Any], Tensor]
@@ -58,12 +61,12 @@ def patch_heads(
     layers: Sequence[int],
     stacked: Collection[str] | None = None,
     batch: int = 64,
+    folder: str | Path | None = None,
 ) -> ActivationPatching:
     """Patches each head's z of each layer, at all positions. The rest as in `patch_units`."""
     site = f"{tower}.blocks.{{}}.attn.hook_z"
-    return patch_units(
-        model, clean, corrupted, metric, site, "head", layers=layers, stacked=stacked, batch=batch
-    )
+    options: dict[str, Any] = {"layers": layers, "stacked": stacked, "batch": batch, "folder": folder}
+    return patch_units(model, clean, corrupted, metric, site, "head", **options)
 
 
 def patch_positions(
@@ -77,14 +80,15 @@ def patch_positions(
     units: Sequence[Sequence[int]] | None = None,
     stacked: Collection[str] | None = None,
     batch: int = 64,
+    folder: str | Path | None = None,
 ) -> ActivationPatching:
     """Patches each position (or each group of them in `units`) of each layer's input.
 
     Of a text or language tower -1 is each row's last attended position. The rest as in `patch_units`.
     """
     site = f"{tower}.blocks.{{}}.hook_resid_pre"
-    options: dict[str, Any] = {"layers": layers, "units": units, "stacked": stacked, "batch": batch}
-    return patch_units(model, clean, corrupted, metric, site, "pos", **options)
+    options: dict[str, Any] = {"layers": layers, "stacked": stacked, "batch": batch, "folder": folder}
+    return patch_units(model, clean, corrupted, metric, site, "pos", units=units, **options)
 
 
 def patch_units(
@@ -99,6 +103,7 @@ def patch_units(
     units: Sequence[Sequence[int]] | None = None,
     stacked: Collection[str] | None = None,
     batch: int = 64,
+    folder: str | Path | None = None,
 ) -> ActivationPatching:
     """Runs the corrupted input once for each layer and unit, with that unit taken from the clean run.
 
@@ -116,10 +121,11 @@ def patch_units(
         stacked: The arguments that have a row for each input (None: every tensor does, if all have as many
             rows; empty: nothing is stacked and units run one by one).
         batch: The most rows of one run.
+        folder: Where runs are written down as they are done, so that a call that was killed goes on.
 
     Source: Meng et al. 2022, arXiv 2202.05262; Heimersheim and Nanda 2024, arXiv 2404.15255.
     Raises: MissingSiteError for a layer without the site; InputError if the two inputs differ in shape, the
-        layers in how many units they have, or there is no such unit.
+        layers in how many units they have, or there is no such unit; StoreError for a folder of other work.
     """
     names = {layer: site.format(layer) for layer in layers}
     check_sites(model, names.values())
@@ -145,18 +151,29 @@ def patch_units(
     per_run = max(1, batch // n_rows) if _stacks(model, site, corrupted, stacked, n_rows) else 1
     pairs = [[_side_by_side([places[unit][side] for unit in group]) for side in (0, 1)] for group in groups]
     chunks = [pairs[i : i + per_run] for i in range(0, len(pairs), per_run)]
-    rows: list[Tensor] = []
-    with tqdm(total=len(names) * len(chunks), desc="patching", unit="run", disable=None, leave=False) as bar:
-        for name in names.values():
-            effects: list[Tensor] = []
-            for chunk in chunks:
-                edit = Edit(name, _swap(source[name], chunk, dim))
-                run = model.run(_stack(corrupted, len(chunk), stacked), edit=[edit])
-                effects.append(rearrange(metric(run.output).detach().float(), "(u r) -> r u", u=len(chunk)))
-                bar.update()
-            rows.append(torch.cat(effects, 1))
+    n_runs = len(names) * len(chunks)
+    bar = tqdm(total=n_runs, desc="patching", unit="run", disable=None, leave=False)
+
+    def one_run(sofar: State, number: int) -> State:
+        layer, chunk = divmod(number, len(chunks))
+        name, first, pieces = list(names.values())[layer], chunk * per_run, chunks[chunk]
+        edit = Edit(name, _swap(source[name], pieces, dim))
+        output = model.run(_stack(corrupted, len(pieces), stacked), edit=[edit]).output
+        patched = sofar["patched"].clone()
+        effects = rearrange(metric(output).detach().float(), "(u r) -> r u", u=len(pieces))
+        patched[:, layer, first : first + len(pieces)] = effects
+        bar.update()
+        return {"patched": patched}
+
+    made_of: dict[str, Any] = {"models": {"model": model}, "data": [clean, corrupted], "site": site}
+    made_of |= {"axis": axis, "layers": list(names), "units": groups}
+    made_of |= {"metric": metric, "rows": per_run, "stacked": None if stacked is None else sorted(stacked)}
+    start = {"patched": base.new_zeros(n_rows, len(names), len(groups))}
+    with bar, kept(folder, job="patch_units", **made_of) as work:
+        file = work.inside("runs.safetensors")
+        patched = run_steps(n_runs, one_run, start, file)["patched"]
     return ActivationPatching(
-        patched=torch.stack(rows, 1),
+        patched=patched,
         clean=metric(source.output).detach().float(),
         corrupted=base,
         site=site,

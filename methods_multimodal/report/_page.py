@@ -20,6 +20,8 @@ from mm_adapters import Model, TokenLayout
 from mm_adapters.store import atomic_write
 
 LETTERS = ("A", "B")  # The image, and what it is compared with.
+# Rows that are patched in one run: few, for a run is what a kill costs.
+PATCHED_ROWS = 16
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from methods_multimodal.plots import head_shares, heatmap, mlp_shares, mosaic, p
 from methods_multimodal.relevance.attention_maps import HeadMaps, head_maps
 from methods_multimodal.report._page import (
     LETTERS,
+    PATCHED_ROWS,
     Report,
     as_seen,
     new_page,
@@ -111,7 +112,7 @@ def _gather(
         )
     except MissingSiteError as error:
         reason = f"No logit attribution: {error}"
-    every: dict[str, Any] = {"tower": TOWER, "stacked": set(shown)}
+    every: dict[str, Any] = {"tower": TOWER, "stacked": set(shown), "batch": PATCHED_ROWS}
     groups, grid = windows(layout)
     query, name = (0, "class token") if "class" in layout.roles[0] else (None, "average position")
     layers = range(n_layers)
@@ -126,10 +127,16 @@ def _gather(
         heads=work.record(
             "heads",
             ActivationPatching,
-            lambda: patch_heads(model, clean, corrupted, metric, layers=layers, **every),
+            lambda: patch_heads(
+                model, clean, corrupted, metric, layers=layers, folder=work.inside("patched heads"), **every
+            ),
         ),
         patches=work.record(
-            "patches", ActivationPatching, lambda: patch_positions(model, clean, corrupted, metric, **few)
+            "patches",
+            ActivationPatching,
+            lambda: patch_positions(
+                model, clean, corrupted, metric, folder=work.inside("patched patches"), **few
+            ),
         ),
         grid=grid,
     )

@@ -31,8 +31,8 @@ def diffusion_report(
 ) -> Report:
     """Draws the prompt once, and shows its steps and where each word was attended to.
 
-    `options` go to the pipeline (`guidance_scale`, `height`, ...). With a `folder`, what was drawn is
-    written down there and not drawn again.
+    `options` go to the pipeline (`guidance_scale`, `height`, ...). With a `folder`, what is drawn is
+    written down there, step by step, and a run that was killed goes on.
 
     Raises: InputError for an empty prompt or fewer than one step, before anything runs.
     """
@@ -55,7 +55,7 @@ def diffusion_report(
         return runs[0]
 
     settings: dict[str, Any] = {"inputs": inputs, "n_steps": steps}
-    with kept(folder, job="diffusion_report", models={"model": model}, **settings) as work:
+    with kept(folder, job="diffusion_report", models={"model": model}, **settings) as work, work.calls(model):
         final = work.tensors("picture", lambda: {"": pictures_of(model, run().output)[0].float().cpu()})[""]
         shown = work.record("frames", DenoisingSteps, lambda: frames.pictures(model, run()))
         maps = work.record("maps", WordMaps, lambda: words.maps(run()))

@@ -123,18 +123,15 @@ def _measured(
     work: Kept,
 ) -> tuple[Effects, Float[Tensor, "part case"], Effects, list[tuple[str, Tensor]]]:
     """The exact effects, the estimated ones, those of blocking, and the pictures shown."""
-
-    def inside(name: str) -> Path | None:
-        return None if work.folder is None else work.folder / name
-
     exact = patch_words(
-        model, cases, metric, parts, positions=positions, options=options, folder=inside("patched")
+        model, cases, metric, parts, positions=positions, options=options, folder=work.inside("patched")
     )
     fast = attribute_patching(
-        model, cases, metric, positions=positions, options=options, folder=inside("estimated")
+        model, cases, metric, positions=positions, options=options, folder=work.inside("estimated")
     )
-    blocked = knock_out_words(model, cases, metric, [Part()], options=options, folder=inside("blocked"))
-    shown = work.tensors("pictures", lambda: {"": _pictures(model, cases[0], exact, positions, options)})[""]
+    blocked = knock_out_words(model, cases, metric, [Part()], options=options, folder=work.inside("blocked"))
+    with work.calls(model):
+        shown = work.tensors("pictures", lambda: {"": _pictures(model, cases[0], exact, positions, options)})
     best = exact.parts[int(exact.share().mean.argmax())]
     titles = [
         "the picture",
@@ -142,7 +139,7 @@ def _measured(
         f"patched at {best}",
         f"“{cases[0].word}” blocked",
     ]
-    return exact, fast.of(parts), blocked, list(zip(titles, shown, strict=True))
+    return exact, fast.of(parts), blocked, list(zip(titles, shown[""], strict=True))
 
 
 def _pictures(model: Model, case: Case, exact: Effects, positions: str, options: dict[str, Any]) -> Tensor:

@@ -29,6 +29,7 @@ from methods_multimodal.plots import head_shares, lens_table, mosaic, overlay, p
 from methods_multimodal.relevance.attention_maps import HeadMaps, head_maps
 from methods_multimodal.report._page import (
     LETTERS,
+    PATCHED_ROWS,
     Report,
     as_seen,
     new_page,
@@ -147,7 +148,8 @@ def _gather(model: Model, clean: dict[str, Any], corrupted: dict[str, Any], work
     decode = model.tokenizer_of(TOWER).decode
     groups, grid = windows(layout)
     looked: dict[str, Any] = {"tower": TOWER, "layers": layers, "query": -1, "query_name": "last token"}
-    few: dict[str, Any] = {"tower": TOWER, "layers": spread(len(layers)), "units": groups}
+    every: dict[str, Any] = {"tower": TOWER, "batch": PATCHED_ROWS}
+    few: dict[str, Any] = {"layers": spread(len(layers)), "units": groups, **every}
     return Evidence(
         answers=tuple(decode(ids, skip_special_tokens=True).strip() for ids in answers),
         target=target,
@@ -157,10 +159,16 @@ def _gather(model: Model, clean: dict[str, Any], corrupted: dict[str, Any], work
         heads=work.record(
             "heads",
             ActivationPatching,
-            lambda: patch_heads(model, clean, corrupted, metric, tower=TOWER, layers=layers),
+            lambda: patch_heads(
+                model, clean, corrupted, metric, layers=layers, folder=work.inside("patched heads"), **every
+            ),
         ),
         patches=work.record(
-            "patches", ActivationPatching, lambda: patch_positions(model, clean, corrupted, metric, **few)
+            "patches",
+            ActivationPatching,
+            lambda: patch_positions(
+                model, clean, corrupted, metric, folder=work.inside("patched patches"), **few
+            ),
         ),
         grid=grid,
     )

@@ -32,7 +32,7 @@ def words_report(
 ) -> Report:
     """Draws the prompt once: a map for each word, its outline at `threshold`, and the strongest's steps.
 
-    With a `folder`, what was drawn is written down there and not drawn again.
+    With a `folder`, what is drawn is written down there, step by step, and a run that was killed goes on.
 
     Raises: WordNotFoundError or InputError before anything runs; StoreError for a folder of other work.
     """
@@ -48,7 +48,7 @@ def words_report(
         return maps
 
     settings: dict[str, Any] = {"inputs": inputs, "words": None if words is None else list(words)}
-    with kept(folder, job="words_report", models={"model": model}, **settings) as work:
+    with kept(folder, job="words_report", models={"model": model}, **settings) as work, work.calls(model):
         maps = work.record("maps", WordMaps, draw)
         pixels = to_array(drawn[0] if drawn else work.tensors("picture", dict)[""])
     recipe = "spread" if maps.affinity.numel() else "mean"

@@ -20,6 +20,7 @@ from mm_adapters.inputs.call_names import parameters_of, unknown_name
 from mm_adapters.records.registry import covers
 from mm_adapters.records.spec import ModelRecord
 from mm_adapters.sites.lookup import unknown
+from mm_adapters.sites.not_in_checkpoint import note_missing
 
 # What a pipeline's from_pretrained takes without declaring it.
 _OPTIONS = (
@@ -85,9 +86,13 @@ def load_diffusers_model(
     config: dict[str, Any],
     device_wanted: torch.device,
     dtype: torch.dtype | None,
+    *,
+    strict: bool = True,
     **options: Any,
 ) -> torch.nn.Module:
     """One model of diffusers (a UNet, an autoencoder), as it stands in a pipeline's folder.
+
+    With `strict=False` weights that it lacks are random, and noted on the model.
 
     Raises: CheckpointError if it is none, or cannot be read; UnknownFamilyError if no family covers it.
     """
@@ -111,9 +116,26 @@ def load_diffusers_model(
         files = check_weights(source.folder, options.get("variant"))
         check_kinds(files)
         dtype = dtype or stored_dtype(files[0])
-    more = {} if dtype is None else {"dtype": dtype}
-    model, report = source.read(kind.from_pretrained, output_loading_info=True, **more, **options)
-    check_report(source.name, report)
+    more: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if strict:
+        model, report = source.read(kind.from_pretrained, output_loading_info=True, **more, **options)
+        check_report(source.name, report)
+        return model
+    placed = [name for name in ("device_map", "quantization_config") if options.get(name) is not None]
+    if placed:
+        raise InputError(
+            f"strict=False with {placed[0]}: diffusers leaves lacking weights without values there. Load it "
+            f"without {placed[0]}."
+        )
+    # Else those that it lacks stay on the meta device; so they are memory that nothing was written to.
+    more |= {"low_cpu_mem_usage": False}
+    model, report = source.read(kind.from_pretrained, output_loading_info=True, **(options | more))
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        drawn, held = kind.from_config(config).state_dict(), model.state_dict()
+        for name in lacking:
+            held[name].copy_(drawn[name])
+    note_missing(model, lacking)
     return model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm_adapters._errors import CheckpointError, InputError
+from mm_adapters._errors import CheckpointError
 from mm_adapters.checkpoints.checks import check_weights, read_json
 from mm_adapters.checkpoints.complete import check_kinds, check_report
 from mm_adapters.checkpoints.from_diffusers import load_diffusers_model
@@ -45,10 +45,8 @@ def load_module(
         raise CheckpointError(f"{source.name} has no config.json. Is it the right folder?")
     config = read_json(path)
     strict = bool(options.pop("strict", True))
-    if not strict and isinstance(config.get("_class_name"), str):
-        raise InputError("strict=False is for one model of transformers: a denoiser has no random weights.")
     if isinstance(config.get("_class_name"), str):
-        return load_diffusers_model(source, config, device_wanted, dtype, **options)
+        return load_diffusers_model(source, config, device_wanted, dtype, strict=strict, **options)
     cls = _transformers_class(config, source)
     check_options(cls, options)
     if not covers(cls):  # Before any weight is read.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mm_adapters._errors import CheckpointError, InputError
+from mm_adapters.checkpoints import shipped
 from mm_adapters.checkpoints.complete import check_numbers
 from mm_adapters.checkpoints.from_diffusers import load_pipeline
 from mm_adapters.checkpoints.from_open_clip import load_open_clip
@@ -101,10 +102,8 @@ def parts_of(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def _source(name: str, options: Mapping[str, Any]) -> Source:
-    from mm_adapters import zoo
-
-    if name in zoo.NAMES:
-        folder = Path(zoo.path(name))
+    if name in shipped.NAMES:
+        folder = shipped.path(name)
         if not folder.is_dir():
             raise CheckpointError(
                 f"{name} is not at {folder}. Install mm-interp again, or make it: "
@@ -124,11 +123,11 @@ def _source(name: str, options: Mapping[str, Any]) -> Source:
         return source
     if folder.is_file():
         raise CheckpointError(of_file(folder))
-    return _at_hub(name, options, list(zoo.NAMES))
+    return _at_hub(name, options)
 
 
-def _at_hub(name: str, options: Mapping[str, Any], shipped: list[str]) -> Source:
-    near = difflib.get_close_matches(name, shipped, n=1)
+def _at_hub(name: str, options: Mapping[str, Any]) -> Source:
+    near = difflib.get_close_matches(name, shipped.NAMES, n=1)
     source = Source.at_hub(name, options)
     try:
         if source.has_any(("model_index.json", "config.json")):
@@ -138,6 +137,6 @@ def _at_hub(name: str, options: Mapping[str, Any], shipped: list[str]) -> Source
         reason = f"as an id on the hub: {error}"
     raise CheckpointError(
         f"There is no model {name!r}: it is not one that ships with the package "
-        f"({', '.join(shipped)}), there is no such folder, and {reason}."
+        f"({', '.join(shipped.NAMES)}), there is no such folder, and {reason}."
         + (f" Did you mean {near[0]!r}?" if near else "")
     )

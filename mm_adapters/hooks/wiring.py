@@ -45,6 +45,8 @@ class Points:
         self._residuals: dict[str, ResidualReader] = {}
         self._extra: dict[str, Site] = {}
         self.by_name: dict[str, Any] = {}
+        # What keeps the calls of sampling loops, if anything does: `runs.kept_calls`.
+        self.call_memory: Any = None
         self.wire()
 
     def wire(self) -> None:

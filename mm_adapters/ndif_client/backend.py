@@ -32,6 +32,7 @@ from mm_adapters.ndif_client.errors import (
     failed,
     refused,
 )
+from mm_adapters.ndif_client.no_proxy import directly
 from mm_adapters.ndif_client.shipping import install_and_load, payload_with_sources
 from mm_adapters.ndif_client.stock_service import stock_service_key
 from mm_adapters.nnsight_engine.protocol import JobModel
@@ -143,13 +144,20 @@ class Dispatch(RemoteBackend):
             raise failed(response.description, self.model_key, self.host)
         return super().note(response)
 
+    def download_result(self, url: Any) -> Any:
+        """As nnsight's. A service on this machine keeps its results here too."""
+        with directly(url if isinstance(url, str) else None):
+            return super().download_result(url)
+
     def _envelope(self) -> Envelope:
         return Envelope(model_key=self.model_key, compress=self.compress, env=self.env, trusted=self.trusted)
 
     def _await(self, request: RequestModel, blob: bytes) -> Any:
         key = {"ndif-api-key": self.api_key} if self.api_key else None
         try:
-            connection = websocket.create_connection(f"{self.ws_host}/subscribe", header=key, timeout=10)
+            with directly(self.host):
+                url = f"{self.ws_host}/subscribe"
+                connection = websocket.create_connection(url, header=key, timeout=10)
         except (OSError, websocket.WebSocketException) as error:
             raise down(self.host, error) from error
         try:
@@ -189,7 +197,8 @@ class Dispatch(RemoteBackend):
 
     def _post(self, request: RequestModel, blob: bytes) -> Any:
         try:
-            return super()._post(request, blob)
+            with directly(self.host):
+                return super()._post(request, blob)
         except RemoteError as error:
             cause = error.__cause__
             if isinstance(cause, httpx.HTTPStatusError):
@@ -198,7 +207,8 @@ class Dispatch(RemoteBackend):
 
     def _get(self, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
         try:
-            return httpx.get(f"{self.host}{path}", headers=headers, timeout=_TIMEOUT)
+            with directly(self.host):
+                return httpx.get(f"{self.host}{path}", headers=headers, timeout=_TIMEOUT)
         except httpx.TransportError as error:
             raise down(self.host, error) from error
 

@@ -47,6 +47,15 @@ class Meter:
         moved = 0.0 if change == 0 else (change / size) ** 0.5 if size else float("inf")
         return Receipt(self.edit.site, self.fired, moved)
 
+    def state(self) -> Tensor:
+        """What it has counted and measured so far, exactly; `restore` takes it back."""
+        return torch.tensor([self.fired, float(self._change), float(self._size)], dtype=torch.float64)
+
+    def restore(self, state: Tensor) -> None:
+        """Goes on from an earlier `state`."""
+        self.fired = int(state[0])
+        self._change, self._size = state[1].float(), state[2].float()
+
     def _check(self, value: Tensor, new: object) -> None:
         what = f"The edit at {self.edit.site} was given {tuple(value.shape)} and returned"
         if not isinstance(new, Tensor) or new.shape != value.shape:

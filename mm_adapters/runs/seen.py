@@ -28,6 +28,14 @@ class Seen:
         self.orders.add(call.order)
         self.positions.update(positions)
 
+    def state(self) -> list[list[int]]:
+        """What it has noted so far; `restore` takes it back."""
+        return [sorted(numbers) for numbers in (self.steps, self.orders, self.positions)]
+
+    def restore(self, state: Sequence[Sequence[int]]) -> None:
+        """Goes on from an earlier `state`."""
+        self.steps, self.orders, self.positions = map(set, state)
+
 
 def check_edits(
     edits: Sequence[Edit], seen: Sequence[Seen], sites: SiteMap, steps: Mapping[str, int]

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_adapters._errors import InputError
 from mm_adapters.hooks.wiring import Points
@@ -19,8 +19,9 @@ from mm_adapters.runs.gradients import check_reads, gradients, scalar_of
 from mm_adapters.runs.guided_rows import GuidedRows, nth_part
 from mm_adapters.runs.indices import within
 from mm_adapters.runs.joining import Value, by_call, of_calls, of_generation, of_loop
+from mm_adapters.runs.kept_calls import KeptCalls
 from mm_adapters.runs.lens import Call, Edit, Read, Run
-from mm_adapters.runs.meter import Meter, with_call
+from mm_adapters.runs.meter import Meter
 from mm_adapters.runs.schedule import Schedule
 from mm_adapters.runs.seen import Seen, check_edits, check_reads_fired
 from mm_adapters.sites.site_map import SiteMap
@@ -81,6 +82,7 @@ class Session:
         self._wholes: list[list[tuple[Tensor, Any]]] = [[] for _ in read]
         self._edits_seen = [Seen() for _ in edit]
         self._reads_seen = [Seen() for _ in read]
+        self._kept = KeptCalls(read, self.values, self._reads_seen, self.meters, self._edits_seen)
 
     @contextmanager
     def attached(self, arguments: Mapping[str, Any] | None = None) -> Iterator[None]:
@@ -101,13 +103,14 @@ class Session:
                 schedule = self._schedules.get(name)
                 if schedule is not None:
                     stack.enter_context(schedule.watched())
-                tower = self.sites.towers[name]
-                module = tower.module.get_submodule(tower.record.calls)
                 # Put on last to be first in line: a site may be the tower's own input.
-                handle = module.register_forward_pre_hook(
+                handle = self._called(name).register_forward_pre_hook(
                     self.clocks[name].tick, prepend=True, with_kwargs=True
                 )
                 stack.callback(handle.remove)
+            if not self.keep_graph:
+                memory = self.points.call_memory
+                stack.enter_context(self._kept.of(memory, self.sites.loops, self._called))
             yield
 
     @property
@@ -239,7 +242,7 @@ class Session:
 
     def _reader(self, index: int, item: Read) -> Callable[..., Tensor | None]:
         clock, seen = self.clocks[self.sites[item.site].tower], self._reads_seen[index]
-        fold = None if item.reduce is None else with_call(item.reduce)
+        fold = None if item.reduce is None else self._kept.fold(index)
 
         def hook(point: Any, args: Any, value: Tensor) -> Tensor | None:
             rows = self._wanted_rows(item, value, clock)
@@ -297,6 +300,11 @@ class Session:
                 "from its start."
             )
         return axes.index("pos")
+
+    def _called(self, tower: str) -> nn.Module:
+        """The module whose calls are the tower's."""
+        at = self.sites.towers[tower]
+        return at.module.get_submodule(at.record.calls)
 
     def _clock(self, tower: str) -> Clock:
         guidance = self.sites.loops.get(tower)

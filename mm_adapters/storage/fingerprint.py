@@ -27,6 +27,8 @@ from mm_adapters._errors import InputError
 _ROW = 1024  # Words of 8 bytes that become one.
 _CHUNK_ROWS = 64  # What is mixed at once stays in a processor's cache.
 _GPU_ROWS = 2**16
+_FEW_BYTES = 16 * 2**10  # Of a small tensor SHA-256 takes every byte itself.
+_WHOLE_FILE = 2**24  # A file up to so many bytes is read at once.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # Which of its adapters a layer uses, how strongly (peft), and a prompt adapter's share (diffusers).
 _ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling", "scale")
@@ -46,7 +48,8 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
         if tensor.is_meta:
             hashed.update(b"meta;")
         elif tensor.numel():
-            hashed.update(_mixed(tensor).cpu().numpy().tobytes())
+            few = tensor.numel() * tensor.element_size() <= _FEW_BYTES
+            hashed.update((_bytes_of(tensor.cpu()) if few else _mixed(tensor).cpu()).numpy().data)
     return _short(hashed)
 
 
@@ -57,13 +60,15 @@ def of_module(module: nn.Module) -> dict[str, Any]:
     """
     tensors = {f"weight {n}": p for n, p in module.named_parameters()}
     tensors |= {f"buffer {n}": b for n, b in module.named_buffers()}
-    for name, layer in module.named_modules():
-        tensors |= {f"weight {name}.{n}".replace(" .", " "): t for n, t in _elsewhere(layer).items()}
     layers, adapters = hashlib.sha256(), []
     for name, layer in module.named_modules():
+        tensors |= {f"weight {name}.{n}".replace(" .", " "): t for n, t in _elsewhere(layer).items()}
         layers.update(f"{name}:{type(layer).__name__}:{_ADDRESS.sub('', layer.extra_repr())};".encode())
-        if hasattr(layer, "active_adapters") or hasattr(layer, "scale"):
-            adapters.append([name, *(_plain(getattr(layer, key, None)) for key in _ADAPTERS)])
+        own, cls = vars(layer), type(layer)  # Asking a module for what it lacks takes long.
+        if any(key in own or hasattr(cls, key) for key in _ADAPTERS):
+            settings = [getattr(layer, key, None) for key in _ADAPTERS]
+            # A model has methods of these names.
+            adapters.append([name, *(None if callable(x) else _plain(x) for x in settings)])
     return {
         "class": type(module).__name__,
         "weights": of_tensors(tensors),
@@ -77,7 +82,7 @@ def of_module(module: nn.Module) -> dict[str, Any]:
 def _elsewhere(layer: nn.Module) -> dict[str, Tensor]:
     """A layer's weights that are not among its parameters: offloaded (accelerate), or packed."""
     found: dict[str, Tensor] = {}
-    hook = getattr(layer, "_hf_hook", None)
+    hook = vars(layer).get("_hf_hook")
     for one in getattr(hook, "hooks", (hook,)):
         kept = getattr(one, "weights_map", None)
         if kept is not None:
@@ -119,7 +124,10 @@ def of_data(items: Any) -> str:
     """
     hashed = hashlib.sha256()
     for item in items:
-        _feed(hashed.update, item)
+        if isinstance(item, Path):  # Most are, and there may be many thousands.
+            hashed.update(_of_readable(item))
+        else:
+            _feed(hashed.update, item)
     return _short(hashed)
 
 
@@ -130,21 +138,44 @@ def of_value(value: Any) -> str:
 
 def of_file(path: str | os.PathLike[str]) -> str:
     """A hash of a file's bytes."""
-    facts = os.stat(path)
-    return _of_bytes_in(
-        os.path.abspath(path), facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
-    )
+    name = os.fspath(path)
+    facts = os.stat(name)
+    return _of_bytes_in(name, facts.st_size, facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+def _of_readable(path: str | os.PathLike[str]) -> bytes:
+    """What a file is fed as. One that cannot be read is told by who reads it, or skipped."""
+    try:
+        return f"file64:{of_file(path)}".encode()
+    except OSError as error:
+        kind = type(error).__name__
+        return f"unreadable file{len(kind)}:{kind}".encode()
 
 
 @lru_cache(maxsize=2**20)
-def _of_bytes_in(path: str, *facts: int) -> str:
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _of_bytes_in(path: str, size: int, *facts: int) -> str:
+    if size > _WHOLE_FILE:
+        with open(path, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    # There may be many thousands of small ones: four calls of the system for each are all.
+    hashed, opened = hashlib.sha256(), os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        while part := os.read(opened, size + 1):
+            hashed.update(part)
+            if len(part) == size:
+                break
+    finally:
+        os.close(opened)
+    return hashed.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _mixed(tensor: Tensor) -> Tensor:
     """One word for each 1,024 words of a tensor's bytes, the last of them filled up with zeros."""
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    raw = _bytes_of(tensor)
     if raw.data_ptr() % 8 or raw.storage_offset() % 8:
         raw = raw.clone()
     factors = _factors(raw.device)
@@ -161,9 +192,10 @@ def _mixed(tensor: Tensor) -> Tensor:
 
 
 def _fold(rows: Tensor, factors: Tensor) -> Tensor:
-    # Products and sums wrap round, exactly; the shifts let high bits reach low ones.
-    words = (rows ^ (rows >> 29)) * factors
-    return (words ^ (words >> 32)).sum(1)
+    # Products and sums wrap round, exactly; the shifts let high bits reach low ones. In place, for speed.
+    words = rows >> 29
+    words.bitwise_xor_(rows).mul_(factors)
+    return words.bitwise_xor_(words >> 32).sum(1)
 
 
 @lru_cache(maxsize=8)
@@ -180,17 +212,14 @@ def _feed(update: Callable[[bytes], Any], value: Any) -> None:
         update(f"{kind}{len(raw)}:".encode())
         update(raw)
 
-    if value is None or isinstance(value, bool | int | float | complex):
-        put("number", repr(value).encode())
-    elif isinstance(value, str):
+    if isinstance(value, str):
         put("text", value.encode("utf-8", "surrogatepass"))
+    elif isinstance(value, os.PathLike):
+        update(_of_readable(value))
+    elif value is None or isinstance(value, bool | int | float | complex):
+        put("number", repr(value).encode())
     elif isinstance(value, bytes):
         put("bytes", value)
-    elif isinstance(value, os.PathLike):
-        try:
-            put("file", of_file(value).encode())
-        except OSError as error:  # Who reads it says so, or skips it.
-            put("unreadable file", type(error).__name__.encode())
     elif isinstance(value, Tensor):
         put("tensor", of_tensors({"": value}).encode())
     elif isinstance(value, np.ndarray | np.generic):
@@ -290,7 +319,9 @@ def _preparation(inputs: Any) -> str | None:
     facts["images"] = _config(process) if hasattr(process, "to_dict") else _plain(process)
     words = inputs.tokenizer
     if words is not None:
-        vocabulary = words.get_vocab() if hasattr(words, "get_vocab") else None
+        vocabulary = None
+        if hasattr(words, "get_vocab"):  # As one text: it has tens of thousands of words.
+            vocabulary = json.dumps(words.get_vocab(), sort_keys=True)
         side, length = (getattr(words, key, None) for key in ("padding_side", "model_max_length"))
         chat = getattr(words, "chat_template", None)
         facts["texts"] = [type(words).__name__, vocabulary, side, length, _plain(chat)]

@@ -19,7 +19,7 @@ from mm_adapters.storage.files import lock
 from mm_adapters.storage.fingerprint import of_data, of_model, of_value
 
 # What the code writes: work of another number is not gone on with.
-FORMAT = 2
+FORMAT = 3
 FILE = "made_of.json"
 _SHOWN = 60  # Letters of a value in an error.
 

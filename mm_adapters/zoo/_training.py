@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from mm_adapters._errors import StoreError
-
-# The share of the time that writing checkpoints may take.
-_SAVING = 0.03
+from mm_adapters._errors import CheckpointError, StoreError
+from mm_adapters.storage.fingerprint import of_module
+from mm_adapters.storage.provenance import provenance, work_folder
+from mm_adapters.storage.save_clock import SaveClock
+from mm_adapters.storage.tensor_files import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,45 @@ def mixed() -> Iterator[None]:
         yield
 
 
+def training_folder(
+    folder: Path,
+    recipe: ModuleType,
+    schedules: Mapping[str, Schedule],
+    seed: int,
+    *,
+    data: Any,
+    begins_with: Mapping[str, nn.Module],
+) -> AbstractContextManager[Path]:
+    """The folder of one training, which holds no other: what it is made of is written there first.
+
+    Args:
+        folder: Where the checkpoints are.
+        recipe: The module that trains; its constants (batch sizes, weights of losses) are settings.
+        schedules: Each stage's.
+        seed: Of the weights and the data.
+        data: What the training set begins with, pictures and texts: a changed recipe changes them.
+        begins_with: The untrained model, and those that it is built on.
+
+    Raises: StoreError for a folder of another training, or one in which another process works.
+    """
+    plain = bool | int | float | str | tuple
+    constants = {k: v for k, v in vars(recipe).items() if k.isupper() and isinstance(v, plain)}
+    made_of = provenance(
+        job=f"training of {recipe.__name__.rpartition('.')[2]}",
+        schedules={stage: _run_of(schedule) for stage, schedule in schedules.items()},
+        seed=seed,
+        constants=constants,
+        data=data,
+    )
+    modules = {name: of_module(module) for name, module in begins_with.items()}
+    return work_folder(folder, made_of | modules)
+
+
+def _run_of(schedule: Schedule) -> dict[str, Any]:
+    """What of a schedule the weights depend on: where a run stops, another goes on."""
+    return {k: v for k, v in asdict(schedule).items() if k not in ("checkpoint_every", "stop_after")}
+
+
 def fit(
     model: nn.Module,
     loss_at: Callable[[int], Tensor],
@@ -100,8 +139,7 @@ def fit(
 
     Raises: StoreError if the checkpoint is of another run, or damaged.
     """
-    run = {k: v for k, v in asdict(schedule).items() if k not in ("checkpoint_every", "stop_after")}
-    run["seed"] = seed
+    run = _run_of(schedule) | {"seed": seed}
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decayed = [p for p in named.values() if p.ndim >= 2]
     plain = [p for p in named.values() if p.ndim < 2]
@@ -115,7 +153,7 @@ def fit(
     last = min(schedule.steps, schedule.stop_after or schedule.steps)
     model.train()
     began = time.monotonic() - spent_s
-    saving_s, saved_at = 0.0, time.monotonic()
+    clock = SaveClock(n=last - first)
     bar = tqdm(range(first, last), initial=first, total=last, desc=checkpoint.stem, mininterval=5)
     for step in bar:
         for group in optimiser.param_groups:
@@ -132,12 +170,11 @@ def fit(
                 averages[name].lerp_(parameter.detach(), 1 - keep)
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        is_due = saving_s < _SAVING * (time.monotonic() - saved_at)
-        if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == last or is_due:
-            before = time.monotonic()
-            _store(checkpoint, step + 1, before - began, run, named, optimiser, averages)
-            saved_at = time.monotonic()
-            saving_s = saved_at - before
+        is_sure = (step + 1) % schedule.checkpoint_every == 0 or step + 1 == last
+        if is_sure or clock.is_due():
+            spent_s = time.monotonic() - began
+            with clock.saving():
+                _store(checkpoint, step + 1, spent_s, run, named, optimiser, averages, durable=is_sure)
     model.eval()
     with torch.no_grad():
         for name, average in averages.items():
@@ -149,10 +186,12 @@ def _store(
     path: Path,
     done: int,
     spent_s: float,
-    settings: dict[str, object],
+    settings: Mapping[str, object],
     named: dict[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     averages: dict[str, Tensor],
+    *,
+    durable: bool,
 ) -> None:
     """Writes the run's whole state, so that a kill at any moment leaves a complete file."""
     tensors = {f"weight/{n}": p.detach() for n, p in named.items()}
@@ -161,43 +200,38 @@ def _store(
         for key, value in optimiser.state[parameter].items():
             tensors[f"{key}/{name}"] = value
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
-    run = json.dumps({"steps_done": done, "seconds": round(spent_s, 1), "run": settings})
-    save_file(tensors, partial, metadata={"run": run})
-    os.replace(partial, path)
+    facts = json.dumps({"steps_done": done, "seconds": round(spent_s, 1), "run": settings})
+    save_tensors(path, tensors, {"run": facts}, durable=durable)
 
 
 def _restore(
     path: Path,
-    settings: dict[str, object],
+    settings: Mapping[str, object],
     named: dict[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     averages: dict[str, Tensor],
 ) -> tuple[int, float]:
     """Puts a stored state back; says how many steps are done and how many seconds they took."""
     try:
-        opened = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise StoreError(f"{path} is damaged: {error}. Delete it to start afresh.") from None
-    with opened as file, torch.no_grad():
-        stored = set(file.keys())
-        was = json.loads((file.metadata() or {}).get("run", "{}")).get("run", {})
-        differ = [k for k in settings if was.get(k) != settings[k]]
-        missing = [n for n in named if f"weight/{n}" not in stored]
-        if differ or missing:
-            what = ", ".join(differ) or f"the weights {missing[:3]}"
-            raise StoreError(
-                f"{path} is of another run: {what} differ. Delete it to start afresh, or choose another "
-                "folder."
-            )
+        stored, facts = load_tensors(path)
+    except CheckpointError as error:
+        raise StoreError(f"{path} is damaged: {error} Delete it to start afresh.") from None
+    run = json.loads(facts.get("run", "{}"))
+    was = run.get("run", {})
+    differ = [k for k in settings if was.get(k) != settings[k]]
+    missing = [n for n in named if f"weight/{n}" not in stored]
+    if differ or missing:
+        what = ", ".join(differ) or f"the weights {missing[:3]}"
+        raise StoreError(
+            f"{path} is of another run: {what} differ. Delete it to start afresh, or choose another folder."
+        )
+    with torch.no_grad():
         for name, parameter in named.items():
-            parameter.copy_(file.get_tensor(f"weight/{name}"))
+            parameter.copy_(stored[f"weight/{name}"])
             if averages:
-                averages[name].copy_(file.get_tensor(f"average/{name}"))
+                averages[name].copy_(stored[f"average/{name}"])
             # A parameter that took no part in the loss has no state.
             for key in [k for k in ("exp_avg", "exp_avg_sq", "step") if f"{k}/{name}" in stored]:
                 where = "cpu" if key == "step" else parameter.device
-                optimiser.state[parameter][key] = file.get_tensor(f"{key}/{name}").to(where)
-        run = json.loads(file.metadata()["run"])
+                optimiser.state[parameter][key] = stored[f"{key}/{name}"].to(where)
     return int(run["steps_done"]), float(run.get("seconds", 0.0))

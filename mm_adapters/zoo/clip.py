@@ -12,7 +12,8 @@ away afterwards, read from each patch what object it lies on, which teaches the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from mm_adapters.zoo import captions, twins, world
-from mm_adapters.zoo._training import Schedule, device, fit
+from mm_adapters.zoo._training import Schedule, device, fit, training_folder
 from mm_adapters.zoo.tokenizer import CONTEXT, clip_tokenizer, save_clip_tokenizer
 
 # The words first, then the eye alone (patches must name their objects), then both together. From the
@@ -100,6 +101,19 @@ def pixels(scenes: list[world.Scene]) -> Tensor:
     return ((batch.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD).contiguous().to(device())
 
 
+def said_at(step: int, seed: int, batch: int) -> tuple[list[world.Scene], list[captions.Claim], list[str]]:
+    """What is seen at a step, what is said of each scene and then a foil of each, and in which words."""
+    rng = np.random.default_rng([step, seed])
+    kind = "one" if step < SIMPLE_STEPS else None
+    scenes = [world.scene(step * batch + i, "train", seed, kind=kind) for i in range(batch)]
+    say = captions.full_caption if step < SIMPLE_STEPS else captions.caption
+    claims = [say(scene, rng) for scene in scenes]
+    foils = [captions.foil(claim, rng) for claim in claims]
+    wordings = [captions.wording(rng) for _ in scenes] * 2
+    texts = [c.text(**w) for c, w in zip(claims + foils, wordings, strict=True)]
+    return scenes, claims + foils, texts
+
+
 def loss(
     student: Student,
     tokenizer,
@@ -110,16 +124,9 @@ def loss(
     patch_weight: float = PATCH_WEIGHT,
 ) -> Tensor:
     """How badly images and captions of this step find each other."""
-    rng = np.random.default_rng([step, seed])
-    kind = "one" if step < SIMPLE_STEPS else None
-    scenes = [world.scene(step * batch + i, "train", seed, kind=kind) for i in range(batch)]
-    say = captions.full_caption if step < SIMPLE_STEPS else captions.caption
-    claims = [say(scene, rng) for scene in scenes]
-    foils = [captions.foil(claim, rng) for claim in claims]
-    wordings = [captions.wording(rng) for _ in scenes] * 2
-    texts = [c.text(**w) for c, w in zip(claims + foils, wordings, strict=True)]
+    scenes, claims, texts = said_at(step, seed, batch)
     tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device())
-    allowed = ~torch.from_numpy(captions.truth(scenes, claims + foils)).to(device())
+    allowed = ~torch.from_numpy(captions.truth(scenes, claims)).to(device())
     diagonal = torch.arange(batch, device=allowed.device)
     allowed[diagonal, diagonal] = True
 
@@ -128,6 +135,22 @@ def loss(
     by_image = nn.functional.cross_entropy(scores, diagonal)
     by_text = nn.functional.cross_entropy(scores[:, :batch].T, diagonal)
     return (by_image + by_text) / 2 + patch_weight * by_patch
+
+
+def twins_at(step: int, seed: int, batch: int) -> tuple[list[world.Scene], list[captions.Claim], list[str]]:
+    """The same, of scenes that come with a twin that differs in one thing: each claim is the other's foil."""
+    rng = np.random.default_rng([step, seed, 3])
+    scenes: list[world.Scene] = []
+    texts: list[str] = []
+    claims: list[captions.Claim] = []
+    for i in range(batch // 2):
+        one = world.scene(TWINS_START + step * batch + i, "train", seed)
+        first, second, claim, counter = twins.pair(one, rng)
+        wording = captions.wording(rng)
+        scenes += [first, second]
+        claims += [claim, counter]
+        texts += [claim.text(**wording), counter.text(**wording)]
+    return scenes, claims, texts
 
 
 def twin_loss(
@@ -140,17 +163,7 @@ def twin_loss(
     patch_weight: float = PATCH_WEIGHT,
 ) -> Tensor:
     """The same, on scenes that come with a twin that differs in one thing: each is the other's foil."""
-    rng = np.random.default_rng([step, seed, 3])
-    scenes: list[world.Scene] = []
-    texts: list[str] = []
-    claims: list[captions.Claim] = []
-    for i in range(batch // 2):
-        one = world.scene(TWINS_START + step * batch + i, "train", seed)
-        first, second, claim, counter = twins.pair(one, rng)
-        wording = captions.wording(rng)
-        scenes += [first, second]
-        claims += [claim, counter]
-        texts += [claim.text(**wording), counter.text(**wording)]
+    scenes, claims, texts = twins_at(step, seed, batch)
     tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device())
     allowed = ~torch.from_numpy(captions.truth(scenes, claims)).to(device())
     diagonal = torch.arange(len(scenes), device=allowed.device)
@@ -217,8 +230,25 @@ def train(work: Path, *, steps: int | None = None, seed: int = 0, resume: bool =
         s if steps is None else replace(s, steps=steps, stop_after=None)
         for s in (WORDS, EYE, BOTH, TWINS, FINISH, POLISH)
     ]
-    files = [work / f"{stage}.safetensors" for stage in STAGES]
-    student, tokenizer = Student(build(seed)).to(device()), clip_tokenizer()
+    student, stages = Student(build(seed)), dict(zip(STAGES, plans, strict=True))
+    shown = [
+        [world.render_batch(scenes), texts]
+        for scenes, _, texts in (
+            said_at(0, seed, BATCH),
+            said_at(BOTH_START, seed, BATCH),
+            twins_at(0, seed, BATCH),
+        )
+    ]
+    recipe = sys.modules[__name__]
+    with training_folder(
+        work / "tiny-clip", recipe, stages, seed, data=shown, begins_with={"model": student}
+    ) as folder:
+        _train(student.to(device()), folder, plans, seed, resume)
+    return student.clip
+
+
+def _train(student: Student, folder: Path, plans: Sequence[Schedule], seed: int, resume: bool) -> None:
+    files, tokenizer = [folder / f"{stage}.safetensors" for stage in STAGES], clip_tokenizer()
 
     def run(number: int, loss_at: Callable[[int], Tensor]) -> None:
         fit(student, loss_at, plans[number], files[number], resume=resume, seed=seed)
@@ -239,7 +269,6 @@ def train(work: Path, *, steps: int | None = None, seed: int = 0, resume: bool =
     run(5, lambda step: finishing_loss(student, tokenizer, later + step, seed, 5 * PATCH_WEIGHT))
     with torch.no_grad():
         student.clip.logit_scale.clamp_(max=math.log(100.0))
-    return student.clip
 
 
 def save(model: CLIPModel, folder: Path) -> None:

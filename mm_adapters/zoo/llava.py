@@ -9,6 +9,7 @@ itself but no other question, so its states are the same as if it had been asked
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from mm_adapters.zoo import questions, world
-from mm_adapters.zoo._training import Schedule, device, fit, mixed
+from mm_adapters.zoo._training import Schedule, device, fit, mixed, training_folder
 from mm_adapters.zoo.clip import pixels
 from mm_adapters.zoo.tokenizer import llava_tokenizer
 
@@ -146,13 +147,19 @@ def pack(asked: list[list[questions.Question]], tokenizer: PreTrainedTokenizerFa
     return {"input_ids": ids, "position_ids": positions, "attention_mask": sees[:, None], "labels": labels}
 
 
+def asked_at(step: int, seed: int) -> tuple[list[world.Scene], list[list[questions.Question]]]:
+    """What is seen at a step, and asked about each scene."""
+    rng = np.random.default_rng([step, seed, 5])
+    scenes = [world.scene(step * BATCH + i, "train", seed + 2) for i in range(BATCH)]
+    return scenes, [questions.several(scene, ASKED, rng) for scene in scenes]
+
+
 def loss(
     model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, step: int, seed: int
 ) -> Tensor:
     """How unexpected the right answers of this step are."""
-    rng = np.random.default_rng([step, seed, 5])
-    scenes = [world.scene(step * BATCH + i, "train", seed + 2) for i in range(BATCH)]
-    packed = pack([questions.several(scene, ASKED, rng) for scene in scenes], tokenizer)
+    scenes, asked = asked_at(step, seed)
+    packed = pack(asked, tokenizer)
     packed = {name: value.to(device()) for name, value in packed.items()}
     labels = packed.pop("labels")
     with mixed():
@@ -167,11 +174,22 @@ def train(
 ) -> LlavaForConditionalGeneration:
     """A trained model that looks through this tiny-clip."""
     schedule = SCHEDULE if steps is None else replace(SCHEDULE, steps=steps)
-    model, tokenizer = build(clip, seed).to(device()), llava_tokenizer()
-    checkpoint = work / "tiny-llava.safetensors"
-    fit(
-        model, lambda step: loss(model, tokenizer, step, seed), schedule, checkpoint, resume=resume, seed=seed
-    )
+    model, tokenizer = build(clip, seed), llava_tokenizer()
+    scenes, asked = asked_at(0, seed)
+    shown = [world.render_batch(scenes), asked]
+    recipe, stages = sys.modules[__name__], {"tiny-llava": schedule}
+    with training_folder(
+        work / "tiny-llava", recipe, stages, seed, data=shown, begins_with={"model": model}
+    ) as folder:
+        model.to(device())
+        fit(
+            model,
+            lambda step: loss(model, tokenizer, step, seed),
+            schedule,
+            folder / "tiny-llava.safetensors",
+            resume=resume,
+            seed=seed,
+        )
     return model
 
 

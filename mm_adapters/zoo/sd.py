@@ -14,6 +14,7 @@ small part of the picture and nearly all of what it says, weigh more in the loss
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel
 
 from mm_adapters.zoo import vae, world
-from mm_adapters.zoo._training import Schedule, device, fit, mixed, seeded
+from mm_adapters.zoo._training import Schedule, device, fit, mixed, seeded, training_folder
 from mm_adapters.zoo.captions import Claim, phrase_of
 from mm_adapters.zoo.tokenizer import CONTEXT, clip_tokenizer, save_clip_tokenizer
 
@@ -234,18 +235,22 @@ def train(
     schedule = SCHEDULE if steps is None else replace(SCHEDULE, steps=steps, stop_after=None)
     # A run that is finished is read back from its checkpoint without a step.
     autoencoder = vae.train(work, steps=steps, seed=seed, resume=resume)
-    text_tower = text_tower_of(clip).to(device())
-    data = encode_training_set(autoencoder, text_tower, seed)
-    student, noising = Student(build(seed)).to(device()), scheduler()
-    checkpoint = work / "tiny-sd.safetensors"
-    fit(
-        student,
-        lambda step: loss(student, noising, data, step, seed),
-        schedule,
-        checkpoint,
-        resume=resume,
-        seed=seed,
-    )
+    text_tower = text_tower_of(clip)
+    student, noising = Student(build(seed)), scheduler()
+    shown = [training_example(i, seed) for i in range(BATCH)]
+    parts = {"model": student, "autoencoder": autoencoder, "text_tower": text_tower}
+    recipe, stages = sys.modules[__name__], {"tiny-sd": schedule}
+    with training_folder(work / "tiny-sd", recipe, stages, seed, data=shown, begins_with=parts) as folder:
+        data = encode_training_set(autoencoder, text_tower.to(device()), seed)
+        student.to(device())
+        fit(
+            student,
+            lambda step: loss(student, noising, data, step, seed),
+            schedule,
+            folder / "tiny-sd.safetensors",
+            resume=resume,
+            seed=seed,
+        )
     return assemble(autoencoder, text_tower, student.unet)
 
 

@@ -28,7 +28,8 @@ def history(name: str, work: Path, seed: int) -> dict[str, object]:
     """What the checkpoints say of how this model was trained."""
     stages = {}
     for stage in _STAGES[name]:
-        with safe_open(work / f"{stage}.safetensors", framework="pt") as file:
+        folder = work / ("vae" if stage == "vae" else name)
+        with safe_open(folder / f"{stage}.safetensors", framework="pt") as file:
             stages[stage] = json.loads(file.metadata()["run"])
     return {"seed": seed, "threads": torch.get_num_threads(), "device": str(device()), "stages": stages}
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from mm_adapters.zoo import world
-from mm_adapters.zoo._training import Schedule, device, fit, mixed, seeded
+from mm_adapters.zoo._training import Schedule, device, fit, mixed, seeded, training_folder
 
 SCHEDULE = Schedule(steps=1300, peak_rate=2e-3, warmup=50, weight_decay=0.0, average=0.99)
 BATCH = 24
@@ -43,9 +44,14 @@ def pixels(images: list[world.Scene]) -> Tensor:
     return (batch.permute(0, 3, 1, 2).float() / 127.5 - 1).to(device())
 
 
+def scenes_of(step: int, seed: int, batch: int = BATCH) -> list[world.Scene]:
+    """What is seen at a step."""
+    return [world.scene(step * batch + i, "train", seed + 1, solid=i % 4 != 0) for i in range(batch)]
+
+
 def loss(model: AutoencoderKL, step: int, seed: int, batch: int = BATCH) -> Tensor:
     """How far the images of this step come back wrong, and how far the latents are from normal."""
-    scenes = [world.scene(step * batch + i, "train", seed + 1, solid=i % 4 != 0) for i in range(batch)]
+    scenes = scenes_of(step, seed, batch)
     images = pixels(scenes)
     with mixed():
         posterior = model.encode(images).latent_dist
@@ -69,15 +75,21 @@ def latents(model: AutoencoderKL, scenes: list[world.Scene], batch: int = 64) ->
 def train(work: Path, *, steps: int | None = None, seed: int = 0, resume: bool = False) -> AutoencoderKL:
     """A trained autoencoder whose `scaling_factor` makes the latents of unit size."""
     schedule = SCHEDULE if steps is None else replace(SCHEDULE, steps=steps)
-    model = build(seed).to(device())
-    fit(
-        model,
-        lambda step: loss(model, step, seed),
-        schedule,
-        work / "vae.safetensors",
-        resume=resume,
-        seed=seed,
-    )
+    model = build(seed)
+    shown = world.render_batch(scenes_of(0, seed))
+    recipe, stages = sys.modules[__name__], {"vae": schedule}
+    with training_folder(
+        work / "vae", recipe, stages, seed, data=[shown], begins_with={"model": model}
+    ) as folder:
+        model.to(device())
+        fit(
+            model,
+            lambda step: loss(model, step, seed),
+            schedule,
+            folder / "vae.safetensors",
+            resume=resume,
+            seed=seed,
+        )
     sample = latents(model, [world.scene(i, "validation", seed) for i in range(256)])
     model.register_to_config(scaling_factor=float(1 / sample.std()))
     return model

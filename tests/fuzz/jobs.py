@@ -204,7 +204,7 @@ def _featurise(setting: Setting, count: Count) -> None:
 
     task, projection = _task(setting, count), Projection("sparse", setting.pick(32, 64))
     featurise(
-        task, _examples(setting, 40, 0), setting.folder, projection=projection, batch_size=1, progress=False
+        task, _examples(setting, 120, 0), setting.folder, projection=projection, batch_size=1, progress=False
     )
 
 
@@ -229,13 +229,18 @@ def _write(report: Any, folder: Path) -> None:
     report.write(folder / "page.png")
 
 
+def _denoised(model: Any, count: Count) -> contextlib.AbstractContextManager[None]:
+    """Counts the rows that the denoiser computes: by its first layer, for what is kept passes it by."""
+    return counted(model.wrapped.unet.conv_in, count)
+
+
 def _words(setting: Setting, count: Count) -> None:
     from methods_multimodal.report import words_report
 
     model = setting.model("tiny-sd")
-    with counted(model.wrapped.unet, count):
+    with _denoised(model, count):
         report = words_report(
-            model, _prompt(setting), steps=3, seed=setting.pick(0, 1), folder=setting.folder / "work"
+            model, _prompt(setting), seed=setting.pick(0, 1), folder=setting.folder / "work"
         )
     _write(report, setting.folder)
 
@@ -246,9 +251,9 @@ def _trace(setting: Setting, count: Count) -> None:
 
     model, prompt = setting.model("tiny-sd"), _prompt(setting)
     metric = clip_contrast(_model("tiny-clip", False), prompt, prompt.replace("red", "blue"))
-    with counted(model.wrapped.unet, count):
+    with _denoised(model, count):
         report = trace_report(
-            model, prompt, "red", "blue", metric, seeds=range(2), steps=setting.pick(2, 3), n_groups=1,
+            model, prompt, "red", "blue", metric, seeds=range(2), steps=setting.pick(4, 3), n_groups=1,
             folder=setting.folder / "work",
         )  # fmt: skip
     _write(report, setting.folder)
@@ -264,13 +269,32 @@ def _report(setting: Setting, count: Count) -> None:
     _write(report, setting.folder)
 
 
+def _vlm_report(setting: Setting, count: Count) -> None:
+    from methods_multimodal.report import vlm_report
+
+    model = setting.model("tiny-llava")
+    question = setting.pick("what colour is the circle?", "what shape is it?")
+    with counted(model.wrapped.model.language_model, count):
+        report = vlm_report(model, setting.files(2), question, folder=setting.folder / "work")
+    _write(report, setting.folder)
+
+
+def _diffusion_report(setting: Setting, count: Count) -> None:
+    from methods_multimodal.report import diffusion_report
+
+    model, seed = setting.model("tiny-sd"), setting.pick(0, 1)
+    with _denoised(model, count):
+        report = diffusion_report(model, _prompt(setting), seed=seed, folder=setting.folder / "work")
+    _write(report, setting.folder)
+
+
 def _patch_words(setting: Setting, count: Count) -> None:
     from methods_multimodal.cross_attention import Case, grid, patch_words
     from methods_multimodal.cross_attention.metrics import colour
 
     model, prompt = setting.model("tiny-sd"), _prompt(setting)
     cases = [Case(prompt, "red", prompt.replace("red", "blue"), "blue", seed) for seed in range(2)]
-    with counted(model.wrapped.unet, count):
+    with _denoised(model, count):
         effects = patch_words(
             model, cases, colour(setting.pick((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))), grid(model), batch=5,
             options={"num_inference_steps": 2}, folder=setting.folder / "work",
@@ -281,21 +305,47 @@ def _patch_words(setting: Setting, count: Count) -> None:
 def _zoo(setting: Setting, count: Count) -> None:
     from mm_adapters.zoo import vae
 
-    real = vae.loss
+    with _losses_counted(vae, count):
+        model = vae.train(setting.folder, steps=setting.pick(24, 16), seed=setting.seed(), resume=True)
+    _save_weights(model, setting.folder)
 
-    def loss(model: Any, step: int, seed: int) -> Any:
+
+def _zoo_llava(setting: Setting, count: Count) -> None:
+    from mm_adapters.zoo import llava, models_at, path
+
+    clip, _ = models_at.load(path("tiny-clip"), "tiny-clip")
+    if setting.changed == "weights":
+        dict(clip.named_parameters())[_LAST_WEIGHT["tiny-clip"]].data.view(-1)[-1] *= 1.01
+    with _losses_counted(llava, count):
+        model = llava.train(
+            setting.folder, clip, steps=setting.pick(24, 16), seed=setting.seed(), resume=True
+        )
+    _save_weights(model, setting.folder)
+
+
+@contextlib.contextmanager
+def _losses_counted(recipe: Any, count: Count) -> Iterator[None]:
+    """Counts the steps of one of the zoo's trainings."""
+    real = recipe.loss
+
+    def loss(*args: Any) -> Any:
         count(1)
-        return real(model, step, seed)
+        return real(*args)
 
+    n_threads = torch.get_num_threads()
     try:
-        vae.loss = loss
+        recipe.loss = loss
         torch.set_num_threads(1)
-        model = vae.train(setting.folder, steps=setting.pick(12, 8), seed=setting.seed(), resume=True)
+        yield
     finally:
-        vae.loss = real
+        recipe.loss = real
+        torch.set_num_threads(n_threads)
+
+
+def _save_weights(model: nn.Module, folder: Path) -> None:
     from mm_adapters.store import save_tensors
 
-    save_tensors(setting.folder / "done.safetensors", dict(model.state_dict()), {})
+    save_tensors(folder / "done.safetensors", dict(model.state_dict()), {})
 
 
 _STORE = ("*.safetensors", "manifest.json")
@@ -310,7 +360,10 @@ JOBS = (
     Job("words", _words, _PAGE),
     Job("trace", _trace, _PAGE),
     Job("report", _report, _PAGE),
+    Job("vlm_report", _vlm_report, _PAGE),
+    Job("diff_report", _diffusion_report, _PAGE),
     Job("patch_words", _patch_words, ("effects.safetensors",)),
     Job("zoo", _zoo, ("done.safetensors",), without=("weights",)),
+    Job("zoo_llava", _zoo_llava, ("done.safetensors",)),
 )
 BY_NAME = {job.name: job for job in JOBS}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,14 @@ PROMPTS = ("a red circle on a gray background", "a blue square on a white backgr
 PARTS = [Part((layer,), None, (step,)) for layer in range(3) for step in range(2)] + [Part(heads=(1, 2))]
 
 
+@cache
+def drawing_model() -> Any:
+    return load("tiny-sd")
+
+
 @pytest.fixture(scope="module")
 def layouts() -> list[TokenLayout]:
-    model = load("tiny-sd")
-    return [model.prompt_layout("text", [prompt]) for prompt in PROMPTS]
+    return [drawing_model().prompt_layout("text", [prompt]) for prompt in PROMPTS]
 
 
 def level(images: Tensor) -> Tensor:
@@ -40,7 +46,9 @@ def measured(layouts: list[TokenLayout], batch: int) -> tuple[Effects, list[tupl
         return lambda chunk: pictures([10 * i, 10 * i + 1, 10 * i + 2, *(100.0 * i + p for p in chunk)])
 
     cases = [Case(PROMPTS[0], "red"), Case(PROMPTS[1], "square"), Case(PROMPTS[2], "red")]
-    return measure_parts(cases, layouts, PARTS, level, drawing_of, what="x", batch=batch, seed=5), asked
+    return measure_parts(
+        drawing_model(), cases, layouts, PARTS, level, drawing_of, what="x", batch=batch, seed=5
+    ), asked
 
 
 @pytest.mark.parametrize("batch", [4, 5, 6, 10, 99])
@@ -71,8 +79,8 @@ def test_nothing_to_trace_and_a_batch_without_a_part_are_refused(layouts) -> Non
 
     case = [Case(PROMPTS[0], "red")]
     with pytest.raises(InputError, match="nothing to trace"):
-        measure_parts([], layouts, PARTS, level, never, what="x", batch=8, seed=0)
+        measure_parts(drawing_model(), [], layouts, PARTS, level, never, what="x", batch=8, seed=0)
     with pytest.raises(InputError, match="nothing to trace"):
-        measure_parts(case, layouts, [], level, never, what="x", batch=8, seed=0)
+        measure_parts(drawing_model(), case, layouts, [], level, never, what="x", batch=8, seed=0)
     with pytest.raises(InputError, match="batch=3"):
-        measure_parts(case, layouts, PARTS, level, never, what="x", batch=3, seed=0)
+        measure_parts(drawing_model(), case, layouts, PARTS, level, never, what="x", batch=3, seed=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,6 +15,7 @@ from transformer_lens import patching
 
 import mm_adapters as mm
 from methods_multimodal.patching.activation_patching import patch_heads, patch_positions, patch_units
+from mm_adapters import StoreError
 
 
 def pair(name: str) -> tuple[tiny.Case, dict[str, Tensor], dict[str, Tensor]]:
@@ -164,3 +166,37 @@ def test_inputs_without_a_row_for_each_row_are_run_one_unit_at_a_time() -> None:
 
         run = model.run(corrupted, edit=[mm.Edit(site, put, positions=unit)])
         torch.testing.assert_close(found.patched[:, 0, i], metric(run.output), rtol=1e-5, atol=1e-6)
+
+
+def test_patching_that_was_stopped_goes_on_at_its_run_and_other_work_is_refused(tmp_path: Path) -> None:
+    built, clean, corrupted = pair("clip_vision")
+    model, ran = mm.HookedModel(built.model), []
+    run, stop_at = model.run, -1
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        ran.append(len(ran) + 1)
+        if len(ran) == stop_at:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    model.run = stopping
+    every: dict[str, Any] = {"tower": "vision", "layers": range(3), "batch": 4}
+    metric, folder = first_number, tmp_path / "work"
+    whole = patch_positions(model, clean, corrupted, metric, **every)
+    stop_at = len(ran) - 2  # Three are left.
+    ran.clear()
+    with pytest.raises(KeyboardInterrupt):
+        patch_positions(model, clean, corrupted, metric, folder=folder, **every)
+    stop_at = -1
+    ran.clear()
+    found = patch_positions(model, clean, corrupted, metric, folder=folder, **every)
+    # The two runs that it compares, and what was left.
+    assert len(ran) == 2 + 3
+    assert torch.equal(found.patched, whole.patched)
+    for changed in ({"layers": range(2)}, {"batch": 3}, {"units": [(0,), (1, 2)]}):
+        with pytest.raises(StoreError, match="differ"):
+            patch_positions(model, clean, corrupted, metric, folder=folder, **(every | changed))
+    with pytest.raises(StoreError, match="data"):
+        patch_positions(model, corrupted, clean, metric, folder=folder, **every)
+    with pytest.raises(StoreError, match="metric"):
+        patch_positions(model, clean, corrupted, lambda o: 2 * first_number(o), folder=folder, **every)
