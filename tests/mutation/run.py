@@ -14,8 +14,9 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tests.mutation.changes import Change, changes_of
@@ -23,6 +24,8 @@ from tests.mutation.tests_of import Lines
 from tests.mutation.tree import PACKAGES, ROOT, Copy, fingerprint, modules
 
 WANTED, MOST_EQUIVALENT = 0.95, 0.10
+# Where the tests of a change are cut; how much longer than for the map they may take on a busy machine.
+STAGES, SLOWER = (10, 40), 6.0
 EQUIVALENTS = Path(__file__).parent / "equivalents.txt"
 
 
@@ -96,18 +99,32 @@ def forked(work: Callable[[], int], seconds: float, said: Path) -> int | None:
     return None
 
 
-class Judge:
-    """Runs tests in a copy of the tree; what the libraries below take to import is paid once."""
+def stages(tests: Sequence[str]) -> list[Sequence[str]]:
+    """The tests in turn: most changes are noticed by the first few, and the others need not be imported."""
+    bounds = [0, *STAGES, len(tests)]
+    return [some for start, stop in pairwise(bounds) if (some := tests[start:stop])]
 
-    def __init__(self, copy: Copy, seconds: float) -> None:
+
+class Judge:
+    """Runs tests in a copy of the tree; what the libraries below take to import is paid once.
+
+    Args:
+        copy: The tree's copy.
+        seconds: How long some tests may take beside what they took when the map was made.
+        took: What each test took then.
+    """
+
+    def __init__(self, copy: Copy, seconds: float, took: Mapping[str, float] | None = None) -> None:
         self.copy = copy
         self.seconds = seconds
+        self.took = took or {}
         self.said = copy.root.parent / "said.txt"
         self._sound: dict[tuple[str, ...], bool] = {}
 
     def passes(self, tests: Sequence[str]) -> bool | None:
         """Whether tests pass; None if they took too long."""
-        code = forked(lambda: self._pytest(tests), self.seconds, self.said)
+        seconds = self.seconds + SLOWER * sum(self.took.get(name, 0.0) for name in tests)
+        code = forked(lambda: self._pytest(tests), seconds, self.said)
         return None if code is None else code == 0
 
     def is_sound(self, tests: Sequence[str]) -> bool:
@@ -121,11 +138,14 @@ class Judge:
         """ "noticed", "survived", "too slow" or "no test"."""
         if not tests:
             return "no test"
-        with self.copy.changed(one.module, one.change):
-            passed = self.passes(tests)
-        if passed is not False:
-            return "too slow" if passed is None else "survived"
-        return "noticed" if self.is_sound(tests) else "no sound test"
+        for some in stages(tests):
+            with self.copy.changed(one.module, one.change):
+                passed = self.passes(some)
+            if passed is not True:
+                if not self.is_sound(some):
+                    return "no sound test"
+                return "too slow" if passed is None else "noticed"
+        return "survived"
 
     def _pytest(self, tests: Sequence[str]) -> int:
         root = str(self.copy.root)
@@ -182,10 +202,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--n", type=int, default=90)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lines", type=Path, help="the map that tests.mutation.cover writes")
+    parser.add_argument(
+        "--lines", type=Path, nargs="*", default=[], help="the maps that tests.mutation.cover has written"
+    )
     parser.add_argument("--only", default="", help="modules whose path holds this")
     parser.add_argument(
-        "--seconds", type=float, default=240, help="for one change; who needs more has noticed"
+        "--seconds", type=float, default=90, help="beside what tests took before; who needs more has noticed"
     )
     parser.add_argument("--list", action="store_true", help="prints the changes and makes none")
     options = parser.parse_args(argv)
@@ -193,11 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(map(str, drawn)))
         return 0
-    lines, alike, before = Lines.read(options.lines), equivalents(), fingerprint()
+    lines, alike, before = Lines.read(*options.lines), equivalents(), fingerprint()
     preload()
     verdicts: list[tuple[Drawn, str]] = []
     with tempfile.TemporaryDirectory() as folder:
-        judge = Judge(Copy(Path(folder)), options.seconds)
+        took = dict(zip(lines.tests, lines.seconds, strict=True))
+        judge = Judge(Copy(Path(folder)), options.seconds, took)
         for one in drawn:
             start = time.monotonic()
             verdict = "equivalent"
