@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
+import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 
 DIGITS = 5
 MANY = 200  # Of so many values of a picture only their shape, mean and corners are kept.
+
+
+NUMBER = re.compile(r"([-+−]?\d+\.\d+(?:e[-+]?\d+)?%?)")
+
+
+def differences(found: Any, wanted: Any, where: str = "", rel: float = 1e-3, abs: float = 1e-4) -> list[str]:
+    """Where two descriptions differ: words at all, numbers (in texts those with a point) by so much."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [*wanted, *(k for k in found if k not in wanted)]
+        pairs = [(f"{where}.{k}", found.get(k), wanted.get(k)) for k in keys]
+    elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        pairs = [(f"{where}[{i}]", a, b) for i, (a, b) in enumerate(zip(found, wanted, strict=True))]
+    else:
+        return [] if _alike(found, wanted, rel, abs) else [f"{where}: {found!r}, not {wanted!r}"]
+    return [d for place, a, b in pairs for d in differences(a, b, place, rel, abs)]
+
+
+def _alike(found: Any, wanted: Any, rel: float, abs: float) -> bool:
+    if isinstance(found, str) and isinstance(wanted, str):
+        one, other = NUMBER.split(found), NUMBER.split(wanted)
+        values = [[float(x.strip("%").replace("−", "-")) for x in parts[1::2]] for parts in (one, other)]
+        return one[::2] == other[::2] and values[0] == pytest.approx(values[1], rel=rel, abs=abs)
+    if isinstance(found, int | float) and isinstance(wanted, int | float):
+        return found == pytest.approx(wanted, rel=rel, abs=abs)
+    return found == wanted
 
 
 def numbers(values: Any) -> Any:
@@ -29,13 +56,27 @@ def text(of: Any) -> list[Any]:
     return [of.get_text(), numbers(of.get_position()), " ".join(map(str, how))]
 
 
-def _values(array: Any) -> Any:
+def _values(array: Any, most: int = MANY) -> Any:
     """The numbers of a picture, or of a large one what tells it from another."""
     values = np.ma.filled(np.ma.asarray(array).astype(float), np.nan)
-    if values.size <= MANY:
+    if values.size <= most:
         return numbers(values)
-    corners = values[[0, 0, -1, -1], [0, -1, 0, -1]]
-    return {"shape": list(values.shape), "mean": numbers(np.nanmean(values)), "corners": numbers(corners)}
+    flat = values.ravel()
+    some = flat[np.linspace(0, flat.size - 1, 7).astype(int)]
+    return {"shape": list(values.shape), "mean": numbers(np.nanmean(values)), "some": numbers(some)}
+
+
+def described(value: Any) -> Any:
+    """Plain data, with large tables of numbers as pictures are: by what tells them from others."""
+    if isinstance(value, dict):
+        return {str(key): described(one) for key, one in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    try:
+        array = np.array(value, float)
+    except (TypeError, ValueError):
+        return [described(one) for one in value]
+    return numbers(list(value)) if array.size <= 40 else _values(array, most=0)
 
 
 def _norm(norm: Normalize) -> list[Any]:
@@ -83,7 +124,7 @@ def _collection(one: Any) -> dict[str, Any]:
 def _axis(axis: Any) -> dict[str, Any]:
     labels = axis.get_ticklabels()
     return {
-        "label": text(axis.label),
+        "label": [one for i, one in enumerate(text(axis.label)) if i != 1],  # Its place depends on the page.
         "ticks": numbers(list(axis.get_ticklocs())),
         "names": [label.get_text() for label in labels],
         "sizes": sorted({label.get_fontsize() for label in labels}),

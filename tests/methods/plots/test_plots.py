@@ -9,7 +9,6 @@ import inspect
 import json
 import pkgutil
 from importlib import import_module
-from typing import Any
 
 import pytest
 import torch
@@ -19,22 +18,9 @@ from matplotlib.figure import Figure
 import methods_multimodal.plots
 from methods_multimodal.plots import heatmap
 from tests.methods.plots.drawings import DRAWINGS, SHOWN, figure_of
-from tests.methods.plots.shown import of_figure
+from tests.methods.plots.shown import differences, of_figure
 
 WANTED = json.loads(SHOWN.read_text())
-
-
-def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
-    """Where two descriptions differ: words at all, numbers by more than a thousandth."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = [*wanted, *(k for k in found if k not in wanted)]
-        return [d for k in keys for d in differences(found.get(k), wanted.get(k), f"{where}.{k}")]
-    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
-        pairs = enumerate(zip(found, wanted, strict=True))
-        return [d for i, (a, b) in pairs for d in differences(a, b, f"{where}[{i}]")]
-    both = isinstance(found, int | float) and isinstance(wanted, int | float)
-    same = found == pytest.approx(wanted, rel=1e-3, abs=1e-4) if both else found == wanted
-    return [] if same else [f"{where}: {found!r}, not {wanted!r}"]
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
@@ -70,3 +56,12 @@ def test_the_comparison_sees_words_numbers_and_what_is_missing() -> None:
     ]
     assert differences({"a": [1.0]}, wanted) == [".a: [1.0], not [1.0, 'x']", ".b: None, not {'c': None}"]
     assert differences({"d": 1, **wanted}, wanted) == [".d: 1, not None"]
+    assert differences("red: +1.0004, no. 3", "red: +1.0, no. 3") == []
+    for other in (
+        "red: +1.1, no. 3",
+        "red: -1.0, no. 3",
+        "red: +1.0, no. 4",
+        "blue: +1.0, no. 3",
+        "red: +1.0",
+    ):
+        assert differences(other, "red: +1.0, no. 3") == [f": {other!r}, not 'red: +1.0, no. 3'"]
