@@ -6,6 +6,7 @@ python -m tests.mutation.run --n 90 --seed 1 [--lines /tmp/lines.json] [--only d
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import random
 import signal
@@ -170,11 +171,11 @@ def preload() -> None:
     sys.dont_write_bytecode = True
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     import beartype  # noqa: F401  Before nnsight.
-    import diffusers  # noqa: F401
-    import nnsight  # noqa: F401
     import torch
-    import transformer_lens  # noqa: F401
-    import transformers  # noqa: F401
+
+    for name in ("diffusers", "nnsight", "transformer_lens", "transformers", "matplotlib.figure",
+                 "open_clip", "pyvene", "sae_lens", "scipy.stats", "sklearn.linear_model"):  # fmt: skip
+        importlib.import_module(name)
 
     torch.set_num_threads(1)
 
