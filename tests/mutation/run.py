@@ -27,6 +27,12 @@ from tests.mutation.tree import PACKAGES, ROOT, Copy, fingerprint, modules
 WANTED, MOST_EQUIVALENT = 0.95, 0.10
 # Where the tests of a change are cut; how much longer than for the map they may take on a busy machine.
 STAGES, SLOWER = (10, 40), 6.0
+# What a real service runs is noticed by the tests of one, with `--ndif`; they take minutes.
+SERVICE, OF_THE_SERVICE, SERVICE_SECONDS = (
+    "tests/ndif",
+    ("integrations/ndif/", "mm_adapters/ndif_client/"),
+    900.0,
+)
 EQUIVALENTS = Path(__file__).parent / "equivalents.txt"
 
 
@@ -100,9 +106,10 @@ def forked(work: Callable[[], int], seconds: float, said: Path) -> int | None:
     return None
 
 
-def stages(tests: Sequence[str]) -> list[Sequence[str]]:
+def stages(tests: list[str]) -> list[list[str]]:
     """The tests in turn: most changes are noticed by the first few, and the others need not be imported."""
-    bounds = [0, *STAGES, len(tests)]
+    last = len(tests) - (tests[-1:] == [SERVICE])
+    bounds = [0, *(stop for stop in STAGES if stop < last), last, len(tests)]
     return [some for start, stop in pairwise(bounds) if (some := tests[start:stop])]
 
 
@@ -125,6 +132,7 @@ class Judge:
     def passes(self, tests: Sequence[str]) -> bool | None:
         """Whether tests pass; None if they took too long."""
         seconds = self.seconds + SLOWER * sum(self.took.get(name, 0.0) for name in tests)
+        seconds += SERVICE_SECONDS * (list(tests) == [SERVICE])
         code = forked(lambda: self._pytest(tests), seconds, self.said)
         return None if code is None else code == 0
 
@@ -135,7 +143,7 @@ class Judge:
             self._sound[key] = self.passes(tests) is True
         return self._sound[key]
 
-    def verdict(self, one: Drawn, tests: Sequence[str]) -> str:
+    def verdict(self, one: Drawn, tests: list[str]) -> str:
         """ "noticed", "survived", "too slow" or "no test"."""
         if not tests:
             return "no test"
@@ -157,7 +165,8 @@ class Judge:
             del sys.modules[name]
         import pytest
 
-        options = ["-x", "-q", "--rootdir", root, "-p", "no:cacheprovider", "-m", "not ndif and not slow"]
+        marks = "ndif" if list(tests) == [SERVICE] else "not ndif and not slow"
+        options = ["-x", "-q", "--rootdir", root, "-p", "no:cacheprovider", "-m", marks]
         code = int(pytest.main([*options, *tests]))
         adapters = sys.modules.get("mm_adapters")
         if adapters is not None and not str(adapters.__file__).startswith(root):
@@ -210,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=90, help="beside what tests took before; who needs more has noticed"
     )
+    parser.add_argument("--ndif", action="store_true", help="a real service's code is judged by its tests")
     parser.add_argument("--list", action="store_true", help="prints the changes and makes none")
     options = parser.parse_args(argv)
     drawn = draw(options.n, options.seed, [m for m in modules() if options.only in m])
@@ -226,7 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             start = time.monotonic()
             verdict = "equivalent"
             if one.key not in alike:
-                verdict = judge.verdict(one, lines.of(one.module, one.change))
+                by_service = options.ndif and one.module.startswith(OF_THE_SERVICE)
+                tests = [*lines.of(one.module, one.change), *([SERVICE] if by_service else [])]
+                verdict = judge.verdict(one, tests)
             verdicts.append((one, verdict))
             print(f"{verdict:<10} {one}  ({time.monotonic() - start:.0f} s)", flush=True)
     assert fingerprint() == before, "The tree changed during the run."

@@ -12,7 +12,7 @@ import pytest
 
 from tests.mutation.changes import Change, changes_of
 from tests.mutation.cover import IMPORT, merged, shared, spread
-from tests.mutation.run import Drawn, Judge, draw, equivalents, report
+from tests.mutation.run import SERVICE, STAGES, Drawn, Judge, draw, equivalents, report, stages
 from tests.mutation.tests_of import Lines, files_of
 from tests.mutation.tree import ROOT, Copy, fingerprint, modules
 
@@ -131,6 +131,16 @@ def test_a_test_that_fails_anyway_notices_nothing_and_one_that_hangs_is_ended(tm
     assert Judge(copy, seconds=120).verdict(one, ["tests/test_bad.py"]) == "no sound test"
     assert Judge(copy, seconds=8).verdict(one, ["tests/test_slow.py"]) == "no sound test"
     assert Judge(copy, seconds=8).verdict(one, ["tests/test_waits.py"]) == "too slow"
+
+
+def test_tests_run_in_turns_and_those_of_a_service_last() -> None:
+    tests = [f"t.py::{i}" for i in range(50)]
+    first, second = STAGES
+    assert stages(tests) == [tests[:first], tests[first:second], tests[second:]]
+    assert stages(tests[:7]) == [tests[:7]]
+    assert stages([*tests[:7], SERVICE]) == [tests[:7], [SERVICE]]
+    assert stages([SERVICE]) == [[SERVICE]]
+    assert stages([]) == []
 
 
 def test_a_seed_draws_the_same_changes_again_and_more_of_longer_modules() -> None:
