@@ -28,10 +28,12 @@ WANTED, MOST_EQUIVALENT = 0.95, 0.10
 # Where the tests of a change are cut; how much longer than for the map they may take on a busy machine.
 STAGES, SLOWER = (12, 60), 6.0
 # What a real service runs is noticed by the tests of one, with `--ndif`; they take minutes.
-SERVICE, OF_THE_SERVICE, SERVICE_SECONDS = (
-    "tests/ndif",
-    ("integrations/ndif/", "mm_adapters/ndif_client/"),
-    900.0,
+SERVICE, SERVICE_SECONDS = "tests/ndif", 900.0
+OF_THE_SERVICE = (
+    "integrations/ndif/",
+    "mm_adapters/ndif_client/",
+    "mm_adapters/nnsight_engine/raw_values",
+    "mm_adapters/nnsight_engine/recorder",
 )
 EQUIVALENTS = Path(__file__).parent / "equivalents.txt"
 
