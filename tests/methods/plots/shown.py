@@ -128,7 +128,7 @@ def _axis(axis: Any) -> dict[str, Any]:
         "ticks": numbers(list(axis.get_ticklocs())),
         "names": [label.get_text() for label in labels],
         "sizes": sorted({label.get_fontsize() for label in labels}),
-        "turned": sorted({label.get_rotation() for label in labels}),
+        "turned": sorted({(label.get_rotation(), label.get_ha()) for label in labels}),
         "length": sorted({tick.tick1line.get_markersize() for tick in axis.get_major_ticks()}),
         "limits": numbers(list(axis.get_view_interval())),
         "inverted": bool(axis.get_inverted()),
