@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from methods_multimodal.text_explanations.vocabulary import vocabulary
 from mm_adapters import cli
 from mm_adapters.zoo import world
 from mm_adapters.zoo.measures import images_of
@@ -72,6 +73,10 @@ def test_mistakes_are_one_line_before_anything_is_loaded(
         assert result.exit_code == 2
         assert said in " ".join(result.stderr.split())
     assert not (tmp_path / "x").exists()
+    n = len(vocabulary("world"))
+    options = ["--images", str(images), "--vocabulary", "world", "--out", str(tmp_path / "y"), "--texts"]
+    assert f"the vocabulary has {n}" in " ".join(invoke(*options, str(n + 1)).stderr.split())
+    assert "it loaded" in str(invoke(*options, str(n)).exception)
 
 
 def test_a_broken_image_is_named_and_skipped_if_asked(images: Path, tmp_path: Path) -> None:

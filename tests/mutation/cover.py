@@ -1,9 +1,9 @@
-"""Which tests run which lines: every test file once, under a trace function, and a map of what it ran.
+"""Which tests run which lines: the suite once under `coverage`, a context for each test, and a map of it.
 
-python -m tests.mutation.cover --out /tmp/lines.json [tests/test_store.py ...]
+    python -m tests.mutation.cover --out /tmp/lines.json [-n 2] [tests/test_store.py ...]
 
-Goes on with a map that is there: files that it has are not run again, unless they are named. It takes about
-twice as long as the tests. As a pytest plugin (`-p tests.mutation.cover`) it writes one file's part.
+It takes little longer than the tests. As a pytest plugin (`-p tests.mutation.cover`) it writes the part of
+one process. What a fixture of several tests runs counts for each test that asks for it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -28,84 +27,82 @@ from tests.mutation.tree import PACKAGES, ROOT
 # What runs while tests are collected: a family's record, a table.
 IMPORT = ""
 # Of each test function so many of its cases are kept for a line, and so many tests in all.
-PER_FUNCTION, PER_LINE = 2, 60
+PER_FUNCTION, PER_LINE = 3, 600
 # Tests of the runner itself, and of another library's code.
 LEFT_OUT = ("tests/foreign/", "tests/mutation/")
 _OUT = "MM_INTERP_LINES"
 
 
-class Tracer:
-    """Notes the lines of our packages that run, file by file."""
-
-    def __init__(self) -> None:
-        self.prefixes = tuple(str(ROOT / package) + os.sep for package in PACKAGES)
-        self.lines: dict[str, set[int]] = {}
-        self._known: dict[str, str | None] = {}
-
-    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
-        path = frame.f_code.co_filename
-        if path not in self._known:
-            is_ours = path.startswith(self.prefixes)
-            self._known[path] = str(Path(path).relative_to(ROOT)) if is_ours else None
-        module = self._known[path]
-        if module is None:
-            return None
-        seen = self.lines.setdefault(module, set())
-        seen.add(frame.f_lineno)
-
-        def line(inner: FrameType, what: str, value: Any) -> Any:
-            if what == "line":
-                seen.add(inner.f_lineno)
-            return line
-
-        return line
-
-
 class Plugin:
-    """For each test that passes: its lines, and its seconds."""
+    """The lines of each test and shared fixture of one process, and each test's seconds and fixtures."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.tracer = Tracer()
+    def __init__(self, folder: Path) -> None:
+        import coverage
+
+        self.folder = folder
+        self.name = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+        self.lines = coverage.Coverage(
+            data_file=str(folder / f"{self.name}.coverage"),
+            config_file=False,
+            include=[f"{ROOT / package}/*" for package in PACKAGES],
+            messages=False,
+        )
+        self.context = IMPORT
         self.tests: dict[str, dict[str, Any]] = {}
         self.failed: set[str] = set()
+        self.lines.start()
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_collection(self) -> Iterator[None]:
-        yield from self._traced(IMPORT)
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        yield from self._traced(item.nodeid)
-
-    def _traced(self, name: str) -> Iterator[None]:
-        self.tracer.lines = {}
-        start = time.perf_counter()
-        sys.settrace(self.tracer)
-        threading.settrace(self.tracer)
+    @contextmanager
+    def _in(self, context: str) -> Iterator[None]:
+        before, self.context = self.context, context
+        self.lines.switch_context(context)
         try:
             yield
         finally:
-            sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]
-        lines = {module: sorted(seen) for module, seen in self.tracer.lines.items()}
-        self.tests[name] = {"seconds": round(time.perf_counter() - start, 2), "lines": lines}
+            self.context = before
+            self.lines.switch_context(before)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        start = time.perf_counter()
+        with self._in(item.nodeid):
+            yield
+        self.tests[item.nodeid] = {
+            "seconds": round(time.perf_counter() - start, 2),
+            "fixtures": list(getattr(item, "fixturenames", ())),
+        }
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+        if fixturedef.scope == "function":
+            yield
+            return
+        with self._in(shared(fixturedef.argname, fixturedef.baseid)):
+            yield
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.outcome != "passed":
             self.failed.add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
+        self.lines.stop()
+        self.lines.save()
         passed = {name: one for name, one in self.tests.items() if name not in self.failed}
-        self.out.write_text(json.dumps(passed))
+        (self.folder / f"{self.name}.json").write_text(json.dumps(passed))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if _OUT in os.environ:
+    is_controller = bool(getattr(config.option, "numprocesses", None))
+    if _OUT in os.environ and not is_controller:
         config.pluginmanager.register(Plugin(Path(os.environ[_OUT])))
 
 
-def spread(tests: Sequence[str], seconds: dict[str, float]) -> list[str]:
+def shared(name: str, below: str) -> str:
+    """The context of a fixture of several tests: those below a file or folder that ask for it by name."""
+    return f"@{name}@{below}"
+
+
+def spread(tests: Sequence[str], seconds: Mapping[str, float]) -> list[str]:
     """Some of the tests: the quickest of each function's cases, functions in turn, the quickest first."""
     by_function: dict[str, list[str]] = {}
     for name in sorted(tests, key=lambda n: (seconds[n], n)):
@@ -117,77 +114,81 @@ def spread(tests: Sequence[str], seconds: dict[str, float]) -> list[str]:
     return [name for turn in turns for name in turn][:PER_LINE]
 
 
-def merged(parts: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The map of all test files: tests, the seconds of each, and by module and line which of them run it;
-    and the lines that run when a module is imported.
+def merged(
+    tests: Mapping[str, Mapping[str, Any]], ran: Mapping[str, Mapping[int, set[str]]]
+) -> dict[str, Any]:
+    """The map: tests, the seconds of each, and by module and line which of them run it; and the lines that
+    run when a module is imported.
+
+    `tests` has each passed test's seconds and fixtures, `ran` by module and line the contexts that ran it.
     """
-    at_import: dict[str, set[int]] = {}
-    for tests in parts.values():
-        for module, lines in tests.get(IMPORT, {"lines": {}})["lines"].items():
-            at_import.setdefault(module, set()).update(lines)
-    parts = {name: {n: one for n, one in tests.items() if n != IMPORT} for name, tests in parts.items()}
-    seconds = {name: one["seconds"] for tests in parts.values() for name, one in tests.items()}
-    by_line: dict[str, dict[int, list[str]]] = {}
-    for tests in parts.values():
-        for name, one in tests.items():
-            for module, lines in one["lines"].items():
-                of_module = by_line.setdefault(module, {})
-                for line in lines:
-                    of_module.setdefault(line, []).append(name)
-    kept = {m: {line: spread(names, seconds) for line, names in by.items()} for m, by in by_line.items()}
-    used = sorted({name for by in kept.values() for names in by.values() for name in names})
-    number = {name: i for i, name in enumerate(used)}
+    askers: dict[str, set[str]] = {}
+    for name, one in tests.items():
+        for fixture in one["fixtures"]:
+            askers.setdefault(fixture, set()).add(name)
+
+    def tests_in(context: str) -> set[str]:
+        if not context.startswith("@"):
+            return {context} & tests.keys()
+        _, fixture, below = context.split("@", 2)
+        return {name for name in askers.get(fixture, ()) if name.startswith(below)}
+
+    in_context: dict[str, set[str]] = {}
+    for of_module in ran.values():
+        for contexts in of_module.values():
+            for context in contexts - in_context.keys():
+                in_context[context] = tests_in(context)
+    seconds = {name: float(one["seconds"]) for name, one in tests.items()}
+    number = {name: i for i, name in enumerate(seconds)}
+    lines: dict[str, dict[int, list[int]]] = {}
+    for module, of_module in ran.items():
+        for line, contexts in of_module.items():
+            names = {name for context in contexts for name in in_context[context]}
+            if names:
+                kept = spread(sorted(names), seconds)
+                lines.setdefault(module, {})[line] = [number[name] for name in kept]
     return {
-        "tests": used,
-        "seconds": [seconds[name] for name in used],
-        "at_import": {module: sorted(lines) for module, lines in at_import.items()},
-        "lines": {m: {x: [number[n] for n in names] for x, names in by.items()} for m, by in kept.items()},
+        "tests": list(seconds),
+        "seconds": list(seconds.values()),
+        "at_import": {m: sorted(x for x, c in by.items() if IMPORT in c) for m, by in ran.items()},
+        "lines": lines,
     }
 
 
-def run_file(test_file: str) -> dict[str, Any]:
-    """One test file under the trace function, in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "part.json"
-        environment = os.environ | {_OUT: str(out), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "tests.mutation.cover",
-            "-m",
-            "not ndif and not slow",
-        ]
-        subprocess.run([*command, test_file], cwd=ROOT, env=environment, capture_output=True, check=False)
-        return json.loads(out.read_text()) if out.is_file() else {}
+def read(folder: Path) -> dict[str, Any]:
+    """The map of what the processes of one run have written into a folder."""
+    import coverage
+
+    tests: dict[str, Any] = {}
+    ran: dict[str, dict[int, set[str]]] = {}
+    for part in sorted(folder.glob("*.json")):
+        tests |= json.loads(part.read_text())
+        data = coverage.CoverageData(str(part.with_suffix(".coverage")))
+        data.read()
+        for path in sorted(data.measured_files()):
+            of_module = ran.setdefault(str(Path(path).relative_to(ROOT)), {})
+            for line, contexts in data.contexts_by_lineno(path).items():
+                of_module.setdefault(line, set()).update(contexts)
+    return merged(tests, ran)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("-n", type=int, default=2, help="processes")
     parser.add_argument("files", nargs="*")
     options = parser.parse_args(argv)
-    folder = options.out.with_suffix(".parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    every = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py"))
-    names = options.files or [n for n in every if not n.startswith(LEFT_OUT)]
-    for name in names:
-        part = folder / f"{name.replace('/', '.')}.json"
-        if part.is_file() and not options.files:
-            continue
-        start = time.perf_counter()
-        tests = run_file(name)
-        part.write_text(json.dumps({name: tests}))
-        print(
-            f"{name}: {len(tests.keys() - {IMPORT})} tests, {time.perf_counter() - start:.0f} s", flush=True
-        )
-    parts: dict[str, Any] = {}
-    for part in sorted(folder.glob("*.json")):
-        parts |= json.loads(part.read_text())
-    options.out.write_text(json.dumps(merged(parts)))
-    return 0
+    left_out = [f"--ignore={ROOT / folder}" for folder in LEFT_OUT]
+    chosen = ["-n", str(options.n), "--dist", "loadfile", "-m", "not ndif and not slow", *left_out]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {_OUT: folder, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutation.cover", *chosen]
+        code = subprocess.run([*command, *options.files], cwd=ROOT, env=environment, check=False).returncode
+        held = read(Path(folder))
+    options.out.write_text(json.dumps(held))
+    print(f"{len(held['tests'])} tests, {sum(map(len, held['lines'].values()))} lines")
+    return code
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m tests.mutation.run --n 90 --seed 1 [--lines /tmp/lines.json] [--only d
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import random
 import signal
@@ -14,8 +15,9 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tests.mutation.changes import Change, changes_of
@@ -23,6 +25,16 @@ from tests.mutation.tests_of import Lines
 from tests.mutation.tree import PACKAGES, ROOT, Copy, fingerprint, modules
 
 WANTED, MOST_EQUIVALENT = 0.95, 0.10
+# Where the tests of a change are cut; how much longer than for the map they may take on a busy machine.
+STAGES, SLOWER = (12, 60), 6.0
+# What a real service runs is noticed by the tests of one, with `--ndif`; they take minutes.
+SERVICE, SERVICE_SECONDS = "tests/ndif", 900.0
+OF_THE_SERVICE = (
+    "integrations/ndif/",
+    "mm_adapters/ndif_client/",
+    "mm_adapters/nnsight_engine/raw_values",
+    "mm_adapters/nnsight_engine/recorder",
+)
 EQUIVALENTS = Path(__file__).parent / "equivalents.txt"
 
 
@@ -96,18 +108,34 @@ def forked(work: Callable[[], int], seconds: float, said: Path) -> int | None:
     return None
 
 
-class Judge:
-    """Runs tests in a copy of the tree; what the libraries below take to import is paid once."""
+def stages(tests: list[str]) -> list[list[str]]:
+    """The tests in turn: most changes are noticed by the first few, and the others need not be imported."""
+    last = len(tests) - (tests[-1:] == [SERVICE])
+    bounds = [0, *(stop for stop in STAGES if stop < last), last, len(tests)]
+    return [some for start, stop in pairwise(bounds) if (some := tests[start:stop])]
 
-    def __init__(self, copy: Copy, seconds: float) -> None:
+
+class Judge:
+    """Runs tests in a copy of the tree; what the libraries below take to import is paid once.
+
+    Args:
+        copy: The tree's copy.
+        seconds: How long some tests may take beside what they took when the map was made.
+        took: What each test took then.
+    """
+
+    def __init__(self, copy: Copy, seconds: float, took: Mapping[str, float] | None = None) -> None:
         self.copy = copy
         self.seconds = seconds
+        self.took = took or {}
         self.said = copy.root.parent / "said.txt"
         self._sound: dict[tuple[str, ...], bool] = {}
 
     def passes(self, tests: Sequence[str]) -> bool | None:
         """Whether tests pass; None if they took too long."""
-        code = forked(lambda: self._pytest(tests), self.seconds, self.said)
+        seconds = self.seconds + SLOWER * sum(self.took.get(name, 0.0) for name in tests)
+        seconds += SERVICE_SECONDS * (list(tests) == [SERVICE])
+        code = forked(lambda: self._pytest(tests), seconds, self.said)
         return None if code is None else code == 0
 
     def is_sound(self, tests: Sequence[str]) -> bool:
@@ -117,15 +145,18 @@ class Judge:
             self._sound[key] = self.passes(tests) is True
         return self._sound[key]
 
-    def verdict(self, one: Drawn, tests: Sequence[str]) -> str:
+    def verdict(self, one: Drawn, tests: list[str]) -> str:
         """ "noticed", "survived", "too slow" or "no test"."""
         if not tests:
             return "no test"
-        with self.copy.changed(one.module, one.change):
-            passed = self.passes(tests)
-        if passed is not False:
-            return "too slow" if passed is None else "survived"
-        return "noticed" if self.is_sound(tests) else "no sound test"
+        for some in stages(tests):
+            with self.copy.changed(one.module, one.change):
+                passed = self.passes(some)
+            if passed is not True:
+                if not self.is_sound(some):
+                    return "no sound test"
+                return "too slow" if passed is None else "noticed"
+        return "survived"
 
     def _pytest(self, tests: Sequence[str]) -> int:
         root = str(self.copy.root)
@@ -136,7 +167,8 @@ class Judge:
             del sys.modules[name]
         import pytest
 
-        options = ["-x", "-q", "--rootdir", root, "-p", "no:cacheprovider", "-m", "not ndif and not slow"]
+        marks = "ndif" if list(tests) == [SERVICE] else "not ndif and not slow"
+        options = ["-x", "-q", "--rootdir", root, "-p", "no:cacheprovider", "-m", marks]
         code = int(pytest.main([*options, *tests]))
         adapters = sys.modules.get("mm_adapters")
         if adapters is not None and not str(adapters.__file__).startswith(root):
@@ -150,11 +182,11 @@ def preload() -> None:
     sys.dont_write_bytecode = True
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     import beartype  # noqa: F401  Before nnsight.
-    import diffusers  # noqa: F401
-    import nnsight  # noqa: F401
     import torch
-    import transformer_lens  # noqa: F401
-    import transformers  # noqa: F401
+
+    for name in ("diffusers", "nnsight", "transformer_lens", "transformers", "matplotlib.figure",
+                 "open_clip", "pyvene", "sae_lens", "scipy.stats", "sklearn.linear_model"):  # fmt: skip
+        importlib.import_module(name)
 
     torch.set_num_threads(1)
 
@@ -182,27 +214,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--n", type=int, default=90)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lines", type=Path, help="the map that tests.mutation.cover writes")
+    parser.add_argument(
+        "--lines", type=Path, nargs="*", default=[], help="the maps that tests.mutation.cover has written"
+    )
     parser.add_argument("--only", default="", help="modules whose path holds this")
     parser.add_argument(
-        "--seconds", type=float, default=240, help="for one change; who needs more has noticed"
+        "--seconds", type=float, default=90, help="beside what tests took before; who needs more has noticed"
     )
+    parser.add_argument("--ndif", action="store_true", help="a real service's code is judged by its tests")
     parser.add_argument("--list", action="store_true", help="prints the changes and makes none")
     options = parser.parse_args(argv)
     drawn = draw(options.n, options.seed, [m for m in modules() if options.only in m])
     if options.list:
         print("\n".join(map(str, drawn)))
         return 0
-    lines, alike, before = Lines.read(options.lines), equivalents(), fingerprint()
+    lines, alike, before = Lines.read(*options.lines), equivalents(), fingerprint()
     preload()
     verdicts: list[tuple[Drawn, str]] = []
     with tempfile.TemporaryDirectory() as folder:
-        judge = Judge(Copy(Path(folder)), options.seconds)
+        took = dict(zip(lines.tests, lines.seconds, strict=True))
+        judge = Judge(Copy(Path(folder)), options.seconds, took)
         for one in drawn:
             start = time.monotonic()
             verdict = "equivalent"
             if one.key not in alike:
-                verdict = judge.verdict(one, lines.of(one.module, one.change))
+                by_service = options.ndif and one.module.startswith(OF_THE_SERVICE)
+                tests = [*lines.of(one.module, one.change), *([SERVICE] if by_service else [])]
+                verdict = judge.verdict(one, tests)
             verdicts.append((one, verdict))
             print(f"{verdict:<10} {one}  ({time.monotonic() - start:.0f} s)", flush=True)
     assert fingerprint() == before, "The tree changed during the run."

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.mutation.changes import Change, changes_of
-from tests.mutation.cover import merged, spread
-from tests.mutation.run import Drawn, Judge, draw, equivalents, report
+from tests.mutation.cover import IMPORT, merged, shared, spread
+from tests.mutation.run import SERVICE, STAGES, Drawn, Judge, draw, equivalents, report, stages
 from tests.mutation.tests_of import Lines, files_of
 from tests.mutation.tree import ROOT, Copy, fingerprint, modules
 
@@ -119,10 +122,25 @@ def test_a_test_that_fails_anyway_notices_nothing_and_one_that_hangs_is_ended(tm
     root = small(tmp_path)
     (root / "tests/test_bad.py").write_text("def test_bad():\n    assert False\n")
     (root / "tests/test_slow.py").write_text("import time\n\n\ndef test_slow():\n    time.sleep(60)\n")
+    (root / "tests/test_waits.py").write_text(
+        "from mm_adapters.sums import total\n\n\ndef test_waits():\n"
+        "    while total(2, 3) != 5:\n        pass\n"
+    )
     copy = Copy(tmp_path / "copy", root)
     one = Drawn("mm_adapters/sums.py", changes_of((root / "mm_adapters/sums.py").read_text())[0])
     assert Judge(copy, seconds=120).verdict(one, ["tests/test_bad.py"]) == "no sound test"
-    assert Judge(copy, seconds=4).verdict(one, ["tests/test_slow.py"]) == "too slow"
+    assert Judge(copy, seconds=8).verdict(one, ["tests/test_slow.py"]) == "no sound test"
+    assert Judge(copy, seconds=8).verdict(one, ["tests/test_waits.py"]) == "too slow"
+
+
+def test_tests_run_in_turns_and_those_of_a_service_last() -> None:
+    tests = [f"t.py::{i}" for i in range(50)]
+    first, second = STAGES
+    assert stages(tests) == [tests[:first], tests[first:second], tests[second:]]
+    assert stages(tests[:7]) == [tests[:7]]
+    assert stages([*tests[:7], SERVICE]) == [tests[:7], [SERVICE]]
+    assert stages([SERVICE]) == [[SERVICE]]
+    assert stages([]) == []
 
 
 def test_a_seed_draws_the_same_changes_again_and_more_of_longer_modules() -> None:
@@ -140,32 +158,56 @@ def test_a_seed_draws_the_same_changes_again_and_more_of_longer_modules() -> Non
 
 
 def test_a_map_says_which_tests_run_a_line() -> None:
-    def ran(*lines: int, seconds: float = 1.0) -> dict[str, object]:
-        return {"seconds": seconds, "lines": {"a.py": list(lines)}}
-
-    parts = {
-        "t.py": {
-            "": ran(1, 2),
-            "t.py::one[x]": ran(5, seconds=3.0),
-            "t.py::one[y]": ran(5, 6),
-            "t.py::one[z]": ran(5, seconds=2.0),
-            "t.py::two[a-b]": ran(6, seconds=9.0),
-        }
+    tests = {
+        "t.py::one[x]": {"seconds": 3.0, "fixtures": []},
+        "t.py::one[y]": {"seconds": 1.0, "fixtures": ["model"]},
+        "t.py::one[z]": {"seconds": 2.0, "fixtures": []},
+        "t.py::one[w]": {"seconds": 4.0, "fixtures": []},
+        "t.py::two[a-b]": {"seconds": 9.0, "fixtures": ["model"]},
+        "u.py::three": {"seconds": 1.0, "fixtures": ["model"]},
+        "u.py::long": {"seconds": 500.0, "fixtures": []},
     }
-    held = merged(parts)
-    by_line = {str(line): tests for line, tests in held["lines"]["a.py"].items()}  # As JSON has them.
-    lines = Lines(held["tests"], held["seconds"], {"a.py": by_line}, held["at_import"])
+    ran = {
+        1: {IMPORT},
+        5: {IMPORT, "t.py::one[x]", "t.py::one[y]", "t.py::one[z]", "t.py::one[w]", "t.py::failed"},
+        6: {"t.py::one[y]", "t.py::two[a-b]"},
+        7: {shared("model", "t.py")},
+        8: {"u.py::long", "u.py::three"},
+        9: {"u.py::long"},
+    }
+    held = json.loads(json.dumps(merged(tests, {"a.py": ran})))
+    lines = Lines(held["tests"], held["seconds"], held["lines"], held["at_import"])
 
     def at(first: int, last: int) -> list[str]:
         return lines.of("a.py", Change("", 0, 0, "", "", (first, last)))
 
-    assert at(5, 5) == ["t.py::one[y]", "t.py::one[z]"]  # Of one function two cases, the quickest.
+    assert at(5, 5) == ["t.py::one[y]", "t.py::one[z]", "t.py::one[x]"]  # Of one function's cases three.
     assert at(6, 6) == ["t.py::one[y]", "t.py::two[a-b]"]
-    assert at(7, 9) == []
-    assert at(1, 1) == ["t.py::one[y]", "t.py::one[z]", "t.py::two[a-b]"]  # At import: who runs the module.
+    assert at(7, 7) == ["t.py::one[y]", "t.py::two[a-b]"]  # Who asks for the fixture, in its file.
+    assert at(8, 8) == ["u.py::three"]  # Within the time that one change may take,
+    assert at(9, 9) == ["u.py::long"]  # but at least one.
+    assert at(10, 12) == []
+    assert at(1, 1) == ["t.py::one[y]", "u.py::three", "t.py::two[a-b]", "t.py::one[z]", "t.py::one[x]"]
     assert spread([], {}) == []
     nearest = files_of("methods_multimodal/data_attribution/retrieval.py")
     assert nearest[0].startswith("tests/methods/data_attribution/")
+
+
+def test_the_map_of_a_test_file_has_the_lines_that_its_tests_run(tmp_path: Path) -> None:
+    out = tmp_path / "lines.json"
+    name, module = "tests/methods/test_generators.py", "methods_multimodal/core/generators.py"
+    command = [sys.executable, "-m", "tests.mutation.cover", "--out", str(out), "-n", "0", name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = Lines.read(out)
+
+    def ran_by(text: str) -> list[str]:
+        at = (ROOT / module).read_text().splitlines().index(text) + 1
+        return [t.rpartition("::")[2] for t in lines.of(module, Change("", 0, 0, "", "", (at, at)))]
+
+    assert ran_by("    seed = 0") == ["test_several_numbers_are_digits_of_one_seed"]
+    one_line = "    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)"
+    assert ran_by(one_line) == ["test_a_seed_is_torchs_own_and_a_generator_is_itself"]
 
 
 def test_equivalents_have_reasons_and_count_for_neither_side(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,29 @@ from tests.mutation.cover import LEFT_OUT, spread
 from tests.mutation.tree import PACKAGES, ROOT
 
 N_FILES = 6  # Where no map says which tests run a line.
+SECONDS, MOST = 60.0, 150  # So long the tests of one change may take in all, by the map; so many there are.
+
+
+def within_time(module: str, seconds: Mapping[str, float]) -> list[str]:
+    """A spread of tests that takes no longer than `SECONDS`, but at least one: first those by whose name it
+    is about the module, then the others.
+    """
+    about = words_of(module)
+    kin = [name for name in seconds if about & words_of(name.partition("[")[0])]
+    chosen: list[str] = []
+    left = SECONDS
+    for name in (*spread(kin, seconds), *spread(sorted(seconds.keys() - set(kin)), seconds)):
+        if len(chosen) < MOST and (seconds[name] <= left or not chosen):
+            chosen.append(name)
+            left -= seconds[name]
+    return chosen
+
+
+def words_of(path: str) -> set[str]:
+    """The words of a path that tell one module or test from another."""
+    words = {word.removesuffix("s") for word in re.split(r"[\W_]+", path.lower())}
+    return words - {"", "a", "and", "i", "in", "it", "mm", "no", "of", "on", "or", "py", "test", "the", "to",
+                    "adapter", "integration", "method", "multimodal"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,12 +52,23 @@ class Lines:
     at_import: Mapping[str, Sequence[int]]
 
     @classmethod
-    def read(cls, path: Path | None) -> Lines:
-        """A map, or an empty one."""
-        if path is None:
-            return cls((), (), {}, {})
-        held: dict[str, Any] = json.loads(path.read_text())
-        return cls(held["tests"], held["seconds"], held["lines"], held["at_import"])
+    def read(cls, *paths: Path) -> Lines:
+        """What some maps hold together: that of all tests, say, and those of tests written since."""
+        tests: list[str] = []
+        seconds: list[float] = []
+        lines: dict[str, dict[str, list[int]]] = {}
+        at_import: dict[str, set[int]] = {}
+        for path in paths:
+            held: dict[str, Any] = json.loads(path.read_text())
+            for module, of_module in held["lines"].items():
+                mine = lines.setdefault(module, {})
+                for line, numbers in of_module.items():
+                    mine.setdefault(line, []).extend(len(tests) + n for n in numbers)
+            for module, at in held["at_import"].items():
+                at_import.setdefault(module, set()).update(at)
+            tests += held["tests"]
+            seconds += held["seconds"]
+        return cls(tests, seconds, lines, {module: sorted(at) for module, at in at_import.items()})
 
     def of(self, module: str, change: Change) -> list[str]:
         """The tests that can notice a change, the quickest first: those that run a line of its statement.
@@ -49,16 +84,8 @@ class Lines:
             about = {n for n, name in enumerate(self.tests) if stem in name.partition("[")[2]}
             numbers = about | {n for of_line in by_line.values() for n in of_line}
         if numbers or module in self.lines:
-            return sorted((self.tests[n] for n in self._spread(numbers)), key=self._seconds)
+            return within_time(module, {self.tests[n]: self.seconds[n] for n in numbers})
         return list(files_of(module)[:N_FILES])
-
-    def _spread(self, numbers: set[int]) -> list[int]:
-        by_name = {self.tests[n]: n for n in numbers}
-        some = spread(list(by_name), {name: self.seconds[n] for name, n in by_name.items()})
-        return [by_name[name] for name in some]
-
-    def _seconds(self, name: str) -> tuple[float, str]:
-        return self.seconds[self.tests.index(name)], name
 
 
 @cache

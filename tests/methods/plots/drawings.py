@@ -1,0 +1,418 @@
+"""Every plot, drawn from numbers written out here; `python -m tests.methods.plots.drawings FOLDER` draws."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from methods_multimodal import plots
+from methods_multimodal.cross_attention import Effects, WordMaps
+from methods_multimodal.data_attribution import Estimate
+from methods_multimodal.dissection.concepts import Concepts
+from methods_multimodal.lenses.direct_attribution import LogitAttribution
+from methods_multimodal.lenses.logit_lens import LogitLens
+from methods_multimodal.patching.activation_patching import ActivationPatching
+from methods_multimodal.plots import data_attribution, dissection
+from methods_multimodal.relevance.attention_maps import HeadMaps
+from methods_multimodal.text_explanations.name_heads import HeadNames
+from methods_multimodal.text_explanations.segmentation import Segmentation
+from methods_multimodal.text_explanations.spurious import Groups
+from tests.methods.plots.shown import of_figure
+
+SHOWN = Path(__file__).with_name("shown.json")
+DRAWINGS: dict[str, Callable[[], Axes | Figure]] = {}
+
+
+def drawing(draw: Callable[[], Axes | Figure]) -> Callable[[], Axes | Figure]:
+    DRAWINGS[draw.__name__] = draw
+    return draw
+
+
+def table(*shape: int) -> torch.Tensor:
+    """Numbers of both signs, no two alike."""
+    n = int(np.prod(shape))
+    return ((torch.arange(n) * 7 % n).float() / n - 0.35).reshape(shape)
+
+
+def pixels(height: int = 6, width: int = 9) -> np.ndarray:
+    return (np.arange(height * width * 3) * 5 % 256).astype(np.uint8).reshape(height, width, 3)
+
+
+@drawing
+def heatmap_plain() -> Axes:
+    return plots.heatmap(table(3, 4).abs(), unit="attention weight")
+
+
+@drawing
+def heatmap_signed() -> Axes:
+    return plots.heatmap(
+        table(2, 3), unit="logit", signed=True, rows=["a", "b"], columns=["x", "y", "z"], write="+z.2f",
+        label_rows="layer", label_columns="head", title="a title",
+    )  # fmt: skip
+
+
+@drawing
+def heatmap_limited() -> Axes:
+    values = torch.tensor([[-0.001, 0.4], [0.9, 2.0]])
+    return plots.heatmap(values, unit="share", limit=1.0, write=".1f", rows=[str(i) for i in range(2)])
+
+
+@drawing
+def heatmap_of_zeros() -> Axes:
+    return plots.heatmap(torch.zeros(2, 2), unit="share", write=".0%")
+
+
+@drawing
+def heatmap_long() -> Axes:
+    names = [str(i) for i in range(33)]
+    return plots.heatmap(table(17, 33), unit="x", signed=True, rows=names[:17], columns=names)
+
+
+def heads(n_layers: int = 2, n_heads: int = 3) -> LogitAttribution:
+    return LogitAttribution(
+        embed=torch.tensor([[0.5, -0.25]]),
+        heads=table(1, 2, n_layers, n_heads),
+        attn_bias=table(1, 2, n_layers),
+        mlps=table(1, 2, n_layers),
+        bias=torch.tensor([[0.125, -0.5]]),
+        logit=torch.tensor([[1.5, -0.75]]),
+        texts=("a red circle", "a blue star"),
+    )
+
+
+@drawing
+def head_shares() -> Axes:
+    return plots.head_shares(heads(), text=1)
+
+
+@drawing
+def head_shares_written() -> Axes:
+    return plots.head_shares(heads(10, 16))
+
+
+@drawing
+def head_shares_many() -> Axes:
+    return plots.head_shares(heads(7, 23))
+
+
+@drawing
+def mlp_shares() -> Axes:
+    return plots.mlp_shares(heads(), text=1)
+
+
+@drawing
+def lens_table() -> Axes:
+    logits = torch.tensor([[4.0, 1.0, 0.0, -1.0], [0.0, 0.5, 0.25, 0.75], [0.1, 0.0, 3.0, 1.0]])[None]
+    return plots.lens_table(LogitLens(logits, True), lambda i: f" w{i}", k=3)
+
+
+@drawing
+def lens_table_at_a_position() -> Axes:
+    logits = torch.stack([torch.zeros(2, 5), torch.tensor([[0.0, 1, 2, 3, 4], [4.0, 3, 2, 1, 9]])])
+    return plots.lens_table(LogitLens(logits, True, 2), lambda i: "abcde"[i], row=1)
+
+
+def patched(axis: str, n_layers: int, n_units: int) -> ActivationPatching:
+    return ActivationPatching(
+        patched=torch.stack([torch.zeros(n_layers, n_units), table(n_layers, n_units)]),
+        clean=torch.tensor([1.0, 2.0]),
+        corrupted=torch.tensor([0.0, 0.5]),
+        site="language.blocks.{}.attn.hook_z",
+        axis=axis,
+        layers=tuple(range(1, n_layers + 1)),
+        units=tuple((2 * i, 2 * i + 1) for i in range(n_units)),
+    )
+
+
+@drawing
+def patch_effects() -> Axes:
+    return plots.patch_effects(patched("head", 2, 3), row=1)
+
+
+@drawing
+def patch_effects_of_positions() -> Axes:
+    return plots.patch_effects(patched("position", 3, 54), row=1, title="mine")
+
+
+@drawing
+def patch_effects_written() -> Axes:
+    return plots.patch_effects(patched("position", 10, 16), row=1)
+
+
+def head_maps() -> HeadMaps:
+    return HeadMaps(table(2, 2, 3, 2, 2).abs(), "last token", (1, 4))
+
+
+@drawing
+def mosaic() -> Axes:
+    return plots.mosaic(head_maps(), row=1)
+
+
+@drawing
+def mosaic_titled() -> Axes:
+    return plots.mosaic(head_maps(), title="mine")
+
+
+@drawing
+def tiles() -> Axes:
+    return plots.tiles(table(3, 2, 4).abs(), names=["a", "b", "c"], unit="attention weight", title="three")
+
+
+@drawing
+def tiles_signed() -> Axes:
+    return plots.tiles(table(2, 2, 2), names=["a", "b"], unit="logit", signed=True)
+
+
+@drawing
+def overlay() -> Axes:
+    return plots.overlay(table(2, 3), pixels(), unit="attention weight", title="over")
+
+
+@drawing
+def overlay_signed() -> Axes:
+    return plots.overlay(table(2, 3), pixels(), unit="logit", signed=True, smooth=True)
+
+
+@drawing
+def text_map() -> Axes:
+    record = Segmentation(table(2, 3, 2, 4), torch.zeros(2, 3, dtype=torch.long), (2, 4))
+    return plots.text_map(record, pixels(), image=1, text=2, title="a star")
+
+
+def word_maps(n_steps: int = 3) -> WordMaps:
+    """Two prompts with a picture each; the second has a word less."""
+    attention = table(n_steps, 1, 2, 2, 3, 4, 4).abs() / 4
+    attention[:, :, :, 1, 2] = 0
+    return WordMaps(
+        by_grid={"4x4": attention},
+        words=(("a", "red", "cat"), ("blue", "dog")),
+        n_tokens=((1, 1, 1), (1, 1)),
+        layers=((0,),),
+        stages=(("all",),),
+        latent=(4, 4),
+        n_steps=n_steps,
+        affinity=torch.eye(16).expand(2, 16, 16).clone(),
+        affinity_grid=(4, 4),
+    )
+
+
+@drawing
+def word_lines() -> Axes:
+    return plots.word_lines(word_maps(), image=0)
+
+
+@drawing
+def word_lines_with_a_legend_beside() -> Figure:
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    plots.word_lines(word_maps(), left, image=1, legend=right)
+    return figure
+
+
+@drawing
+def word_map() -> Axes:
+    return plots.word_map(word_maps(), "cat", pixels(), image=0)
+
+
+@drawing
+def word_map_with_its_edge() -> Axes:
+    return plots.word_map(word_maps(), "dog", pixels(), image=1, recipe="daam", threshold=0.5)
+
+
+@drawing
+def film_strip() -> Axes:
+    return plots.film_strip(word_maps(9), "red", n_frames=4)
+
+
+@drawing
+def film_strip_of_few() -> Axes:
+    return plots.film_strip(word_maps(2), "dog", image=1)
+
+
+@drawing
+def film_strip_of_one() -> Axes:
+    return plots.film_strip(word_maps(4), "red", n_frames=1)
+
+
+def effects(heads_too: bool = False, n_layers: int = 2) -> Effects:
+    places = [((i,), (1,) if heads_too else ()) for i in range(n_layers)] + [
+        ((), (0, 1) if heads_too else ())
+    ]
+    spans = ((0, 1, 2), (3,), ())
+    pieces = [(layers, of, steps) for layers, of in places for steps in spans]
+    n = len(pieces)
+    return Effects(
+        changed=(torch.arange(n)[:, None] * 0.13 % 1.4 - 0.3).expand(n, 4)
+        + torch.tensor([0.0, 0.1, 0.05, -0.1]),
+        base=torch.tensor([0.0, 0.1, 0.0, -0.1]),
+        goal=torch.tensor([1.0, 1.2, 0.9, 1.0]),
+        control=torch.zeros(4),
+        layers=tuple(p[0] for p in pieces),
+        heads=tuple(p[1] for p in pieces),
+        steps=tuple(p[2] for p in pieces),
+        what="a word's keys",
+        metric="redness",
+    )
+
+
+@drawing
+def effect_grid() -> Axes:
+    return plots.effect_grid(effects())
+
+
+@drawing
+def effect_grid_of_heads() -> Axes:
+    return plots.effect_grid(effects(heads_too=True), title="mine", level=0.5)
+
+
+@drawing
+def effect_grid_without_room() -> Axes:
+    return plots.effect_grid(effects(n_layers=26))
+
+
+@drawing
+def effect_pairs() -> Axes:
+    fast, exact = torch.tensor([[0.1, -0.4], [0.2, 0.3]]), torch.tensor([[0.2, -0.1], [0.0, 0.9]])
+    return plots.effect_pairs(fast, exact, unit="redness", title="pairs")
+
+
+def named(n_texts: int = 4) -> HeadNames:
+    n = 2 * n_texts * 2
+    return HeadNames(
+        texts=("red", "blue", "ring", "star"),
+        groups=("colour", "colour", "shape", "shape"),
+        chosen=torch.tensor([[[0, 1, 2, 3]], [[3, 2, -1, -1]]]),
+        variance_explained=table(2, 1, n_texts).abs(),
+        variance=torch.tensor([[0.25], [0.125]]),
+        top_images=(torch.arange(n) % 5).reshape(2, 1, n_texts, 2),
+        scores=table(2, 1, n_texts, 2),
+        top_files=tuple((i, f"{i}.png") for i in range(5)),
+        n_images=5,
+    )
+
+
+@drawing
+def head_table() -> Figure:
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    plots.head_table(
+        named(),
+        lambda i: Image.new("RGB", (4, 4), (40 * i, 0, 9)),
+        figure.add_subplot(),
+        heads=[(1, 0), (0, 0)],
+    )
+    return figure
+
+
+@drawing
+def group_bars() -> Axes:
+    groups = {
+        "before": Groups(torch.tensor([0.5, 0.9, 0.75]), torch.tensor([3, 4, 5]), 0.7),
+        "after": Groups(torch.tensor([0.6, 0.8, 0.0]), torch.tensor([3, 4, 0]), 0.65),
+    }
+    return plots.group_bars(groups)
+
+
+@drawing
+def group_bars_named() -> Axes:
+    record = {"before": Groups(torch.tensor([0.5, 0.9]), torch.tensor([3, 4]), 0.7)}
+    return plots.group_bars(record, names=["land", "water"])
+
+
+@drawing
+def picture() -> Axes:
+    return plots.picture(pixels(2, 3), title="a title", caption="a caption")
+
+
+@drawing
+def sources() -> Figure:
+    scores = torch.tensor([0.1, -0.9, 0.5, 0.0, 1.8])
+    captions = [f"a long caption of picture number {i}" for i in range(5)]
+    return data_attribution.sources(
+        pixels(),
+        scores,
+        lambda i: np.full((2, 2, 3), i),
+        n=2,
+        title="a query that is long enough",
+        captions=captions,
+    )  # fmt: skip
+
+
+@drawing
+def sources_of_few() -> Figure:
+    return data_attribution.sources(pixels(), torch.tensor([0.0, 0.0]), lambda i: np.full((2, 2, 3), i))
+
+
+def estimate(mean: float) -> Estimate:
+    return Estimate(mean, mean - 0.1, mean + 0.2, torch.tensor([mean]))
+
+
+@drawing
+def score_bars() -> Axes:
+    return data_attribution.score_bars({"a": estimate(0.5), "b": estimate(-0.2)}, title="scorers")
+
+
+@drawing
+def score_bars_of_groups() -> Axes:
+    pairs = {name: (estimate(m), estimate(m / 2)) for name, m in (("a", 0.4), ("b", 0.1), ("c", 0.3))}
+    return data_attribution.score_bars(pairs, groups=("new", "drawn"), unit="rank")
+
+
+@drawing
+def detectors() -> Axes:
+    concepts = Concepts(("red", "ring", "blue", "star"), ("colour", "shape", "colour", "shape"))
+    return dissection.detectors(["star", "red", "red", "blue", "ring", "star"], [0, 1, 2, 3, 5], concepts)
+
+
+@drawing
+def detectors_of_many() -> Axes:
+    names = tuple(f"c{i}" for i in range(34))
+    concepts = Concepts(names, tuple("odd" if i % 2 else "even" for i in range(34)))
+    units = [names[i % 34] for i in range(34 + 20)]
+    return dissection.detectors(units, range(len(units)), concepts, title="mine")
+
+
+@drawing
+def no_detectors() -> Axes:
+    return dissection.detectors(["red"], [], Concepts(("red",), ("colour",)))
+
+
+@drawing
+def activation_histogram() -> Axes:
+    values = table(40) ** 2
+    return dissection.activation_histogram(values, shown=values > 0.2, name="a star", title="unit 3")
+
+
+@drawing
+def activation_histogram_without_a_concept() -> Axes:
+    return dissection.activation_histogram(table(12), shown=np.zeros(12, bool), name="x")
+
+
+def figure_of(name: str) -> Figure:
+    """One drawing's figure."""
+    drawn: Any = DRAWINGS[name]()
+    return drawn if isinstance(drawn, Figure) else drawn.figure
+
+
+def main(folder: Path) -> None:
+    """Draws all into a folder, and writes what they show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {}
+    for name in DRAWINGS:
+        figure = figure_of(name)
+        shown[name] = of_figure(figure)
+        figure.savefig(folder / f"{name}.png", dpi=60)
+    lines = (f"{json.dumps(name)}: {json.dumps(what)}" for name, what in shown.items())
+    SHOWN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
