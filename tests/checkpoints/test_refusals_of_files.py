@@ -108,7 +108,7 @@ def test_strict_false_is_for_models_of_transformers(pipeline: Path) -> None:
         load_module(unet, CPU, None, strict=False)
     assert load_module(unet, CPU, None, strict=True).conv_in.weight.dtype == torch.float16
     assert load_module(unet, META, None).conv_in.weight.device == META
-    with pytest.raises(CheckpointError, match="not in the checkpoint|lack|missing"):
+    with pytest.raises(CheckpointError, match=r"fc1\.weight"):
         tiny_text_without_a_weight(pipeline, strict=True)
     assert tiny_text_without_a_weight(pipeline, strict=False).dtype == torch.float32
 
@@ -149,7 +149,7 @@ def test_a_librarys_reason_is_passed_on(method: type[Exception]) -> None:
     def fails(name: str, **options: Any) -> Any:
         raise method("its reason")
 
-    with pytest.raises(CheckpointError, match="^o/n cannot be loaded: '?its reason'?$"):
+    with pytest.raises(CheckpointError, match=r"^o/n cannot be loaded: '?its reason'?$"):
         Source("o/n").read(fails)
     with pytest.raises(TypeError):
         Source("o/n").read(lambda: None)
@@ -261,7 +261,7 @@ def test_a_tags_activation_is_the_models(
     assert asked == {"arch": "ViT-B-32", "pretrained": "some", "device": "cpu", "force_quick_gelu": used}
 
 
-# --- files of tensors -----------------------------------------------------------------------------
+# --- files of tensors ---------------------------------------------------------------------------
 
 
 def test_a_file_of_tensors_that_changed_is_named(tmp_path: Path) -> None:

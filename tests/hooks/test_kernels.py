@@ -94,7 +94,7 @@ def test_another_split_is_torchs_own(dim: int, sizes: Any, ndim: int) -> None:
 @pytest.mark.parametrize("additive_too", [True, False])
 @pytest.mark.parametrize("floating", [True, False])
 def test_padded_keys_have_no_weight_in_multi_head_attention(floating: bool, additive_too: bool) -> None:
-    """`key_padding_mask` [batch, key] and `attn_mask` [query, key] add up, as torch's own function adds them."""
+    """`key_padding_mask` [batch, key] and `attn_mask` [query, key] add up, as torch adds them."""
     attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
     nn.init.normal_(attention.in_proj_bias)
     x = normal(2, 4, 8)
@@ -114,7 +114,7 @@ def test_padded_keys_have_no_weight_in_multi_head_attention(floating: bool, addi
     assert not seen["pattern"][1, :, :, 1].any()
 
 
-# --- the text's part of a joint attention ---------------------------------------------------------
+# --- the text's part of a joint attention -------------------------------------------------------
 
 
 def joint_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def test_a_few_rows_at_a_time_are_all_rows(size: int) -> None:
     torch.testing.assert_close((out, total), (scores.softmax(-1) @ v, scores.logsumexp(-1)))
 
 
-# --- points and modules ----------------------------------------------------------------------------
+# --- points and modules -------------------------------------------------------------------------
 
 
 def test_what_a_hook_returns_can_stand_in_the_values_place() -> None:
@@ -183,7 +183,7 @@ def test_what_a_hook_returns_can_stand_in_the_values_place() -> None:
             check_like("a.b", x, new)
     with pytest.raises(InputError, match=r"was given \(2, 3\) and returned \(1, 3\)"):
         check_like("a.b", x, x[:1])
-    with pytest.raises(InputError, match="at a.b was given torch.float32 and returned complex"):
+    with pytest.raises(InputError, match=r"at a\.b was given torch\.float32 and returned complex"):
         check_like("a.b", x, x.to(torch.complex64))
     check_like("a.b", x, x.double())
     check_like("a.b", x.to(torch.complex64), x.to(torch.complex64))
