@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from nnsight.intervention.interleaver import OutOfOrderError
-from torch import Tensor
+from nnsight.intervention.interleaver import Event, OutOfOrderError
+from torch import Tensor, nn
 
 from mm_adapters import InputError, MissingSiteError
-from mm_adapters.nnsight_engine import iteration, raw_values, recorder
+from mm_adapters.nnsight_engine import envoys, iteration, raw_values, recorder
 from mm_adapters.nnsight_engine.batcher import Axis, RowBatcher
+from mm_adapters.nnsight_engine.interleaver import END, SiteInterleaver
 from mm_adapters.nnsight_engine.invokes import combine
 from mm_adapters.nnsight_engine.recorder import Recorder
 from mm_adapters.records.spec import Input, Output, Site
@@ -305,6 +306,105 @@ def test_a_sandbox_has_no_gradients() -> None:
     model: Any = SimpleNamespace(in_process=False)
     with pytest.raises(NotImplementedError, match=r"runs blocks in a sandbox.*where there are no gradients"):
         Recorder(model, [], [], lambda output: output, {})
+
+
+class Sent:
+    """What a sandbox is sent, by location."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def value(self, location: str) -> Any:
+        return self.values[location]
+
+
+def in_sandbox(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], *, stock: bool) -> Any:
+    monkeypatch.setattr(envoys, "Mediator", Sent(values))
+    envoy = envoys.SiteEnvoy.__new__(envoys.SiteEnvoy)
+    envoy.site = site(Output("", chunk=(2, 1)))
+    envoy._point = SimpleNamespace(location="s")  # type: ignore[assignment]
+    envoy._model = SimpleNamespace(  # type: ignore[assignment]
+        in_process=False,
+        on_stock_service=stock,
+        path="model",
+        points=SimpleNamespace(n_heads=lambda site: None),
+    )
+    return envoy
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_what_is_assigned_in_a_sandbox_is_written_into_what_it_sends_back(
+    stock: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, own = torch.zeros(1, 4), torch.zeros(2, 1).T
+    envoy = in_sandbox(monkeypatch, {"model.layer.output": (None, raw), "s": own}, stock=stock)
+    envoy.output = torch.tensor([[1.0, 2]])
+    assert raw.tolist() == [[0, 0, 1, 2] if stock else [0, 0, 0, 0]]
+    assert own.tolist() == [[0, 0] if stock else [1, 2]]
+    assert envoy.output.tolist() == [[1, 2]]
+    if not stock:
+        assert envoy.output is own
+    assert own.is_contiguous()
+    for wrong, what in ((torch.zeros(1, 3), r"\(1, 3\)"), ("x", "str")):
+        with pytest.raises(InputError, match=rf"x is \(1, 2\) here and was set to {what}"):
+            envoy.output = wrong
+    assert envoy.output.tolist() == [[1, 2]]
+
+
+def test_a_value_out_of_order_in_a_sandbox_is_laid_out_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = torch.arange(6.0).view(2, 3).T
+    envoy = in_sandbox(monkeypatch, {"s": value}, stock=False)
+    assert envoy.output is value
+    assert value.is_contiguous()
+    assert value.tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_what_is_inside_a_loop_is_told_by_its_module() -> None:
+    inner, outer = nn.Identity(), nn.Identity()
+    made = SiteInterleaver()
+    made._loop = "model.unet"
+    paths = {id(inner): "model.unet.mid", id(outer): "model.unets"}
+    made.envoys = {i: SimpleNamespace(path=path) for i, path in paths.items()}  # type: ignore[assignment]
+    hooks = {"in": [SimpleNamespace(module=inner)], "out": [SimpleNamespace(module=outer)], "none": []}
+    made.points = {n: SimpleNamespace(module_hooks=h) for n, h in hooks.items()}  # type: ignore[assignment]
+    inside = {
+        "in": True,
+        "out": False,
+        "none": False,
+        "model.unet": True,
+        "model.unet.x": True,
+        "model.vae": False,
+    }
+    assert {name: made._in_loop(name) for name in inside} == inside
+    assert made._in_loop(None) is False
+    made._loop = ""
+    assert made._in_loop("in") is False
+
+
+def test_blocks_that_wait_for_a_next_step_are_told_that_the_run_is_over() -> None:
+    """A reply is what was requested: END for a value; a request that writes gets none."""
+
+    class Waiting:
+        def __init__(self, event: Any, provider: str, n: int = 1) -> None:
+            self.alive, self.replies, self.n = True, [], n
+            self.pending: Any = SimpleNamespace(provider=provider, event=event)
+
+        def switch(self, *reply: Any) -> Any:
+            self.replies.append(reply)
+            return self.pending if len(self.replies) < self.n else None
+
+    twice, other = Waiting(Event.VALUE, "step", 2), Waiting(Event.VALUE, "model.output")
+    writes, dead = Waiting(Event.SWAP, "step"), Waiting(Event.VALUE, "step")
+    dead.alive = False
+    made, indexed = SiteInterleaver(), []
+    made._reindex_parked = lambda: indexed.append(True)  # type: ignore[method-assign]
+    made.mediators = [other, dead]  # type: ignore[list-item]
+    made._end_loops()
+    assert indexed == []
+    made.mediators = [twice, other, writes, dead]  # type: ignore[list-item]
+    made._end_loops()
+    assert [m.replies for m in (twice, other, writes, dead)] == [[(END,), (END,)], [], [()], []]
+    assert indexed == [True]
 
 
 # --- copies ------------------------------------------------------------------------------------------------

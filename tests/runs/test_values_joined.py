@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -19,10 +20,12 @@ from mm_adapters.records import resolve
 from mm_adapters.records.spec import Guidance, Site
 from mm_adapters.runs import turns
 from mm_adapters.runs.clock import Clock
+from mm_adapters.runs.foreseen import n_positions
 from mm_adapters.runs.gradients import differentiable
 from mm_adapters.runs.guided_rows import GuidedRows
 from mm_adapters.runs.joining import Value, by_call, of_calls, of_generation, of_loop
 from mm_adapters.runs.lens import Call
+from mm_adapters.runs.session import Session
 
 
 def site(part: str = "hook_resid_post", axes: tuple[str, ...] = ("batch", "pos", "d_model")) -> Site:
@@ -180,6 +183,36 @@ def test_weights_converted_through_the_wrapper_are_the_models_own() -> None:
     model.double()
     assert {p.dtype for p in case.model.parameters()} == {torch.float64}
     assert model.text.cfg.dtype == torch.float64
+
+
+def test_positions_beyond_a_texts_tokens_are_foreseen(clip: Any) -> None:
+    case, model = clip
+    read, ids = model.sitemap[POST], case.inputs["input_ids"]  # Five tokens a row.
+    foreseen = lambda *bounds, **more: n_positions(model, read, {"input_ids": ids, **more}, *bounds)  # noqa: E731
+    assert [foreseen(4, 0), foreseen(4, -5), foreseen(0, 0)] == [None, None, None]  # They are there.
+    assert [foreseen(5, 0), foreseen(0, -6), foreseen(9, -9)] == [5, 5, 5]
+    assert foreseen(5, 0, past_key_values=object()) is None
+    assert n_positions(model, read, {}, 5, 0) is None
+    pooled = replace(read, axes=("batch", "d_model"))
+    assert n_positions(model, pooled, {"input_ids": ids}, 5, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("guidance", "guided", "want"),
+    [
+        (None, True, 1),
+        (Guidance(), True, 1),  # Its parts are rows of one call.
+        (Guidance(denoiser_calls=("cond", "uncond")), True, 2),
+        (Guidance(denoiser_calls=("cond", "image", "uncond")), True, 3),
+        (Guidance(denoiser_calls=("cond", "uncond")), False, 1),
+    ],
+)
+def test_guidance_calls_a_denoiser_once_for_each_part(guidance: Any, guided: bool, want: int) -> None:
+    session = Session.__new__(Session)
+    session.sites = SimpleNamespace(loops={} if guidance is None else {"denoiser": guidance})  # type: ignore[assignment]
+    session._guided = lambda asked: asked is guidance and guided  # type: ignore[method-assign]
+    assert session.calls_a_turn("denoiser") == want
+    assert session.calls_a_turn("text") == 1
 
 
 # --- records ------------------------------------------------------------------------------------
