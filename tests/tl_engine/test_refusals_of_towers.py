@@ -280,8 +280,9 @@ def test_a_bar_goes_on_by_one_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(generation, "tqdm", Bar)
     shown = opt().generate(TOKENS[:1], **{**GREEDY, "verbose": True, "stop_at_eos": False})
-    assert torch.equal(shown, opt().generate(TOKENS[:1], stop_at_eos=False, **GREEDY))
     assert [(b.options, b.n, b.closed) for b in bars] == [({"total": 3}, 3, True)]
+    assert torch.equal(shown, opt().generate(TOKENS[:1], stop_at_eos=False, **GREEDY))
+    assert len(bars) == 1
     generation._Bar(3).end()  # Nothing came.
 
 
