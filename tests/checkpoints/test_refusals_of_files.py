@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mm_adapters._errors import CheckpointError, InputError, UnknownFamilyError
-from mm_adapters.checkpoints import from_open_clip, from_transformers
+from mm_adapters.checkpoints import from_diffusers, from_open_clip, from_transformers
 from mm_adapters.checkpoints.from_diffusers import load_diffusers_model, load_pipeline
 from mm_adapters.checkpoints.from_transformers import load_module
 from mm_adapters.checkpoints.origin import CheckpointRef
@@ -65,6 +65,20 @@ def test_a_denoiser_called_transformer_says_the_dtype_too(tmp_path: Path) -> Non
     made.save_pretrained(tmp_path)
     read = load_pipeline(here(tmp_path), CPU, None)
     assert {p.dtype for p in read.transformer.parameters()} == {torch.bfloat16}
+
+
+def test_of_a_denoiser_in_several_files_the_first_says_the_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiny.stable_diffusion().model
+    made.save_pretrained(tmp_path)
+    for file in (tmp_path / "unet").iterdir():
+        file.unlink()
+    made.unet.save_pretrained(tmp_path / "unet", max_shard_size="20KB")
+    asked: list[str] = []
+    monkeypatch.setattr(from_diffusers, "stored_dtype", lambda file: asked.append(file.name) or torch.float16)
+    assert load_pipeline(here(tmp_path), CPU, None).unet.dtype == torch.float16
+    assert [name.partition("-of-")[0] for name in asked] == ["diffusion_pytorch_model-00001"]
 
 
 def test_a_part_of_a_pipeline_without_weights_says_where_its_pipeline_is(pipeline: Path) -> None:

@@ -153,6 +153,7 @@ def test_a_schedule_is_a_list_of_numbers() -> None:
         (9, 2, (28, 28), False),  # Not as many for each.
         (7, 1, (28, 28), False),  # No grid, with or without a token more.
         (14, 2, (28, 28), False),
+        (10, 2, (28, 28), True),
         (5, 1, (28, 28), True),  # A class token first.
         (8, 1, (28, 56), True),
         (8, 1, (28, 28), False),  # 2 x 4 is no square's grid.

@@ -274,12 +274,15 @@ class Served:
         ([3, 4, 5], [0, 0, 0]),  # Without one each call computes all.
         ([1, 1], [0, 1]),
         ([1, 2], [0, 0]),
+        ([0, 0], [0, 0]),  # A value of a row each has no positions.
     ],
 )
 def test_a_site_that_is_followed_counts_what_came_before(
     lengths: list[int], n_before: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = Served([torch.full((2, n), float(n)) for n in lengths])
+    if lengths == [0, 0]:
+        served = Served([torch.ones(4), torch.ones(4)])
     clock, seen, mediator = Clock(), [], SimpleNamespace(iteration=None)
 
     def look(module: Any, args: Any, value: Tensor) -> None:
@@ -302,8 +305,17 @@ def test_a_site_that_is_followed_counts_what_came_before(
     assert torch.equal(served.written[0], served.values[0] * 2)
 
 
-def test_a_sandbox_has_no_gradients() -> None:
-    model: Any = SimpleNamespace(in_process=False)
+def test_a_sandbox_has_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "Session", lambda *args: SimpleNamespace(args=args))
+    for in_process, grad_of in ((True, len), (True, None), (False, None)):
+        model: Any = SimpleNamespace(
+            in_process=in_process, wrapped=1, sitemap=2, points=3, is_guided=lambda a, g: (a, g)
+        )
+        args = Recorder(model, [], [], grad_of, {"x": 1}).session.args  # type: ignore[attr-defined]
+        assert args[5] is (grad_of is not None)
+        assert (args[6] is None) is in_process  # There it is told by the model.
+        assert in_process or args[6]("guidance") == ({"x": 1}, "guidance")
+    model = SimpleNamespace(in_process=False)
     with pytest.raises(NotImplementedError, match=r"runs blocks in a sandbox.*where there are no gradients"):
         Recorder(model, [], [], lambda output: output, {})
 

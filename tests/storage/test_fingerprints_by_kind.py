@@ -67,6 +67,10 @@ class Preparer:
     image_processor: Any = None
 
 
+class Called:
+    def __call__(self) -> None: ...
+
+
 # Of each kind: two that are the same, and others that are not.
 KINDS: dict[str, tuple[Any, Any, list[Any]]] = {
     "set": ({3, 1, 2}, {1, 2, 3}, [{1, 2}, {1, 2, 4}]),
@@ -115,7 +119,8 @@ def test_kinds_are_told_apart() -> None:
 
 
 def test_what_has_no_content_is_refused_by_its_class() -> None:
-    for wrong in (object(), io.StringIO("a"), iter([1])):
+    halves = SimpleNamespace(wrapped=layer(1.0)), SimpleNamespace(preparer=Preparer(1))
+    for wrong in (object(), io.StringIO("a"), iter([1]), Called(), *halves):
         with pytest.raises(InputError, match=f"and a {type(wrong).__name__} has no content that can be told"):
             of_value(wrong)
 
@@ -136,6 +141,7 @@ def test_tensors_without_data_are_known_by_shape_and_name() -> None:
     assert (
         len({text(), text("b"), text(n=3), text(dtype=torch.float16), of_tensors({"a": torch.zeros(2)})}) == 5
     )
+    assert text(n=0) != of_tensors({"a": torch.zeros(0)})
 
 
 def test_the_scales_of_packed_weights_are_seen() -> None:

@@ -91,6 +91,13 @@ def test_heads_inputs_are_edited_where_they_are_the_projections_own() -> None:
     assert inputs._hold(stream) is stream
     value = torch.full((1, 2, 4, 8), 2.0)
     inputs._check("q", value, value + 1e-5)
+    # Off by up to 2 % of the largest, and a little for values that are zero.
+    large = torch.zeros(1, 2, 4, 8)
+    large[0, 0, 0, 0] = 100.0
+    inputs._check("q", large + 1.9, large)
+    refused(lambda: inputs._check("q", large + 2.1, large), "hook_q_input cannot be edited")
+    inputs._check("q", large * 0 + 5e-5, large * 0)
+    refused(lambda: inputs._check("q", large * 0 + 2e-4, large * 0), "hook_q_input cannot be edited")
     says = (
         r"^blocks.1.hook_k_input cannot be edited: this model's k is not.*Edit language.blocks.1.attn.hook_k"
     )
@@ -158,11 +165,14 @@ def test_a_gated_mlp_behind_its_norm_has_no_one_input(monkeypatch: pytest.Monkey
     gated.set_use_hook_mlp_in(False)
 
 
-def test_weights_are_folded_where_a_norm_comes_before_each_part() -> None:
+def test_weights_are_folded_where_a_norm_comes_before_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
     says = "^The text tower is no stack of attentions and MLPs with a norm before each"
     refused(lambda: tower("bert", "text").folded, says)
     ours = mm.wrap(raw_opt(), tokenizer=tokenizer()).language
     assert ours.folded.W_Q.shape[0] == N_LAYERS
+    with monkeypatch.context() as one:
+        one.setattr(type(ours), "_is_pre_norm", lambda tower, layer: layer != 1)
+        refused(lambda: ours.folded, "^The language tower is no stack")
     ours.cfg.__dict__["attn_only"] = True
     refused(lambda: ours.folded, "^The language tower is no stack")
 
