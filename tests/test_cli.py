@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from contextlib import redirect_stderr
@@ -243,6 +244,45 @@ def test_main_takes_its_arguments_and_gives_its_exit_code(
     assert cli.main(["--help"], (METHODS,)) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in ("report", "attribute", "dissect", "heads", "words", "trace"))
+
+
+def ends(error: BaseException) -> tuple[int, str]:
+    """The exit code of a command that ends so, and what it printed."""
+
+    def register(app: Any) -> None:
+        def fail() -> None:
+            raise error
+
+        app.command("fail")(fail)
+
+    point = EntryPoint("failing", "json:loads", cli.GROUP)
+    said = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(EntryPoint, "load", lambda self: register)
+        return cli.main(["fail"], (point,)), said.getvalue()
+
+
+def test_what_the_machine_says_no_to_is_one_line() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert ends(full) == (2, "mm-interp: No space left on device.\n")
+    shut = PermissionError(errno.EACCES, "Permission denied", "a.png")
+    assert ends(shut) == (2, "mm-interp: a.png: Permission denied.\n")
+    assert ends(mm.InputError("two\nlines")) == (2, "mm-interp: two lines\n")
+    with pytest.raises(OSError, match="Connection reset"):  # Ours: it shows where.
+        ends(OSError(errno.ECONNRESET, "Connection reset"))
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(0, 0), (3, 3), (None, 0), ("a reason", 1)])
+def test_a_commands_own_exit_is_the_exit_code(code: Any, exit_code: int) -> None:
+    assert ends(SystemExit(code))[0] == exit_code
+
+
+def test_an_application_that_returns_was_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(cli, "build", lambda points: lambda args: asked.append((points, args)))
+    assert cli.main(("sites", "x"), ()) == 0
+    assert cli.main() == 0
+    assert asked == [((), ["sites", "x"]), (None, None)]
 
 
 @pytest.mark.parametrize("command", ["report", "attribute", "dissect", "heads", "words", "trace"])

@@ -51,7 +51,7 @@ class TowerCall:
         padding_side: str | None = None,
         start_at_layer: int | None = None,
         tokens: Int[Tensor, "batch pos"] | None = None,
-        shortformer_pos_embed: None = None,
+        shortformer_pos_embed: Any = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         stop_at_layer: int | None = None,
         past_kv_cache: Any = None,
@@ -225,6 +225,11 @@ class _Call:
                     f"The {mounted.name} tower takes no attention_mask: it attends to everything."
                 )
             arguments["attention_mask"] = self.mask
+        name = mounted.input_name
+        if mounted.record.gives and name in arguments:
+            raise InputError(
+                f"{name} was given twice: as what the tower is run on, and as {name}=. Give it once."
+            )
         self.names.check(arguments)
         with ExitStack() as stack:
             if cache is not None:
@@ -233,7 +238,6 @@ class _Call:
                 stack.enter_context(starting(mounted, tower._root.points.by_name, *self.stream))
             stopped = stack.enter_context(stopping(tower._point, stop)) if stop is not None else []
             stack.enter_context(tower._root.running())
-            name = mounted.input_name
             output = (
                 self.target(**{name: self.value}, **arguments)
                 if mounted.record.gives
