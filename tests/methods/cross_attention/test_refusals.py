@@ -146,9 +146,9 @@ def test_binding_takes_pairs_steps_and_a_share(model: mm.HookedModel, pairs: Any
     with pytest.raises(InputError, match=told):
         bind_attributes(model, "a red cat", pairs, **{"n_steps": 1} | more)
     size = {"height": 16, "width": 16}
-    for until in (0, 1):
+    for until in (0.0, 1.0):
         pairs = [("red", "cat")]
-        found = bind_attributes(model, "a red cat", pairs, n_steps=1, until=until, rate=0, options=size)
+        found = bind_attributes(model, "a red cat", pairs, n_steps=1, until=until, rate=0.0, options=size)
         assert found.shape == (1, 3, 16, 16)
 
 

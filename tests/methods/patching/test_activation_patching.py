@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import patching
 
 import mm_adapters as mm
-from methods_multimodal.patching.activation_patching import patch_heads, patch_positions, patch_units
+from methods_multimodal.patching.activation_patching import _place, patch_heads, patch_positions, patch_units
 
 
 def pair(name: str) -> tuple[tiny.Case, dict[str, Tensor], dict[str, Tensor]]:
@@ -164,3 +164,14 @@ def test_inputs_without_a_row_for_each_row_are_run_one_unit_at_a_time() -> None:
 
         run = model.run(corrupted, edit=[mm.Edit(site, put, positions=unit)])
         torch.testing.assert_close(found.patched[:, 0, i], metric(run.output), rtol=1e-5, atol=1e-6)
+
+
+def test_positions_of_a_decoder_stack_are_counted_from_its_first() -> None:
+    model = mm.HookedModel(tiny.clip().model)
+    inputs = tiny.clip_text_ids()
+    site = "text.decoder.0.hook_resid_pre"
+    with pytest.raises(mm.InputError, match=f"^units: the positions of {site} are counted from 0, not -1"):
+        _place(model, inputs, -1, site, "pos")
+    assert int(_place(model, inputs, 0, site, "pos")) == 0
+    assert int(_place(model, inputs, -1, site, "head")) == -1
+    assert _place(model, inputs, -1, "text.blocks.0.hook_resid_pre", "pos").tolist() == [4, 2]
