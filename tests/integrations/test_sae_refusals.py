@@ -146,11 +146,11 @@ def test_a_config_says_what_is_trained_and_how(tmp_path: Path) -> None:
     for trainer in (3, [1]):
         with pytest.raises(InputError, match=r"^trainer: holds fields and values, not (3|\[1\])\.$"):
             parse_config(base | {"trainer": trainer})
-    with pytest.raises(InputError, match="^A field's name is a text, not 7"):
+    with pytest.raises(InputError, match=r"^A field's name is a text, not 7"):
         parse_config(base | {7: 1})
-    with pytest.raises(InputError, match="^A field's name is a text, not 7"):
+    with pytest.raises(InputError, match=r"^A field's name is a text, not 7"):
         parse_config(base | {"trainer": {7: 1}})
-    with pytest.raises(InputError, match="^There is no architecture 'gpt' to train; there is .*batchtopk"):
+    with pytest.raises(InputError, match=r"^There is no architecture 'gpt' to train; there is .*batchtopk"):
         parse_config({"architecture": "gpt"})
     needed = {
         "total_training_samples": 8, "train_batch_size_samples": 4, "lr": 0.1, "lr_warm_up_steps": 0,
@@ -258,7 +258,7 @@ def test_a_config_is_one_that_can_train_at_its_site() -> None:
     check(SITE, plain, _trainer())
     check(f"{SITE} -> {SITE}", transcoder, _trainer())
     finished: Any = StandardSAEConfig(d_in=4, d_sae=8)
-    with pytest.raises(InputError, match="^StandardSAEConfig is no training config. Pass one of SAELens'"):
+    with pytest.raises(InputError, match=r"^StandardSAEConfig is no training config. Pass one of SAELens'"):
         check(SITE, finished, _trainer())
     with pytest.raises(InputError, match=f"^A transcoder is trained between two sites: .*, not '{SITE}'"):
         check(SITE, transcoder, _trainer())
@@ -267,7 +267,9 @@ def test_a_config_is_one_that_can_train_at_its_site() -> None:
     with pytest.raises(InputError, match=r"^total_training_samples is less than one batch\.$"):
         check(SITE, plain, _trainer(train_batch_size_samples=9))
     for options in ({"apply_b_dec_to_input": True}, {"normalize_activations": "layer_norm"}):
-        with pytest.raises(InputError, match="^A transcoder's decoder bias is of another site than its input"):
+        with pytest.raises(
+            InputError, match=r"^A transcoder's decoder bias is of another site than its input"
+        ):
             mm_sae.BatchTopKTranscoderConfig(d_in=4, d_sae=8, **options)
 
 
@@ -281,7 +283,7 @@ def test_items_are_a_folder_s_images_or_a_list(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^data='.*a\.png' is no folder of images\. Pass one, or a list"):
         items_of(tmp_path / "a.png")
     for bad in ([], 3, iter(["a"]), {"text": ["a"]}):
-        with pytest.raises(InputError, match="^data is a folder of images, or a list of images, prompts or"):
+        with pytest.raises(InputError, match=r"^data is a folder of images, or a list of images, prompts"):
             items_of(bad)
 
 
@@ -307,7 +309,7 @@ def test_the_side_that_is_not_given_is_a_blank() -> None:
         "prompt": ["a"], "seed": [9], "output_type": "latent",
     }  # fmt: skip
     assert inputs_of(drawing, [{"images": picture, "prompt": "a"}], [4], {})["images"] == [picture]
-    with pytest.raises(InputError, match="^A pipeline that draws is given prompts, not images"):
+    with pytest.raises(InputError, match=r"^A pipeline that draws is given prompts, not images"):
         inputs_of(drawing, [picture], [0], {})
     rows = inputs_of(dual, [{"x": torch.ones(2)}, {"x": torch.zeros(2)}], [0, 1], {})
     assert rows["x"].tolist() == [[1, 1], [0, 0]]
@@ -321,21 +323,23 @@ def test_an_iterator_goes_on_where_it_was() -> None:
     assert float(next(provider)["site"][0, 0]) == 3
     provider.go_to({"batch": 4})
     assert float(next(provider)["site"][0, 0]) == 4
-    with pytest.raises(InputError, match="^The provider ended after 10 rows and training takes 100"):
+    with pytest.raises(InputError, match=r"^The provider ended after 10 rows and training takes 100"):
         next(provider)
 
 
 def test_items_give_one_batch_at_least(tiny: mm.HookedModel) -> None:
-    pixels = [{"pixel_values": row, "input_ids": torch.tensor([58, 3, 59])} for row in torch.randn(2, 3, 28, 28)]
+    pixels = [
+        {"pixel_values": row, "input_ids": torch.tensor([58, 3, 59])} for row in torch.randn(2, 3, 28, 28)
+    ]
     sites = [find_site(tiny, SITE)]  # Five positions an image.
 
     def provider(size: int) -> FromModel:
-        return FromModel(
-            tiny, sites, pixels, size, 0, tokens="all", steps=None, batch_size=2, inputs=None
-        )
+        return FromModel(tiny, sites, pixels, size, 0, tokens="all", steps=None, batch_size=2, inputs=None)
 
     assert next(provider(10))[SITE].shape == (10, 32)
-    with pytest.raises(InputError, match="^2 items give 10 rows, less than one batch of 11. Give more items"):
+    with pytest.raises(
+        InputError, match=r"^2 items give 10 rows, less than one batch of 11. Give more items"
+    ):
         next(provider(11))
 
 
@@ -386,9 +390,14 @@ def test_training_data_holds_the_site(tiny: mm.HookedModel, tmp_path: Path) -> N
     with pytest.raises(InputError, match=told):
         mm_sae.train(tiny, other, cfg, data=store, trainer=_trainer(), progress=False)
     transcoder = mm_sae.BatchTopKTranscoderConfig(d_in=32, d_sae=6, d_out=32, k=1)
-    with pytest.raises(InputError, match="^An iterator gives the rows of one site. Pass a store, or items"):
+    with pytest.raises(InputError, match=r"^An iterator gives the rows of one site. Pass a store, or items"):
         mm_sae.train(
-            tiny, f"{other} -> {SITE}", transcoder, data=iter([torch.zeros(8, 64)]), trainer=_trainer(), progress=False
+            tiny,
+            f"{other} -> {SITE}",
+            transcoder,
+            data=iter([torch.zeros(8, 64)]),
+            trainer=_trainer(),
+            progress=False,
         )
 
 
@@ -440,7 +449,7 @@ def test_special_tokens_are_those_of_a_text(tiny: mm.HookedModel) -> None:
     with pytest.raises(InputError, match=told):
         SpecialTokens(tiny, find_site(tiny, SITE), [1])
     site = find_site(tiny, TEXT)
-    with pytest.raises(InputError, match="^exclude_special_tokens=True: this model has no tokenizer. Give"):
+    with pytest.raises(InputError, match=r"^exclude_special_tokens=True: this model has no tokenizer. Give"):
         SpecialTokens(tiny, site, True)
     special = SpecialTokens(tiny, site, [58, 59])
     flat = torch.zeros(2, 5, 24)
@@ -450,7 +459,9 @@ def test_special_tokens_are_those_of_a_text(tiny: mm.HookedModel) -> None:
         tiny.run(CASES["clip"]().inputs)
     wanted = [[True, False, False, False, True], [True, False, True, True, True]]
     assert special.mask(flat).tolist() == wanted
-    with pytest.raises(InputError, match=r"has positions \[2, 4\], .* called with token ids \[2, 5\]\. Leave"):
+    with pytest.raises(
+        InputError, match=r"has positions \[2, 4\], .* called with token ids \[2, 5\]\. Leave"
+    ):
         special.mask(flat[:, :4])
 
 
@@ -465,7 +476,9 @@ def test_an_attached_sae_reads_and_writes_one_site(tiny: mm.HookedModel) -> None
     by_head = StandardSAE(StandardSAEConfig(d_in=32, d_sae=8, reshape_activations="hook_z"))
     for site, out in ((SITE, None), (z, q)):
         by_head.cfg.metadata.hook_name, by_head.cfg.metadata.hook_name_out = site, out
-        with pytest.raises(InputError, match=f"^{site} -> {out or site}: reshape_activations='hook_z' is for"):
+        with pytest.raises(
+            InputError, match=f"^{site} -> {out or site}: reshape_activations='hook_z' is for"
+        ):
             attach(tiny, by_head, None, False, "all")
     by_head.cfg.metadata.hook_name, by_head.cfg.metadata.hook_name_out = z, None
     with pytest.raises(MissingSiteError, match=f"^No SAE is attached to '{z}'. Attached: none is attached"):
@@ -484,7 +497,7 @@ def test_roles_are_known_where_the_inputs_are(tiny: mm.HookedModel) -> None:
     inputs = CASES["clip"]().inputs
     plain = tiny(**inputs).image_embeds
     attach(tiny, sae_at(SITE), None, False, "patch")
-    with pytest.raises(InputError, match="^tokens= needs to know the inputs: use run_with_saes, or splice"):
+    with pytest.raises(InputError, match=r"^tokens= needs to know the inputs: use run_with_saes, or splice"):
         tiny(**inputs)
     tiny.reset_saes()
     attach(tiny, sae_at(SITE), None, False, "all")
@@ -522,11 +535,15 @@ def _checkpoint(folder: Path, name: str, step: int, weights_step: int | None = N
         {"rng": torch.get_rng_state()},
         {"step": str(step if weights_step is None else weights_step)},
     )
-    write_document(target / "state.json", {"step": step, "about": {}, "trainers": {}, "position": {"at": step}})
+    write_document(
+        target / "state.json", {"step": step, "about": {}, "trainers": {}, "position": {"at": step}}
+    )
     return target
 
 
-@pytest.mark.parametrize(("recent", "chosen"), [(9, "step_000000010"), (10, "step_000000010"), (11, "recent")])
+@pytest.mark.parametrize(
+    ("recent", "chosen"), [(9, "step_000000010"), (10, "step_000000010"), (11, "recent")]
+)
 def test_the_newest_checkpoint_is_gone_on_from(tmp_path: Path, recent: int, chosen: str) -> None:
     assert _checkpoints.latest(tmp_path) is None
     there = _checkpoint(tmp_path, "recent", recent)
@@ -579,7 +596,9 @@ def test_a_coefficient_goes_on_warming_up_where_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(v, other.sae.state_dict()[k]) for k, v in one.sae.state_dict().items())
 
 
-def test_metrics_go_to_wandb_in_a_run_of_their_own_or_the_one_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_go_to_wandb_in_a_run_of_their_own_or_the_one_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[Any] = []
     wandb: Any = SimpleNamespace(
         run=None,
@@ -613,10 +632,14 @@ def test_latents_are_the_positions_of_their_own_stream() -> None:
     model = mm.wrap(CASES["stable_diffusion_3"]().model)
     site = "denoiser.blocks.0.hook_resid_post"
     options = {"num_inference_steps": 1, "guidance_scale": 1.0}
-    d_in = model.run({"prompt": ["a"], "seed": [0], "output_type": "latent"} | options, read=[site])[site].shape[-1]
+    d_in = model.run({"prompt": ["a"], "seed": [0], "output_type": "latent"} | options, read=[site])[
+        site
+    ].shape[-1]
     score = lambda output, numbers: output.images.flatten(1).mean(1)  # noqa: E731
     found = [
-        recovered(model, sae_at(site, d_in), ["a", "b"], score, mean=torch.ones(d_in), tokens=tokens, inputs=options)
+        recovered(
+            model, sae_at(site, d_in), ["a", "b"], score, mean=torch.ones(d_in), tokens=tokens, inputs=options
+        )
         for tokens in ("all", "latent")
     ]
     assert found[0] == found[1]
@@ -689,9 +712,15 @@ def test_weights_that_cannot_be_name_their_file(tmp_path: Path) -> None:
     nan[0, 0], infinite[1, 1] = float("nan"), float("inf")
     cases: list[tuple[dict[str, Any], str]] = [
         ({"W_dec": None}, "/sae_weights.safetensors lacks W_dec; it has W_enc, b_dec, b_enc."),
-        ({"W_dec": w_dec[:, :31].clone()}, "/sae_weights.safetensors: W_dec is [8, 31], and cfg.json says [8, 32]."),
+        (
+            {"W_dec": w_dec[:, :31].clone()},
+            "/sae_weights.safetensors: W_dec is [8, 31], and cfg.json says [8, 32].",
+        ),
         ({"b_dec": b_dec[:31].clone()}, "/sae_weights.safetensors: b_dec is [31], and cfg.json says [32]."),
-        ({"b_dec": b_dec.int()}, "/sae_weights.safetensors: b_dec is stored as torch.int32, whole numbers. Get it again."),
+        (
+            {"b_dec": b_dec.int()},
+            "/sae_weights.safetensors: b_dec is stored as torch.int32, whole numbers. Get it again.",
+        ),
         ({"W_dec": nan}, "/sae_weights.safetensors: W_dec holds NaN or infinity. Get it again."),
         ({"W_dec": infinite}, "/sae_weights.safetensors: W_dec holds NaN or infinity. Get it again."),
         ({"b_enc": None}, " holds no standard SAE that fits its cfg.json: "),
@@ -721,10 +750,10 @@ def test_a_folder_holds_one_sae_of_a_format_that_is_known(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"sae is a finished SAE \(vit_prisma\): it cannot be trained"):
         load(folder, format="vit_prisma", cls=TrainingSAE)
     assert load(folder, format="vit_prisma", site="vision.x").cfg.metadata.hook_name == "vision.x"
-    with pytest.raises(CheckpointError, match="sae is a finished SAE .*, not a TrainingSAE"):
+    with pytest.raises(CheckpointError, match=r"sae is a finished SAE .*, not a TrainingSAE"):
         load(folder, cls=TrainingSAE)
     os.remove(folder / "cfg.json")
-    with pytest.raises(CheckpointError, match="sae has SAELens' weights and no cfg.json, which says what"):
+    with pytest.raises(CheckpointError, match=r"sae has SAELens' weights and no cfg.json, which says what"):
         load(folder)
     two = tmp_path / "two"
     two.mkdir()
@@ -736,8 +765,17 @@ def test_a_folder_holds_one_sae_of_a_format_that_is_known(tmp_path: Path) -> Non
         load(tmp_path / "none")
 
 
-_PRISMA = {"W_enc": torch.randn(3, 5), "b_enc": torch.randn(5), "W_dec": torch.randn(5, 3), "b_dec": torch.randn(3)}
-_NAMED = {"encoder.weight": torch.randn(1, 5, 3), "encoder.bias": torch.randn(1, 5), "decoder.weight": torch.randn(1, 3, 5)}
+_PRISMA = {
+    "W_enc": torch.randn(3, 5),
+    "b_enc": torch.randn(5),
+    "W_dec": torch.randn(5, 3),
+    "b_dec": torch.randn(3),
+}
+_NAMED = {
+    "encoder.weight": torch.randn(1, 5, 3),
+    "encoder.bias": torch.randn(1, 5),
+    "decoder.weight": torch.randn(1, 3, 5),
+}
 _UNBOX = {
     "encoder.weight": torch.randn(5, 3), "decoder.weight": torch.randn(3, 5),
     "pre_bias": torch.randn(3), "latent_bias": torch.randn(5),
@@ -761,15 +799,35 @@ def _public(folder: Path, state: dict[str, Tensor], cfg: dict[str, Any], name: s
         (_PRISMA, {"block_layer": "3"}, "{folder}: block_layer is '3', and is a number."),
         (_PRISMA, {"block_layer": True}, "{folder}: block_layer is True, and is a number."),
         (_PRISMA, {"hook_point": 3}, "The SAE's hook is 3, and is a name."),
-        (_PRISMA | {"W_enc": torch.zeros(1, 3, 5)}, {}, "ViT-Prisma: the encoder's weights are [1, 3, 5], not a matrix."),
+        (
+            _PRISMA | {"W_enc": torch.zeros(1, 3, 5)},
+            {},
+            "ViT-Prisma: the encoder's weights are [1, 3, 5], not a matrix.",
+        ),
         (_PRISMA | {"b_enc": torch.zeros(4)}, {}, "ViT-Prisma: b_enc is [4], and its encoder says [5]."),
-        (_PRISMA | {"W_dec": torch.zeros(3, 5)}, {}, "ViT-Prisma: W_dec is [3, 5], and its encoder says [5, 3]."),
+        (
+            _PRISMA | {"W_dec": torch.zeros(3, 5)},
+            {},
+            "ViT-Prisma: W_dec is [3, 5], and its encoder says [5, 3].",
+        ),
         (_PRISMA | {"b_dec": torch.zeros(5)}, {}, "ViT-Prisma: b_dec is [5], and its encoder says [3]."),
         (_PRISMA, {"architecture": "topk", "k": 6}, "ViT-Prisma: k is 6, and there are 5 latents."),
         (_PRISMA, {"architecture": "topk", "k": 2.0}, "ViT-Prisma: k is 2.0, and there are 5 latents."),
-        ({k: v for k, v in _PRISMA.items() if k[0] == "W"}, {}, "{folder} lacks b_enc, b_dec; it has W_dec, W_enc."),
-        (_NAMED | {"decoder.weight": torch.zeros(3)}, {}, "{folder}: encoder.weight and decoder.weight are matrices."),
-        (_NAMED | {"encoder.weight": torch.zeros(3)}, {}, "{folder}: encoder.weight and decoder.weight are matrices."),
+        (
+            {k: v for k, v in _PRISMA.items() if k[0] == "W"},
+            {},
+            "{folder} lacks b_enc, b_dec; it has W_dec, W_enc.",
+        ),
+        (
+            _NAMED | {"decoder.weight": torch.zeros(3)},
+            {},
+            "{folder}: encoder.weight and decoder.weight are matrices.",
+        ),
+        (
+            _NAMED | {"encoder.weight": torch.zeros(3)},
+            {},
+            "{folder}: encoder.weight and decoder.weight are matrices.",
+        ),
         (_UNBOX, {}, "{folder}/config.json does not say k, how many latents are active."),
         (_UNBOX, {"k": 0}, "sdxl-unbox: k is 0, and there are 5 latents."),
         (_SAEURON, {}, "{folder}/cfg.json does not say k, how many latents are active."),

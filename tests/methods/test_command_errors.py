@@ -30,9 +30,7 @@ def _locked(monkeypatch: pytest.MonkeyPatch, folder: Path, lacks: int) -> None:
     monkeypatch.setattr(
         os,
         "access",
-        lambda path, mode: (
-            not (Path(path) == folder.absolute() and mode & lacks) and really(path, mode)
-        ),
+        lambda path, mode: not (Path(path) == folder.absolute() and mode & lacks) and really(path, mode),
     )
 
 
@@ -120,9 +118,7 @@ def test_pictures_that_cannot_be_read_are_listed_before_anything_is_loaded(
     assert re.fullmatch(r"skipped \S+torn\.png: [^\n]+\n", capsys.readouterr().out)
 
 
-def test_a_list_of_concepts_holds_those_of_the_masks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_list_of_concepts_holds_those_of_the_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "masks").mkdir()
     for name in "ab":

@@ -70,7 +70,9 @@ def test_a_classifier_is_the_unit_mean_of_unit_vectors(clip: Any) -> None:
 def test_a_summary_is_one_that_the_model_gives_out() -> None:
     pipe: Any = SimpleNamespace(kind="diffusion", name="a pipe")
     tower: Any = SimpleNamespace(name="text", mount=SimpleNamespace(unit=False))
-    with pytest.raises(MissingSiteError, match=r"^a pipe: .* no summary of the text tower, .* a pipeline\. Load"):
+    with pytest.raises(
+        MissingSiteError, match=r"^a pipe: .* no summary of the text tower, .* a pipeline\. Load"
+    ):
         unchecked(check_summary)(pipe, tower)
     dual: Any = SimpleNamespace(kind="contrastive", name="a clip")
     unchecked(check_summary)(dual, tower)
@@ -136,7 +138,7 @@ def test_images_that_are_read_twice_are_a_folder_or_a_sequence(tmp_path: Path) -
         all_images([])
     with pytest.raises(InputError, match=r"^There are no images\.$"):
         all_images(torch.zeros(0, 3, 4, 4))
-    with pytest.raises(InputError, match="and generator can be read once only. Pass a folder, or a list"):
+    with pytest.raises(InputError, match=r"and generator can be read once only. Pass a folder, or a list"):
         all_images(i for i in range(3))
 
 
@@ -190,7 +192,11 @@ def test_a_record_is_read_as_what_it_is_and_whole(tmp_path: Path) -> None:
         ({"value": torch.zeros(1)}, {"values": "[]"}, "AttributeError"),
         ({"value": torch.zeros(1)}, {"values": '{"extra": 1}'}, "TypeError"),
         ({"other": torch.zeros(1)}, {"values": "{}"}, "TypeError"),
-        ({"value": torch.zeros(1)}, {"values": json.dumps({"parts": {"keys": ["x"]}})}, "KeyError: 'parts/x'"),
+        (
+            {"value": torch.zeros(1)},
+            {"values": json.dumps({"parts": {"keys": ["x"]}})},
+            "KeyError: 'parts/x'",
+        ),
     ]
     for tensors, facts, why in bad:
         save_tensors(path, tensors, {"record": "Other", **facts})

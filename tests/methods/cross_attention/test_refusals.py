@@ -64,7 +64,7 @@ def test_daam_s_recipe_leaves_out_the_middle_and_an_eighth() -> None:
 
 def test_a_recipe_s_layers_steps_and_words_are_those_that_are_kept() -> None:
     record = _record({"8x8": ("down",), "4x4": ("up",)})
-    with pytest.raises(InputError, match="^No recipe 'sum'; there is .*daam"):
+    with pytest.raises(InputError, match=r"^No recipe 'sum'; there is .*daam"):
         make(record, "sum", slice(None), None)
     with pytest.raises(InputError, match=r"^No layer of the resolution '2x2'; there is 8x8, 4x4\.$"):
         make(record, "mean", slice(None), "2x2")
@@ -75,7 +75,7 @@ def test_a_recipe_s_layers_steps_and_words_are_those_that_are_kept() -> None:
     averaged.by_grid = {"8x8": record.by_grid["8x8"].mean((0, 2), keepdim=True)}
     for axis in ("step", "head"):
         need(record, axis)
-        with pytest.raises(InputError, match=f"averaged over the {axis}s. .* keep=\\('{axis}',\\)"):
+        with pytest.raises(InputError, match=f"averaged over the {axis}s. .* keep=\('{axis}',\)"):
             need(averaged, axis)
     make(averaged, "mean", slice(None), None)
     with pytest.raises(InputError, match="averaged over the steps"):
@@ -116,7 +116,7 @@ def test_pictures_have_a_seed_each_and_are_finite(model: mm.HookedModel) -> None
             generate(model, ["a"], seeds, options=OPTIONS)
     broken = tiny.stable_diffusion().model
     torch.nn.init.constant_(broken.vae.decoder.conv_out.bias, float("nan"))
-    with pytest.raises(InputError, match="^A picture holds NaN: a step broke down"):
+    with pytest.raises(InputError, match=r"^A picture holds NaN: a step broke down"):
         generate(mm.HookedModel(broken), ["a"], [0], options=OPTIONS)
 
 
@@ -130,7 +130,9 @@ def test_the_words_are_the_first_encoder_s_where_none_is_called_text(model: mm.H
 
 
 def test_patching_takes_another_prompt(model: mm.HookedModel) -> None:
-    with pytest.raises(InputError, match=r"^Patching takes two prompts; the case 'a dog' has no other one\.$"):
+    with pytest.raises(
+        InputError, match=r"^Patching takes two prompts; the case 'a dog' has no other one\.$"
+    ):
         attribute_patching(
             model, [Case("a cat", "cat", "a dog", "dog"), Case("a dog", "dog")], lambda x: x.mean((1, 2, 3))
         )

@@ -32,7 +32,7 @@ from methods_multimodal.data_attribution._layers import LayerCall, projected
 from methods_multimodal.data_attribution._parameters import select
 from methods_multimodal.data_attribution.diffusion import Schedule
 from methods_multimodal.data_attribution.encoding import _pixels
-from methods_multimodal.data_attribution.evaluation import detection, choose_damping
+from methods_multimodal.data_attribution.evaluation import choose_damping, detection
 from methods_multimodal.data_attribution.layer_gradients import NotByLayers, layer_pass
 from methods_multimodal.data_attribution.pictures import read_pictures
 from methods_multimodal.data_attribution.projection import _traker
@@ -76,17 +76,23 @@ def test_draws_projections_and_modes_go_together() -> None:
         projection = Projection(kind, 4)
         return Featuriser(task or _task(Net()), sample, projection, draws=draws, mode=mode, max_rows=8)
 
-    with pytest.raises(InputError, match="^Draws are averaged as 'mean' or 'unit', not 'sum'"):
+    with pytest.raises(InputError, match=r"^Draws are averaged as 'mean' or 'unit', not 'sum'"):
         unchecked(Featuriser.__init__)(
-            Featuriser.__new__(Featuriser), _task(Net()), sample, Projection(), draws="sum", mode="auto", max_rows=8
+            Featuriser.__new__(Featuriser),
+            _task(Net()),
+            sample,
+            Projection(),
+            draws="sum",
+            mode="auto",
+            max_rows=8,
         )
     for draws, mode in (("unit", "auto"), ("mean", "loop"), ("mean", "vmap"), ("unit", "layers")):
-        with pytest.raises(InputError, match="^A factored projection goes by layers and averages draws as"):
+        with pytest.raises(InputError, match=r"^A factored projection goes by layers and averages draws as"):
             make("factored", draws, mode)
         make("sparse", draws, mode, _task(Net(), ["first.*", "second.*"]))
     for mode in ("auto", "layers"):
         assert make("factored", "mean", mode).gradients.mode == "layers"
-    with pytest.raises(InputError, match="^A factored projection needs weights of linear or convolutional"):
+    with pytest.raises(InputError, match=r"^A factored projection needs weights of linear or convolutional"):
         make("factored", task=_task(Net(), ["scale", "first.bias"]))
     assert make("factored", task=_task(Net(), ["scale", "first.weight"])).gradients.task.parameters == (
         "first.weight",
@@ -119,14 +125,14 @@ def test_a_projection_is_of_a_kind_and_a_width(options: dict[str, Any], told: st
 def test_the_narrowest_projections_are_taken_and_no_unknown_kind() -> None:
     unknown = object.__new__(Projection)
     object.__setattr__(unknown, "kind", "dense")
-    with pytest.raises(InputError, match="^There is no projection 'dense'; there is .*sparse.*factored"):
+    with pytest.raises(InputError, match=r"^There is no projection 'dense'; there is .*sparse.*factored"):
         unknown.__post_init__()
     for options in ({"dim": 1}, {"kind": "none", "dim": 0}, {"kind": "factored", "dim": 9}, {"dim": 8}):
         Projection(**options)  # type: ignore[arg-type]
 
 
 def test_a_task_has_measures_and_examples() -> None:
-    with pytest.raises(InputError, match="^A task needs a measure"):
+    with pytest.raises(InputError, match=r"^A task needs a measure"):
         module_task(Net(), {})
     assert n_examples([{"x": torch.zeros(2)}]) == 1
     assert n_examples({"x": torch.zeros(1)}) == 1
@@ -158,24 +164,29 @@ def test_a_denoiser_s_timesteps_and_noises_are_counted_from_one() -> None:
         with pytest.raises(InputError, match=f"^{n} timesteps cannot be spread over 20"):
             task(timesteps=n)
     assert (task(timesteps=1).n_draws, task(timesteps=20).n_draws) == (1, 20)
-    assert (task(timesteps=1).about["timesteps"], task(timesteps=4).about["timesteps"]) == ([10], [2, 7, 12, 17])
+    assert (task(timesteps=1).about["timesteps"], task(timesteps=4).about["timesteps"]) == (
+        [10],
+        [2, 7, 12, 17],
+    )
     for steps in ([-1], [20], [], [0, 20]):
         with pytest.raises(InputError, match=r"^Timesteps are 0 to 19, not \["):
             task(timesteps=steps)
     assert task(timesteps=[0, 19], n_noises=2).n_draws == 4
     for noises, own in ((0, 1), (1, 0)):
-        with pytest.raises(InputError, match=f"^There is at least one noise and timestep, not {noises} and {own}"):
+        with pytest.raises(
+            InputError, match=f"^There is at least one noise and timestep, not {noises} and {own}"
+        ):
             task(n_noises=noises, n_own=own, timesteps=None)
     assert task(timesteps=None, n_noises=2, n_own=3).n_draws == 6
     for measure in ([], {}):
-        with pytest.raises(InputError, match="^No measure was asked for; there is loss"):
+        with pytest.raises(InputError, match=r"^No measure was asked for; there is loss"):
             task(measure=measure)
-    with pytest.raises(InputError, match="^There is no measure 'l0'"):
+    with pytest.raises(InputError, match=r"^There is no measure 'l0'"):
         task(measure=["loss", "l0"])
 
 
 def test_a_schedule_is_one_that_noise_is_added_by() -> None:
-    with pytest.raises(InputError, match="^EulerDiscrete has no alphas_cumprod and no flow to train by"):
+    with pytest.raises(InputError, match=r"^EulerDiscrete has no alphas_cumprod and no flow to train by"):
         Schedule.of(type("EulerDiscrete", (), {"config": {}})())
     assert Schedule.of(EulerDiscreteScheduler()).predicts == "epsilon"
     flow = Schedule.of(FlowMatchEulerDiscreteScheduler(num_train_timesteps=4, shift=3.0))
@@ -196,14 +207,14 @@ def test_what_a_denoiser_predicts_is_a_target_that_is_known() -> None:
         schedule = Schedule(torch.ones(1), torch.ones(1), torch.ones(1), predicts)
         torch.testing.assert_close(schedule.target(clean, noise, signal, share), torch.tensor([target]))
     schedule = Schedule(torch.ones(1), torch.ones(1), torch.ones(1), "score")
-    with pytest.raises(InputError, match="^A denoiser that predicts 'score' has no known target"):
+    with pytest.raises(InputError, match=r"^A denoiser that predicts 'score' has no known target"):
         schedule.target(clean, noise, signal, share)
 
 
 def test_an_example_brings_its_timestep_where_the_task_has_none() -> None:
     task = denoiser_task(pixel_unet(), DDPMScheduler(), timesteps=None)
     latents = {"latents": torch.randn(2, 3, 8, 8)}
-    with pytest.raises(InputError, match='^With timesteps=None every example brings its own, as "timestep"'):
+    with pytest.raises(InputError, match=r'^With timesteps=None every example brings its own, as "timestep"'):
         task.per_example(batch_of(latents, 0, 2))
     times = latents | {"timestep": torch.tensor([3, 700])}
     assert task.rows(batch_of(times, 0, 2), range(1))["timestep"].tolist() == [3, 700]
@@ -254,9 +265,12 @@ def test_a_pair_s_measures_and_embeddings_are_there() -> None:
     task = contrastive_task(model, case.inputs)
     rows = batch_of(case.inputs, 0, 2)
     assert task.per_example(rows)["loss"].shape == (2,)
-    outputs: tuple[dict[str, Any], ...] = ({"image_embeds": None}, {"image_embeds": torch.ones(2, 3), "text_embeds": None})
+    outputs: tuple[dict[str, Any], ...] = (
+        {"image_embeds": None},
+        {"image_embeds": torch.ones(2, 3), "text_embeds": None},
+    )
     for output in outputs:
-        with pytest.raises(InputError, match="^SimpleNamespace has no embeddings of images and texts"):
+        with pytest.raises(InputError, match=r"^SimpleNamespace has no embeddings of images and texts"):
             task.values(lambda **_: SimpleNamespace(**output), rows)  # noqa: B023
 
 
@@ -298,11 +312,13 @@ def test_layers_that_are_not_called_row_by_row_are_noticed() -> None:
         "sum": ["second", "first"], "square": ["second", "first"],
     } or set(layers["sum"]) == {"first", "second"}  # fmt: skip
     assert values["sum"].shape == (5,)
-    with pytest.raises(NotByLayers, match="^first is called with 5 rows, not 4$"):
+    with pytest.raises(NotByLayers, match=r"^first is called with 5 rows, not 4$"):
         go(Net(), 4)
-    with pytest.raises(NotByLayers, match="^first is called with 10 rows, not 5$"):
+    with pytest.raises(NotByLayers, match=r"^first is called with 10 rows, not 5$"):
         go(Net(twice=True))
-    with pytest.raises(NotByLayers, match="^second is not called: something else computes with its weights$"):
+    with pytest.raises(
+        NotByLayers, match=r"^second is not called: something else computes with its weights$"
+    ):
         go(Net(tied=True))
 
 
@@ -325,9 +341,11 @@ def test_a_damping_is_chosen_from_some_by_parts_of_the_queries() -> None:
 def test_detection_has_planted_and_other_examples() -> None:
     scores = torch.tensor([0.1, 0.9, 0.4])
     for n, planted in ((0, [False] * 3), (3, [True] * 3)):
-        with pytest.raises(InputError, match=f"^{n} of 3 examples are planted; at least one must be, and one"):
+        with pytest.raises(
+            InputError, match=f"^{n} of 3 examples are planted; at least one must be, and one"
+        ):
             detection(scores, torch.tensor(planted))
-    with pytest.raises(InputError, match="^1 of 2 examples are planted"):
+    with pytest.raises(InputError, match=r"^1 of 2 examples are planted"):
         unchecked(detection)(scores, torch.tensor([True, False]))
     assert detection(scores, torch.tensor([False, True, False])) == 1
     assert detection(scores, torch.tensor([False, True, True])) == 1
@@ -388,10 +406,12 @@ def test_kfac_of_a_checkpoint_is_that_of_a_module_with_its_weights(
     monkeypatch.setattr(kronfluence.analyzer, "prepare_model", stop)
     net, other = Net(), Net()
     own = {k: v.clone() for k, v in net.state_dict().items()}
-    some = {k: v for k, v in other.state_dict().items() if k != "scale"}  # A state may hold some weights only.
+    some = {
+        k: v for k, v in other.state_dict().items() if k != "scale"
+    }  # A state may hold some weights only.
     for state in (None, some):
+        task = _task(net, ["first.*", "second.*"])
         with pytest.raises(StopIteration):
-            task = _task(net, ["first.*", "second.*"])
             kronecker_scores(task, _examples(), _examples(2), tmp_path / str(len(prepared)), state=state)
     for module, expected in zip(prepared, (own, own | some), strict=True):
         assert all(torch.equal(v, expected[k]) for k, v in module.state_dict().items())
@@ -401,7 +421,9 @@ def test_kfac_of_a_checkpoint_is_that_of_a_module_with_its_weights(
         kronecker_scores(
             _task(net), _examples(), _examples(2), tmp_path / "bad", measure="l2", query_measure="l1"
         )
-    with pytest.raises(InputError, match="^KFAC needs weights of linear or convolutional layers; the task has"):
+    with pytest.raises(
+        InputError, match=r"^KFAC needs weights of linear or convolutional layers; the task has"
+    ):
         kronecker_scores(_task(net, ["scale", "first.bias"]), _examples(), _examples(2), tmp_path / "none")
 
 

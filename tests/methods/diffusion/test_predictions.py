@@ -35,7 +35,9 @@ def test_guidance_is_its_formula() -> None:
     guided = uncond + 3 * (cond - uncond)
     normed = combine(Guidance(keeps_norm=True), both, numbers)
     torch.testing.assert_close(normed.norm(dim=-1), cond.norm(dim=-1))
-    torch.testing.assert_close(normed / normed.norm(dim=-1, keepdim=True), guided / guided.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(
+        normed / normed.norm(dim=-1, keepdim=True), guided / guided.norm(dim=-1, keepdim=True)
+    )
     drawn = combine(Guidance(rescale="rescale"), both, numbers)
     for row in range(2):
         spread = cond[row].std() / guided[row].std()
@@ -47,9 +49,9 @@ def test_guidance_that_cannot_be_put_together_is_refused() -> None:
     parts = {"cond": torch.zeros(1), "uncond": torch.zeros(1)}
     with pytest.raises(InputError, match=r"^Perturbed-attention guidance .* Run with pag_scale=0\.$"):
         combine(Guidance(), parts | {"perturbed": torch.zeros(1)}, {"guidance_scale": 2.0})
-    with pytest.raises(InputError, match="^The run was guided by 'guidance_scale', and does not say"):
+    with pytest.raises(InputError, match=r"^The run was guided by 'guidance_scale', and does not say"):
         combine(Guidance(), parts, {"image_guidance_scale": 2.0})
-    with pytest.raises(InputError, match="^The run was guided by 'image_guidance_scale', and does not"):
+    with pytest.raises(InputError, match=r"^The run was guided by 'image_guidance_scale', and does not"):
         combine(Guidance(), parts | {"image": torch.zeros(1)}, {"guidance_scale": 2.0})
 
 
@@ -66,14 +68,14 @@ def test_the_first_step_is_not_kept(n_steps: int, n_frames: int, kept: tuple[int
 def test_a_run_of_one_step_has_no_prediction() -> None:
     model = mm.HookedModel(tiny.stable_diffusion().model)
     nothing: Any = SimpleNamespace()
-    with pytest.raises(InputError, match="^A run of one step has no prediction to keep"):
+    with pytest.raises(InputError, match=r"^A run of one step has no prediction to keep"):
         unchecked(StepReader.step_predictions)(StepReader(1), model, nothing)
 
 
 def test_a_loop_has_no_more_calls_than_its_sampler_has_times() -> None:
     sampler = SimpleNamespace(timesteps=range(5))
     assert [_first_timestep(sampler, n, "it") for n in (5, 4, 1)] == [0, 1, 4]
-    with pytest.raises(InputError, match="^it called its denoiser at 6 steps, and its sampler has 5: some"):
+    with pytest.raises(InputError, match=r"^it called its denoiser at 6 steps, and its sampler has 5: some"):
         _first_timestep(sampler, 6, "it")
 
 

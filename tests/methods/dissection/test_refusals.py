@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,9 @@ from methods_multimodal.dissection.naming import JUDGE, Stream, _stronger
 from methods_multimodal.dissection.survey import Survey, survey
 from mm_adapters import InputError, MissingSiteError
 from mm_adapters.store import Column, Store, Writer
+
+# The package has a function of the same name.
+surveying = importlib.import_module("methods_multimodal.dissection.survey")
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +74,28 @@ def test_a_probe_has_pictures(clip: Any, tmp_path: Path) -> None:
         collect(units, [], clip, tmp_path)
 
 
-def test_a_survey_has_kernels_and_a_batch_to_check_with(clip: Any, tmp_path: Path) -> None:
+def test_a_survey_has_kernels_and_a_batch_to_check_with(
+    clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     units = Units(clip, "vision.blocks.0.hook_mlp_out")
     concepts = Concepts(("red",), ("colour",))
     batch: Any = ({}, [])
-    with pytest.raises(InputError, match="^No kernel pmi, iou; there is .*soft_wpmi"):
+    with pytest.raises(InputError, match=r"^No kernel pmi, iou; there is .*soft_wpmi"):
         survey(units, [batch, batch], clip, concepts, tmp_path, kernels=("cosine", "pmi", "iou"))
     for held_out, n in ((0.3, 1), (0.9, 2), (0.75, 2)):
         with pytest.raises(InputError, match="One batch names the units and another checks the names"):
             survey(units, [batch] * n, clip, concepts, tmp_path, held_out=held_out)
-    with pytest.raises(Exception) as failed:  # It got as far as the batches, which are empty.
-        survey(units, [batch] * 2, clip, concepts, tmp_path, held_out=0.3)
-    assert "One batch" not in str(failed.value)
+    asked: list[int] = []
+
+    def stop(units: Any, batches: Any, *_: Any, **options: Any) -> None:
+        asked.append(len(batches))
+        raise StopIteration
+
+    monkeypatch.setattr(surveying, "collect", stop)
+    for held_out, n in ((0.3, 2), (0.3, 10), (0.0, 10), (0.5, 3)):
+        with pytest.raises(StopIteration):
+            survey(units, [batch] * n, clip, concepts, tmp_path, held_out=held_out)
+    assert asked == [1, 7, 9, 1]  # The others check the names.
 
 
 def test_a_survey_s_method_is_found_by_its_name() -> None:
@@ -97,9 +111,10 @@ def test_a_site_without_patches_names_the_towers_that_have_some(clip: Any) -> No
     with pytest.raises(MissingSiteError, match=told + r" have no maps\. Towers with a grid: none\.$"):
         units._layout({"text": ["a"]})
     picture = torch.zeros(1, 3, 64, 64)
-    assert units._layout({"text": ["a"], "pixel_values": picture}).grid == clip.layout(
-        pixel_values=picture
-    )["vision"].grid
+    assert (
+        units._layout({"text": ["a"], "pixel_values": picture}).grid
+        == clip.layout(pixel_values=picture)["vision"].grid
+    )
 
 
 def test_numbers_that_do_not_fit_together_are_told() -> None:
@@ -110,7 +125,7 @@ def test_numbers_that_do_not_fit_together_are_told() -> None:
     with pytest.raises(InputError, match=r"all inputs are \['a'\]"):
         selectivity(numbers, ["a"] * 4)
     shown = torch.tensor([[True], [False], [True], [False]])
-    with pytest.raises(InputError, match="^Pictures have 3 units and texts 2: they are not the same"):
+    with pytest.raises(InputError, match=r"^Pictures have 3 units and texts 2: they are not the same"):
         unchecked(multimodal_neurons)(numbers, shown, numbers[:, :2], shown, ["a"])
     assert multimodal_neurons(numbers, shown, numbers, shown, ["a"]).images.shape == (3, 1)
 

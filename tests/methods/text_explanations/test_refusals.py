@@ -54,7 +54,7 @@ def test_an_ablation_takes_away_what_it_says() -> None:
     distances = torch.cdist(others, heads)
     assert sorted(distances.argmin(1).tolist()) == list(range(6))  # Each image's once.
     assert float(distances.min(1).values.max()) < 1e-5
-    with pytest.raises(InputError, match="^There is no ablation 'max'; there is zero, mean and resample"):
+    with pytest.raises(InputError, match=r"^There is no ablation 'max'; there is zero, mean and resample"):
         unchecked(ablate)(parts, which, "max")
     torch.testing.assert_close(ablate(parts, [Component(-1, None)], "zero"), total - parts.mlps[:, 0])
     for bad in (Component(2, None), Component(-2, None), Component(0, 2), Component(0, -1)):
@@ -67,7 +67,7 @@ def test_a_property_is_no_more_texts_than_directions() -> None:
     assert len(rank_components(parts, torch.eye(3)).scores) == 7
     with pytest.raises(InputError, match=r"^A property is at most 3 texts here; 4 were given\.$"):
         rank_components(parts, torch.randn(4, 3))
-    with pytest.raises(InputError, match="^Texts are 4 wide and components 3; align the components first"):
+    with pytest.raises(InputError, match=r"^Texts are 4 wide and components 3; align the components first"):
         unchecked(rank_components)(parts, torch.randn(2, 4))
 
 
@@ -106,9 +106,11 @@ def test_concepts_are_no_more_than_states_and_nmf_s_states_are_not_negative() ->
     edge[0, 0] = 0
     concept_dictionary(edge, 2, method="nmf", n_images=1, max_iter=2000)
     edge[0, 0] = -1e-3
-    with pytest.raises(InputError, match='^"nmf" takes states that are nowhere negative; use "semi_nmf"'):
+    with pytest.raises(InputError, match=r'^"nmf" takes states that are nowhere negative; use "semi_nmf"'):
         concept_dictionary(edge, 2, method="nmf")
-    with pytest.raises(InputError, match="^There is no method 'ica'; there is semi_nmf, kmeans, pca and nmf"):
+    with pytest.raises(
+        InputError, match=r"^There is no method 'ica'; there is semi_nmf, kmeans, pca and nmf"
+    ):
         unchecked(concept_dictionary)(states, 2, method="ica")
 
 
@@ -116,7 +118,7 @@ def test_there_is_something_to_decompose_in_shares_that_there_are() -> None:
     model = mm.HookedModel(tiny.clip().model)
     with pytest.raises(InputError, match=r"^There is nothing to decompose: no image or text was given\.$"):
         decompose(model, images=[])
-    with pytest.raises(InputError, match="^There are no 'half' shares; there are 'exact' and 'uniform'"):
+    with pytest.raises(InputError, match=r"^There are no 'half' shares; there are 'exact' and 'uniform'"):
         next(unchecked(decompositions)(model, images=tiny.pixels(), shares="half"))
     for shares in ("exact", "uniform"):
         assert len(decompose(model, images=tiny.pixels(1), shares=shares).own) == 1  # type: ignore[arg-type]
@@ -139,9 +141,9 @@ def test_heads_are_named_by_several_images_and_texts_in_their_space(monkeypatch:
     model = mm.HookedModel(tiny.clip().model)
     words = Vocabulary(("a", "b"), ("a", "b"), ("any", "any"))
     monkeypatch.setattr(naming, "embed_texts", lambda model, texts: torch.randn(len(texts), 15))
-    with pytest.raises(InputError, match="^Heads are named by what varies between images; 1 is not enough"):
+    with pytest.raises(InputError, match=r"^Heads are named by what varies between images; 1 is not enough"):
         naming.name_heads(model, list(tiny.pixels(1)), words)
-    with pytest.raises(InputError, match="^Texts are 15 wide and this tower's summary 16: no joint space"):
+    with pytest.raises(InputError, match=r"^Texts are 15 wide and this tower's summary 16: no joint space"):
         naming.name_heads(model, list(tiny.pixels(2)), words)
 
 
@@ -154,7 +156,9 @@ def test_a_tower_of_pixels_takes_images_and_no_tiles(patch: str | None, n_axes: 
     if not refused:
         unchecked(_check_pixels)(parts, inputs)
         return
-    with pytest.raises(InputError, match=r"^The vision tower by itself .* these are \(2, 2, 2, 2, 2\)\. Give"):
+    with pytest.raises(
+        InputError, match=r"^The vision tower by itself .* these are \(2, 2, 2, 2, 2\)\. Give"
+    ):
         unchecked(_check_pixels)(parts, inputs)
 
 
@@ -211,12 +215,14 @@ def test_a_span_is_of_texts_that_lie_along_what_varies() -> None:
     varies = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
     along, across = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 1.0]])
     assert text_span(varies, torch.cat([across, along]), n_texts=1).chosen == (1,)
-    with pytest.raises(NothingVariesError, match="^None of the texts lies along what varies here; give"):
+    with pytest.raises(NothingVariesError, match=r"^None of the texts lies along what varies here; give"):
         text_span(varies, across, n_texts=1)
     with pytest.raises(NothingVariesError):
         text_span(torch.ones(3, 3), along, n_texts=1)
     for n, rank in ((0, 80), (3, 80), (2, 1)):
-        with pytest.raises(InputError, match=f"^{n} texts were asked for; with 2 texts and rank {rank} it can"):
+        with pytest.raises(
+            InputError, match=f"^{n} texts were asked for; with 2 texts and rank {rank} it can"
+        ):
             text_span(Moments.of(varies), torch.cat([across, along]), rank=rank, n_texts=n)
 
 
