@@ -75,7 +75,7 @@ def test_a_recipe_s_layers_steps_and_words_are_those_that_are_kept() -> None:
     averaged.by_grid = {"8x8": record.by_grid["8x8"].mean((0, 2), keepdim=True)}
     for axis in ("step", "head"):
         need(record, axis)
-        with pytest.raises(InputError, match=f"averaged over the {axis}s. .* keep=\('{axis}',\)"):
+        with pytest.raises(InputError, match=rf"averaged over the {axis}s\. .* keep=\('{axis}',\)"):
             need(averaged, axis)
     make(averaged, "mean", slice(None), None)
     with pytest.raises(InputError, match="averaged over the steps"):
