@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 from pathlib import Path
@@ -143,6 +144,11 @@ def test_a_list_of_concepts_holds_those_of_the_masks(tmp_path: Path, monkeypatch
     with pytest.raises(InputError, match=r"concepts\.txt lacks azure, blue, which the masks have\. Add them"):
         dissect(concepts=concepts, **given)
     assert not opened
+    legend = {str(i): name for i, name in enumerate("abcdefg", start=1)}
+    (tmp_path / "masks" / "legend.json").write_text(json.dumps({"letter": legend | {"9": "red"}}))
+    with pytest.raises(InputError, match=r"concepts\.txt lacks a, b, c, d, e, f, which the masks have"):
+        dissect(concepts=concepts, **given)
+    (tmp_path / "masks" / "legend.json").write_text('{"colour": {"1": "red", "2": "blue", "3": "azure"}}')
     concepts.write_text("red\nblue\ngreen\nazure\n")
     for some in (given | {"concepts": concepts}, given, given | {"concepts": concepts, "masks": None}):
         with pytest.raises(StopIteration):

@@ -140,7 +140,7 @@ def test_effects_and_maps_are_of_images() -> None:
 def test_heads_are_named_by_several_images_and_texts_in_their_space(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mm.HookedModel(tiny.clip().model)
     words = Vocabulary(("a", "b"), ("a", "b"), ("any", "any"))
-    monkeypatch.setattr(naming, "embed_texts", lambda model, texts: torch.randn(len(texts), 15))
+    monkeypatch.setattr(naming, "embed_texts", lambda model, texts: torch.randn(16, 15))
     with pytest.raises(InputError, match=r"^Heads are named by what varies between images; 1 is not enough"):
         naming.name_heads(model, list(tiny.pixels(1)), words)
     with pytest.raises(InputError, match=r"^Texts are 15 wide and this tower's summary 16: no joint space"):
