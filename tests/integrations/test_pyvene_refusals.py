@@ -110,6 +110,7 @@ def test_a_constant_source_comes_back(clip: Any, tmp_path: Path) -> None:
         ({"interventions": {}}, "interventions.json: mode is parallel or serial, and interventions a list"),
         ({"interventions": [3]}, "intervention 0 is a int, not an object"),
         ({"latents": ["a"]}, r"latents are numbers, not \['a'\]"),
+        ({"latents": [1, "a"]}, r"latents are numbers, not \[1, 'a'\]"),
         ({"latents": [True]}, r"latents are numbers, not \[True\]"),
         ({"latents": 3}, "latents are numbers, not 3"),
         ({"latents": [16]}, "a SAEInterchange cannot be made with .*latents 0 to 15"),

@@ -646,13 +646,15 @@ def test_latents_are_the_positions_of_their_own_stream() -> None:
     assert len({found[0].plain, found[0].sae, found[0].zero, found[0].mean}) == 4
 
 
-def test_what_is_looked_at_has_a_loop_a_grid_or_a_clip(tiny: mm.HookedModel) -> None:
+def test_what_is_looked_at_has_a_loop_a_grid_or_a_clip(tiny: mm.HookedModel, clip: Any) -> None:
     with pytest.raises(InputError, match=f"^{SITE} is not in a sampling loop"):
         noise_recovered(tiny, sae_at(SITE), ["a"], [0])
     item = {"pixel_values": torch.zeros(3, 28, 28), "input_ids": torch.tensor([58, 3, 59])}
     drawing, site = mm.wrap(CASES["stable_diffusion"]().model), "denoiser.blocks.0.hook_resid_post"
     with pytest.raises(InputError, match=f"^{site} has no grid of patches to draw"):
         top_images(drawing, sae_at(site, 16), ["a"], [0], n=1, inputs={"num_inference_steps": 1})
+    with pytest.raises(InputError, match=f"^{TEXT} has no grid of patches to draw"):  # Its layout has none.
+        top_images(clip, sae_at(TEXT), [Image.new("RGB", (64, 64))], [0], n=1)
     (found,) = top_images(tiny, sae_at(SITE), [item], [0], n=1)
     assert found.maps.shape[1:] == (2, 2)
     other: Any = SimpleNamespace(kind="vlm", name="a talker")

@@ -266,6 +266,7 @@ def test_a_pair_s_measures_and_embeddings_are_there() -> None:
     rows = batch_of(case.inputs, 0, 2)
     assert task.per_example(rows)["loss"].shape == (2,)
     outputs: tuple[dict[str, Any], ...] = (
+        {},
         {"image_embeds": None},
         {"image_embeds": torch.ones(2, 3), "text_embeds": None},
     )
@@ -312,10 +313,16 @@ def test_layers_that_are_not_called_row_by_row_are_noticed() -> None:
         "sum": ["second", "first"], "square": ["second", "first"],
     } or set(layers["sum"]) == {"first", "second"}  # fmt: skip
     assert values["sum"].shape == (5,)
-    with pytest.raises(NotByLayers, match=r"^first is called with 5 rows, not 4$"):
+    told = "^first is called with {} rows and gives {}, where {} run$"
+    with pytest.raises(NotByLayers, match=told.format(5, 5, 4)):
         go(Net(), 4)
-    with pytest.raises(NotByLayers, match=r"^first is called with 10 rows, not 5$"):
+    with pytest.raises(NotByLayers, match=told.format(10, 10, 5)):
         go(Net(twice=True))
+    for change, rows_in, rows_out in ((lambda x: torch.cat([x, x]), 5, 10), (lambda x: x[:5], 10, 5)):
+        net = Net(twice=rows_in == 10)
+        net.first.register_forward_hook(lambda m, args, out, change=change: change(out))
+        with pytest.raises(NotByLayers, match=told.format(rows_in, rows_out, 5)):
+            go(net)
     with pytest.raises(
         NotByLayers, match=r"^second is not called: something else computes with its weights$"
     ):

@@ -166,6 +166,7 @@ def test_compressed_runs_are_decoded_as_coco_encodes_them() -> None:
         ("P" * 13 + "0", None),
         ("P", None),  # It says that another letter follows.
         ("/", None),
+        ("/0", None),
         ("p", None),
         ("0p", None),
     ],
@@ -268,7 +269,7 @@ def test_masks_of_one_picture_are_of_one_size() -> None:
         stacked({"box": half, "red": np.ones((2, 3), bool)}, concepts)
     present, where = stacked({}, concepts)
     assert present == []
-    assert len(where) == 0
+    assert where.shape == (0, 1, 1)
     assert shares([{}, {"blue": half}], concepts, (1, 2)).tolist() == [
         [[[0, 0]]] * 3,
         [[[0, 0]], [[1, 0]], [[0, 0]]],

@@ -105,11 +105,30 @@ def test_a_survey_s_method_is_found_by_its_name() -> None:
     assert unchecked(Survey.by_name)(holder, "network") is one
 
 
+class _Layouts(dict):
+    def find(self, site: str) -> None:
+        """None of these has the site."""
+
+
 def test_a_site_without_patches_names_the_towers_that_have_some(clip: Any) -> None:
     units = Units(clip, "vision.blocks.0.hook_mlp_out")
     told = r"^The vision tower's layout has no 'patch' role, so the units of vision\.blocks\.0\.hook_mlp_out"
     with pytest.raises(MissingSiteError, match=told + r" have no maps\. Towers with a grid: none\.$"):
         units._layout({"text": ["a"]})
+    fake: Any = SimpleNamespace(
+        site="s",
+        described=SimpleNamespace(tower="text"),
+        model=SimpleNamespace(
+            check_tower=lambda name: SimpleNamespace(name=name, role="text"), layout=_Layouts
+        ),
+    )
+    told_of = (
+        r"^The text tower's layout has no 'patch' role, .* of s have no maps\. Towers with a grid: vision\.$"
+    )
+    with pytest.raises(MissingSiteError, match=told_of):
+        unchecked(Units._layout)(
+            fake, {"text": SimpleNamespace(grid=None), "vision": SimpleNamespace(grid=(2, 2))}
+        )
     picture = torch.zeros(1, 3, 64, 64)
     assert (
         units._layout({"text": ["a"], "pixel_values": picture}).grid
