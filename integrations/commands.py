@@ -60,7 +60,8 @@ def train(
 
     cfg, trainer = parse_config(settings)
     if images is not None:
-        data, skipped = readable_files(image_files(images), skip_unreadable=skip_unreadable)
+        found = image_files(images, verify=not skip_unreadable)
+        data, skipped = readable_files(found, skip_unreadable=skip_unreadable)
         for path, why in skipped:
             typer.echo(f"skipped {path}: {why}")
     sae = mm_sae.train(

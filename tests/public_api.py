@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 PACKAGES = ("mm_adapters", "methods_multimodal", "integrations")
+ROOT = Path(__file__).parents[1]
 LISTED = Path(__file__).with_name("public_api.txt")
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # What only the service's own environment can import.
@@ -39,7 +40,10 @@ def arguments(of: Any) -> str:
     except (TypeError, ValueError):
         return "(?)"
     plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-    return ADDRESS.sub("", str(signature.replace(parameters=plain, return_annotation=signature.empty)))
+    text = str(signature.replace(parameters=plain, return_annotation=signature.empty))
+    return ADDRESS.sub("", text).replace(
+        f"{ROOT}/", ""
+    )  # A default inside the package lies wherever that is.
 
 
 def members(of: type) -> Iterator[tuple[str, Any]]:

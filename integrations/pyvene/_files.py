@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -143,6 +144,8 @@ def _intervention(where: str, folder: Path, entry: Any, state: dict[str, Tensor]
         one = kind(*inside, **options)
     except Exception as error:  # noqa: BLE001  Whatever pyvene's classes say of options that do not go together.
         raise CheckpointError(f"{where}: a {kind.__name__} cannot be made with {options}: {error}") from None
+    if "subspace_partition" in options:  # Its indices: pyvene takes two numbers for a first one and an end.
+        one.subspace_partition = options["subspace_partition"]
     _restore(where, one, state)
     return one
 
@@ -168,7 +171,7 @@ def _check_options(where: str, options: Any, state: dict[str, Tensor]) -> None:
         if name == "keep_last_dim":
             fits = isinstance(value, bool)
         elif name == "subspace_partition":
-            fits = isinstance(value, list) and all(_is_span(span) for span in value)
+            fits = isinstance(value, list) and all(_are_indices(part) for part in value)
         else:
             fits = type(value) is int and 0 < value <= _MOST_WIDE
         if name == "embed_dim" and width is not None:
@@ -178,10 +181,13 @@ def _check_options(where: str, options: Any, state: dict[str, Tensor]) -> None:
     rank = options.get("low_rank_dimension")
     if rank is not None and rank > options.get("embed_dim", rank):
         raise CheckpointError(f"{where}: low_rank_dimension is {rank}, more than embed_dim.")
+    last = max(itertools.chain(*options.get("subspace_partition", ())), default=-1)
+    if last >= options.get("embed_dim", last + 1):
+        raise CheckpointError(f"{where}: subspace_partition has the index {last}, not less than embed_dim.")
 
 
-def _is_span(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value)
+def _are_indices(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < _MOST_WIDE for n in value)
 
 
 def _sae(where: str, folder: Path, name: Any) -> Any:
@@ -261,8 +267,13 @@ def _restore(where: str, one: Any, state: dict[str, Tensor]) -> None:
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise CheckpointError(f"{where}: {name} holds NaN or infinity.")
     one.load_state_dict(known, strict=False)
-    if "source_representation" in state:
-        one.set_source_representation(state["source_representation"])
+    source = state.get("source_representation")
+    if source is None or "source_representation" in known:
+        return
+    if not source.is_floating_point() or not bool(source.isfinite().all()):
+        raise CheckpointError(f"{where}: source_representation holds what is no finite fraction.")
+    del one.source_representation  # None, a plain attribute, whose name pyvene's setter wants free.
+    one.set_source_representation(source)
 
 
 def _options(one: Any) -> dict[str, Any]:

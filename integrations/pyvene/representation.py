@@ -96,8 +96,6 @@ def units(
     """
     base = _rows_of(positions, n_rows)
     source = base if sources is None else _rows_of(sources, len(base))
-    if len(base) != len(source):
-        raise InputError(f"There are {len(base)} rows of positions and {len(source)} of the source.")
     if len(base[0]) != len(source[0]):
         raise InputError(
             f"{len(base[0])} positions are read at {len(source[0])} of the source; give as many."

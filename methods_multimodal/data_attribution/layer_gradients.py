@@ -34,7 +34,9 @@ def layer_pass(
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor:
             inputs = args[0] if args else next(iter(kwargs.values()))
             if len(inputs) != n_rows or len(out) != n_rows:
-                raise NotByLayers(f"{path} is called with {len(inputs)} rows, not {n_rows}")
+                raise NotByLayers(
+                    f"{path} is called with {len(inputs)} rows and gives {len(out)}, where {n_rows} run"
+                )
             if not anchor:
                 anchor.append(torch.zeros((), device=out.device, requires_grad=True))
             out = out if out.requires_grad else out + anchor[0].to(out.dtype)

@@ -88,22 +88,13 @@ def _small(
     # Two concepts may be one: the least bit of ridge keeps their system solvable.
     ridge = _RIDGE * torch.eye(gram.shape[1]).to(gram)
     eye = torch.eye(gram.shape[1]).to(gram)
-    rows = torch.arange(len(w), device=w.device)
     settled = torch.ones(len(w), dtype=torch.bool, device=w.device)
-    moved = settled.clone()
     for _ in range(12 * gram.shape[1] + 12):
         slope = (linear - (gram @ w.unsqueeze(-1)).squeeze(-1)).masked_fill(active, -torch.inf)
         asking = (slope > tolerance) & settled.unsqueeze(1)
         if not asking.any() and bool(settled.all()):
             break
-        # All that ask join; after a joint step that led nowhere, one alone, which always leads down.
-        alone = settled & ~moved
-        if alone.any():
-            best = torch.zeros_like(asking)
-            best[rows, slope.argmax(1)] = True
-            asking &= best | ~alone.unsqueeze(1)
-        moved = torch.where(settled, False, moved)
-        active = active | asking
+        active = active | asking  # All that ask join: of those that do, one at least is given weight.
         both = active.unsqueeze(1) & active.unsqueeze(2)
         factor = torch.linalg.cholesky(torch.where(both, gram, eye) + ridge)
         aim = torch.cholesky_solve(torch.where(active, linear, 0.0).unsqueeze(-1), factor).squeeze(-1)
@@ -111,7 +102,6 @@ def _small(
         # Walk towards the aim until the first weight reaches zero; that concept leaves.
         ratio = torch.where(below, w / (w - aim).clamp_min(1e-300), torch.inf)
         step = ratio.min(1).values.clamp_max(1.0)
-        moved = moved | (step > 0)
         w = torch.where(active, w + step.unsqueeze(1) * (aim - w), 0.0)
         active = active & ~(below & (ratio <= step.unsqueeze(1)))
         w = w.masked_fill(~active, 0.0).clamp_min(0.0)

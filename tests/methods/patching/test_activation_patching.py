@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens import patching
 
 import mm_adapters as mm
-from methods_multimodal.patching.activation_patching import patch_heads, patch_positions, patch_units
+from methods_multimodal.patching.activation_patching import _place, patch_heads, patch_positions, patch_units
 from mm_adapters import StoreError
 
 
@@ -200,3 +200,14 @@ def test_patching_that_was_stopped_goes_on_at_its_run_and_other_work_is_refused(
         patch_positions(model, corrupted, clean, metric, folder=folder, **every)
     with pytest.raises(StoreError, match="metric"):
         patch_positions(model, clean, corrupted, lambda o: 2 * first_number(o), folder=folder, **every)
+
+
+def test_positions_of_a_decoder_stack_are_counted_from_its_first() -> None:
+    model = mm.HookedModel(tiny.clip().model)
+    inputs = tiny.clip_text_ids()
+    site = "text.decoder.0.hook_resid_pre"
+    with pytest.raises(mm.InputError, match=f"^units: the positions of {site} are counted from 0, not -1"):
+        _place(model, inputs, -1, site, "pos")
+    assert int(_place(model, inputs, 0, site, "pos")) == 0
+    assert int(_place(model, inputs, -1, site, "head")) == -1
+    assert _place(model, inputs, -1, "text.blocks.0.hook_resid_pre", "pos").tolist() == [4, 2]

@@ -8,7 +8,7 @@ import torch
 
 import mm_adapters as mm
 from methods_multimodal.core.grids import answer_layout, image_layout
-from methods_multimodal.relevance.attention_maps import head_maps
+from methods_multimodal.relevance.attention_maps import HeadMaps, _query, head_maps
 from mm_adapters.tokens.layout import vision_layout
 
 
@@ -79,3 +79,18 @@ def test_a_sequence_without_patches_is_refused_before_the_model_runs() -> None:
     layout = mm.TokenLayout((("start", "word"), ("start", "word")))
     with pytest.raises(mm.MissingSiteError, match="no 'patch' role"):
         head_maps(mm.HookedModel(built.model), built.inputs, layout, tower="language", layers=[0])
+
+
+def test_a_mean_is_over_heads() -> None:
+    maps = torch.arange(2 * 1 * 3 * 2 * 2.0).reshape(2, 1, 3, 2, 2)
+    found = HeadMaps(maps, "it", (0,))
+    assert torch.equal(found.mean[1, 0], (maps[1, 0, 0] + maps[1, 0, 1] + maps[1, 0, 2]) / 3)
+
+
+def test_a_position_counted_back_is_one_that_is_no_padding() -> None:
+    model = mm.HookedModel(tiny.clip_vision().model)
+    layout = mm.TokenLayout((("class", *["patch"] * 4, "pad"),))
+    assert _query(model, {}, layout, -1, "vision").index == 4
+    assert _query(model, {}, layout, -5, "vision").index == 0
+    with pytest.raises(mm.InputError, match=r"^query=-6: the rows of vision have 5 positions\.$"):
+        _query(model, {}, layout, -6, "vision")
