@@ -204,7 +204,6 @@ class _Call:
                 self.mask = torch.ones_like(self.value)
         else:
             self.value = _blank(self.mounted, len(stream), self.tower._root)
-            self.given.pop(mounted.input_name, None)
         self.given.pop("pixel_values", None)
 
     def run(self, return_type: str | None, loss_per_token: bool, stop: int | None, cache: Any) -> Any:

@@ -377,7 +377,8 @@ def test_what_is_inside_a_loop_is_told_by_its_module() -> None:
     made._loop = "model.unet"
     paths = {id(inner): "model.unet.mid", id(outer): "model.unets"}
     made.envoys = {i: SimpleNamespace(path=path) for i, path in paths.items()}  # type: ignore[assignment]
-    hooks = {"in": [SimpleNamespace(module=inner)], "out": [SimpleNamespace(module=outer)], "none": []}
+    at = [SimpleNamespace(module=inner), SimpleNamespace(module=outer)]
+    hooks = {"in": at, "out": at[::-1], "none": []}  # The first of a point's modules is where it is.
     made.points = {n: SimpleNamespace(module_hooks=h) for n, h in hooks.items()}  # type: ignore[assignment]
     inside = {
         "in": True,
