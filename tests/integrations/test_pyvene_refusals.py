@@ -99,31 +99,31 @@ def test_a_constant_source_comes_back(clip: Any, tmp_path: Path) -> None:
             mm_pv.MMIntervenableModel.load(tmp_path, clip)
 
 
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        (
-            {"format": "mm_interp.pyvene/2"},
-            "has the format 'mm_interp.pyvene/2'; this reads 'mm_interp.pyvene/1'",
-        ),
-        ({"mode": "both"}, "interventions.json: mode is parallel or serial, and interventions a list"),
-        ({"interventions": {}}, "interventions.json: mode is parallel or serial, and interventions a list"),
-        ({"interventions": [3]}, "intervention 0 is a int, not an object"),
-        ({"latents": ["a"]}, r"latents are numbers, not \['a'\]"),
-        ({"latents": [1, "a"]}, r"latents are numbers, not \[1, 'a'\]"),
-        ({"latents": [True]}, r"latents are numbers, not \[True\]"),
-        ({"latents": 3}, "latents are numbers, not 3"),
-        ({"latents": [16]}, "a SAEInterchange cannot be made with .*latents 0 to 15"),
-    ],
-)
-def test_an_entry_that_cannot_be_is_named(clip: Any, tmp_path: Path, values: Any, told: str) -> None:
-    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=16))
-    made(clip, mm_pv.SAEInterchange(sae, [1, 15])).save(tmp_path)
-    (one,) = mm_pv.MMIntervenableModel.load(tmp_path, clip).interventions.values()
-    assert list(one.latents) == [1, 15]
-    change(tmp_path, **values)
-    with pytest.raises(CheckpointError, match=told):
-        mm_pv.MMIntervenableModel.load(tmp_path, clip)
+_WRONG_ENTRIES: list[Any] = [
+    (
+        {"format": "mm_interp.pyvene/2"},
+        "has the format 'mm_interp.pyvene/2'; this reads 'mm_interp.pyvene/1'",
+    ),
+    ({"mode": "both"}, "interventions.json: mode is parallel or serial, and interventions a list"),
+    ({"interventions": {}}, "interventions.json: mode is parallel or serial, and interventions a list"),
+    ({"interventions": [3]}, "intervention 0 is a int, not an object"),
+    ({"latents": ["a"]}, r"latents are numbers, not \['a'\]"),
+    ({"latents": [1, "a"]}, r"latents are numbers, not \[1, 'a'\]"),
+    ({"latents": [True]}, r"latents are numbers, not \[True\]"),
+    ({"latents": 3}, "latents are numbers, not 3"),
+    ({"latents": [16]}, "a SAEInterchange cannot be made with .*latents 0 to 15"),
+]
+
+
+def test_an_entry_that_cannot_be_is_named(clip: Any, tmp_path: Path) -> None:
+    for values, told in _WRONG_ENTRIES:
+        sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=16))
+        made(clip, mm_pv.SAEInterchange(sae, [1, 15])).save(tmp_path)
+        (one,) = mm_pv.MMIntervenableModel.load(tmp_path, clip).interventions.values()
+        assert list(one.latents) == [1, 15]
+        change(tmp_path, **values)
+        with pytest.raises(CheckpointError, match=told):
+            mm_pv.MMIntervenableModel.load(tmp_path, clip)
 
 
 def test_an_sae_that_cannot_be_loaded_names_its_folder(clip: Any, tmp_path: Path) -> None:
@@ -229,30 +229,30 @@ def test_a_boundary_is_weighed_into_the_loss(clip: Any) -> None:
     assert losses[1] == pytest.approx((2 + 3 * boundary, 2 + 3 * (boundary - 0.1)), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("rows", "guided", "calls", "part", "chosen"),
-    [
-        ("cond", True, ("cond", "uncond"), 0, [0, 1, 2, 3]),
-        ("cond", True, ("cond", "uncond"), 1, []),
-        ("uncond", True, ("cond", "uncond"), 1, [0, 1, 2, 3]),
-        ("uncond", True, ("cond", "uncond"), 0, []),
-        ("uncond", True, ("cond", "uncond"), 2, []),
-        ("cond", True, (), 0, [2, 3]),
-        ("uncond", True, (), 0, [0, 1]),
-        ("cond", False, (), 0, [0, 1, 2, 3]),
-        ("uncond", False, ("cond", "uncond"), 0, []),
-        ("all", True, (), 0, [0, 1, 2, 3]),
-        (slice(1, 3), True, (), 0, [1, 2]),
-        ([-1, 0, 3], True, (), 0, [0, 3]),
-        ([-4], True, (), 0, [0]),
-    ],
-)
-def test_a_gate_s_rows_of_a_call(rows: Any, guided: bool, calls: Any, part: int, chosen: list[int]) -> None:
-    gate = StepGate(pv.VanillaIntervention(embed_dim=2), [0], rows=rows)
-    guidance: Any = SimpleNamespace(denoiser_calls=calls, denoiser_rows=("uncond", "cond"))
-    gate.attach("denoiser.x", guidance, lambda: guided)
-    assert gate._rows_of(part, 4) == chosen
-    assert gate._calls_a_step() == (2 if calls and guided else 1)
+_ROWS_OF_CALLS: list[Any] = [
+    ("cond", True, ("cond", "uncond"), 0, [0, 1, 2, 3]),
+    ("cond", True, ("cond", "uncond"), 1, []),
+    ("uncond", True, ("cond", "uncond"), 1, [0, 1, 2, 3]),
+    ("uncond", True, ("cond", "uncond"), 0, []),
+    ("uncond", True, ("cond", "uncond"), 2, []),
+    ("cond", True, (), 0, [2, 3]),
+    ("uncond", True, (), 0, [0, 1]),
+    ("cond", False, (), 0, [0, 1, 2, 3]),
+    ("uncond", False, ("cond", "uncond"), 0, []),
+    ("all", True, (), 0, [0, 1, 2, 3]),
+    (slice(1, 3), True, (), 0, [1, 2]),
+    ([-1, 0, 3], True, (), 0, [0, 3]),
+    ([-4], True, (), 0, [0]),
+]
+
+
+def test_a_gate_s_rows_of_a_call() -> None:
+    for rows, guided, calls, part, chosen in _ROWS_OF_CALLS:
+        gate = StepGate(pv.VanillaIntervention(embed_dim=2), [0], rows=rows)
+        guidance: Any = SimpleNamespace(denoiser_calls=calls, denoiser_rows=("uncond", "cond"))
+        gate.attach("denoiser.x", guidance, lambda guided=guided: guided)
+        assert gate._rows_of(part, 4) == chosen
+        assert gate._calls_a_step() == (2 if calls and guided else 1)
 
 
 def test_a_gate_s_rows_are_in_the_batch() -> None:

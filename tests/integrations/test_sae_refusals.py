@@ -175,32 +175,32 @@ def test_results_take_no_file_s_place(tmp_path: Path) -> None:
 # ---- fields of a config --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({"d_in": 0}, "d_in is 0: it is a positive number."),
-        ({"k": -1.0}, "k is -1.0: it is a positive number."),
-        ({"aux_loss_coefficient": float("inf")}, "aux_loss_coefficient is inf: it is a finite number."),
-        ({"k": float("nan")}, "k is nan: it is a positive number."),
-        ({"k": 5, "d_sae": 4}, "k is 5, and there are d_sae=4 latents: give k up to 4."),
-        ({"dtype": "int32"}, "dtype is 'int32'; give float32, float16 or bfloat16."),
-        ({"dtype": "float"}, None),
-        ({"dtype": "single number"}, "dtype is 'single number'; give"),
-        ({"d_in": 4.0}, "d_in is 4.0, and BatchTopKTrainingSAEConfig takes int."),
-        ({"d_in": True}, "d_in is True, and"),
-        ({"width": 4}, "BatchTopKTrainingSAEConfig has no 'width'; it has d_in,"),
-        ({"d_in": 1, "k": 4, "d_sae": 4, "dtype": "torch.float16", "aux_loss_coefficient": 0}, None),
-        ({"normalize_activations": "constant_norm_rescale"}, None),
-        ({"normalize_activations": "constant"}, "normalize_activations is 'constant', and"),
-    ],
-)
-def test_a_field_has_a_value_that_it_can_have(values: dict[str, Any], told: str | None) -> None:
-    if told is None:
-        check_fields(BatchTopKTrainingSAEConfig, values)
-        return
-    with pytest.raises(InputError) as failed:
-        check_fields(BatchTopKTrainingSAEConfig, values)
-    assert str(failed.value).startswith(told)
+_FIELDS: list[Any] = [
+    ({"d_in": 0}, "d_in is 0: it is a positive number."),
+    ({"k": -1.0}, "k is -1.0: it is a positive number."),
+    ({"aux_loss_coefficient": float("inf")}, "aux_loss_coefficient is inf: it is a finite number."),
+    ({"k": float("nan")}, "k is nan: it is a positive number."),
+    ({"k": 5, "d_sae": 4}, "k is 5, and there are d_sae=4 latents: give k up to 4."),
+    ({"dtype": "int32"}, "dtype is 'int32'; give float32, float16 or bfloat16."),
+    ({"dtype": "float"}, None),
+    ({"dtype": "single number"}, "dtype is 'single number'; give"),
+    ({"d_in": 4.0}, "d_in is 4.0, and BatchTopKTrainingSAEConfig takes int."),
+    ({"d_in": True}, "d_in is True, and"),
+    ({"width": 4}, "BatchTopKTrainingSAEConfig has no 'width'; it has d_in,"),
+    ({"d_in": 1, "k": 4, "d_sae": 4, "dtype": "torch.float16", "aux_loss_coefficient": 0}, None),
+    ({"normalize_activations": "constant_norm_rescale"}, None),
+    ({"normalize_activations": "constant"}, "normalize_activations is 'constant', and"),
+]
+
+
+def test_a_field_has_a_value_that_it_can_have() -> None:
+    for values, told in _FIELDS:
+        if told is None:
+            check_fields(BatchTopKTrainingSAEConfig, values)
+            continue
+        with pytest.raises(InputError) as failed:
+            check_fields(BatchTopKTrainingSAEConfig, values)
+        assert str(failed.value).startswith(told)
 
 
 def test_fields_without_a_default_have_a_value() -> None:
@@ -209,31 +209,31 @@ def test_fields_without_a_default_have_a_value() -> None:
         check_required(BatchTopKTrainingSAEConfig, {"d_in": 1})
 
 
-@pytest.mark.parametrize(
-    ("value", "hint", "fits"),
-    [
-        (object(), Any, True),
-        (3, "a forward name", True),
-        (3, Callable[[int], int], False),
-        (len, Callable[[int], int], True),
-        ("a", Literal["a", 1], True),
-        (True, Literal["a", 1], False),
-        (None, int | None, True),
-        ("a", int | None, False),
-        ([1, 2], list[int], True),
-        ([1, "a"], list[int], False),
-        ([1], list, True),
-        ({"a": 1}, dict[str, int], True),
-        ([1], dict[str, int], False),
-        (1, float, True),
-        (True, float, False),
-        (1.0, int, False),
-        (True, int, False),
-        (True, bool, True),
-    ],
-)
-def test_a_value_fits_a_hint(value: Any, hint: Any, fits: bool) -> None:
-    assert _fits(value, hint) is fits
+_HINTS: list[Any] = [
+    (object(), Any, True),
+    (3, "a forward name", True),
+    (3, Callable[[int], int], False),
+    (len, Callable[[int], int], True),
+    ("a", Literal["a", 1], True),
+    (True, Literal["a", 1], False),
+    (None, int | None, True),
+    ("a", int | None, False),
+    ([1, 2], list[int], True),
+    ([1, "a"], list[int], False),
+    ([1], list, True),
+    ({"a": 1}, dict[str, int], True),
+    ([1], dict[str, int], False),
+    (1, float, True),
+    (True, float, False),
+    (1.0, int, False),
+    (True, int, False),
+    (True, bool, True),
+]
+
+
+def test_a_value_fits_a_hint() -> None:
+    for value, hint, fits in _HINTS:
+        assert _fits(value, hint) is fits
 
 
 def _trainer(**options: Any) -> SAETrainerConfig:
@@ -684,27 +684,27 @@ def _weights(folder: Path, **values: Tensor | None) -> None:
     save_file({k: v for k, v in state.items() if v is not None}, path)
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ({"architecture": 3}, "/cfg.json: its architecture is 3, and is a name."),
-        ({"architecture": None}, "/cfg.json: its architecture is None, and is a name."),
-        ({"architecture": "gpt"}, " has the architecture 'gpt', which SAELens does not have."),
-        ({"architecture": "topk"}, "/cfg.json: it does not say k, how many latents are active."),
-        ({"dtype": None}, "/cfg.json: it does not say the dtype."),
-        ({"metadata": [1]}, "/cfg.json: metadata is an object."),
-        ({"d_in": 31}, "/sae_weights.safetensors: W_enc is [32, 8], and cfg.json says [31, 8]."),
-        ({"d_sae": 9}, "/sae_weights.safetensors: W_enc is [32, 8], and cfg.json says [32, 9]."),
-        ({"d_sae": None}, "/cfg.json: StandardSAEConfig needs d_sae."),
-    ],
-)
-def test_a_config_that_cannot_be_names_its_file(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
-    folder = _saved(tmp_path / "sae")
-    assert load(folder).cfg.metadata.hook_name == SITE
-    _edit(folder, **settings)
-    with pytest.raises(CheckpointError) as failed:
-        load(folder)
-    assert str(failed.value) == f"{folder}{told}"
+_WRONG_CONFIGS: list[Any] = [
+    ({"architecture": 3}, "/cfg.json: its architecture is 3, and is a name."),
+    ({"architecture": None}, "/cfg.json: its architecture is None, and is a name."),
+    ({"architecture": "gpt"}, " has the architecture 'gpt', which SAELens does not have."),
+    ({"architecture": "topk"}, "/cfg.json: it does not say k, how many latents are active."),
+    ({"dtype": None}, "/cfg.json: it does not say the dtype."),
+    ({"metadata": [1]}, "/cfg.json: metadata is an object."),
+    ({"d_in": 31}, "/sae_weights.safetensors: W_enc is [32, 8], and cfg.json says [31, 8]."),
+    ({"d_sae": 9}, "/sae_weights.safetensors: W_enc is [32, 8], and cfg.json says [32, 9]."),
+    ({"d_sae": None}, "/cfg.json: StandardSAEConfig needs d_sae."),
+]
+
+
+def test_a_config_that_cannot_be_names_its_file(tmp_path: Path) -> None:
+    for settings, told in _WRONG_CONFIGS:
+        folder = _saved(tmp_path / "sae")
+        assert load(folder).cfg.metadata.hook_name == SITE
+        _edit(folder, **settings)
+        with pytest.raises(CheckpointError) as failed:
+            load(folder)
+        assert str(failed.value) == f"{folder}{told}"
 
 
 def test_weights_that_cannot_be_name_their_file(tmp_path: Path) -> None:
@@ -795,51 +795,51 @@ def _public(folder: Path, state: dict[str, Tensor], cfg: dict[str, Any], name: s
     return folder
 
 
-@pytest.mark.parametrize(
-    ("state", "cfg", "told"),
-    [
-        (_PRISMA, {"block_layer": "3"}, "{folder}: block_layer is '3', and is a number."),
-        (_PRISMA, {"block_layer": True}, "{folder}: block_layer is True, and is a number."),
-        (_PRISMA, {"hook_point": 3}, "The SAE's hook is 3, and is a name."),
-        (
-            _PRISMA | {"W_enc": torch.zeros(1, 3, 5)},
-            {},
-            "ViT-Prisma: the encoder's weights are [1, 3, 5], not a matrix.",
-        ),
-        (_PRISMA | {"b_enc": torch.zeros(4)}, {}, "ViT-Prisma: b_enc is [4], and its encoder says [5]."),
-        (
-            _PRISMA | {"W_dec": torch.zeros(3, 5)},
-            {},
-            "ViT-Prisma: W_dec is [3, 5], and its encoder says [5, 3].",
-        ),
-        (_PRISMA | {"b_dec": torch.zeros(5)}, {}, "ViT-Prisma: b_dec is [5], and its encoder says [3]."),
-        (_PRISMA, {"architecture": "topk", "k": 6}, "ViT-Prisma: k is 6, and there are 5 latents."),
-        (_PRISMA, {"architecture": "topk", "k": 2.0}, "ViT-Prisma: k is 2.0, and there are 5 latents."),
-        (
-            {k: v for k, v in _PRISMA.items() if k[0] == "W"},
-            {},
-            "{folder} lacks b_enc, b_dec; it has W_dec, W_enc.",
-        ),
-        (
-            _NAMED | {"decoder.weight": torch.zeros(3)},
-            {},
-            "{folder}: encoder.weight and decoder.weight are matrices.",
-        ),
-        (
-            _NAMED | {"encoder.weight": torch.zeros(3)},
-            {},
-            "{folder}: encoder.weight and decoder.weight are matrices.",
-        ),
-        (_UNBOX, {}, "{folder}/config.json does not say k, how many latents are active."),
-        (_UNBOX, {"k": 0}, "sdxl-unbox: k is 0, and there are 5 latents."),
-        (_SAEURON, {}, "{folder}/cfg.json does not say k, how many latents are active."),
-    ],
-)
-def test_a_public_sae_that_cannot_be_is_named(tmp_path: Path, state: Any, cfg: Any, told: str) -> None:
-    folder = _public(tmp_path / "sae", state, cfg)
-    with pytest.raises(CheckpointError) as failed:
-        load(folder)
-    assert str(failed.value) == told.format(folder=folder)
+_WRONG_PUBLIC_SAES: list[Any] = [
+    (_PRISMA, {"block_layer": "3"}, "{folder}: block_layer is '3', and is a number."),
+    (_PRISMA, {"block_layer": True}, "{folder}: block_layer is True, and is a number."),
+    (_PRISMA, {"hook_point": 3}, "The SAE's hook is 3, and is a name."),
+    (
+        _PRISMA | {"W_enc": torch.zeros(1, 3, 5)},
+        {},
+        "ViT-Prisma: the encoder's weights are [1, 3, 5], not a matrix.",
+    ),
+    (_PRISMA | {"b_enc": torch.zeros(4)}, {}, "ViT-Prisma: b_enc is [4], and its encoder says [5]."),
+    (
+        _PRISMA | {"W_dec": torch.zeros(3, 5)},
+        {},
+        "ViT-Prisma: W_dec is [3, 5], and its encoder says [5, 3].",
+    ),
+    (_PRISMA | {"b_dec": torch.zeros(5)}, {}, "ViT-Prisma: b_dec is [5], and its encoder says [3]."),
+    (_PRISMA, {"architecture": "topk", "k": 6}, "ViT-Prisma: k is 6, and there are 5 latents."),
+    (_PRISMA, {"architecture": "topk", "k": 2.0}, "ViT-Prisma: k is 2.0, and there are 5 latents."),
+    (
+        {k: v for k, v in _PRISMA.items() if k[0] == "W"},
+        {},
+        "{folder} lacks b_enc, b_dec; it has W_dec, W_enc.",
+    ),
+    (
+        _NAMED | {"decoder.weight": torch.zeros(3)},
+        {},
+        "{folder}: encoder.weight and decoder.weight are matrices.",
+    ),
+    (
+        _NAMED | {"encoder.weight": torch.zeros(3)},
+        {},
+        "{folder}: encoder.weight and decoder.weight are matrices.",
+    ),
+    (_UNBOX, {}, "{folder}/config.json does not say k, how many latents are active."),
+    (_UNBOX, {"k": 0}, "sdxl-unbox: k is 0, and there are 5 latents."),
+    (_SAEURON, {}, "{folder}/cfg.json does not say k, how many latents are active."),
+]
+
+
+def test_a_public_sae_that_cannot_be_is_named(tmp_path: Path) -> None:
+    for state, cfg, told in _WRONG_PUBLIC_SAES:
+        folder = _public(tmp_path / "sae", state, cfg)
+        with pytest.raises(CheckpointError) as failed:
+            load(folder)
+        assert str(failed.value) == told.format(folder=folder)
 
 
 @pytest.mark.parametrize(

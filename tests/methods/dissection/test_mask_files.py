@@ -55,64 +55,64 @@ _image = "images[0]"
 _mask = "annotations[1]: its "
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda d: d.pop("images"), "coco.json has no list of objects 'images', so it is no COCO annotation"),
-        (lambda d: d.update(categories={}), "coco.json has no list of objects 'categories'"),
-        (lambda d: d["annotations"].append(3), "coco.json has no list of objects 'annotations'"),
-        (_without("images", 0, "id"), f"{_image} has no id."),
-        (_set("images", 0, id="1"), f"{_image} has '1' for its id."),
-        (_set("images", 0, id=True), f"{_image} has True for its id."),
-        (_set("images", 0, file_name=""), f"{_image} has '' for its file_name."),
-        (_set("images", 0, width=0), f"{_image}: its width and height are 0 and 3."),
-        (_set("images", 0, height=0), f"{_image}: its width and height are 4 and 0."),
-        (_set("images", 1, height=10**6 + 1), "images[1]: its width and height are 4 and 1000001."),
-        (_set("images", 1, id=1), "images[1]: its id 1 is another image's too."),
-        (_set("categories", 0, supercategory=3), "categories[0]: its supercategory is 3, and is a name."),
-        (_set("categories", 1, id=7), "categories[1]: its id 7 is another category's too."),
-        (_set("annotations", 0, image_id=3), "annotations[0] is of the image 3, which is not listed."),
-        (_set("annotations", 0, category_id=9), "annotations[0] is of the category 9, which is not listed."),
-        (_set("annotations", 2, id=2), "annotations[2]: its id 2 is another annotation's too."),
-        (_set("annotations", 0, segmentation=[]), "annotations[0]: its segmentation is empty."),
-        (_set("annotations", 0, segmentation=[[0] * 5]), "a polygon is a list of at least three x, y pairs."),
-        (_set("annotations", 0, segmentation=[[0] * 7]), "a polygon is a list of at least three x, y pairs."),
-        (_set("annotations", 0, segmentation=[3]), "a polygon is a list of at least three x, y pairs."),
-        (_set("annotations", 0, segmentation=[[0, 0, 1, 0, 1, "1"]]), "a polygon holds what is no finite"),
-        (_set("annotations", 0, segmentation=[[0, 0, 1, 0, 1, True]]), "a polygon holds what is no finite"),
-        (_set("annotations", 0, segmentation=[[0, 0, 1, 0, 1, 1e400]]), "a polygon holds what is no finite"),
-        (_set("annotations", 0, segmentation=[[0, 0, 1, 0, 1, -1e7]]), "a polygon holds what is no finite"),
-        (
-            _set("annotations", 1, segmentation={"size": [4, 3], "counts": [9, 3]}),
-            f"{_mask}segmentation is neither polygons nor runs of an image of 4 x 3.",
-        ),
-        (_set("annotations", 1, segmentation=None), f"{_mask}segmentation is neither polygons nor runs"),
-        (_set("annotations", 1, segmentation={"size": [3, 4]}), f"{_mask}runs are no lengths."),
-        (
-            _set("annotations", 1, segmentation={"size": [3, 4], "counts": [13, -1]}),
-            f"{_mask}runs are no lengths.",
-        ),
-        (
-            _set("annotations", 1, segmentation={"size": [3, 4], "counts": [12, True]}),
-            f"{_mask}runs are no lengths.",
-        ),
-        (
-            _set("annotations", 1, segmentation={"size": [3, 4], "counts": "p"}),
-            f"{_mask}runs are no lengths.",
-        ),
-        (
-            _set("annotations", 1, segmentation={"size": [3, 4], "counts": [9, 4]}),
-            f"{_mask}runs cover 13 of 12 pixels.",
-        ),
-        (
-            _set("annotations", 1, segmentation={"size": [3, 4], "counts": ";"}),
-            f"{_mask}runs cover 11 of 12 pixels.",
-        ),
-    ],
-)
-def test_an_entry_that_cannot_be_is_named(tmp_path: Path, change: Callable[[Any], Any], told: str) -> None:
-    with pytest.raises(InputError, match=re.escape(told)):
-        read_document(_file(tmp_path, change))
+_WRONG_ENTRIES: list[Any] = [
+    (lambda d: d.pop("images"), "coco.json has no list of objects 'images', so it is no COCO annotation"),
+    (lambda d: d.update(categories={}), "coco.json has no list of objects 'categories'"),
+    (lambda d: d["annotations"].append(3), "coco.json has no list of objects 'annotations'"),
+    (_without("images", 0, "id"), f"{_image} has no id."),
+    (_set("images", 0, id="1"), f"{_image} has '1' for its id."),
+    (_set("images", 0, id=True), f"{_image} has True for its id."),
+    (_set("images", 0, file_name=""), f"{_image} has '' for its file_name."),
+    (_set("images", 0, width=0), f"{_image}: its width and height are 0 and 3."),
+    (_set("images", 0, height=0), f"{_image}: its width and height are 4 and 0."),
+    (_set("images", 1, height=10**6 + 1), "images[1]: its width and height are 4 and 1000001."),
+    (_set("images", 1, id=1), "images[1]: its id 1 is another image's too."),
+    (_set("categories", 0, supercategory=3), "categories[0]: its supercategory is 3, and is a name."),
+    (_set("categories", 1, id=7), "categories[1]: its id 7 is another category's too."),
+    (_set("annotations", 0, image_id=3), "annotations[0] is of the image 3, which is not listed."),
+    (_set("annotations", 0, category_id=9), "annotations[0] is of the category 9, which is not listed."),
+    (_set("annotations", 2, id=2), "annotations[2]: its id 2 is another annotation's too."),
+    (_set("annotations", 0, segmentation=[]), "annotations[0]: its segmentation is empty."),
+    (_set("annotations", 0, segmentation=[[0] * 5]), "a polygon is a list of at least three x, y pairs."),
+    (_set("annotations", 0, segmentation=[[0] * 7]), "a polygon is a list of at least three x, y pairs."),
+    (_set("annotations", 0, segmentation=[3]), "a polygon is a list of at least three x, y pairs."),
+    (_set("annotations", 0, segmentation=[[0, 0, 1, 0, 1, "1"]]), "a polygon holds what is no finite"),
+    (_set("annotations", 0, segmentation=[[0, 0, 1, 0, 1, True]]), "a polygon holds what is no finite"),
+    (_set("annotations", 0, segmentation=[[0, 0, 1, 0, 1, 1e400]]), "a polygon holds what is no finite"),
+    (_set("annotations", 0, segmentation=[[0, 0, 1, 0, 1, -1e7]]), "a polygon holds what is no finite"),
+    (
+        _set("annotations", 1, segmentation={"size": [4, 3], "counts": [9, 3]}),
+        f"{_mask}segmentation is neither polygons nor runs of an image of 4 x 3.",
+    ),
+    (_set("annotations", 1, segmentation=None), f"{_mask}segmentation is neither polygons nor runs"),
+    (_set("annotations", 1, segmentation={"size": [3, 4]}), f"{_mask}runs are no lengths."),
+    (
+        _set("annotations", 1, segmentation={"size": [3, 4], "counts": [13, -1]}),
+        f"{_mask}runs are no lengths.",
+    ),
+    (
+        _set("annotations", 1, segmentation={"size": [3, 4], "counts": [12, True]}),
+        f"{_mask}runs are no lengths.",
+    ),
+    (
+        _set("annotations", 1, segmentation={"size": [3, 4], "counts": "p"}),
+        f"{_mask}runs are no lengths.",
+    ),
+    (
+        _set("annotations", 1, segmentation={"size": [3, 4], "counts": [9, 4]}),
+        f"{_mask}runs cover 13 of 12 pixels.",
+    ),
+    (
+        _set("annotations", 1, segmentation={"size": [3, 4], "counts": ";"}),
+        f"{_mask}runs cover 11 of 12 pixels.",
+    ),
+]
+
+
+def test_an_entry_that_cannot_be_is_named(tmp_path: Path) -> None:
+    for change, told in _WRONG_ENTRIES:
+        with pytest.raises(InputError, match=re.escape(told)):
+            read_document(_file(tmp_path, change))
 
 
 @pytest.mark.parametrize(
@@ -149,30 +149,30 @@ def test_compressed_runs_are_decoded_as_coco_encodes_them() -> None:
         assert _decoded(text) == runs
 
 
-@pytest.mark.parametrize(
-    ("text", "runs"),
-    [
-        ("", []),
-        ("0", [0]),
-        ("?", [15]),  # The largest of one letter.
-        ("@", [-16]),  # Bit 16 is the sign.
-        ("O", [-1]),
-        ("1234", [1, 2, 3, 6]),  # From the fourth on, what is added to the one but last.
-        ("12345", [1, 2, 3, 6, 8]),
-        ("P1", [32]),
-        ("Q1", [33]),
-        ("oo0", [31 + 31 * 32]),
-        ("P" * 12 + "0", [0]),
-        ("P" * 13 + "0", None),
-        ("P", None),  # It says that another letter follows.
-        ("/", None),
-        ("/0", None),
-        ("p", None),
-        ("0p", None),
-    ],
-)
-def test_a_letter_of_runs_holds_five_bits(text: str, runs: list[int] | None) -> None:
-    assert _decoded(text) == runs
+_RUNS: list[Any] = [
+    ("", []),
+    ("0", [0]),
+    ("?", [15]),  # The largest of one letter.
+    ("@", [-16]),  # Bit 16 is the sign.
+    ("O", [-1]),
+    ("1234", [1, 2, 3, 6]),  # From the fourth on, what is added to the one but last.
+    ("12345", [1, 2, 3, 6, 8]),
+    ("P1", [32]),
+    ("Q1", [33]),
+    ("oo0", [31 + 31 * 32]),
+    ("P" * 12 + "0", [0]),
+    ("P" * 13 + "0", None),
+    ("P", None),  # It says that another letter follows.
+    ("/", None),
+    ("/0", None),
+    ("p", None),
+    ("0p", None),
+]
+
+
+def test_a_letter_of_runs_holds_five_bits() -> None:
+    for text, runs in _RUNS:
+        assert _decoded(text) == runs
 
 
 def test_masks_of_one_category_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
