@@ -17,6 +17,7 @@ from typing import Any
 PACKAGES = ("mm_adapters", "methods_multimodal", "integrations")
 ROOT = Path(__file__).parents[1]
 LISTED = Path(__file__).with_name("public_api.txt")
+SET = re.compile(r"\{('[^{}:]*')\}")  # Of texts, in no order of its own.
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # What only the service's own environment can import.
 IN_THE_SERVICE = {f"integrations.ndif.{name}" for name in ("actors", "fork_server", "ray_timeouts")}
@@ -40,10 +41,9 @@ def arguments(of: Any) -> str:
     except (TypeError, ValueError):
         return "(?)"
     plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-    text = str(signature.replace(parameters=plain, return_annotation=signature.empty))
-    return ADDRESS.sub("", text).replace(
-        f"{ROOT}/", ""
-    )  # A default inside the package lies wherever that is.
+    text = ADDRESS.sub("", str(signature.replace(parameters=plain, return_annotation=signature.empty)))
+    text = SET.sub(lambda found: f"{{{', '.join(sorted(found[1].split(', ')))}}}", text)
+    return text.replace(f"{ROOT}/", "")  # A default inside the package lies wherever that is.
 
 
 def members(of: type) -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,7 @@ from tests.mutation.tree import PACKAGES, ROOT
 # What runs while tests are collected: a family's record, a table.
 IMPORT = ""
 # Of each test function so many of its cases are kept for a line, and so many tests in all.
-PER_FUNCTION, PER_LINE = 3, 600
+PER_FUNCTION, PER_LINE = 6, 600
 # Tests of the runner itself, and of another library's code.
 LEFT_OUT = ("tests/foreign/", "tests/mutation/")
 _OUT = "MM_INTERP_LINES"
@@ -45,6 +45,7 @@ class Plugin:
             data_file=str(folder / f"{self.name}.coverage"),
             config_file=False,
             include=[f"{ROOT / package}/*" for package in PACKAGES],
+            concurrency=["thread", "greenlet"],  # nnsight's blocks run in greenlets.
             messages=False,
         )
         self.context = IMPORT

@@ -134,7 +134,7 @@ def test_a_test_that_fails_anyway_notices_nothing_and_one_that_hangs_is_ended(tm
 
 
 def test_tests_run_in_turns_and_those_of_a_service_last() -> None:
-    tests = [f"t.py::{i}" for i in range(50)]
+    tests = [f"t.py::{i}" for i in range(80)]
     first, second = STAGES
     assert stages(tests) == [tests[:first], tests[first:second], tests[second:]]
     assert stages(tests[:7]) == [tests[:7]]
@@ -163,13 +163,16 @@ def test_a_map_says_which_tests_run_a_line() -> None:
         "t.py::one[y]": {"seconds": 1.0, "fixtures": ["model"]},
         "t.py::one[z]": {"seconds": 2.0, "fixtures": []},
         "t.py::one[w]": {"seconds": 4.0, "fixtures": []},
+        "t.py::one[v]": {"seconds": 5.0, "fixtures": []},
+        "t.py::one[u]": {"seconds": 6.0, "fixtures": []},
+        "t.py::one[t]": {"seconds": 7.0, "fixtures": []},
         "t.py::two[a-b]": {"seconds": 9.0, "fixtures": ["model"]},
         "u.py::three": {"seconds": 1.0, "fixtures": ["model"]},
         "u.py::long": {"seconds": 500.0, "fixtures": []},
     }
     ran = {
         1: {IMPORT},
-        5: {IMPORT, "t.py::one[x]", "t.py::one[y]", "t.py::one[z]", "t.py::one[w]", "t.py::failed"},
+        5: {IMPORT, "t.py::failed", *(f"t.py::one[{letter}]" for letter in "tuvwxyz")},
         6: {"t.py::one[y]", "t.py::two[a-b]"},
         7: {shared("model", "t.py")},
         8: {"u.py::long", "u.py::three"},
@@ -181,13 +184,14 @@ def test_a_map_says_which_tests_run_a_line() -> None:
     def at(first: int, last: int) -> list[str]:
         return lines.of("a.py", Change("", 0, 0, "", "", (first, last)))
 
-    assert at(5, 5) == ["t.py::one[y]", "t.py::one[z]", "t.py::one[x]"]  # Of one function's cases three.
+    assert at(5, 5) == [f"t.py::one[{letter}]" for letter in "yzxwvu"]  # Of one function's cases six.
     assert at(6, 6) == ["t.py::one[y]", "t.py::two[a-b]"]
     assert at(7, 7) == ["t.py::one[y]", "t.py::two[a-b]"]  # Who asks for the fixture, in its file.
     assert at(8, 8) == ["u.py::three"]  # Within the time that one change may take,
     assert at(9, 9) == ["u.py::long"]  # but at least one.
     assert at(10, 12) == []
-    assert at(1, 1) == ["t.py::one[y]", "u.py::three", "t.py::two[a-b]", "t.py::one[z]", "t.py::one[x]"]
+    others = [f"t.py::one[{letter}]" for letter in "zxwvu"]
+    assert at(1, 1) == ["t.py::one[y]", "u.py::three", "t.py::two[a-b]", *others]
     assert spread([], {}) == []
     nearest = files_of("methods_multimodal/data_attribution/retrieval.py")
     assert nearest[0].startswith("tests/methods/data_attribution/")

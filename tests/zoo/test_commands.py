@@ -57,7 +57,7 @@ def test_a_name_is_trained_by_its_recipe_and_its_history_written(
     def trained(work: Path, *eye: Any, **options: Any) -> str:
         asked.update(options, work=work, eye=eye)
         for number, one in enumerate(stages):
-            stage(work, one, 10 + number)
+            stage(work / ("vae" if one == "vae" else name), one, 10 + number)
         return "the model"
 
     def saved(model: str, folder: Path) -> None:
