@@ -140,7 +140,7 @@ class KeptCalls:
                     module.forward = before
 
     def _keeping(self, forward: Callable[..., Any], memory: CallMemory, name: str) -> Callable[..., Any]:
-        asked = [[r.site, r.steps, r.calls, str(r.rows)] for r in self._read]
+        asked = [[r.site, r.steps, r.calls, str(r.rows), isinstance(r.reduce, Gathers)] for r in self._read]
         edits = [[e.site, e.steps, e.calls, str(e.rows), e.positions] for e in (m.edit for m in self._meters)]
         n_calls = 0
 

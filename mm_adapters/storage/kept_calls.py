@@ -92,7 +92,8 @@ def kept_calls(model: Model, folder: str | Path) -> Iterator[FolderOfCalls]:
     same order go on with it, to the same result. Of several parts each says its name first (`begin`).
 
     The functions of reads and edits go by their value and its call alone; a reduce that gathers says how it
-    does (`part` and `add`). Runs with gradients, and denoisers with a cache, are computed as a whole.
+    does (`part` and `add`). What reads get is written down too: reduce what is large. Runs with gradients,
+    and denoisers with a cache, are computed as a whole.
 
     Raises: StoreError if the folder cannot be written.
     """

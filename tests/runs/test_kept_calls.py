@@ -141,6 +141,33 @@ def test_what_a_loop_is_given_must_be_the_same_for_a_call_to_be_taken(tmp_path: 
             same(model.run(inputs | other, read=[OUT]), whole)
 
 
+def test_calls_that_another_reduce_was_given_are_computed_again(tmp_path: Path) -> None:
+    model = mm.wrap(tiny.CASES["stable_diffusion"]().model)
+    inputs = {"prompt": "a cat", "num_inference_steps": 4, "seed": 3, "output_type": "pt"}
+
+    class Sum:
+        total = torch.zeros(())
+
+        def __call__(self, value: Tensor, call: mm.Call) -> Tensor:
+            return self.add(self.part(value, call), call)
+
+        def part(self, value: Tensor, call: mm.Call) -> Tensor:
+            return value.sum()
+
+        def add(self, part: Tensor, call: mm.Call) -> Tensor:
+            self.total = self.total + part
+            return part.new_zeros(0)
+
+    whole = model.run(inputs, read=[INNER])[INNER]
+    with computed(model, 2), pytest.raises(Stopped), kept_calls(model, tmp_path / "calls"):
+        model.run(inputs, read=[mm.Read(INNER, lambda x: x.mean())])
+    gathering = Sum()
+    with computed(model) as calls, kept_calls(model, tmp_path / "calls"):
+        model.run(inputs, read=[mm.Read(INNER, gathering)])
+    assert len(calls) == 4
+    assert torch.allclose(gathering.total, whole.sum(), rtol=1e-5)
+
+
 def test_calls_that_are_damaged_are_computed_again(tmp_path: Path) -> None:
     model, folder = mm.wrap(tiny.CASES["stable_diffusion"]().model), tmp_path / "calls"
     inputs = {"prompt": "a cat", "num_inference_steps": 4, "seed": 3, "output_type": "pt"}
