@@ -57,7 +57,7 @@ def members(of: type) -> Iterator[tuple[str, Any]]:
 def lines() -> list[str]:
     """The list, sorted."""
     out: set[str] = set()
-    for module in modules():
+    for module in list(modules()):  # All first: SAELens' verbs are put on models when they are imported.
         for name, of in vars(module).items():
             if name.startswith("_") or getattr(of, "__module__", None) != module.__name__:
                 continue

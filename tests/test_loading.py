@@ -31,8 +31,9 @@ from transformers import (
     LlavaProcessor,
 )
 
-from mm_adapters import loading, zoo
+from mm_adapters import loading
 from mm_adapters._errors import CheckpointError, InputError, UnknownFamilyError
+from mm_adapters.checkpoints import shipped
 from mm_adapters.checkpoints.checks import check_safetensors, stored_dtype
 from mm_adapters.hooked import HookedModel
 
@@ -267,8 +268,8 @@ def test_an_id_loads_from_the_hubs_cache_without_the_hub(
 
 
 def test_the_zoo_comes_first(clip: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(zoo, "NAMES", ("tiny-clip", "tiny-gone"))
-    monkeypatch.setattr(zoo, "path", lambda name: clip if name == "tiny-clip" else tmp_path / "none")
+    monkeypatch.setattr(shipped, "NAMES", ("tiny-clip", "tiny-gone"))
+    monkeypatch.setattr(shipped, "path", lambda name: clip if name == "tiny-clip" else tmp_path / "none")
     (tmp_path / "tiny-clip").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load("tiny-clip").kind == "contrastive"

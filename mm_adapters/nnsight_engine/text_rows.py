@@ -54,7 +54,7 @@ def as_rows(arguments: Mapping[str, Any], padding: Padding) -> dict[str, Any]:
     try:
         rows, rest = processing.encode_pretokenized(out)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{error}") from None
+        raise InputError(f"{str(error).rstrip('.')}. Pass one entry for each token of each row.") from None
     if _MASK not in fields:  # nnsight adds one of ones, which changes nothing but where rows are padded.
         rows = [{k: v for k, v in row.items() if k != _MASK} for row in rows]
     rows = level(rows, padding)

@@ -60,7 +60,9 @@ def test_it_writes_a_page_that_stands_alone_and_the_numbers_behind_it(images: Pa
 def test_mistakes_are_one_line_before_anything_is_loaded(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mm_adapters.loading.load", lambda *a, **k: pytest.fail("it loaded"))
+    monkeypatch.setattr(
+        "methods_multimodal.commands.heads.open_model", lambda *a, **k: pytest.fail("it loaded")
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
     for wrong, said in (

@@ -65,7 +65,7 @@ def test_what_is_sent_along_is_source_and_small() -> None:
     assert "mm_adapters/traced.py" in files
     assert not any("zoo" in name or "hooked" in name for name in files)
     # A job is sent compressed.
-    assert len(zlib.compress("".join(files.values()).encode())) < 220_000
+    assert len(zlib.compress("".join(files.values()).encode())) < 240_000
 
 
 def test_only_a_modules_input_or_output_is_read_off_nnsights_values(load: Load) -> None:

@@ -22,6 +22,7 @@ from mm_adapters.nnsight_engine.batcher import Axis, RowBatcher
 from mm_adapters.nnsight_engine.interleaver import END, SiteInterleaver
 from mm_adapters.nnsight_engine.invokes import combine
 from mm_adapters.nnsight_engine.recorder import Recorder
+from mm_adapters.nnsight_engine.text_rows import Padding
 from mm_adapters.records.spec import Input, Output, Site
 from mm_adapters.runs.clock import Clock
 from mm_adapters.traced import TracedModel
@@ -139,11 +140,11 @@ def test_rows_that_are_nobodys_are_an_error() -> None:
 
 
 def test_invokes_of_other_sizes_are_no_one_call() -> None:
-    whole = combine([{"x": torch.zeros(1, 2)}, {"x": torch.ones(2, 2)}, {"y": 3}], 0, False)
+    whole = combine([{"x": torch.zeros(1, 2)}, {"x": torch.ones(2, 2)}, {"y": 3}], Padding())
     assert whole["x"].tolist() == [[0, 0], [1, 1], [1, 1]]
     assert whole["y"] == 3
     with pytest.raises(InputError, match=r"^x has the sizes \[\(2,\), \(3,\)\] in the invokes of one run"):
-        combine([{"x": torch.zeros(1, 3)}, {"x": torch.zeros(1, 2)}], 0, False)
+        combine([{"x": torch.zeros(1, 3)}, {"x": torch.zeros(1, 2)}], Padding())
 
 
 # --- steps ----------------------------------------------------------------------------------------
