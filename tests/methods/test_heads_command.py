@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from importlib.metadata import EntryPoint
@@ -60,9 +61,8 @@ def test_it_writes_a_page_that_stands_alone_and_the_numbers_behind_it(images: Pa
 def test_mistakes_are_one_line_before_anything_is_loaded(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "methods_multimodal.commands.heads.open_model", lambda *a, **k: pytest.fail("it loaded")
-    )
+    command = importlib.import_module("methods_multimodal.commands.heads")
+    monkeypatch.setattr(command, "open_model", lambda *a, **k: pytest.fail("it loaded"))
     empty = tmp_path / "empty"
     empty.mkdir()
     for wrong, said in (
