@@ -16,6 +16,7 @@ from torch import nn
 
 import mm_adapters as mm
 from mm_adapters import InputError, StoreError
+from mm_adapters.storage import fingerprint
 from mm_adapters.storage.fingerprint import of_data, of_file, of_model, of_module, of_tensors, of_value
 from mm_adapters.store import check_same_work, provenance, work_folder
 
@@ -213,3 +214,17 @@ def test_a_folder_is_one_works_and_one_users(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be a folder"), work_folder(tmp_path / "file", made_of):
         pass
+
+
+@pytest.mark.parametrize("n_bytes", [8 * 1024 * 3, 8 * 1024 * 70 + 8, 5, 8 * 1024 + 3])
+def test_words_are_mixed_row_by_row_as_it_is_said(n_bytes: int) -> None:
+    """Stored work is known by these numbers: the same formula in another library, in one piece."""
+    raw = np.random.default_rng(n_bytes).integers(0, 256, n_bytes, np.uint8)
+    padded = np.concatenate([raw, np.zeros(-n_bytes % (8 * 1024), np.uint8)]).view(np.int64).reshape(-1, 1024)
+    factors = np.random.Generator(np.random.PCG64(20)).integers(0, 2**63 - 1, 1024, np.int64) | 1
+    with np.errstate(over="ignore"):
+        words = ((padded >> 29) ^ padded) * factors
+        wanted = ((words >> 32) ^ words).sum(1)
+    assert fingerprint._mixed(torch.from_numpy(raw)).tolist() == wanted.tolist()
+    shifted = torch.from_numpy(np.append(np.uint8(7), raw))[1:]  # It begins at no word's start.
+    assert fingerprint._mixed(shifted).tolist() == wanted.tolist()

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 import mm_adapters as mm
+from mm_adapters.layouts import of_model
 from mm_adapters.tokens.layout import TokenLayout
 
 I = tiny_vlm.IMAGE  # noqa: E741
@@ -285,9 +286,8 @@ def seen_by_vision(name: str, inputs: dict[str, Any], site: str) -> Tensor:
 
 @cache
 def wrapped(name: str) -> tuple[Any, mm.HookedModel]:
-    import tiny
 
-    case = tiny.CASES[name]()
+    case = tiny_vlm.CASES[name]()
     return case, mm.wrap(case.model, tokenizer=tokenizer())
 
 
@@ -463,3 +463,23 @@ def test_patches_of_janus_are_line_by_line() -> None:
         lit = seen_by_vision("janus", case.inputs | {"pixel_values": pixels}, site)
         moved = (lit - seen_by_vision("janus", case.inputs, site)).norm(dim=-1) > 1e-5
         assert moved.nonzero().tolist() == [[0, p]]
+
+
+@pytest.mark.parametrize("name", ["idefics2", "idefics3"])
+def test_pictures_that_are_padding_are_no_rows_of_a_vision_tower(name: str) -> None:
+    case = tiny_vlm.CASES[name]()
+    model = mm.HookedModel(case.model)
+    pixels = case.inputs["pixel_values"].abs() + 0.1
+
+    def rows(given: Tensor) -> int:
+        prepared = case.inputs | {"pixel_values": given}
+        layout = of_model._vision(model.wrapped, model.sitemap, model.towers["vision"], prepared, None)
+        assert layout is not None
+        return len(layout.roles)
+
+    n = len(pixels) * pixels.shape[1]
+    assert rows(pixels) == n
+    padded = torch.cat([pixels, torch.zeros_like(pixels[:, :1])], 1)
+    assert rows(padded) == n
+    padded[0, -1, 0, 0, 0] = 1.0  # A picture that is black but for a pixel is one.
+    assert rows(padded) == n + 1

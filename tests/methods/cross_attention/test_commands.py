@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,3 +86,38 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], told: str) -> None:
     done = invoke(*arguments)
     assert done.exit_code == 2, f"{done.output}\n{done.exception!r}"
     assert told in " ".join(done.stderr.split())
+
+
+def test_trace_changes_the_first_of_a_word_that_is_there_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = importlib.import_module("methods_multimodal.commands.trace")
+    asked: dict[str, Any] = {}
+    model = SimpleNamespace(prompt_layout=lambda kind, prompts: SimpleNamespace(where=lambda word: [2]))
+    monkeypatch.setattr(command, "open_model", lambda name, *a, **k: model)
+    metrics, report = (
+        importlib.import_module(f"methods_multimodal.{n}") for n in ("cross_attention.metrics", "report")
+    )
+    monkeypatch.setattr(metrics, "clip_contrast", lambda *a: asked.update(contrast=a[1:]))
+    monkeypatch.setattr(report, "trace_report", lambda *a, **k: asked.update(k, positional=a[1:]))
+    monkeypatch.setattr(command, "write_report", lambda made, out: asked.update(out=out))
+    prompt, out = "a red circle and a red star", tmp_path / "t.png"
+    options = [
+        "--prompt",
+        prompt,
+        "--word",
+        "red",
+        "--other",
+        "blue",
+        "--seeds",
+        "2",
+        "--steps",
+        "7",
+        "--out",
+        str(out),
+    ]
+    done = invoke("trace", *options)
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    assert asked["contrast"] == (prompt, "a blue circle and a red star")
+    assert asked["positional"][:3] == (prompt, "red", "blue")
+    assert (list(asked["seeds"]), asked["steps"], asked["out"]) == ([0, 1], 7, out)
