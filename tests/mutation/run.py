@@ -26,7 +26,7 @@ from tests.mutation.tree import PACKAGES, ROOT, Copy, fingerprint, modules
 
 WANTED, MOST_EQUIVALENT = 0.95, 0.10
 # Where the tests of a change are cut; how much longer than for the map they may take on a busy machine.
-STAGES, SLOWER = (12, 60), 6.0
+STAGES, SLOWER = (15, 30), 6.0
 # What a real service runs is noticed by the tests of one, with `--ndif`; they take minutes.
 SERVICE, SERVICE_SECONDS = "tests/ndif", 900.0
 OF_THE_SERVICE = (
