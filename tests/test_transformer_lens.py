@@ -227,6 +227,18 @@ def test_given_inputs_reach_every_call_inside_the_block_and_none_after(language:
 
 
 @torch.no_grad()
+def test_given_inputs_reach_a_generation_too(language: HookedTower) -> None:
+    whole, batch = model("llava").wrapped, inputs("llava")
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    wanted = whole.generate(**batch, **options)
+    told: dict[str, Any] = {**options, "stop_at_eos": False, "verbose": False}
+    with language.given(pixel_values=batch["pixel_values"]):
+        found = language.generate(batch["input_ids"], **told)
+    assert torch.equal(found[:, : wanted.shape[1]], wanted)
+    assert not torch.equal(language.generate(batch["input_ids"], **told)[:, : wanted.shape[1]], wanted)
+
+
+@torch.no_grad()
 def test_patching_by_head_equals_a_plain_torch_hook(vision: HookedTower) -> None:
     clean, corrupted = tiny.pixels(1), -tiny.pixels(1)
     _, cache_clean = vision.run_with_cache(clean)

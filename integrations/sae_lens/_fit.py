@@ -42,7 +42,7 @@ class Fit:
         log_every: int,
         evaluator: Evaluator | None,
         progress: bool,
-        centre: bool = False,
+        centre: bool,
     ) -> None:
         self.trainers, self.provider, self.folder, self.about = dict(trainers), provider, folder, about
         self.checkpoint_every, self.log_every = checkpoint_every, log_every
