@@ -286,8 +286,9 @@ def seen_by_vision(name: str, inputs: dict[str, Any], site: str) -> Tensor:
 
 @cache
 def wrapped(name: str) -> tuple[Any, mm.HookedModel]:
+    import tiny
 
-    case = tiny_vlm.CASES[name]()
+    case = tiny.CASES[name]()
     return case, mm.wrap(case.model, tokenizer=tokenizer())
 
 
