@@ -124,17 +124,7 @@ def loss(
     patch_weight: float = PATCH_WEIGHT,
 ) -> Tensor:
     """How badly images and captions of this step find each other."""
-    scenes, claims, texts = said_at(step, seed, batch)
-    tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device())
-    allowed = ~torch.from_numpy(captions.truth(scenes, claims)).to(device())
-    diagonal = torch.arange(batch, device=allowed.device)
-    allowed[diagonal, diagonal] = True
-
-    image, text, by_patch = _embed(student, scenes, tokens)
-    scores = (_scale(student) * image @ text.T).masked_fill(~allowed, float("-inf"))
-    by_image = nn.functional.cross_entropy(scores, diagonal)
-    by_text = nn.functional.cross_entropy(scores[:, :batch].T, diagonal)
-    return (by_image + by_text) / 2 + patch_weight * by_patch
+    return _mismatch(student, tokenizer, *said_at(step, seed, batch), patch_weight)
 
 
 def twins_at(step: int, seed: int, batch: int) -> tuple[list[world.Scene], list[captions.Claim], list[str]]:
@@ -163,15 +153,27 @@ def twin_loss(
     patch_weight: float = PATCH_WEIGHT,
 ) -> Tensor:
     """The same, on scenes that come with a twin that differs in one thing: each is the other's foil."""
-    scenes, claims, texts = twins_at(step, seed, batch)
+    return _mismatch(student, tokenizer, *twins_at(step, seed, batch), patch_weight)
+
+
+def _mismatch(
+    student: Student,
+    tokenizer,
+    scenes: list[world.Scene],
+    claims: list[captions.Claim],
+    texts: list[str],
+    patch_weight: float,
+) -> Tensor:
+    """How badly images and texts find each other: text i is of image i, those behind are of none."""
     tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device())
     allowed = ~torch.from_numpy(captions.truth(scenes, claims)).to(device())
     diagonal = torch.arange(len(scenes), device=allowed.device)
     allowed[diagonal, diagonal] = True
+
     image, text, by_patch = _embed(student, scenes, tokens)
     scores = (_scale(student) * image @ text.T).masked_fill(~allowed, float("-inf"))
     by_image = nn.functional.cross_entropy(scores, diagonal)
-    by_text = nn.functional.cross_entropy(scores.T, diagonal)
+    by_text = nn.functional.cross_entropy(scores[:, : len(scenes)].T, diagonal)
     return (by_image + by_text) / 2 + patch_weight * by_patch
 
 
