@@ -122,8 +122,8 @@ class TracedModel(CallsModel, NamedModel, ServedModel):
             checkpoint, self._unread = open_named(wrapped, **named)
             wrapped, inputs, origin, sites = checkpoint
         wrapped = inside(wrapped)
-        if not is_named and inputs is None:
-            inputs = ready(wrapped, named)
+        if not is_named:
+            inputs = ready(wrapped, named, inputs)
         set_up(getattr(inputs, "tokenizer", None), settings)
         module = wrapped if isinstance(wrapped, nn.Module) else PipelineModule(wrapped)
         self._attached = Attached()

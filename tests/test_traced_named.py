@@ -66,6 +66,9 @@ def test_tied_weights_stay_tied_and_what_is_no_parameter_is_read_too() -> None:
 def test_a_model_that_is_here_takes_no_options_of_a_name() -> None:
     with pytest.raises(mm.InputError, match=r"device_map: of use with a name only.*device=, dtype="):
         TracedModel(tiny.CASES["clip"]().model, revision="main", device_map="auto")
+    built = tiny.CASES["clip"]().model
+    with pytest.raises(mm.InputError, match="device_map: of use with a name only"):
+        TracedModel(built, inputs=mm.HookedModel(built)._inputs, device_map="auto")
     with pytest.raises(mm.CheckpointError, match="tiny-clop"):
         TracedModel("tiny-clop")
 

@@ -20,6 +20,11 @@ def takes_positions(model: Any) -> bool:
     return POSITIONS in inspect.signature(type(model).forward).parameters
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model's configuration says that an encoder comes before its decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def counts_padding(model: Any, sites: SiteMap) -> bool:
     """Whether a model of texts counts positions from a row's first token, be it padding, unless it is told.
 
@@ -36,7 +41,7 @@ def pads_left(model: Any, sites: SiteMap) -> bool:
     They are with rotary positions, with a table that the attention mask is counted for, and with one whose
     positions the model can be told.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         return False
     decoders = [tower for tower in sites.towers.values() if tower.role == "language"]
     return any(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mm_adapters.inputs.call_names import RAW, Call
 from mm_adapters.inputs.images import opened
-from mm_adapters.inputs.padding import counts_padding
+from mm_adapters.inputs.padding import counts_padding, is_encoder_decoder
 from mm_adapters.nnsight_engine.call_arguments import by_name, is_token_ids
 from mm_adapters.nnsight_engine.invokes import combine, combine_prompts, n_prompts
 from mm_adapters.nnsight_engine.pipe_inputs import joined
@@ -52,7 +52,7 @@ class CallsModel(BaseModel):
             token = 0  # Under the mask it is read by nothing.
         left = self.kind != "contrastive" and getattr(tokenizer, "padding_side", "right") == "left"
         targets = Padding.targets
-        if getattr(config, "is_encoder_decoder", False):
+        if is_encoder_decoder(self.wrapped):
             targets = targets | {"labels"}
         return Padding(token, left, targets, left and counts_padding(self.wrapped, self.sitemap))
 

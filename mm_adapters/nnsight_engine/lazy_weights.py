@@ -12,6 +12,7 @@ from torch import nn
 
 from mm_adapters.checkpoints.fill_weights import load_weights_into
 from mm_adapters.checkpoints.open import OpenedCheckpoint, open_checkpoint
+from mm_adapters.inputs.padding import is_encoder_decoder
 from mm_adapters.inputs.prepare import Inputs
 from mm_adapters.nnsight_engine.adapters import attach
 from mm_adapters.nnsight_engine.pipeline_module import PipelineModule
@@ -127,9 +128,7 @@ class NamedModel(PipedModel):
     def _is_causal(self) -> bool:
         """nnsight's own word: whether this is a decoder that generates, and no encoder comes before it."""
         can_generate = getattr(self._module, "can_generate", bool)()
-        return can_generate and not getattr(
-            getattr(self._module, "config", None), "is_encoder_decoder", False
-        )
+        return can_generate and not is_encoder_decoder(self._module)
 
 
 def _with_parts(new: Inputs, old: Inputs | None) -> Inputs:

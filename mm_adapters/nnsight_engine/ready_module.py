@@ -23,11 +23,11 @@ PARTS = ("processor", "tokenizer", "image_processor")
 _TAKEN = (*PARTS, "device", "dtype", "torch_dtype", "dispatch")
 
 
-def ready(model: Any, options: Mapping[str, Any]) -> Inputs | None:
+def ready(model: Any, options: Mapping[str, Any], inputs: Inputs | None = None) -> Inputs | None:
     """Moves and casts a model as asked, as its own `.to` does, and returns what prepares its inputs.
 
-    Without a processor or tokenizer among the `options`, those beside the checkpoint are taken that a model
-    of transformers was loaded from; None if there are none.
+    That is `inputs` if they are given. Without them and a processor or tokenizer among the `options`, those
+    beside the checkpoint are taken that a model of transformers was loaded from; None if there are none.
 
     Raises: InputError for an option of loading, a device that is not here, or a model that its library
     placed.
@@ -39,6 +39,8 @@ def ready(model: Any, options: Mapping[str, Any]) -> Inputs | None:
             f"{', '.join(f'{name}=' for name in _TAKEN)}."
         )
     _place(model, options.get("device"), options.get("torch_dtype", options.get("dtype")))
+    if inputs is not None:
+        return inputs
     parts = {k: options[k] for k in PARTS if options.get(k) is not None} or _beside(model)
     if not parts:
         return None

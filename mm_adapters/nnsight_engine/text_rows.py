@@ -78,8 +78,8 @@ def level(calls: list[dict[str, Any]], padding: Padding) -> list[dict[str, Any]]
     widths = {
         k: max(call[k].shape[1] for call in whole if call[k].ndim > 1) for k in keys if _has_width(whole, k)
     }
-    level = iter([call | {k: _padded(call[k], k, n, padding) for k, n in widths.items()} for call in whole])
-    return [next(level) if processing.input_key(call) else call for call in calls]
+    padded = iter([call | {k: _padded(call[k], k, n, padding) for k, n in widths.items()} for call in whole])
+    return [next(padded) if processing.input_key(call) else call for call in calls]
 
 
 def with_positions(call: dict[str, Any], padding: Padding) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mm_adapters._errors import InputError
-from mm_adapters.inputs.padding import pads_left
+from mm_adapters.inputs.padding import is_encoder_decoder, pads_left
 from mm_adapters.sites.site_map import SiteMap
 
 
@@ -23,7 +23,7 @@ def pad_as_nnsight(tokenizer: Any, model: Any, sites: SiteMap) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     if pads_left(model, sites):
         tokenizer.padding_side = "left"
-    elif getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    elif is_encoder_decoder(model):
         tokenizer.padding_side = "right"
 
 
