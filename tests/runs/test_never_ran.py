@@ -68,22 +68,19 @@ def test_names_of_a_cache_and_hooks_must_run_and_filters_need_not() -> None:
     assert called == [language, language]
 
 
-def test_a_hook_of_a_tower_must_run_too() -> None:
+def test_a_hook_of_a_tower_must_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mm.HookedModel(tiny.llava().model)
 
     def nothing(value: Any, hook: Any) -> None:
         raise AssertionError("was called")
 
     tower = model.language
-    forward = type(tower).forward
-    try:
-        type(tower).forward = lambda self, *args, **kwargs: None  # A forward that comes by no site.
-        with pytest.raises(mm.ReadNeverFiredError, match=r"blocks\.0\.hook_resid_post"):
-            tower.run_with_hooks(torch.tensor([[1, 5]]), fwd_hooks=[("blocks.0.hook_resid_post", nothing)])
-        with pytest.raises(mm.ReadNeverFiredError, match=r"blocks\.0\.hook_resid_post"):
-            tower.run_with_cache(torch.tensor([[1, 5]]), names_filter=["blocks.0.hook_resid_post"])
-    finally:
-        type(tower).forward = forward
+    # A forward that comes by no site.
+    monkeypatch.setattr(type(tower), "forward", lambda self, *args, **kwargs: None)
+    with pytest.raises(mm.ReadNeverFiredError, match=r"blocks\.0\.hook_resid_post"):
+        tower.run_with_hooks(torch.tensor([[1, 5]]), fwd_hooks=[("blocks.0.hook_resid_post", nothing)])
+    with pytest.raises(mm.ReadNeverFiredError, match=r"blocks\.0\.hook_resid_post"):
+        tower.run_with_cache(torch.tensor([[1, 5]]), names_filter=["blocks.0.hook_resid_post"])
 
 
 def test_of_an_unguided_loop_a_name_is_read() -> None:
