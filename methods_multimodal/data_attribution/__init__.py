@@ -25,6 +25,12 @@ from methods_multimodal.data_attribution.features import Features, featurise, qu
 from methods_multimodal.data_attribution.gradients import per_example_gradients
 from methods_multimodal.data_attribution.journey import Journey, Trajectory, journey_trak, trajectory
 from methods_multimodal.data_attribution.kronecker import kronecker_scores
+from methods_multimodal.data_attribution.metagradient import (
+    AdamW,
+    Training,
+    metagradients,
+    weighted_mean,
+)
 from methods_multimodal.data_attribution.projection import Projection
 from methods_multimodal.data_attribution.retrieval import (
     LinearMap,
@@ -50,6 +56,7 @@ from methods_multimodal.data_attribution.trak import Trak
 from methods_multimodal.data_attribution.unlearning import fisher_diagonal, unlearning_scores
 
 __all__ = [
+    "AdamW",
     "Chosen",
     "Cosine",
     "DataInf",
@@ -65,6 +72,7 @@ __all__ = [
     "Scorer",
     "Task",
     "TracIn",
+    "Training",
     "Trajectory",
     "Trak",
     "choose_damping",
@@ -82,6 +90,7 @@ __all__ = [
     "kronecker_scores",
     "leave_out",
     "linear_datamodeling_score",
+    "metagradients",
     "module_task",
     "nearest",
     "per_example_gradients",
@@ -95,4 +104,5 @@ __all__ = [
     "top_k",
     "trajectory",
     "unlearning_scores",
+    "weighted_mean",
 ]
