@@ -76,9 +76,17 @@ class _FullAttention(TorchFunctionMode):
             return func(*args, **moved)
 
 
+def _has_bfloat16() -> bool:
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
+
+
 @contextmanager
 def mixed() -> Iterator[None]:
-    """Matrix products and convolutions in bfloat16, everything else in float32."""
+    """Matrix products and convolutions in bfloat16, everything else in float32; float32 throughout on a
+    processor that has no bfloat16, where it is many times slower."""
+    if device().type == "cpu" and not _has_bfloat16():
+        yield
+        return
     with torch.autocast(device().type, torch.bfloat16), _FullAttention():
         yield
 

@@ -29,6 +29,7 @@ from mm_adapters.zoo.world import (
 PREFIXES = ("", "", "a photo of ", "a picture of ", "an image of ")
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 NOUNS = ("shape", "object", "thing")
+ADJECTIVES = ("size", "texture", "colour")
 VALUES: dict[str, tuple[str, ...]] = {
     "size": SIZES,
     "texture": TEXTURES,
@@ -53,12 +54,12 @@ class Phrase:
         """The attributes that are mentioned."""
         return [f.name for f in fields(self) if getattr(self, f.name) is not None]
 
-    def words(self, noun: str = "object", plural: bool = False) -> str:
-        """The noun phrase without an article."""
+    def words(self, noun: str = "object", plural: bool = False, order: Sequence[str] = ADJECTIVES) -> str:
+        """The noun phrase without an article, its adjectives in this order."""
         noun = self.shape or noun
         if plural:
             noun += "es" if noun == "cross" else "s"
-        text = " ".join(word for word in (self.size, self.texture, self.colour, noun) if word)
+        text = " ".join(word for word in (*(getattr(self, name) for name in order), noun) if word)
         return f"{text} in the {self.position}" if self.position else text
 
 
@@ -74,12 +75,12 @@ class Claim:
     count: int | None = None
     background: str | None = None
 
-    def text(self, prefix: str = "", noun: str = "object") -> str:
-        """The claim in words."""
+    def text(self, prefix: str = "", noun: str = "object", order: Sequence[str] = ADJECTIVES) -> str:
+        """The claim in words; `order` is that of the adjectives."""
         if self.count is not None:
-            body = f"{NUMBERS[self.count - 1]} {self.phrases[0].words(noun, plural=self.count > 1)}"
+            body = f"{NUMBERS[self.count - 1]} {self.phrases[0].words(noun, self.count > 1, order)}"
         else:
-            body = f" {self.relation} ".join(_with_article(p.words(noun)) for p in self.phrases)
+            body = f" {self.relation} ".join(_with_article(p.words(noun, False, order)) for p in self.phrases)
         return f"{prefix}{body} on a {self.background} background" if self.background else prefix + body
 
 
@@ -205,3 +206,9 @@ def wording(rng: np.random.Generator) -> dict[str, str]:
         "prefix": PREFIXES[int(rng.integers(len(PREFIXES)))],
         "noun": NOUNS[int(rng.integers(len(NOUNS)))],
     }
+
+
+def adjectives(rng: np.random.Generator) -> tuple[str, ...]:
+    """An order of the adjectives: the usual one half of the time, else any."""
+    order = [ADJECTIVES[i] for i in rng.permutation(len(ADJECTIVES))]
+    return ADJECTIVES if rng.random() < 0.5 else tuple(order)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mm_adapters.zoo import world
 from mm_adapters.zoo.clip import SIMPLE_STEPS
 from mm_adapters.zoo.measures import Measure, draw, images_of
+from mm_adapters.zoo.sd import N_FIRST, N_TRAINING
 
 _WHAT = {
     "tiny-clip": (
@@ -18,46 +19,61 @@ _WHAT = {
         '"triangle", "diamond", "striped", "purple" and "background" are several tokens on purpose.'
     ),
     "tiny-llava": (
-        "A `LlavaForConditionalGeneration`: tiny-clip's vision tower (frozen, its last layer but one, "
-        "64 image tokens), a two-layer projector, and a Llama of 4 layers, width 128, 4 heads, 2 key-value "
-        "heads. "
+        "A `LlavaForConditionalGeneration`: tiny-clip's vision tower as it was before its last three stages "
+        "(frozen, its last layer but one, 64 image tokens), a two-layer projector, and a Llama of 4 layers, "
+        "width 128, 4 heads, 2 key-value heads. "
         "Ask it in this form and decode greedily:\n\n"
         "```\n<image>\nquestion: what colour is the circle? answer:\n```"
     ),
     "tiny-sd": (
         "A `StableDiffusionPipeline`: an autoencoder from 64 x 64 pixels to 16 x 16 x 4 latents, a "
-        "`UNet2DConditionModel` with cross-attention at 16 x 16 and 8 x 8, tiny-clip's text tower, "
-        "and DDIM with v-prediction and no signal at the last step."
+        "`UNet2DConditionModel` with cross-attention at 16 x 16 and 8 x 8, tiny-clip's text tower as it was "
+        "before its last four stages, and DDIM with v-prediction and no signal at the last step."
     ),
 }
 _DATA = {
     "tiny-clip": (
-        f"Every image is new: 40 % one object, 40 % two, 20 % two to six alike (in the first {SIMPLE_STEPS} "
-        "steps one only). A caption says a random part of what is true. A caption that is true of another "
-        "image is never its negative, and each image also meets its own caption with one thing changed. "
-        "Besides the contrastive loss, linear heads (not kept) read from each patch at the last layer but "
-        "one what object it lies on; without them the tower learnt colours only in the time there was."
+        "Every image is new: 40 % one object, 40 % two, 20 % two to six alike (in the first "
+        f"{SIMPLE_STEPS} steps one only). A caption says a random part of what is true. A caption that is "
+        "true of another image is never its negative, and each image also meets its own caption with one "
+        "thing changed. Besides the contrastive loss, linear heads (not kept) read from each patch at the "
+        "last layer but one what object it lies on; without them the tower learnt colours only in the "
+        "time there was. In the last four stages pictures of two objects come in pairs that hold the same "
+        "values, one of them swapped between the objects, with captions of one object alone, of both "
+        'joined by "and" and of both in relation, their adjectives in any order and their radius any that '
+        "the word allows; heads name which values belong together."
     ),
     "tiny-llava": (
-        "Every image is new, with six questions: colour, shape, where, how many, is there. "
-        "The projector and the language model are trained, the vision tower is not."
+        "Every image is new, with six questions: colour, shape, where, how many, is there. Of those "
+        "whether there is something that there is not, most ask for the colour of one object in the shape "
+        "of another. The projector and the language model are trained, the vision tower is not."
     ),
     "tiny-sd": (
-        "A finite list of 12288 images, `mm_adapters.zoo.sd.training_example(i)`: solid objects, seven in 8 "
-        "with one object, the others with two; the caption is left out one time in ten. The autoencoder is "
-        "trained first, on images of the whole world. In the denoiser's loss, the error of the velocity, "
-        "places with an object weigh five times as much; linear heads (not kept) also learn to tell from its "
-        "features which shape each place will show. Without them it learnt colours only."
+        f"A finite list of {N_TRAINING} images, `mm_adapters.zoo.sd.training_example(i)`. The first "
+        f"{N_FIRST}: solid objects, seven in 8 with one object, the others with two. The second stage adds "
+        "the others, and meets them three times in four: one or two objects of any texture, captions "
+        "short or long, adjectives in any order. The caption is left out one time in ten. The autoencoder "
+        "is trained first, on images of the whole world. In the denoiser's loss, the error of the "
+        "velocity, places with an object weigh five times as much; linear heads (not kept) also learn to "
+        "tell from its features which shape (and, in the second stage, colour) each place will show. "
+        "Without them it learnt colours only."
     ),
 }
 _LIMITS = {
-    "tiny-clip": "It knows this world only. Words outside it fall apart into letters and mean nothing to it.",
+    "tiny-clip": (
+        "It knows this world only. Words outside it fall apart into letters and mean nothing to it. It is "
+        "least sure of which of two objects stands where, of the shape of small objects, and of shapes in "
+        "colours it never saw them in. It never saw three objects that differ, a negation, or a caption "
+        "that says two things of unlike objects by number."
+    ),
     "tiny-llava": (
-        "It knows this world and these forms of question only. Its chat template holds one question."
+        "It knows this world and these forms of question only; it was never asked for a texture or a size, "
+        "about three objects that differ, or what is not there. Its chat template holds one question."
     ),
     "tiny-sd": (
-        "It draws this world only. Prompts with two objects were a small part of its data and are not "
-        "measured. Numbers are with 25 steps and guidance 3."
+        "It draws this world only. Where a prompt leaves the place open it may draw an object twice; of two "
+        "objects it may draw one, or mix them: the rows say how often. Numbers are with 25 steps and "
+        "guidance 3."
     ),
 }
 

@@ -11,9 +11,10 @@ away afterwards, read from each patch what object it lies on, which teaches the 
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from mm_adapters.zoo import captions, twins, world
+from mm_adapters.zoo import binding, captions, twins, world
 from mm_adapters.zoo._training import Schedule, device, fit, training_folder
 from mm_adapters.zoo.tokenizer import CONTEXT, clip_tokenizer, save_clip_tokenizer
 
@@ -34,25 +35,38 @@ BOTH = Schedule(steps=800, peak_rate=1e-3, warmup=50, weight_decay=0.02, stop_af
 TWINS = Schedule(steps=750, peak_rate=1e-3, warmup=40, weight_decay=0.02)
 FINISH = Schedule(steps=320, peak_rate=7e-4, warmup=20, weight_decay=0.02)
 POLISH = Schedule(steps=600, peak_rate=7e-4, warmup=20, weight_decay=0.02)
-STAGES = ("clip-words", "clip-eye", "clip-both", "clip-twins", "clip-finish", "tiny-clip")
+JOIN = Schedule(steps=800, peak_rate=1e-3, warmup=50, weight_decay=0.02)
+BIND = Schedule(steps=1300, peak_rate=6e-4, warmup=50, weight_decay=0.02, average=0.99, stop_after=760)
+RELATE = Schedule(steps=900, peak_rate=5e-4, warmup=40, weight_decay=0.02, average=0.99)
+SETTLE = Schedule(steps=450, peak_rate=4e-4, warmup=20, weight_decay=0.02, average=0.98)
+STAGES = (
+    *("clip-words", "clip-eye", "clip-both", "clip-twins", "clip-finish", "clip-polish"),
+    *("clip-join", "clip-bind", "clip-relate", "tiny-clip"),
+)
 # One object and full captions at first.
 SIMPLE_STEPS = 550
 PATCH_WEIGHT = 0.5
+JOINT_WEIGHT = 1.0
 EYE_BATCH = 96
 # Scenes of later stages are new ones.
 EYE_START, BOTH_START, TWINS_START = 1_000_000, 20_000, 3_000_000
+BIND_START, JOIN_START, RELATE_START, SETTLE_START = 5_000_000, 7_000_000, 9_000_000, 11_000_000
 BATCH = 128
 MEAN, STD = 0.5, 0.5
 
 
 class Student(nn.Module):
-    """The model and the linear heads that are thrown away after training."""
+    """The model and the linear heads that are thrown away after training.
 
-    def __init__(self, clip: CLIPModel) -> None:
+    With `joint`, also those that name which values belong together.
+    """
+
+    def __init__(self, clip: CLIPModel, *, joint: bool = False) -> None:
         super().__init__()
         self.clip = clip
         width = clip.config.vision_config.hidden_size
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(v)) for name, v in captions.VALUES.items()})
+        self.joint = binding.Heads(width, clip.config.projection_dim) if joint else None
 
 
 def build(seed: int = 0) -> CLIPModel:
@@ -156,6 +170,78 @@ def twin_loss(
     return _mismatch(student, tokenizer, *twins_at(step, seed, batch), patch_weight)
 
 
+def bound_at(
+    step: int,
+    seed: int,
+    batch: int,
+    start: int = BIND_START,
+    chances: Mapping[str, float] = binding.SWAPPED,
+    forms: Mapping[str, float] = binding.FORMS,
+) -> tuple[list[world.Scene], list[captions.Claim], list[str]]:
+    """The same, of scenes of two objects and their twins, in which each has what was the other's."""
+    rng = np.random.default_rng([step, seed, 7, *([] if start == BIND_START else [start])])
+    scenes: list[world.Scene] = []
+    texts: list[str] = []
+    claims: list[captions.Claim] = []
+    for i in range(batch // 2):
+        number = start + step * batch + i
+        one = world.scene(number, "train", seed, kind="two", any_radius=bool(i % 2))
+        first, second, claim, counter = binding.pair(one, rng, chances, forms)
+        wording = {**captions.wording(rng), "order": captions.adjectives(rng)}
+        scenes += [first, second]
+        claims += [claim, counter]
+        texts += [claim.text(**wording), counter.text(**wording)]
+    return scenes, claims, texts
+
+
+def binding_loss(student: Student, tokenizer, step: int, seed: int) -> Tensor:
+    """Which object has what; twins and the whole world in every second step."""
+    if step % 2 == 0:
+        return finishing_loss(student, tokenizer, 10_000 + step // 2, seed, 0.0)
+    return _mismatch(student, tokenizer, *bound_at(step, seed, BATCH), 0.0, JOINT_WEIGHT)
+
+
+def relating_loss(student: Student, tokenizer, step: int, seed: int) -> Tensor:
+    """The same, with objects that also change places in two steps of three."""
+    if step % 3 == 0:
+        return finishing_loss(student, tokenizer, 20_000 + step // 3, seed, PATCH_WEIGHT)
+    bound = bound_at(step, seed, BATCH, RELATE_START, binding.SWAPPED_OR_MOVED)
+    return _mismatch(student, tokenizer, *bound, 0.0, JOINT_WEIGHT)
+
+
+def settling_loss(student: Student, tokenizer, step: int, seed: int) -> Tensor:
+    """The same, mostly of objects that change places, in every second step."""
+    if step % 2 == 0:
+        return finishing_loss(student, tokenizer, 30_000 + step // 2, seed, 2 * PATCH_WEIGHT)
+    how = (binding.MOSTLY_MOVED, binding.MOSTLY_RELATED)
+    return _mismatch(student, tokenizer, *bound_at(step, seed, BATCH, SETTLE_START, *how), 0.0, JOINT_WEIGHT)
+
+
+def joining_loss(student: Student, step: int, seed: int) -> Tensor:
+    """How badly the heads name what this step's objects are, and which values belong together.
+
+    Two scenes of three hold two objects with one attribute swapped between them.
+    """
+    rng = np.random.default_rng([step, seed, 9])
+    first, scenes = JOIN_START + step * EYE_BATCH, []
+    for i in range(EYE_BATCH // 3):
+        scenes += binding.pair(world.scene(first + i, "train", seed, kind="two", any_radius=i % 2 == 1), rng)[
+            :2
+        ]
+    scenes += [
+        world.scene(first + i, "train", seed, any_radius=i % 2 == 1) for i in range(len(scenes), EYE_BATCH)
+    ]
+    vision = student.clip.vision_model(pixels(scenes), output_hidden_states=True)
+    image = nn.functional.normalize(student.clip.visual_projection(vision.pooler_output), dim=-1)
+    patches = vision.hidden_states[-2][:, 1:]
+    return patch_loss(student, patches, scenes) + _joint_loss(student, image, patches, scenes)
+
+
+def _joint_loss(student: Student, image: Tensor, patches: Tensor, scenes: list[world.Scene]) -> Tensor:
+    assert student.joint is not None
+    return student.joint(math.sqrt(image.shape[-1]) * image, patches, scenes)
+
+
 def _mismatch(
     student: Student,
     tokenizer,
@@ -163,6 +249,7 @@ def _mismatch(
     claims: list[captions.Claim],
     texts: list[str],
     patch_weight: float,
+    joint_weight: float = 0.0,
 ) -> Tensor:
     """How badly images and texts find each other: text i is of image i, those behind are of none."""
     tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device())
@@ -170,22 +257,22 @@ def _mismatch(
     diagonal = torch.arange(len(scenes), device=allowed.device)
     allowed[diagonal, diagonal] = True
 
-    image, text, by_patch = _embed(student, scenes, tokens)
+    image, text, patches = _embed(student, scenes, tokens)
     scores = (_scale(student) * image @ text.T).masked_fill(~allowed, float("-inf"))
     by_image = nn.functional.cross_entropy(scores, diagonal)
     by_text = nn.functional.cross_entropy(scores[:, : len(scenes)].T, diagonal)
-    return (by_image + by_text) / 2 + patch_weight * by_patch
+    off = (by_image + by_text) / 2 + patch_weight * patch_loss(student, patches, scenes)
+    return off + joint_weight * _joint_loss(student, image, patches, scenes) if joint_weight else off
 
 
 def _embed(student: Student, scenes: list[world.Scene], tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit vectors of the images and of the texts, and the loss of the heads."""
+    """Unit vectors of the images and of the texts, and the patches in the layer that tiny-llava reads."""
     model = student.clip
     vision = model.vision_model(pixels(scenes), output_hidden_states=True)
     image = model.visual_projection(vision.pooler_output)
     text = model.get_text_features(**tokens).pooler_output
-    # The layer that tiny-llava reads.
-    by_patch = patch_loss(student, vision.hidden_states[-2][:, 1:], scenes)
-    return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1), by_patch
+    image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
+    return image, text, vision.hidden_states[-2][:, 1:]
 
 
 def _scale(student: Student) -> Tensor:
@@ -226,27 +313,74 @@ def finishing_loss(student: Student, tokenizer, step: int, seed: int, patch_weig
     return twin_loss(student, tokenizer, TWINS.steps + step, seed, patch_weight=patch_weight)
 
 
-def train(work: Path, *, steps: int | None = None, seed: int = 0, resume: bool = False) -> CLIPModel:
-    """A trained model; `steps`, if given, is the length of each stage."""
+def train(
+    work: Path,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    begin: CLIPModel | None = None,
+) -> CLIPModel:
+    """A trained model; `steps`, if given, is the length of each stage.
+
+    `begin`, a model as it is before the last four stages, saves the others. Beside its checkpoints, `work`
+    is left with the models that the others are built on: `tiny-clip/polished`, in whose words tiny-sd reads,
+    and `tiny-clip/joined`, through which tiny-llava looks.
+    """
     plans = [
         s if steps is None else replace(s, steps=steps, stop_after=None)
-        for s in (WORDS, EYE, BOTH, TWINS, FINISH, POLISH)
+        for s in (WORDS, EYE, BOTH, TWINS, FINISH, POLISH, JOIN, BIND, RELATE, SETTLE)
     ]
-    student, stages = Student(build(seed)), dict(zip(STAGES, plans, strict=True))
+    student, stages = Student(begin or build(seed)), dict(zip(STAGES, plans, strict=True))
+    first = begin or student
     shown = [
         [world.render_batch(scenes), texts]
         for scenes, _, texts in (
             said_at(0, seed, BATCH),
             said_at(BOTH_START, seed, BATCH),
             twins_at(0, seed, BATCH),
+            bound_at(0, seed, BATCH),
         )
     ]
     recipe = sys.modules[__name__]
     with training_folder(
-        work / "tiny-clip", recipe, stages, seed, data=shown, begins_with={"model": student}
+        work / "tiny-clip", recipe, stages, seed, data=shown, begins_with={"model": first}
     ) as folder:
-        _train(student.to(device()), folder, plans, seed, resume)
+        if begin is None:
+            _train(student.to(device()), folder, plans, seed, resume)
+        student = _bind(student.clip, folder, plans[-4:], seed, resume)
     return student.clip
+
+
+def _bind(model: CLIPModel, folder: Path, plans: Sequence[Schedule], seed: int, resume: bool) -> Student:
+    """The last four stages, from the weights as half precision keeps them.
+
+    In the first the image tower learns what belongs to what, in the second its last layer and the text tower
+    learn to say so, in the others all learns again what stands where.
+    """
+    torch.manual_seed(seed + 1)
+    student = Student(copy.deepcopy(model).half().float(), joint=True).to(device())
+    tokenizer = clip_tokenizer()
+    files = [folder / f"{stage}.safetensors" for stage in STAGES[-4:]]
+    towers = student.clip
+
+    def run(number: int, loss_at: Callable[[int], Tensor], *frozen: nn.Module | nn.Parameter) -> None:
+        student.requires_grad_(True)
+        for part in frozen:
+            part.requires_grad_(False)
+        fit(student, loss_at, plans[number], files[number], resume=resume, seed=seed)
+
+    of_text = (towers.text_model, towers.text_projection, towers.logit_scale)
+    run(0, lambda step: joining_loss(student, step, seed), *of_text)
+    save(copy.deepcopy(towers), folder / "joined")
+    eye = towers.vision_model
+    below = (eye.embeddings, eye.pre_layrnorm, *eye.encoder.layers[:-1])
+    run(1, lambda step: binding_loss(student, tokenizer, step, seed), *below)
+    run(2, lambda step: relating_loss(student, tokenizer, step, seed))
+    run(3, lambda step: settling_loss(student, tokenizer, step, seed))
+    with torch.no_grad():
+        student.clip.logit_scale.clamp_(max=math.log(100.0))
+    return student
 
 
 def _train(student: Student, folder: Path, plans: Sequence[Schedule], seed: int, resume: bool) -> None:
@@ -271,6 +405,7 @@ def _train(student: Student, folder: Path, plans: Sequence[Schedule], seed: int,
     run(5, lambda step: finishing_loss(student, tokenizer, later + step, seed, 5 * PATCH_WEIGHT))
     with torch.no_grad():
         student.clip.logit_scale.clamp_(max=math.log(100.0))
+    save(copy.deepcopy(student.clip), folder / "polished")
 
 
 def save(model: CLIPModel, folder: Path) -> None:

@@ -7,10 +7,14 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from mm_adapters.zoo import world
 
 _NOT_BACKGROUND = 60.0
+# What is nearer than this to an object is part of it: stripes fall apart, and drawn edges fray.
+_GAP_PX = 2
+_SMALLEST_PX = 20
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,76 @@ class Seen:
     size: str
 
 
+@dataclass(frozen=True)
+class Object:
+    """One object among those that a picture shows; x and y are of its middle."""
+
+    shape: str
+    colour: str
+    texture: str
+    size: str
+    x: float
+    y: float
+
+
+def objects(image: NDArray[np.uint8]) -> list[Object]:
+    """What stands apart from the ground of a 64 x 64 picture, [height, width, rgb], the largest first."""
+    pixels = image.astype(np.float32)
+    ground = _ground(pixels)
+    mask = np.linalg.norm(pixels - ground, axis=-1) > _NOT_BACKGROUND / 2
+    labelled, count = ndimage.label(ndimage.binary_dilation(mask, iterations=_GAP_PX))
+    parts = [(labelled == i + 1) & mask for i in range(count)]
+    parts = sorted((p for p in parts if p.sum() >= _SMALLEST_PX), key=lambda part: -int(part.sum()))
+    return [_object(pixels, ground, part) for part in parts]
+
+
+def _object(pixels: NDArray[np.float32], ground: NDArray[np.float32], mask: NDArray[np.bool_]) -> Object:
+    top, bottom, left, right = box(mask)
+    filled = ndimage.binary_closing(np.pad(mask, 4), iterations=_GAP_PX)[4:-4, 4:-4]
+    colour, texture = _paint_of(pixels, ground, filled)
+    size = "large" if max(bottom - top, right - left) / 2 > 9.9 else "small"
+    return Object(nearest_shape(filled), colour, texture, size, (left + right) / 2, (top + bottom) / 2)
+
+
+def _paint_of(
+    pixels: NDArray[np.float32], ground: NDArray[np.float32], mask: NDArray[np.bool_]
+) -> tuple[str, str]:
+    """The colour and the texture that explain an object's own pixels best."""
+    inner = ndimage.binary_erosion(mask)
+    own = pixels[inner if inner.sum() >= _SMALLEST_PX else mask]
+    bases = np.array(list(world.COLOURS.values()), np.float32)
+    # As it is, darkened by stripes, lightened by dots: what `world` paints at the extremes.
+    painted = np.stack([bases, 0.5 * bases, bases + 0.65 * (255 - bases)])
+    # An edge mixes the paint with the ground, and stripes mix two paints.
+    options = {"solid": painted[:1], "striped": painted[[0, 1]], "dotted": painted[[0, 2]]}
+    best = ("", "", np.inf)
+    for texture, paints in options.items():
+        ends = (paints[0], paints[-1])
+        for number, colour in enumerate(world.COLOURS):
+            a, b = ends[0][number], ends[1][number]
+            along = b - a
+            length = float(along @ along)
+            share = np.clip((own - a) @ along / length, 0, 1) if length else np.zeros(len(own), np.float32)
+            away = np.linalg.norm(own - a - share[:, None] * along, axis=-1).mean()
+            # Two paints explain more than one; they must be there.
+            away += 0.0 if texture == "solid" or 0.15 < (share > 0.5).mean() < 0.85 else 1e3
+            away += 0.0 if texture == "solid" else 6.0
+            if away < best[2]:
+                best = (colour, texture, away)
+    return best[0], best[1]
+
+
+def _ground(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The colour of the picture's edge."""
+    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
+    sides = np.concatenate([pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    return np.median(np.concatenate([border, sides]), axis=0)
+
+
 def judge(image: NDArray[np.uint8]) -> Seen:
     """What a 64 x 64 picture, [height, width, rgb], shows."""
     pixels = image.astype(np.float32)
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
-    sides = np.concatenate([pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
-    ground = np.median(np.concatenate([border, sides]), axis=0)
+    ground = _ground(pixels)
     background = nearest(ground, world.BACKGROUNDS)
     mask = np.linalg.norm(pixels - ground, axis=-1) > _NOT_BACKGROUND
     if mask.sum() < 20:

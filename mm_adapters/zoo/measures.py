@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_adapters.zoo import captions, judges, questions, world
+from mm_adapters.zoo import binding, captions, judges, questions, world
 from mm_adapters.zoo.captions import VALUES, Claim, Phrase, phrase_of
 
 ATTRIBUTES = ("shape", "colour", "background", "position", "size")
@@ -105,12 +105,30 @@ def measure_clip(model: Any, processor: Any, n: int = 2000) -> list[Measure]:
             ]
             name = f"{attribute}, zero-shot" + (", unseen shape-colour pairs" if split == "novel" else "")
             out.append(Measure(name, float(np.mean(right)), len(right), bound))
+    names = ["colour", "shape"]
     out += [
-        _choose_caption(model, processor, "colours swapped", _swap_colours, n, 0.9),
-        _choose_caption(model, processor, "relation turned", _turn_relation, n, None),
-        _choose_caption(model, processor, "count off by one", _miscount, n // 2, None),
+        _choose_caption(model, processor, "colours swapped", _crossed("colour", "relation", names), n, 0.9),
+        _choose_caption(
+            model, processor, "colours swapped, joined by and", _crossed("colour", "and", names), n
+        ),
+        _choose_caption(model, processor, "relation turned", _turn_relation, n),
+        _choose_caption(model, processor, "count off by one", _miscount, n // 2),
     ]
-    return out
+    for attribute, of_two in (
+        ("colour", names),
+        ("size", ["size", *names]),
+        ("texture", ["texture", *names]),
+    ):
+        name = f"the other object's {attribute}, said of one of two alone"
+        bound = 0.95 if attribute == "colour" else None
+        out.append(_choose_caption(model, processor, name, _crossed(attribute, "single", of_two), n, bound))
+    for attribute in ("size", "texture"):
+        crossed = _crossed(attribute, "relation", [attribute, *names])
+        out.append(_choose_caption(model, processor, f"{attribute}s swapped", crossed, n, 0.9))
+    scenes = [world.scene(i, "test", 3, kind="one", any_radius=True) for i in range(n // 2)]
+    given = classify(model, processor, images_of(scenes), "size")
+    right = [word == scene.things[0].size for word, scene in zip(given, scenes, strict=True)]
+    return [*out, Measure("size, zero-shot, at any radius", float(np.mean(right)), len(right))]
 
 
 def _choose_caption(
@@ -119,7 +137,7 @@ def _choose_caption(
     name: str,
     make: Callable[[int], tuple[world.Scene, Claim, Claim] | None],
     n: int,
-    bound: float | None,
+    bound: float | None = None,
 ) -> Measure:
     cases = [case for i in range(n) if (case := make(i)) is not None]
     scenes, right, wrong = zip(*cases, strict=True)
@@ -130,24 +148,23 @@ def _choose_caption(
     return Measure(f"true caption or the same with {name}", value, len(cases), bound)
 
 
-def _pair_claim(scene: world.Scene) -> Claim:
-    a, b = scene.things
-    relation = next(r for r in world.RELATIONS if world.holds(r, a, b))
-    return Claim((phrase_of(a, ["colour", "shape"]), phrase_of(b, ["colour", "shape"])), relation)
+def _crossed(
+    attribute: str, form: str, named: Sequence[str]
+) -> Callable[[int], tuple[world.Scene, Claim, Claim] | None]:
+    """Makes scenes of two objects, what is true of one or both, and the same with the attribute swapped."""
 
+    def make(index: int) -> tuple[world.Scene, Claim, Claim] | None:
+        scene = world.scene(index, "test", kind="two")
+        other = binding.crossed(scene, attribute)
+        right, wrong = (binding.claim_of(s, form, named, index % 2) for s in (scene, other))
+        return None if captions.is_true(wrong, scene) else (scene, right, wrong)
 
-def _swap_colours(index: int) -> tuple[world.Scene, Claim, Claim] | None:
-    scene = world.scene(index, "test", kind="two")
-    right = _pair_claim(scene)
-    a, b = right.phrases
-    swapped = (Phrase(colour=b.colour, shape=a.shape), Phrase(colour=a.colour, shape=b.shape))
-    wrong = Claim(swapped, right.relation)
-    return None if captions.is_true(wrong, scene) else (scene, right, wrong)
+    return make
 
 
 def _turn_relation(index: int) -> tuple[world.Scene, Claim, Claim] | None:
     scene = world.scene(index, "test", kind="two")
-    right = _pair_claim(scene)
+    right = binding.claim_of(scene, "relation", ["colour", "shape"], 0)
     assert right.relation is not None
     return scene, right, Claim(right.phrases, captions.OPPOSITE[right.relation])
 
@@ -194,6 +211,12 @@ def measure_llava(model: Any, processor: Any, n: int = 2000) -> list[Measure]:
     for kind in questions.KINDS:
         rows = [i for i, q in enumerate(asked) if q.kind == kind]
         out.append(Measure(f"questions of the kind {kind!r}", float(right[rows].mean()), len(rows)))
+    pairs = [case for i in range(n // 2) if (case := questions.crossed_question(i)) is not None]
+    asked_of_pairs = [q for _, q in pairs]
+    given = answers(model, processor, images_of([scene for scene, _ in pairs]), asked_of_pairs)
+    right_of_pairs = [word == q.answer for word, q in zip(given, asked_of_pairs, strict=True)]
+    name = "is there the colour of one object in the shape of the other, or what there is"
+    out.append(Measure(name, float(np.mean(right_of_pairs)), len(pairs), 0.9))
     many = [questions.question(i, "test")[1] for i in range(max(n, 4000))]
     out.append(Measure("best guess without looking", questions.best_guess_rate(many), len(many), at_most=0.2))
     blind = answers(model, processor, images[1:] + images[:1], asked)
@@ -241,4 +264,57 @@ def measure_sd(pipeline: Any, clip: Any, processor: Any, n: int = 300) -> list[M
         for judge, values_read in (("tiny-clip", by_clip), ("rules on pixels", by_rule)):
             value = float(np.mean([a == b for a, b in zip(values_read, expected, strict=True)]))
             out.append(Measure(f"{attribute}, judged by {judge}", value, n, 0.9))
+    short, two = short_prompts(n), two_object_prompts(n)
+    for name, more, bound in (("short prompts", short, 0.9), ("prompts with two objects", two, 0.75)):
+        drawn = [judges.objects(np.asarray(i)) for i in draw(pipeline, [text for _, text in more], seed=1)]
+        claims = [claim for claim, _ in more]
+        for what, given, least in (("", claims, bound), (", another's", claims[1:] + claims[:1], None)):
+            right = [shows(claim, seen) for claim, seen in zip(given, drawn, strict=True)]
+            out.append(Measure(f"{name}{what}: these objects and no other", float(np.mean(right)), n, least))
+        counted = [len(seen) == len(claim.phrases) for claim, seen in zip(claims, drawn, strict=True)]
+        out.append(Measure(f"{name}: as many objects", float(np.mean(counted)), n))
     return out
+
+
+def short_prompts(n: int) -> list[tuple[Claim, str]]:
+    """Held-out claims that say an object's colour and shape, every third its texture: no place, no ground."""
+    out = []
+    for i in range(n):
+        scene = world.scene(i, "test", seed=9, kind="one", solid=i % 3 != 0)
+        named = ["colour", "shape"] + (["texture"] if i % 3 == 0 else [])
+        claim = Claim((phrase_of(scene.things[0], named),))
+        out.append((claim, claim.text()))
+    return out
+
+
+def two_object_prompts(n: int) -> list[tuple[Claim, str]]:
+    """Held-out claims that say the colours and shapes of two objects and how they stand."""
+    claims = [
+        binding.claim_of(world.scene(i, "test", seed=9, kind="two"), "relation", ["colour", "shape"], i % 2)
+        for i in range(n)
+    ]
+    return [(claim, claim.text()) for claim in claims]
+
+
+def shows(claim: Claim, seen: Sequence[judges.Object]) -> bool:
+    """Whether a picture holds the objects of the claim, standing so, and no other."""
+    if len(seen) != len(claim.phrases):
+        return False
+
+    def fits(phrase: Phrase, what: judges.Object) -> bool:
+        return all(getattr(phrase, name) == getattr(what, name) for name in phrase.named())
+
+    def stand(first: judges.Object, second: judges.Object) -> bool:
+        dx, dy = second.x - first.x, second.y - first.y
+        sideways, along = {"left of": (dy, dx), "right of": (dy, -dx), "above": (dx, dy), "below": (dx, -dy)}[
+            claim.relation or ""
+        ]
+        return along > abs(sideways)
+
+    if len(seen) == 1:
+        return fits(claim.phrases[0], seen[0])
+    orders = (tuple(seen), tuple(reversed(seen)))
+    a, b = claim.phrases
+    return any(
+        fits(a, x) and fits(b, y) and (claim.relation in (None, "and") or stand(x, y)) for x, y in orders
+    )

@@ -95,9 +95,8 @@ def _fits(phrase: Phrase, about: Scene) -> int:
 def _absent(claim: Claim, about: Scene, rng: np.random.Generator) -> Claim:
     """A claim that is false of the scene though part of it is true of one of its objects."""
     pair = {"colour", "shape"} <= set(claim.phrases[0].named())
-    if pair and about.kind == "two" and rng.random() < 0.4:
-        a, b = about.things
-        mixed = Claim((Phrase(colour=a.colour, shape=b.shape),))
+    if pair and about.kind == "two" and rng.random() < 0.7:
+        mixed = crossed(about, int(rng.integers(2)))
         if not captions.is_true(mixed, about):
             return mixed
     while captions.is_true(claim, about):
@@ -105,10 +104,29 @@ def _absent(claim: Claim, about: Scene, rng: np.random.Generator) -> Claim:
     return claim
 
 
+def crossed(about: Scene, which: int) -> Claim:
+    """The colour of object number `which` of two, on the shape of the other."""
+    return Claim((Phrase(colour=about.things[which].colour, shape=about.things[1 - which].shape),))
+
+
+def crossed_question(index: int, split: str = "test", seed: int = 0) -> tuple[Scene, Question] | None:
+    """Whether there is the one's colour in the other's shape, or, every second time, an object that there is.
+
+    None for a scene in which both would be true.
+    """
+    about = scene(index, split, seed + 2000, kind="two")
+    which, is_there = index // 2 % 2, index % 2 == 0
+    claim, mixed = Claim((phrase_of(about.things[which], ["colour", "shape"]),)), crossed(about, which)
+    if captions.is_true(mixed, about):
+        return None
+    text = (claim if is_there else mixed).text()
+    return about, Question("is there", f"is there {text}?", "yes" if is_there else "no")
+
+
 def several(about: Scene, n: int, rng: np.random.Generator) -> list[Question]:
     """Questions of kinds that suit the scene, for training on many at once; the rare kinds more often."""
     kinds = [k for k in KINDS if about.kind in _SCENES[k]]
-    chance = np.array([max(KINDS[k], 0.2) for k in kinds])
+    chance = np.array([0.4 if k == "is there" else max(KINDS[k], 0.2) for k in kinds])
     picked = rng.choice(len(kinds), n, p=chance / chance.sum())
     return [ask(kinds[int(i)], about, rng) for i in picked]
 

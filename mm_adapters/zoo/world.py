@@ -34,6 +34,8 @@ BACKGROUNDS = {
     "brown": (105, 66, 38),
 }
 SIZES = ("small", "large")
+# What each word allows; between them lies what neither says.
+RADII = {"small": (6.0, 9.5), "large": (11.0, 14.0)}
 TEXTURES = ("solid", "striped", "dotted")
 POSITIONS = (
     "top left", "top", "top right",
@@ -92,12 +94,14 @@ def scene(
     spurious: float = 0.0,
     solid: bool = False,
     size: str | None = None,
+    any_radius: bool = False,
 ) -> Scene:
     """The scene with this number.
 
     kind: "one", "two" or "many" objects; None mixes them.
     spurious: how often the background is decided by the first shape instead of by chance, in [0, 1].
     solid: no stripes, no dots. size: that of a single object; None mixes them.
+    any_radius: one or two objects as small or as large as their word allows, rather than of two sizes.
     """
     if split not in SPLITS:
         raise InputError(f"scene: no split {split!r}; there is {', '.join(SPLITS)}.")
@@ -125,6 +129,8 @@ def scene(
         pairs, textures = [pairs[0]] * len(places), [textures[0]] * len(places)
 
     rgbs = {colour: _tint(rng, COLOURS[colour]) for _, colour in pairs}
+    if any_radius and kind != "many":
+        places = [(*place[:4], float(rng.uniform(*RADII[place[0]]))) for place in places]
     things = tuple(
         Thing(shape, colour, texture, size, position, x, y, radius, rgbs[colour])
         for (shape, colour), texture, (size, position, x, y, radius) in zip(

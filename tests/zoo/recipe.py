@@ -22,6 +22,8 @@ from PIL import Image
 from torch import nn
 
 from mm_adapters.zoo import (
+    _training,
+    binding,
     captions,
     cards,
     clip,
@@ -145,12 +147,27 @@ def tokens() -> Any:
 
 @recipe
 def schedules() -> Any:
-    plans = {n: getattr(clip, n) for n in ("WORDS", "EYE", "BOTH", "TWINS", "FINISH", "POLISH")}
-    plans |= {"llava": llava.SCHEDULE, "vae": vae.SCHEDULE, "sd": sd.SCHEDULE}
+    plans = {
+        n: getattr(clip, n) for n in ("WORDS", "EYE", "BOTH", "TWINS", "FINISH", "POLISH", "JOIN", "BIND")
+    }
+    plans |= {n: getattr(clip, n) for n in ("RELATE", "SETTLE")}
+    plans |= {"llava": llava.SCHEDULE, "vae": vae.SCHEDULE, "sd": sd.SCHEDULE, "sd more": sd.MORE}
     constants = [clip.SIMPLE_STEPS, clip.PATCH_WEIGHT, clip.EYE_BATCH, clip.EYE_START, clip.BOTH_START]
     constants += [clip.TWINS_START, clip.BATCH, llava.BATCH, llava.ASKED, llava.N_PATCHES, vae.BATCH]
     constants += [vae.KL_WEIGHT, vae.OBJECT_WEIGHT, sd.BATCH, sd.N_TRAINING, sd.CAPTION_DROPOUT, sd.SIDE]
-    constants += [sd.OBJECT_WEIGHT, sd.HEADS_WEIGHT, sd.UNNAMED, clip.MEAN, clip.STD]
+    constants += [clip.BIND_START, clip.JOIN_START, clip.JOINT_WEIGHT, sd.N_FIRST, sd.FIRST_STEP]
+    constants += [
+        binding.SWAPPED,
+        binding.FORMS,
+        binding.SWAPPED_OR_MOVED,
+        binding.MOSTLY_MOVED,
+        binding.MOSTLY_RELATED,
+        sd.OBJECT_WEIGHT,
+        sd.HEADS_WEIGHT,
+        sd.UNNAMED,
+        clip.MEAN,
+        clip.STD,
+    ]
     rates = {n: numbers([p.rate(s) for s in (0, 1, 60, 300, 700)]) for n, p in plans.items()}
     return {"plans": {n: asdict(p) for n, p in plans.items()}, "rates": rates, "constants": constants}
 
@@ -162,6 +179,11 @@ def weights(model: nn.Module) -> Any:
         "n": sum(p.numel() for p in model.parameters()),
         "sizes": numbers([sum(sizes), sizes[0], sizes[-1]]),
     }
+
+
+def in_float32() -> Any:
+    """As on a processor without bfloat16, on any."""
+    return mock.patch.object(_training, "_has_bfloat16", return_value=False)
 
 
 @contextmanager
@@ -184,6 +206,12 @@ def losses_of_clip() -> Any:
         with mock.patch.object(clip, "EYE_BATCH", 12):
             out["eye"] = float(clip.eye_loss(student, 2, 1))
         out |= {f"finish {step}": float(clip.finishing_loss(student, words, step, 1, 1.5)) for step in (4, 5)}
+        with mock.patch.object(clip, "BATCH", 10), mock.patch.object(clip, "EYE_BATCH", 12):
+            joined = clip.Student(clip.build(3), joint=True)
+            out |= {f"bind {step}": float(clip.binding_loss(joined, words, step, 1)) for step in (1, 3)}
+            out |= {f"relate {step}": float(clip.relating_loss(joined, words, step, 1)) for step in (1, 2)}
+            out["settle"] = float(clip.settling_loss(joined, words, 1, 1))
+            out["join"] = float(clip.joining_loss(joined, 2, 1))
     process = clip.processor()
     picture = Image.fromarray(world.render(world.scene(1), 100))
     pixels = process.image_processor(images=picture, return_tensors="pt").pixel_values
@@ -194,7 +222,7 @@ def losses_of_clip() -> Any:
 def losses_of_llava() -> Any:
     model, words = llava.build(clip.build(3), 4), tokenizer.llava_tokenizer()
     packed = llava.pack([questions.several(world.scene(i), 2, rng(i)) for i in range(3)], words)
-    with torch.no_grad():
+    with torch.no_grad(), in_float32():
         value = float(llava.loss(model, words, 3, 1))
     kept = {name: digest(tensor.numpy()) for name, tensor in packed.items()}
     process = llava.processor()
@@ -216,11 +244,12 @@ def losses_of_sd() -> Any:
     with torch.no_grad():
         of_vae = float(vae.loss(coder, 3, 1, 6))
         flat = vae.latents(coder, [world.scene(i) for i in range(5)], 2)
-        with mock.patch.object(sd, "N_TRAINING", 40):
-            data = sd.encode_training_set(coder, text_tower, 1)
+        data = sd.encode_training_set(coder, text_tower, 1, 40)
+        with in_float32():
             value = float(sd.loss(student, sd.scheduler(), data, 2, 1))
     parts = {n: digest(getattr(data, n).numpy()) for n in ("latents", "states", "empty", "weight")}
-    texts = [sd.training_caption(sd.training_scene(i, 1), i, 1) for i in range(40)]
+    numbers_of = [*range(40), *range(sd.N_FIRST, sd.N_FIRST + 40)]
+    texts = [sd.training_caption(sd.training_scene(i, 1), i, 1) for i in numbers_of]
     kinds = [[len(s.things), s.things[0].size] for s in (sd.training_scene(i) for i in range(24))]
     return {
         "vae": of_vae,
@@ -249,7 +278,8 @@ def trained() -> Any:
     with tempfile.TemporaryDirectory() as folder, one_thread():
         work = Path(folder)
         patches = [mock.patch.object(module, name, value) for (module, name), value in small.items()]
-        patches += [mock.patch.object(sd, "N_TRAINING", 24)]
+        patches += [mock.patch.object(sd, "N_TRAINING", 24), mock.patch.object(sd, "N_FIRST", 12)]
+        patches += [in_float32()]
         patches += [mock.patch.object(clip.loss, "__defaults__", (8,))]
         patches += [mock.patch.object(clip.twin_loss, "__defaults__", (8,))]
         for patch in patches:

@@ -37,7 +37,8 @@ def test_tiny_clip_knows_each_attribute_of_one_object(clip):
 
 
 def test_tiny_clip_tells_swapped_colours_apart(clip):
-    made = measures._choose_caption(*clip, "colours swapped", measures._swap_colours, 200, 0.88)
+    crossed = measures._crossed("colour", "relation", ["colour", "shape"])
+    made = measures._choose_caption(*clip, "colours swapped", crossed, 200, 0.88)
     assert made.passes(), made
 
 
@@ -54,12 +55,6 @@ def test_tiny_llava_answers_and_needs_the_image(llava):
     assert score(images[1:] + images[:1]) < 0.3
 
 
-def test_tiny_llava_s_tower_is_tiny_clip_s(clip, llava):
-    own, whole = llava[0].model.vision_tower.state_dict(), clip[0].vision_model.state_dict()
-    assert len(own) == len(whole)
-    assert all((whole[name.removeprefix("vision_model.")] == value).all() for name, value in own.items())
-
-
 def test_tiny_sd_draws_what_the_prompt_says(sd):
     cases = measures.prompts_to_draw(12)
     images = measures.draw(sd, [text for _, text in cases], steps=15)
@@ -71,12 +66,6 @@ def test_tiny_sd_draws_what_the_prompt_says(sd):
     ]
     # The card's worst is 93 %; less three standard errors of so few checks.
     assert np.mean(right) >= 0.93 - 3 * (0.93 * 0.07 / len(right)) ** 0.5
-
-
-def test_tiny_sd_reads_with_tiny_clip_s_text_tower(clip, sd):
-    own, whole = sd.text_encoder.state_dict(), clip[0].text_model.state_dict()
-    assert len(own) == len(whole)
-    assert all((whole[name.removeprefix("text_model.")] == value).all() for name, value in own.items())
 
 
 def test_pixel_rules_are_right_about_rendered_scenes():

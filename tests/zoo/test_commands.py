@@ -32,6 +32,7 @@ from mm_adapters.zoo import (
     world,
 )
 from mm_adapters.zoo.measures import Measure
+from mm_adapters.zoo.models_at import load
 
 
 def stage(work: Path, name: str, steps: int) -> None:
@@ -45,7 +46,7 @@ def stage(work: Path, name: str, steps: int) -> None:
     [
         ("tiny-clip", clip, clip.STAGES),
         ("tiny-llava", llava, ("tiny-llava",)),
-        ("tiny-sd", sd, ("vae", "tiny-sd")),
+        ("tiny-sd", sd, ("vae", "sd-first", "tiny-sd")),
     ],
 )
 def test_a_name_is_trained_by_its_recipe_and_its_history_written(
@@ -57,7 +58,7 @@ def test_a_name_is_trained_by_its_recipe_and_its_history_written(
     def trained(work: Path, *eye: Any, **options: Any) -> str:
         asked.update(options, work=work, eye=eye)
         for number, one in enumerate(stages):
-            stage(work / ("vae" if one == "vae" else name), one, 10 + number)
+            stage(work / (one if name == "tiny-sd" else name), one, 10 + number)
         return "the model"
 
     def saved(model: str, folder: Path) -> None:
@@ -66,13 +67,14 @@ def test_a_name_is_trained_by_its_recipe_and_its_history_written(
 
     monkeypatch.setattr(module, "train", trained)
     monkeypatch.setattr(module, "save", saved)
-    monkeypatch.setattr(train, "eyes", lambda out: f"the eye in {out}")
+    monkeypatch.setattr(train, "built_on", lambda name, work: f"what {name} is built on in {work}")
     set_to: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     out = tmp_path / "zoo"
     train.main(name, steps=3, out=out, work=None, seed=4, threads=2, resume=True)
-    eye = () if name == "tiny-clip" else (f"the eye in {out}",)
-    assert asked == {"steps": 3, "seed": 4, "resume": True, "work": out / "work", "eye": eye}
+    eye = () if name == "tiny-clip" else (f"what {name} is built on in {out / 'work'}",)
+    begin = {} if name == "tiny-llava" else {"begin": None}
+    assert asked == {"steps": 3, "seed": 4, "resume": True, "work": out / "work", "eye": eye, **begin}
     assert set_to == [2]
     history = json.loads((out / name / "training.json").read_text())
     assert [(n, s["steps_done"]) for n, s in history["stages"].items()] == [
@@ -85,6 +87,53 @@ def test_a_name_is_trained_by_its_recipe_and_its_history_written(
     assert (asked["work"], asked["steps"], asked["resume"], set_to) == (other, None, False, [2])
 
 
+def test_a_checkpoint_from_before_the_last_stages_saves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def trained(work: Path, eye: Any, **options: Any) -> str:
+        asked.update(options)
+        stage(work / "tiny-sd", "tiny-sd", 7)
+        return "the model"
+
+    monkeypatch.setattr(sd, "train", trained)
+    monkeypatch.setattr(sd, "save", lambda model, folder: folder.mkdir(parents=True))
+    monkeypatch.setattr(train, "built_on", lambda name, work: "an eye")
+    begin = tmp_path / "before"
+    begin.mkdir()
+    stages = {"vae": {"steps_done": 4, "seconds": 1.0}, "tiny-sd": {"steps_done": 5, "seconds": 2.0}}
+    (begin / "training.json").write_text(json.dumps({"stages": stages}))
+    monkeypatch.setattr(train, "load", lambda folder, name: (f"what {name} was in {folder}", None))
+    train.main("tiny-sd", out=tmp_path / "zoo", begin=begin)
+    assert asked["begin"] == f"what tiny-sd was in {begin}"
+    history = json.loads((tmp_path / "zoo" / "tiny-sd" / "training.json").read_text())
+    assert {name: run["steps_done"] for name, run in history["stages"].items()} == {
+        "vae": 4,
+        "sd-first": 5,
+        "tiny-sd": 7,
+    }
+    with pytest.raises(typer.BadParameter, match="tiny-llava is trained in one stage"):
+        train.main("tiny-llava", out=tmp_path / "zoo", begin=begin)
+
+
+def test_the_last_stage_goes_on_from_what_half_precision_keeps(tmp_path: Path) -> None:
+    begin = clip.build(2)
+    before = {k: v.clone() for k, v in begin.state_dict().items()}
+    with mock.patch.object(clip, "BATCH", 4), mock.patch.object(clip, "EYE_BATCH", 6):
+        after = clip.train(tmp_path, steps=1, begin=begin).state_dict()
+        torch.manual_seed(77)  # Which work it is does not depend on what was drawn before.
+        again = clip.train(tmp_path, steps=1, begin=begin, resume=True).state_dict()
+    assert all(torch.equal(begin.state_dict()[k], before[k]) for k in before)
+    assert all(torch.equal(again[k], after[k]) for k in after)
+    joined = load(tmp_path / "tiny-clip" / "joined", "tiny-clip")[0].state_dict()
+    for name, value in before.items():
+        if name.startswith("text_model"):  # The first of the three leaves the text tower as it is.
+            assert torch.equal(joined[name], value.half().float())
+    changed = [k for k in before if not torch.equal(after[k], before[k].half().float())]
+    assert {k.split(".")[0] for k in changed} >= {"vision_model", "text_model", "text_projection"}
+
+
 def test_a_name_that_is_none_is_refused_with_those_there_are(tmp_path: Path) -> None:
     for run in (
         lambda: train.main("tiny-cat", out=tmp_path),
@@ -95,14 +144,23 @@ def test_a_name_that_is_none_is_refused_with_those_there_are(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_eye_is_the_one_trained_beside_or_the_one_shipped(tmp_path: Path) -> None:
-    shipped = train.eyes(tmp_path)
+@pytest.mark.parametrize(("name", "stage"), [("tiny-llava", "joined"), ("tiny-sd", "polished")])
+def test_a_model_is_built_on_what_was_trained_beside_it_or_on_what_the_shipped_one_holds(
+    name: str, stage: str, tmp_path: Path
+) -> None:
+    shipped = train.built_on(name, tmp_path)
     own = clip.build(5)
-    own.save_pretrained(tmp_path / "tiny-clip")
-    assert torch.equal(train.eyes(tmp_path).text_projection.weight, own.text_projection.weight)
-    assert not torch.equal(shipped.text_projection.weight, own.text_projection.weight)
+    clip.save(own, tmp_path / "tiny-clip" / stage)
+    assert torch.equal(
+        train.built_on(name, tmp_path).text_projection.weight, own.text_projection.weight.float()
+    )
     assert isinstance(shipped, CLIPModel)
     assert not shipped.training
+    holder = evaluate.load(path(name), name)[0]
+    held = holder.model.vision_tower if name == "tiny-llava" else holder.text_encoder
+    tower = shipped.vision_model if name == "tiny-llava" else shipped.text_model
+    for one, other in zip(held.state_dict().values(), tower.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_llava_is_written_in_half_precision_with_its_processor(tmp_path: Path) -> None:

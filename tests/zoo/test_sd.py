@@ -42,7 +42,68 @@ def test_heads_leave_the_denoiser_as_it_is():
     assert not any(key.startswith("heads") for key in unet.state_dict())
 
 
-def test_mixed_precision_keeps_attention_in_float32():
+def test_the_second_part_has_short_captions_two_objects_and_textures():
+    numbers = range(sd.N_FIRST, sd.N_FIRST + 200)
+    scenes = [sd.training_scene(i) for i in numbers]
+    texts = [sd.training_caption(scene, i) for scene, i in zip(scenes, numbers, strict=True)]
+    assert sum(len(s.things) == 2 for s in scenes) == 100
+    assert {t.texture for s in scenes for t in s.things} == set(world.TEXTURES)
+    short = [t for t in texts if len(t.split()) <= 4]
+    assert 30 < len(short) < 100
+    for scene, text in zip(scenes, texts, strict=True):
+        said = set(text.split())
+        shown = {w for t in scene.things for w in (t.shape, t.colour, t.texture, t.size)}
+        assert not said & (set(world.SHAPES) | set(world.TEXTURES) | set(world.SIZES)) - shown
+        assert not said & set(world.COLOURS) - shown
+    first = [sd.training_scene(i) for i in range(200)]
+    assert sum(len(s.things) == 2 for s in first) == 25
+
+
+def test_three_rows_of_four_are_of_the_second_part(monkeypatch):
+    monkeypatch.setattr(sd, "N_FIRST", 6)
+    latents = torch.arange(10.0)[:, None, None, None].expand(10, 4, 16, 16)
+    data = sd.Encoded(latents, torch.zeros(10, 32, 8), torch.zeros(32, 8), torch.ones(10, 1, 16, 16), ())
+    met: list[int] = []
+
+    class Noising:
+        config = sd.scheduler().config
+
+        def add_noise(self, rows, noise, times):
+            met.extend(rows[:, 0, 0, 0].long().tolist())
+            return rows
+
+        def get_velocity(self, rows, noise, times):
+            return rows
+
+    class Student:
+        def __call__(self, noisy, times, states):
+            return noisy, []
+
+    for step in range(20):
+        assert float(sd.loss(Student(), Noising(), data, step, 0)) == 0
+    assert sum(i >= 6 for i in met) == 3 * len(met) // 4
+    assert set(met) == set(range(10))
+
+
+def test_heads_name_the_colour_too_where_they_are_asked_to():
+    scene = sd.training_scene(3)
+    thing = scene.things[0]
+    labels = sd.what_is_shown([scene], [f"a {thing.colour} object"], 16, "colour")
+    assert set(labels.unique().tolist()) == {list(world.COLOURS).index(thing.colour), len(world.COLOURS)}
+    student = sd.Student(sd.build(seed=1), ("shape", "colour"))
+    _, named = student(torch.randn(1, 4, 16, 16), torch.tensor([3]), torch.randn(1, 32, 128))
+    assert [tuple(x.shape) for x in named] == [(1, 9, 8, 8)] * 2 + [(1, 9, 16, 16)] * 2
+
+
+def test_a_processor_without_bfloat16_trains_in_float32(monkeypatch):
+    monkeypatch.setattr(_training, "_has_bfloat16", lambda: False)
+    q = torch.randn(5, 8)
+    with _training.mixed():
+        assert (q @ q.mT).dtype == torch.float32
+
+
+def test_mixed_precision_keeps_attention_in_float32(monkeypatch):
+    monkeypatch.setattr(_training, "_has_bfloat16", lambda: True)
     seen: dict[str, torch.dtype] = {}
     real = torch.nn.functional.scaled_dot_product_attention
     q = torch.randn(1, 2, 5, 8)

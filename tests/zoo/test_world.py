@@ -119,7 +119,7 @@ def test_training_examples_of_tiny_sd_are_a_finite_list():
     image, caption = sd.training_example(7)
     assert (image.shape == (64, 64, 3) and "of" in caption) or "above" in caption or "below" in caption
     assert np.array_equal(image, sd.training_example(7)[0])
-    with pytest.raises(IndexError, match="12288"):
+    with pytest.raises(IndexError, match="24576"):
         sd.training_example(sd.N_TRAINING)
 
 
