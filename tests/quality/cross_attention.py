@@ -192,7 +192,7 @@ def measure_control(
     guidance = {"guidance_scale": options["guidance_scale"]}
     steps = options["num_inference_steps"]
     tables: Table = {}
-    names = ["flipped", "kept", "free flipped", "free kept", "refined kept", "free refined kept", "grows"]
+    names = ["flipped", "kept", "free flipped", "free kept", "refined kept", "free refined kept"]
     filled(tables, n, draws, [*names, *(f"{w} {x}" for w in weights for x in ("background", "in"))])
     for i, (case, scene) in enumerate(pairs("colour", n)):
         short = case.prompt.replace(f"{scene.things[0].size} ", "", 1)

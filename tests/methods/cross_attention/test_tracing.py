@@ -237,7 +237,7 @@ def test_a_word_that_stands_twice_is_blocked_for_the_words_between() -> None:
         read=[mm.Read(pattern, rows="cond")],
         edit=rows.edits(knockout.block_in_text(lens, 1, case.prompt, "a")),
     )
-    plain, blocked = run[pattern][0]
+    plain, blocked = run[pattern]  # A text encoder runs once: there is no axis of steps.
     at = [1, 5]  # start, a, c, a, t, a, d, o, g, end.
     others = [p for p in range(plain.shape[-1]) if p not in at]
     assert plain[:, 2, 1].min() > 0
