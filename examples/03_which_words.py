@@ -1,4 +1,4 @@
-"""Which words of the prompt drew which pixels?
+"""Where is each word of the prompt attended to?
 
 python examples/03_which_words.py --prompt "a large red circle in the middle" --out words.png
 """
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     axes = figure.subplots(1, len(maps.words_of()) + 1)
     picture(pixels, axes[0], title=args.prompt if len(args.prompt) < 30 else "the picture")
     for ax, word, values in zip(axes[1:], maps.words_of(), maps.at()[0], strict=True):
-        overlay(values, pixels, ax, unit="attention weight", title=f"“{word}”", smooth=True)
+        overlay(values, pixels, ax, unit="attention weight", title=f"attention to “{word}”", smooth=True)
     figure.savefig(args.out, dpi=110)
     print(args.out)
     return args.out

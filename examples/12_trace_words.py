@@ -1,4 +1,4 @@
-"""Where does tiny-sd keep colour, shape and background: in which layers, at which steps?
+"""At which layers and steps does tiny-sd read a word of colour, shape or background?
 
 python examples/12_trace_words.py --cases 4 --steps 20 --out trace.png
 """
@@ -50,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "background": "an object on a {} background",
         }[name]
         metric = clip_contrast(judge, plain.format(word), plain.format(other))
-        effects = patch_words(model, cases, metric, parts, options=options, batch=len(parts) + 3)
+        effects = patch_words(model, cases, metric, parts, options=options, batch=2 + 2 * len(parts))
         share, control = effects.share(), effects.control_share()
         for i in share.mean.argsort(descending=True)[:3].tolist():
             print(
-                f"{name} ({word} to {other}): {parts[i]} brings {float(share.mean[i]):+z.2f} of it "
+                f"{name} ({word} to {other}): patched at {parts[i]} {float(share.mean[i]):+z.2f} of it "
                 f"({float(share.low[i]):+z.2f} to {float(share.high[i]):+z.2f}), "
-                f"a random word {float(control.mean[0]):+z.2f}"
+                f"as far in a random direction {float(control.mean[i]):+z.2f}"
             )
         effect_grid(effects, ax, title=f"{name}: {word} to {other}")
     figure.savefig(args.out, dpi=110)

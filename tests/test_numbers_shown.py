@@ -69,12 +69,14 @@ def test_cells_of_small_negative_numbers_say_zero() -> None:
         values.flatten()[:, None].expand(4, 4).contiguous(),
         zeros,
         zeros + 1,
-        zeros,
+        torch.zeros(4, 4),
         ((0,), (0,), (1,), (1,)),
         ((),) * 4,
         ((0, 1), (2, 3)) * 2,
         "what",
         "metric",
+        ("turned",) * 4,
+        (False,) * 4,
     )
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""`mm-interp trace`: which layers and steps bring a word into the picture."""
+"""`mm-interp trace`: at which layers and steps a word is read."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from methods_multimodal.commands.options import (
 
 def trace(
     word: Annotated[str, typer.Option(help="The word in question.")] = "red",
-    other: Annotated[str, typer.Option(help="What is put in its place.")] = "blue",
+    other: Annotated[str, typer.Option(help="The word whose keys and values are put in its place.")] = "blue",
     model: ModelName = "tiny-sd",
     prompt: Prompt = PROMPT,
     positions: Annotated[
-        str, typer.Option(help="'word', 'after' (and all that follows it), or a later word.")
+        str,
+        typer.Option(help="Where it is read: 'word', 'after' (it and all that follows), or a later word."),
     ] = "after",
     seeds: Annotated[int, typer.Option(min=1, help="How many pictures the intervals are over.")] = 3,
     steps: Steps = 20,
@@ -42,7 +43,10 @@ def trace(
     work: Work = None,
     out: Picture = Path("trace.png"),
 ) -> None:
-    """Which layers and steps bring a word into the picture: patched, blocked, and by one gradient."""
+    """At which layers and steps a word is read, by giving another's keys and values; beside matched controls.
+
+    Also what blocking the word changes, and an estimate of each patch by one gradient.
+    """
     check_out(out)
     check_work(work)
     loaded = open_model(model, device, kind="diffusion", otherwise=DRAWS_NOTHING)

@@ -1,4 +1,4 @@
-"""`mm-interp words`: which words drew which pixels."""
+"""`mm-interp words`: where each word is attended to, and which pixels change without it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,20 @@ def words(
     seed: Seed = 0,
     steps: Steps = 25,
     guidance: GuidanceScale = 3.0,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Where a word's outline is drawn.")] = 0.5,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Where a word's outline is drawn.")] = 0.6,
+    changed: Annotated[
+        bool,
+        typer.Option("--changed", help="Block each word too: which pixels change. One more picture each."),
+    ] = False,
     device: Device = None,
     work: Work = None,
     out: Picture = Path("words.png"),
 ) -> None:
-    """Which words drew which pixels: the picture, a map for each word, and its way through the steps."""
+    """Where each word of a prompt is attended to; with --changed, which pixels change when it is blocked.
+
+    A map says where a word is attended to, not what it drew: beside each stands how well it agrees with the
+    map of words that name nothing ("a", "in").
+    """
     check_out(out)
     check_work(work)
     loaded = open_model(model, device, kind="diffusion", otherwise=DRAWS_NOTHING)
@@ -51,6 +59,7 @@ def words(
             seed=seed,
             steps=steps,
             threshold=threshold,
+            changed=changed,
             model_name=model,
             guidance_scale=guidance,
             folder=work,

@@ -1,8 +1,10 @@
-"""Cross-attention: see, trace and control which words draw which pixels."""
+"""Cross-attention: where words are attended to, what they change, and how to control them."""
 
+from methods_multimodal.cross_attention.agreement import baseline_agreement, rank_agreement
 from methods_multimodal.cross_attention.attribution import Attribution, attribute_patching
 from methods_multimodal.cross_attention.binding import bind_attributes, binding_loss
 from methods_multimodal.cross_attention.cases import Case, Part, grid, step_groups
+from methods_multimodal.cross_attention.changes import WordChanges, word_changes
 from methods_multimodal.cross_attention.control import LocalBlend, WordEdit, edit_words
 from methods_multimodal.cross_attention.effects import Effects, Interval, correlation
 from methods_multimodal.cross_attention.metrics import by_rule, clip_contrast, clip_score, colour
@@ -35,12 +37,14 @@ __all__ = [
     "NeuronStatistics",
     "Part",
     "Segmentation",
+    "WordChanges",
     "WordEdit",
     "WordMaps",
     "WordReader",
     "ablate_heads",
     "attribute_patching",
     "average_precision",
+    "baseline_agreement",
     "bind_attributes",
     "binding_loss",
     "by_rule",
@@ -57,10 +61,12 @@ __all__ = [
     "memorisation_score",
     "neuron_statistics",
     "patch_words",
+    "rank_agreement",
     "restore_layers",
     "restore_text",
     "segment",
     "step_groups",
+    "word_changes",
     "word_maps",
     "word_reader",
 ]

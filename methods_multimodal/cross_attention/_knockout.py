@@ -36,7 +36,7 @@ class BlockKeys:
 
 
 def block_in_text(model: Model, row: int, prompt: str, word: str) -> list[RowEdit]:
-    """Blocks a word from every later one, in every text encoder that attends by tokens."""
+    """Blocks a word from every other one, in every text encoder that attends by tokens."""
     edits: list[RowEdit] = []
     for tower in model.towers:
         if model.towers[tower].role != "text" or model.tokenizer_of(tower) is None:
@@ -44,19 +44,19 @@ def block_in_text(model: Model, row: int, prompt: str, word: str) -> list[RowEdi
         positions = find(model.prompt_layout(tower, [prompt]), word)
         for site in model.sites(f"{tower}.*attn.hook_attn_scores"):
             if site.reason is None:
-                edits.append(RowEdit(site.name, row, _Later(positions)))
+                edits.append(RowEdit(site.name, row, _Others(positions)))
     return edits
 
 
-class _Later(BlockKeys):
-    """Blocks keys for the queries that come after them."""
+class _Others(BlockKeys):
+    """Blocks keys for every query but their own: those before them too, where an encoder is not causal."""
 
     def __init__(self, keys: Sequence[int]) -> None:
         super().__init__(keys, None, None)
 
     def mask(self, row: Tensor) -> Tensor:
         where = super().mask(row)
-        where[:, : max(self.keys) + 1] = False
+        where[:, self.keys] = False
         return where
 
 

@@ -26,6 +26,8 @@ class Layers(Protocol):
     @property
     def by_grid(self) -> Mapping[str, Tensor]: ...
     @property
+    def all_words(self) -> Mapping[str, Tensor]: ...
+    @property
     def stages(self) -> tuple[tuple[str, ...], ...]: ...
     @property
     def n_tokens(self) -> tuple[tuple[int, ...], ...]: ...
@@ -44,13 +46,19 @@ class Layers(Protocol):
 
 def make(record: Layers, recipe: str, steps: slice, grid: str | None) -> Maps:
     """One map a word. Raises: InputError for an unknown recipe or grid, or if parts were not kept."""
-    if recipe not in _RECIPES:
-        raise InputError(f"No recipe {recipe!r}; there is {', '.join(_RECIPES)}.")
+    if recipe not in NAMES:
+        raise InputError(f"No recipe {recipe!r}; there is {', '.join(NAMES)}.")
     if steps != slice(None):
         need(record, "step")
     if grid is not None and grid not in record.by_grid:
         raise InputError(f"No layer of the resolution {grid!r}; there is {', '.join(record.by_grid)}.")
     grids = list(record.by_grid) if grid is None else [grid]
+    if recipe == "relative":
+        if not record.all_words:
+            raise InputError("These maps came without the mean over all words. Make them again by word_maps.")
+        return relative(
+            record, *({g: of[g][steps] for g in grids} for of in (record.by_grid, record.all_words))
+        )
     return _RECIPES[recipe](record, {g: record.by_grid[g][steps] for g in grids})
 
 
@@ -131,6 +139,25 @@ def spread(record: Layers, by_grid: dict[str, Tensor]) -> Maps:
     return F.interpolate(maps, size=record.latent, mode="bicubic", align_corners=False)
 
 
+def relative(record: Layers, by_grid: dict[str, Tensor], all_words: dict[str, Tensor]) -> Maps:
+    """The logarithm of the attention to a word over the mean attention to the prompt's words.
+
+    Each layer is standardised over pixels, so that all weigh the same, and layers are averaged. What all
+    words share, that some pixels attend to words more than others do, is gone.
+    """
+    layers: list[Tensor] = []
+    for grid, maps in by_grid.items():
+        pairs = zip(maps.mean((0, 2)), all_words[grid].mean((0, 2)), strict=True)
+        ratios = [
+            word.clamp(min=1e-12).log() - every.clamp(min=1e-12).log()[:, None] for word, every in pairs
+        ]
+        layers += [
+            F.interpolate(_standard(x), size=record.latent, mode="bicubic", align_corners=False)
+            for x in ratios
+        ]
+    return torch.stack(layers).mean(0)
+
+
 def unit_range(maps: Float[Tensor, "*any height width"]) -> Float[Tensor, "*any height width"]:
     """Each map from 0 (its smallest value) to 1 (its largest)."""
     low, high = reduce(maps, "... h w -> ... 1 1", "min"), reduce(maps, "... h w -> ... 1 1", "max")
@@ -147,3 +174,4 @@ _RECIPES: dict[str, Callable[[Layers, dict[str, Tensor]], Tensor]] = {
     "daam": daam,
     "spread": spread,
 }
+NAMES = (*_RECIPES, "relative")

@@ -16,7 +16,7 @@ from methods_multimodal.cross_attention._sites import (
     text_positions,
 )
 from methods_multimodal.cross_attention.word_reader import find
-from mm_adapters import InputError, Model, TokenLayout
+from mm_adapters import InputError, Model, TokenLayout, WordNotFoundError
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,30 @@ def align_positions(
     return ours, theirs
 
 
-def unused_words(layout: TokenLayout, words: Sequence[str]) -> list[str]:
-    """The words of a prompt that share no token with these."""
-    taken = {p for word in words for p in find(layout, word)}
-    return [w.text for w in layout.words[0] if not taken & set(layout.where(w.text))]
+def matched_words(layout: TokenLayout, word: str) -> list[str]:
+    """The words and phrases of a prompt that are a matched control of this one.
+
+    They have as many tokens, none of them this word's, and stand after it: a causal text encoder writes a
+    word into those. If there are none they stand before it; an empty list if nothing matches.
+    """
+    own = find(layout, word)
+    words = sorted(layout.words[0], key=lambda w: w.positions[0])
+    phrases: dict[str, list[int]] = {}
+    for i in range(len(words)):
+        for j in range(i, min(len(words), i + len(own))):
+            text = " ".join(w.text for w in words[i : j + 1])
+            at = _positions_or_none(layout, text)
+            if at is not None and len(at) == len(own) and not set(at) & set(own):
+                phrases.setdefault(text, at)
+    after = [text for text, at in phrases.items() if at[0] > own[0]]
+    return after or list(phrases)
+
+
+def _positions_or_none(layout: TokenLayout, text: str) -> list[int] | None:
+    try:
+        return layout.where(text)
+    except WordNotFoundError:  # Words with a mark between them are no phrase.
+        return None
 
 
 def layouts_of(
@@ -136,6 +156,15 @@ def layouts_of(
     return layouts
 
 
+def is_whole(part: Part, attention: Sequence[TextAttention], n_heads: int, n_steps: int | None) -> bool:
+    """Whether a part is everything: every layer that attends to text, every head, every step."""
+    return (
+        (part.layers is None or {a.layer for a in attention} <= set(part.layers))
+        and (part.heads is None or set(range(n_heads)) <= set(part.heads))
+        and (part.steps is None or (n_steps is not None and set(range(n_steps)) <= set(part.steps)))
+    )
+
+
 def select_layers(attention: Sequence[TextAttention], part: Part) -> list[TextAttention]:
     """The layers of a part. Raises: InputError if one of them does not attend to text."""
     if part.layers is None:
@@ -145,6 +174,11 @@ def select_layers(attention: Sequence[TextAttention], part: Part) -> list[TextAt
     if missing:
         raise InputError(f"The layers {missing} do not attend to text; those that do: {list(by_layer)}.")
     return [by_layer[layer] for layer in part.layers]
+
+
+def n_heads_of(model: Model, layer: TextAttention) -> int:
+    """The number of heads of a layer."""
+    return _n_heads(model.check_site(layer.site("pattern")))
 
 
 def _n_heads(site: Any) -> int:

@@ -29,20 +29,27 @@ class Interval:
 class Effects(Record):
     """The metric of each case's picture after each intervention, and without any.
 
-    `base` is the picture as it is, `goal` the one that a whole intervention would give, `control`
-    the same intervention on a word drawn at random. `layers`, `heads` and `steps` say what each part
-    is; an empty tuple is all.
+    `base` is the picture as it is, `goal` the one that a whole intervention would give. `control` is each
+    part's matched control: at the same layers, heads and steps, the same positions changed as far in a random
+    direction, or, where attention is blocked, another word or phrase of as many tokens blocked. `control_of`
+    says which, by case; it is "" of a case that has none, because its prompt has no such word, and `control`
+    has the other cases alone.
+
+    `layers`, `heads` and `steps` say what each part is; an empty tuple is all. `by_construction` is True of a
+    part that is everything and gave the goal's own picture in every case: that is no finding.
     """
 
     changed: Float[Tensor, "part case"]
     base: Float[Tensor, " case"]
     goal: Float[Tensor, " case"]
-    control: Float[Tensor, " case"]
+    control: Float[Tensor, "part controlled"]
     layers: tuple[tuple[int, ...], ...]
     heads: tuple[tuple[int, ...], ...]
     steps: tuple[tuple[int, ...], ...]
     what: str
     metric: str
+    control_of: tuple[str, ...]
+    by_construction: tuple[bool, ...]
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -68,8 +75,24 @@ class Effects(Record):
         return _interval(self.changed - self.base, torch.ones_like(self.base), level, draws, seed)
 
     def control_share(self, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
-        """As `share`, of the control."""
-        return _interval((self.control - self.base)[None], self.goal - self.base, level, draws, seed)
+        """As `share`, of each part's control, over the cases that have one; NaN without any."""
+        control, base, goal, _ = self._controlled()
+        return _interval(control - base, goal - base, level, draws, seed)
+
+    def control_shift(self, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
+        """As `shift`, of each part's control."""
+        control, base, _, _ = self._controlled()
+        return _interval(control - base, torch.ones_like(base), level, draws, seed)
+
+    def above_control(self, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
+        """Each part's share less its control's, over the cases that have one, paired by case."""
+        control, base, goal, changed = self._controlled()
+        return _interval(changed - control, goal - base, level, draws, seed)
+
+    def _controlled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The control, base, goal and changed of the cases that have a control."""
+        kept = torch.tensor([bool(name) for name in self.control_of])
+        return self.control, self.base[kept], self.goal[kept], self.changed[:, kept]
 
 
 def correlation(one: Float[Tensor, " part"], two: Float[Tensor, " part"]) -> tuple[float, float]:
@@ -82,6 +105,9 @@ def _interval(
     change: Float[Tensor, "part case"], gap: Float[Tensor, " case"], level: float, draws: int, seed: int
 ) -> Interval:
     change, gap = change.cpu(), gap.cpu()
+    if not len(gap):
+        nothing = torch.full((len(change),), torch.nan)
+        return Interval(nothing, nothing, nothing)
 
     def ratio(of: NDArray[np.float64], to: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
         return of.mean(axis) / to.mean(axis)

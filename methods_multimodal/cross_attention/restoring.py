@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from methods_multimodal.core.generators import generator
-from methods_multimodal.cross_attention._measuring import DrawParts, measure_parts
+from methods_multimodal.cross_attention._measuring import Drawing, check_work, measure_parts
 from methods_multimodal.cross_attention._rows import RowEdit, RowFn, copy_positions, copy_row, generate
 from methods_multimodal.cross_attention._sites import text_attention
+from methods_multimodal.cross_attention._turned import TURNED, turned
 from methods_multimodal.cross_attention.cases import Case, Part, layouts_of, positions_of_word
 from methods_multimodal.cross_attention.effects import Effects
 from methods_multimodal.cross_attention.metrics import Metric
@@ -31,8 +32,9 @@ def restore_layers(
 ) -> Effects:
     """Corrupts a word's embeddings, and gives one layer of the denoiser its clean output, at all steps.
 
-    Base: the corrupted picture. Goal: the clean one. Control: the picture with another word, drawn at
-    random, corrupted in its place. `noise` is in standard deviations of the embeddings.
+    Base: the corrupted picture. Goal: the clean one. Control: the corrupted picture, with the same layer's
+    output changed as far as restoring changes it, in a random direction. `noise` is in standard deviations of
+    the embeddings.
 
     Source: Basu et al. 2023, arXiv 2310.13730, section 3 (its size of the noise is not published).
     """
@@ -105,31 +107,29 @@ def _restored(
     noise_seed: int,
 ) -> Effects:
     layouts = [x for x, _ in layouts_of(model, cases, options)]
-    for i, case in enumerate(cases):
-        positions_of_word(layouts[i], case.word, "word")
+    for layout, case in zip(layouts, cases, strict=True):
+        positions_of_word(layout, case.word, "word")
+    check_work(cases, parts, batch)
+    rng = generator(noise_seed)
 
-    def drawing_of(i: int, other: str | None, rng: torch.Generator) -> DrawParts:
+    def drawing_of(i: int) -> Drawing:
         case, seed = cases[i], int(torch.randint(2**31, (), generator=rng))
 
-        def corrupted(word: str, rows: Sequence[int]) -> list[RowEdit]:
-            return _corrupted(model, case.prompt, word, rows, noise, seed, options)
-
-        control = [] if other is None else corrupted(other, [2])
-
-        def draw_parts(chunk: Sequence[int]) -> Tensor:
-            n = 3 + len(chunk)
-            row_edits = corrupted(case.word, [1, *range(3, n)]) + control
+        def draw(chunk: Sequence[int]) -> Tensor:
+            n = 2 + 2 * len(chunk)
+            row_edits = _corrupted(model, case.prompt, case.word, range(1, n), noise, seed, options)
             for j, p in enumerate(chunk):
-                row_edits += _bound(pieces[p], i, case.word, 3 + j)
+                row_edits += _bound(pieces[p], i, case.word, 2 + j)
+                row = 2 + len(chunk) + j
+                row_edits += turned(_bound(pieces[p], i, case.word, row), row, noise_seed, i)
             images = generate(model, [case.prompt] * n, [case.seed] * n, row_edits, options=options)
             # The clean picture comes first, because the others copy from it; it is the goal.
             return images[[1, 0, *range(2, n)]]
 
-        return draw_parts
+        return Drawing(draw, TURNED)
 
-    return measure_parts(
-        model, cases, layouts, parts, metric, drawing_of, what="restoring", batch=batch, seed=noise_seed
-    )
+    drawings = [drawing_of(i) for i in range(len(cases))]
+    return measure_parts(model, cases, parts, metric, drawings, what="restoring", batch=batch)
 
 
 def _bound(piece: Sequence[RowEdit], index: int, word: str, row: int) -> list[RowEdit]:

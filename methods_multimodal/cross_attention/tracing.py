@@ -1,4 +1,4 @@
-"""Which layers, heads and steps carry a word into the picture: patch, zero or block them."""
+"""At which layers, heads and steps a word is read: patch, zero or block them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.core.generators import generator
 from methods_multimodal.core.kept import kept
 from methods_multimodal.cross_attention import _knockout
-from methods_multimodal.cross_attention._measuring import DrawParts, measure_parts
+from methods_multimodal.cross_attention._measuring import Drawing, check_work, measure_parts
 from methods_multimodal.cross_attention._rows import RowEdit, copy_positions, generate
 from methods_multimodal.cross_attention._sites import text_attention, text_positions
+from methods_multimodal.cross_attention._turned import TURNED, turned
 from methods_multimodal.cross_attention.cases import (
     Case,
     Part,
     align_positions,
+    is_whole,
     layouts_of,
+    matched_words,
+    n_heads_of,
     positions_of_word,
     select_layers,
 )
 from methods_multimodal.cross_attention.effects import Effects
 from methods_multimodal.cross_attention.metrics import Metric
-from mm_adapters import InputError, Model, Read, TokenLayout
+from mm_adapters import InputError, Model, Read
 
 EVERYTHING = (Part(),)
 
@@ -45,7 +50,11 @@ def patch_words(
     """Gives a picture the keys and values that another prompt has in a word's place, part by part.
 
     Both prompts start from the same noise. The goal is the picture of the other prompt. An empty
-    `word` patches every position, as LocoGen does.
+    `word` patches every position, as LocoGen does. The control of each part changes the same keys and values
+    as far, in a random direction.
+
+    With a causal text encoder and positions="after", everything patched at once *is* the other prompt: such a
+    part is `by_construction`. What is a finding is how a part of it compares with its control.
 
     With a `folder`, runs are written down as they are done, and a run that was killed goes on.
 
@@ -53,19 +62,16 @@ def patch_words(
     Raises: WordNotFoundError, InputError before anything runs.
     """
     _check_both(cases)
-    layouts = [x for x, _ in layouts_of(model, cases, options)]
 
-    def change(i: int, part: Part, row: int, donor: int, word: str | None) -> list[RowEdit]:
-        if word is None:
-            return patch_edits(model, cases[i], row, donor, part, positions=positions, options=options)
-        case = Case(cases[i].prompt, word, cases[i].other, "")
-        at = positions_of_word(layouts[i], word, "word")
-        return _at(model, case, row, donor, part, at, at)
+    def change(i: int, part: Part, row: int) -> list[RowEdit]:
+        return patch_edits(model, cases[i], row, 1, part, positions=positions, options=options)
 
-    for i in range(len(cases)):  # Every mistake in a word comes up here.
-        change(i, parts[0], 0, 0, None)
+    def control(i: int, part: Part, row: int) -> list[RowEdit]:
+        return turned(change(i, part, row), row, control_seed, i)
+
     goals = [c.other for c in cases]
-    more = {"positions": positions}
+    named = dict.fromkeys(range(len(cases)), TURNED)
+    settings = {"positions": positions, "batch": batch, "seed": control_seed}
     return _measured(
         model,
         cases,
@@ -73,13 +79,13 @@ def patch_words(
         metric,
         parts,
         change,
-        layouts,
+        control,
+        named,
         "patching",
         batch,
         options,
-        control_seed,
         folder,
-        more,
+        settings,
     )
 
 
@@ -136,22 +142,30 @@ def knock_out_words(
 
     Without `text` the words after it still carry it. The scores are put to minus infinity before
     the softmax; that no attention is left there afterwards is looked at in every run. The goal is
-    the picture with the word blocked everywhere.
+    the picture with the word blocked everywhere. The control blocks another word or phrase of the prompt,
+    drawn at random among those of as many tokens that stand after the word (before it, if none do); how much
+    attention it had may differ. A prompt without such a word has no control.
 
     With a `folder`, runs are written down as they are done, and a run that was killed goes on.
 
     Source: Geva et al. 2023, arXiv 2304.14767, section 4.
     Raises: WordNotFoundError, InputError before anything runs; RuntimeError if attention is left.
     """
-    layouts = [x for x, _ in layouts_of(model, cases, options)]
+    rng = generator(control_seed)
+    others: dict[int, str] = {}
+    for i, (layout, _) in enumerate(layouts_of(model, cases, options)):
+        words = matched_words(layout, cases[i].word)
+        which = int(torch.randint(max(len(words), 1), (), generator=rng))
+        others |= {i: words[which]} if words else {}
 
-    def change(i: int, part: Part, row: int, donor: int, word: str | None) -> list[RowEdit]:
-        case = cases[i] if word is None else Case(cases[i].prompt, word)
-        return knockout_edits(model, case, row, part, text=text, options=options)
+    def change(i: int, part: Part, row: int) -> list[RowEdit]:
+        return knockout_edits(model, cases[i], row, part, text=text, options=options)
 
-    for i in range(len(cases)):
-        change(i, parts[0], 0, 0, None)
-    more = {"text": text}
+    def control(i: int, part: Part, row: int) -> list[RowEdit]:
+        return knockout_edits(model, Case(cases[i].prompt, others[i]), row, part, text=text, options=options)
+
+    named = {i: f"“{word}” blocked" for i, word in others.items()}
+    settings = {"text": text, "batch": batch, "seed": control_seed}
     return _measured(
         model,
         cases,
@@ -159,13 +173,13 @@ def knock_out_words(
         metric,
         parts,
         change,
-        layouts,
+        control,
+        named,
         "knockout",
         batch,
         options,
-        control_seed,
         folder,
-        more,
+        settings,
     )
 
 
@@ -202,30 +216,51 @@ def ablate_heads(
     *,
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
+    control_seed: int = 0,
     folder: str | Path | None = None,
 ) -> Effects:
     """Puts the output of heads of the attention to text to zero, part by part.
 
-    The goal is the picture with all of it at zero; the control is one head of the same run drawn at
-    random. With a `folder`, runs are written down as they are done, and a run that was killed goes on.
+    The goal is the picture with all of it at zero; each part's control changes the output of the same heads
+    as far, in a random direction. With a `folder`, runs are written down as they are done, and a run that was
+    killed goes on.
 
     Raises: InputError before anything runs.
     """
     layouts = [x for x, _ in layouts_of(model, cases, options)]
 
-    def change(i: int, part: Part, row: int, donor: int, word: str | None) -> list[RowEdit]:
+    def change(i: int, part: Part, row: int) -> list[RowEdit]:
         attention = text_attention(model, layout=layouts[i])
-        if word is not None:  # The control is no word here.
-            part = parts[(i * 7919) % len(parts)]
         steps = None if part.steps is None else frozenset(part.steps)
         return [
             RowEdit(a.site("z"), row, _zeroed(part.heads, a.pixels), steps)
             for a in select_layers(attention, part)
         ]
 
+    def control(i: int, part: Part, row: int) -> list[RowEdit]:
+        return turned(change(i, part, row), row, control_seed, i)
+
+    named = dict.fromkeys(range(len(cases)), TURNED)
+    settings = {"batch": batch, "seed": control_seed}
     return _measured(
-        model, cases, None, metric, parts, change, layouts, "ablation", batch, options, 0, folder, {}
+        model,
+        cases,
+        None,
+        metric,
+        parts,
+        change,
+        control,
+        named,
+        "ablation",
+        batch,
+        options,
+        folder,
+        settings,
     )
+
+
+# The edits of one row, by a case's number, the part and the row.
+Change = Callable[[int, Part, int], list[RowEdit]]
 
 
 def _measured(
@@ -234,47 +269,68 @@ def _measured(
     goals: Sequence[str] | None,
     metric: Metric,
     parts: Sequence[Part],
-    change: Callable[[int, Part, int, int, str | None], list[RowEdit]],
-    layouts: Sequence[TokenLayout],
+    change: Change,
+    control: Change,
+    named: Mapping[int, str],
     what: str,
     batch: int,
     options: Mapping[str, Any] | None,
-    control_seed: int,
     folder: str | Path | None,
     more: Mapping[str, Any],
 ) -> Effects:
-    """Draws for each case: its picture, its goal, a control, and one picture for each part."""
+    """Draws for each case its picture and its goal, and for each part its picture and its control.
+
+    Args:
+        model: what draws.
+        cases: the pictures, each with a word in question.
+        goals: the prompts whose pictures are the goals; None for the picture with everything changed.
+        metric: gives a number for each picture.
+        parts: what is changed, one at a time.
+        change: a part's edits; `control`: those of its control.
+        named: what the control of a case is; a case that is not there has none.
+        what: the intervention's name.
+        batch: rows of a run.
+        options: the pipeline's.
+        folder: where runs are written down.
+        more: settings that stored work is made with.
+    """
+    check_work(cases, parts, batch)
+    attention = text_attention(model)
     n_steps = (options or {}).get("num_inference_steps")
     for part in parts:
         if n_steps is not None and part.steps and not 0 <= min(part.steps) <= max(part.steps) < n_steps:
             raise InputError(f"{part}: the run has the steps 0 to {n_steps - 1}.")
+        select_layers(attention, part)
+    for i in range(len(cases)):  # Every mistake in a word comes up here.
+        change(i, parts[0], 0)
+    n_heads = max(n_heads_of(model, layer) for layer in attention)
 
-    def drawing_of(i: int, other: str | None, rng: torch.Generator) -> DrawParts:
-        case = cases[i]
-        ends: list[RowEdit] = [] if goals else change(i, Part(), 1, 1, None)
-        if other is not None:
-            ends += change(i, Part(), 2, 1, other)
+    def drawing_of(i: int) -> Drawing:
+        prompt = cases[i].prompt
+        ends = [] if goals else change(i, Part(), 1)
 
-        def draw_parts(chunk: Sequence[int]) -> Tensor:
-            prompts = [case.prompt, goals[i] if goals else case.prompt, *[case.prompt] * (1 + len(chunk))]
-            of_parts = [c for j, p in enumerate(chunk) for c in change(i, parts[p], 3 + j, 1, None)]
-            return generate_checked(model, prompts, case.seed, [*ends, *of_parts], options)
+        def draw(chunk: Sequence[int]) -> Tensor:
+            row_edits, rows = list(ends), [prompt, goals[i] if goals else prompt]
+            for edits_of in (change, control) if i in named else (change,):
+                for p in chunk:
+                    row_edits += edits_of(i, parts[p], len(rows))
+                    rows.append(prompt)
+            return generate_checked(model, rows, cases[i].seed, row_edits, options)
 
-        return draw_parts
+        return Drawing(draw, named.get(i, ""))
 
-    settings: dict[str, Any] = {"batch": batch, "options": dict(options or {}), "seed": control_seed, **more}
+    settings: dict[str, Any] = {"options": dict(options or {}), "controls": "by part", **more}
     settings |= {"cases": list(cases), "parts": list(parts), "metric": metric}
     with kept(folder, job=what, models={"model": model}, **settings) as work:
         return measure_parts(
             model,
             cases,
-            layouts,
             parts,
             metric,
-            drawing_of,
+            [drawing_of(i) for i in range(len(cases))],
             what=what,
             batch=batch,
-            seed=control_seed,
+            whole=[is_whole(part, attention, n_heads, n_steps) for part in parts],
             work=work,
         )
 

@@ -1,4 +1,4 @@
-"""Which words a denoiser looks at from each pixel: cross-attention as maps, summed up as they appear."""
+"""Where a denoiser attends to each word: cross-attention as maps, summed up as they appear."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,8 @@ class WordMaps(Record):
     `by_grid["8x8"]` holds the layers of that resolution: the probability that goes to the word,
     summed over its tokens, averaged over steps and heads where those were not kept (their axes then
     have size one). `words` are each prompt's; a prompt with fewer words than another has zeros at
-    the end. `affinity` is the self-attention between the pixels of `affinity_grid`, averaged.
+    the end. `affinity` is the self-attention between the pixels of `affinity_grid`, averaged. `all_words`
+    holds, for each of `by_grid`, the mean over every word of the prompt, with a map here or not.
     """
 
     by_grid: dict[str, Float[Tensor, "step _ head image word _ _"]]
@@ -31,6 +32,7 @@ class WordMaps(Record):
     n_steps: int
     affinity: Float[Tensor, "image _ _"]
     affinity_grid: tuple[int, int]
+    all_words: dict[str, Float[Tensor, "step _ head image _ _"]] = field(default_factory=dict)
 
     @property
     def n_images(self) -> int:
@@ -51,14 +53,17 @@ class WordMaps(Record):
 
         "mean": the mean over layers of each resolution, then over resolutions: a probability.
         "daam": the sum over steps, the mean over heads and layers, as the `daam` package (0.2.0) does.
+        "relative": the attention to the word over the mean attention to the prompt's words, its logarithm,
+        every layer standardised, averaged; in no unit. It tells words apart best.
         "spread": every layer standardised, averaged, and spread over the pixels that attend to each
-        other; in no unit. It overlaps the drawn things best.
+        other; in no unit. It follows the edges of the drawn things best, and makes most words' maps the
+        thing or what is around it: a word that names nothing looks like one that does.
 
         Raises: InputError if what the recipe needs was not kept.
         """
         return recipes.make(self, recipe, steps, grid)
 
-    def heat(self, word: str, image: int = 0, recipe: str = "spread") -> Float[Tensor, "height width"]:
+    def heat(self, word: str, image: int = 0, recipe: str = "relative") -> Float[Tensor, "height width"]:
         """One word's map in one image. Raises: WordNotFoundError listing the words there are."""
         return self.at(recipe)[image, recipes.index_of(word, self.words_of(image))]
 

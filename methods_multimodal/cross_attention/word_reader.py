@@ -109,7 +109,8 @@ class Affinity:
 class WordReader:
     """What to read in a run to get `WordMaps` from it. One reader serves one run at a time.
 
-    `positions[prompt][word]` are the word's tokens.
+    `positions[prompt][word]` are the word's tokens; `every[prompt]` those of all its words, `n_words[prompt]`
+    of them, whether they have maps or not.
     """
 
     words: tuple[tuple[str, ...], ...]
@@ -121,6 +122,8 @@ class WordReader:
     keep: frozenset[str]
     per_prompt: int = 1
     n_steps: int | None = None
+    every: tuple[tuple[int, ...], ...] = ()
+    n_words: tuple[int, ...] = ()
     folds: dict[str, Fold] = field(default_factory=dict, compare=False, repr=False)
     affinities: dict[str, Affinity] = field(default_factory=dict, compare=False, repr=False)
 
@@ -154,6 +157,7 @@ class WordReader:
         """
         height, width = self.grid or _latent_size(run[self.size])
         by_grid: dict[tuple[int, int], list[Tensor]] = {}
+        n_shown = max(len(prompt) for prompt in self.positions)
         layers: dict[tuple[int, int], list[TextAttention]] = {}
         for layer in self.layers:
             maps = self.folds[layer.site("pattern")].mean()
@@ -168,8 +172,9 @@ class WordReader:
         affinity, grid = self._affinities((height, width))
         steps = max(len(fold.steps) for fold in self.folds.values())
         self.folds.clear()
+        whole = {f"{h}x{w}": torch.stack(by_grid[h, w], 1) for h, w in order}
         return WordMaps(
-            by_grid={f"{h}x{w}": torch.stack(by_grid[h, w], 1) for h, w in order},
+            by_grid={grid: maps[:, :, :, :, :n_shown].contiguous() for grid, maps in whole.items()},
             words=self.words,
             n_tokens=tuple(tuple(len(p) for p in prompt) for prompt in self.positions),
             layers=tuple(tuple(x.layer for x in layers[g]) for g in order),
@@ -178,6 +183,9 @@ class WordReader:
             n_steps=steps,
             affinity=affinity,
             affinity_grid=grid,
+            all_words={grid: maps[:, :, :, :, -1].contiguous() for grid, maps in whole.items()}
+            if self.every
+            else {},
         )
 
     def _words(self, layer: TextAttention) -> Callable[[Tensor], Tensor]:
@@ -189,10 +197,12 @@ class WordReader:
             """[image, head, pixel, column] as [image, head or 1, pixel, word]: one product, for it is
             done at every step of every layer."""
             if not columns:
-                which = torch.zeros(len(self.positions), pattern.shape[-1], most)
+                which = torch.zeros(len(self.positions), pattern.shape[-1], most + bool(self.every))
                 for i, prompt in enumerate(self.positions):
                     for j, word in enumerate(prompt):
                         which[i, layer.columns(word), j] = 1.0
+                for i, (tokens, n) in enumerate(zip(self.every, self.n_words, strict=True)):
+                    which[i, layer.columns(tokens), -1] = 1.0 / max(n, 1)
                 columns.append(which.repeat_interleave(self.per_prompt, 0).to(pattern.device))
             if heads:
                 return pattern.float() @ columns[0][:, None]
@@ -257,6 +267,8 @@ def word_reader(
         keep=frozenset(keep),
         per_prompt=per_prompt,
         n_steps=n_steps,
+        every=tuple(tuple(p for w in layout.words[0] for p in w.positions) for layout in layouts),
+        n_words=tuple(len(layout.words[0]) for layout in layouts),
     )
 
 

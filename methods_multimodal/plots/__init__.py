@@ -8,7 +8,7 @@ from methods_multimodal.plots.heatmap import heatmap
 from methods_multimodal.plots.lens import lens_table
 from methods_multimodal.plots.patching import patch_effects
 from methods_multimodal.plots.picture import picture
-from methods_multimodal.plots.word_maps import film_strip, word_map
+from methods_multimodal.plots.word_maps import film_strip, word_change, word_map
 from methods_multimodal.plots.words import word_lines
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "picture",
     "text_map",
     "tiles",
+    "word_change",
     "word_lines",
     "word_map",
 ]

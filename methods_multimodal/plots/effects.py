@@ -12,9 +12,12 @@ from methods_multimodal.plots.heatmap import SIGNED, colour_bar, new_axes, norm_
 
 
 def effect_grid(record: Effects, ax: Axes | None = None, *, title: str = "", level: float = 0.95) -> Axes:
-    """Layers (and heads) downwards, steps across; each cell with its share of the whole and its interval."""
+    """Layers (and heads) downwards, steps across; each cell with its share of the whole and its interval.
+
+    Below stands its control's share. A cell whose share is true by construction says so.
+    """
     ax = ax or new_axes()
-    share = record.share(level)
+    share, control = record.share(level), record.control_share(level)
     places = list(zip(record.layers, record.heads, strict=True))
     rows, columns = list(dict.fromkeys(places)), list(dict.fromkeys(record.steps))
     table = torch.full((len(rows), len(columns)), float("nan"))
@@ -23,7 +26,9 @@ def effect_grid(record: Effects, ax: Axes | None = None, *, title: str = "", lev
         at = rows.index(place), columns.index(steps)
         table[at] = share.mean[i]
         mean, low, high = (f"{float(x[i]):+z.2f}" for x in (share.mean, share.low, share.high))
-        cell_texts[at] = f"{mean}\n{low} to {high}"
+        below = "by construction" if record.by_construction[i] else f"{low} to {high}"
+        beside = f"{float(control.mean[i]):+z.2f}" if any(record.control_of) else "none"
+        cell_texts[at] = f"{mean}\n{below}\ncontrol {beside}"
     shown = table.nan_to_num(0.0).numpy()
     norm = norm_of(shown, True, max(1.0, float(abs(shown).max())))
     image = ax.imshow(shown, cmap=SIGNED, norm=norm, aspect="auto")
@@ -31,12 +36,12 @@ def effect_grid(record: Effects, ax: Axes | None = None, *, title: str = "", lev
         dark = abs(float(norm(shown[i, j])) - 0.5) > 0.3
         colour = "white" if dark else "black"
         if len(cell_texts) <= 80:
-            ax.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+            ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color=colour)
     ax.set_yticks(range(len(rows)), [_called(*row) for row in rows], fontsize=8)
     ax.set_xticks(range(len(columns)), [_span(c) or "all steps" for c in columns], fontsize=8)
     ax.set(xlabel="steps", ylabel="layer" if not any(h for _, h in rows) else "layer, head")
     ax.set_title(title or f"{record.what}: share of the whole effect", fontsize=10)
-    colour_bar(ax, image, f"share of the whole effect ({level:.0%} interval below)")
+    colour_bar(ax, image, f"share of the whole effect ({level:.0%} interval and control below)")
     return ax
 
 

@@ -1,4 +1,4 @@
-"""Word maps as pictures: one over the drawing, and its way through the steps."""
+"""Word maps as pictures: attention over the drawing, a map's way through the steps, what blocking changes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from methods_multimodal.cross_attention import WordMaps
+from methods_multimodal.cross_attention import WordChanges, WordMaps
 from methods_multimodal.cross_attention._recipes import index_of, unit_range
 from methods_multimodal.plots.attention import overlay, tiles
-from methods_multimodal.plots.heatmap import new_axes
+from methods_multimodal.plots.heatmap import UNSIGNED, colour_bar, new_axes
 
-UNITS = {"mean": "attention weight", "daam": "summed attention", "spread": "standard deviations"}
+UNITS = {
+    "mean": "attention weight",
+    "daam": "summed attention",
+    "relative": "standard deviations, against all words",
+    "spread": "standard deviations",
+}
 
 
 def word_map(
@@ -23,10 +28,15 @@ def word_map(
     image: int = 0,
     recipe: str = "mean",
     threshold: float | None = None,
+    note: str = "",
 ) -> Axes:
-    """One word's map over the drawing, with a line around what is above `threshold` (0 to 1 of the map)."""
+    """Where a word was attended to, over the drawing, with a line around what is above `threshold`.
+
+    The threshold is from 0 to 1 of the map. `note` stands below the title.
+    """
     values = record.heat(word, image, recipe)
-    ax = overlay(values, pixels, ax, unit=UNITS[recipe], title=f"“{word}”", smooth=True)
+    title = f"attention to “{word}”" + f"\n{note}" * bool(note)
+    ax = overlay(values, pixels, ax, unit=UNITS[recipe], title=title, smooth=True)
     if threshold is not None:
         height, width = pixels.shape[:2]
         table = unit_range(values).detach().float().cpu().numpy()
@@ -34,6 +44,20 @@ def word_map(
         x = [(i + 0.5) * width / across for i in range(across)]
         y = [(i + 0.5) * height / down for i in range(down)]
         ax.contour(x, y, table, levels=[threshold], colors="white", linewidths=1.2)
+    return ax
+
+
+def word_change(
+    record: WordChanges, word: str, ax: Axes | None = None, *, limit: float | None = None, note: str = ""
+) -> Axes:
+    """Which pixels change when a word is blocked; colours go from 0 to `limit` (None: this map's largest)."""
+    ax = ax or new_axes()
+    table = record.of(word).detach().float().cpu().numpy()
+    image = ax.imshow(table, cmap=UNSIGNED, vmin=0.0, vmax=limit or float(table.max()) or 1.0)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_title(f"changed by blocking “{word}”" + f"\n{note}" * bool(note), fontsize=10)
+    colour_bar(ax, image, "change of colour, 0 to 1")
     return ax
 
 
@@ -46,4 +70,6 @@ def film_strip(
     last = len(maps) - 1
     shown = sorted({round(i * last / max(n_frames - 1, 1)) for i in range(n_frames)})
     names = [f"step {i + 1}" for i in shown]
-    return tiles(maps[shown], ax, names=names, unit="attention weight", title=f"“{word}”, step by step")
+    return tiles(
+        maps[shown], ax, names=names, unit="attention weight", title=f"attention to “{word}”, step by step"
+    )

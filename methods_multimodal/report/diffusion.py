@@ -1,4 +1,4 @@
-"""The report on a prompt: how did the picture come about, and which words drew what?"""
+"""The report on a prompt: how did the picture come about, and where was each word attended to?"""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _draw(
     mean = maps.at()[0]
     for i, word in enumerate(shown):
         ax = page.add_subplot(grid[1 + i // across, i % across])
-        overlay(mean[i], array, ax, unit="attention weight", title=f"“{word}”", smooth=True)
+        overlay(mean[i], array, ax, unit="attention weight", title=f"attention to “{word}”", smooth=True)
     legend = page.add_subplot(grid[down - 1, across - 1])
     word_lines(maps, page.add_subplot(grid[down - 1, : across - 1]), legend=legend)
     return page

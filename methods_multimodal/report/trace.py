@@ -1,4 +1,4 @@
-"""The report on one word: which layers and steps bring it into the picture?"""
+"""The report on one word: at which layers and steps is it read, and what changes when it is blocked?"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from methods_multimodal.core.kept import Kept, kept
 from methods_multimodal.cross_attention import (
     Case,
     Effects,
+    Interval,
     Part,
     attribute_patching,
     correlation,
@@ -47,9 +48,22 @@ def trace_report(
 ) -> Report:
     """Patches `other` in the place of `word`, layer by layer and by groups of steps; and blocks the word.
 
-    `metric` is of pictures and rises from the word to the other. It shows the exact effects with
-    their intervals over seeds, and how well one gradient foretells them. With a `folder`, work is written
-    down as it is done, and a run that was killed goes on.
+    Every effect has its interval over seeds and its matched control's. What everything patched at once gives
+    is told apart: with positions="after" and a causal text encoder it is the other prompt's picture, by
+    construction.
+
+    Args:
+        model: a pipeline that attends to words.
+        prompt: what is drawn.
+        word: of the prompt; `other` is put in its place.
+        metric: of pictures; it rises from the word to the other.
+        positions: where the word is read: "word", "after", or a later word.
+        seeds: a picture each; intervals are over them.
+        steps: the sampler's; they are patched in `n_groups` groups.
+        model_name: for the title.
+        unit: what the metric is.
+        folder: where work is written down as it is done; a run that was killed goes on there.
+        options: the pipeline's.
 
     Raises: WordNotFoundError or InputError before anything runs.
     """
@@ -66,10 +80,27 @@ def trace_report(
         "metric": metric,
     }
     with kept(folder, job="trace_report", models={"model": model}, **made_of) as work:
-        exact, fast, blocked, shown = _measured(model, cases, metric, parts, positions, options, work)
+        exact, whole, fast, blocked, shown = _measured(model, cases, metric, parts, positions, options, work)
     change = (exact.changed - exact.base).mean(1)
     pearson, spearman = correlation(fast.mean(1), change)
-    page = new_page(14.5, 8.2, f"{model_name or model.name}: “{word}” to “{other}” in “{prompt}”")
+    title = f"{model_name or model.name}: where “{word}” is read in “{prompt}” (given “{other}” there)"
+    page = new_page(14.5, 8.6, title)
+    share, control, above = exact.share(), exact.control_share(), exact.above_control()
+    all_share, all_control = whole.share(), whole.control_share()
+    best = share.mean.argsort(descending=True)[:3].tolist()
+    shift, other_shift = blocked.shift(), blocked.control_shift()
+    control_words = sorted(set(filter(None, blocked.control_of)))
+    if whole.by_construction[0]:
+        everything = "everything patched at once is the same as drawing the other prompt, by construction"
+    else:
+        everything = f"everything patched at once: {_with(all_share, 0)}; its control {_with(all_control, 0)}"
+    if control_words:
+        instead = f"its control ({', '.join(control_words)}) by {_with(other_shift, 0, 3)}"
+    else:
+        instead = f"no other word of the prompt has as many tokens as “{word}”, so there is no control"
+    controls = f"control: {exact.control_of[0]}"
+    blocking = f"blocking “{word}” moves the metric by {_with(shift, 0, 3)}; {instead}"
+    page.supxlabel(f"{controls}; {everything}\n{blocking}", fontsize=9)
     halves: Any = page.subfigures(2, 1, height_ratios=[3.0, 5.2])
     top, bottom = halves
     for ax, (title, image) in zip(top.subplots(1, len(shown)), shown, strict=True):
@@ -81,10 +112,8 @@ def trace_report(
         change,
         right,
         unit=unit,
-        title=f"one gradient beside each patch: r {pearson:z.2f}, rank {spearman:z.2f}",
+        title=f"an estimate by one gradient: r {pearson:z.2f}, rank {spearman:z.2f}",
     )
-    share, control = exact.share(), exact.control_share()
-    best = share.mean.argsort(descending=True)[:3].tolist()
     numbers = {
         "model": model_name,
         "prompt": prompt,
@@ -98,17 +127,36 @@ def trace_report(
         "share": rounded(share.mean),
         "low": rounded(share.low),
         "high": rounded(share.high),
-        "control": [float(control.mean[0]), float(control.low[0]), float(control.high[0])],
-        "blocked": float((blocked.goal - blocked.base).mean()),
-        "blocked, a random word": float((blocked.control - blocked.base).mean()),
+        "control": {
+            "is": exact.control_of[0],
+            "share": rounded(control.mean),
+            "low": rounded(control.low),
+            "high": rounded(control.high),
+            "above": rounded(above.mean),
+            "above, low": rounded(above.low),
+            "above, high": rounded(above.high),
+        },
+        "everything": {
+            "by construction": whole.by_construction[0],
+            "share": _bounds(all_share),
+            "control": _bounds(all_control),
+        },
+        "blocked": {
+            "shift": _bounds(shift),
+            "control": _bounds(other_shift) if control_words else None,
+            "control is": control_words,
+        },
         "attribution": {"pearson": pearson, "spearman": spearman, "effects": rounded(fast.mean(1))},
     }
-    lines = [f"{exact.parts[i]}: {_with(share, i)} of the whole effect" for i in best]
+    lines = [
+        f"{exact.parts[i]}: {_with(share, i)} of the whole effect; its control {_with(control, i)}"
+        for i in best
+    ]
     lines += [
-        f"a random other word: {_with(control, 0)}",
-        f"blocking {word!r} moves the metric by {numbers['blocked']:+z.3f}, a random word by "
-        f"{numbers['blocked, a random word']:+z.3f}",
-        f"one gradient foretells the patches with r = {pearson:z.2f} (rank {spearman:z.2f})",
+        f"{controls}; the best three are chosen of {len(parts)} parts",
+        everything,
+        blocking,
+        f"one gradient's estimates beside the patches: r = {pearson:z.2f} (rank {spearman:z.2f})",
     ]
     return Report(page, numbers, tuple(lines))
 
@@ -121,10 +169,13 @@ def _measured(
     positions: str,
     options: dict[str, Any],
     work: Kept,
-) -> tuple[Effects, Float[Tensor, "part case"], Effects, list[tuple[str, Tensor]]]:
-    """The exact effects, the estimated ones, those of blocking, and the pictures shown."""
+) -> tuple[Effects, Effects, Float[Tensor, "part case"], Effects, list[tuple[str, Tensor]]]:
+    """The exact effects, that of everything, the estimated ones, that of blocking, and the pictures shown."""
     exact = patch_words(
         model, cases, metric, parts, positions=positions, options=options, folder=work.inside("patched")
+    )
+    whole = patch_words(
+        model, cases, metric, positions=positions, options=options, folder=work.inside("everything")
     )
     fast = attribute_patching(
         model, cases, metric, positions=positions, options=options, folder=work.inside("estimated")
@@ -139,7 +190,7 @@ def _measured(
         f"patched at {best}",
         f"“{cases[0].word}” blocked",
     ]
-    return exact, fast.of(parts), blocked, list(zip(titles, shown[""], strict=True))
+    return exact, whole, fast.of(parts), blocked, list(zip(titles, shown[""], strict=True))
 
 
 def _pictures(model: Model, case: Case, exact: Effects, positions: str, options: dict[str, Any]) -> Tensor:
@@ -153,5 +204,11 @@ def _pictures(model: Model, case: Case, exact: Effects, positions: str, options:
     return generate_checked(model, rows, case.seed, changes, options)
 
 
-def _with(share: Any, i: int) -> str:
-    return f"{float(share.mean[i]):+z.2f} ({float(share.low[i]):+z.2f} to {float(share.high[i]):+z.2f})"
+def _with(of: Interval, i: int, digits: int = 2) -> str:
+    mean, low, high = (f"{float(x[i]):+z.{digits}f}" for x in (of.mean, of.low, of.high))
+    return f"{mean} ({low} to {high})"
+
+
+def _bounds(of: Interval) -> list[float]:
+    """The mean of the only part, and its bounds."""
+    return [float(of.mean[0]), float(of.low[0]), float(of.high[0])]

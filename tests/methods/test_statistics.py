@@ -172,7 +172,9 @@ def old_interval(change: Tensor, gap: Tensor, picked: Tensor, level: float) -> T
 
 def record(change: Tensor, gap: Tensor) -> Effects:
     zeros, all_ = torch.zeros(len(gap)), ((),) * len(change)
-    return Effects(change, zeros, gap, zeros, all_, all_, all_, "what", "metric")
+    control, named = torch.zeros_like(change), ("turned",) * len(gap)
+    not_whole = (False,) * len(change)
+    return Effects(change, zeros, gap, control, all_, all_, all_, "what", "metric", named, not_whole)
 
 
 def test_the_interval_of_a_share_is_that_of_before_for_the_same_draws() -> None:

@@ -1,6 +1,10 @@
-"""Word maps, tracing and control on tiny-sd, judged by rules on pixels.
+"""Words on a drawing model, judged by rules on pixels: every number beside its null, with intervals.
 
-python -m tests.quality.cross_attention [--model tiny-sd] [--n 200] [--pairs 40] [--only maps,patch,...]
+python -m tests.quality.cross_attention [MODEL] [--n 60] [--pairs 16] [--causal 16] [--draws 2] [--only maps]
+
+prints each table as JSON and as it stands on a page. `maps` and `two`: overlap of words' maps with what was
+drawn; `truth`: with the pixels that change; `patch`, `knockout`, `control`: what an intervention does beside
+its matched control.
 """
 
 from __future__ import annotations
@@ -12,249 +16,274 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import sem
-from torch import Tensor
 
 import mm_adapters as mm
-from methods_multimodal.cross_attention import Case, WordEdit, edit_words, segment, word_maps
-from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits, patch_edits
-from mm_adapters.zoo import judges, measures, world
+from methods_multimodal.cross_attention import Case, WordEdit, edit_words
+from methods_multimodal.cross_attention._rows import RowEdit, copy_positions
+from methods_multimodal.cross_attention._sites import text_attention
+from methods_multimodal.cross_attention._turned import turned
+from methods_multimodal.cross_attention.cases import (
+    align_positions,
+    layouts_of,
+    matched_words,
+    positions_of_word,
+)
+from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits
+from mm_adapters.zoo import judges
+from tests.quality.prompts import ATTRIBUTES, GUIDANCE, STEPS, pairs, region, seen
+from tests.quality.rows import Row, markdown, row
+from tests.quality.word_maps import measure_maps, measure_truth, measure_two, noise
 
-STEPS, GUIDANCE = 20, 3.0
-OPTIONS = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-ATTRIBUTES = ("shape", "colour", "background", "size", "position")
-TUNING = 40  # Prompts that the threshold is chosen on, and no number measured.
+__all__ = ["main", "region", "seen"]
 
-
-def region(image: Tensor) -> Tensor:
-    """Where a picture, [3, height, width] in 0..1, is not its background: the drawn object."""
-    pixels = np.asarray((image.permute(1, 2, 0) * 255).round()).astype(np.float32)
-    frame = np.concatenate(
-        [
-            pixels[:2].reshape(-1, 3),
-            pixels[-2:].reshape(-1, 3),
-            pixels[:, :2].reshape(-1, 3),
-            pixels[:, -2:].reshape(-1, 3),
-        ]
-    )
-    return torch.tensor(np.linalg.norm(pixels - np.median(frame, axis=0), axis=-1) > 60.0)
-
-
-def seen(image: Tensor) -> judges.Seen:
-    """What the rules say a picture shows."""
-    return judges.judge((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+CHANGED = ("colour", "background", "size", "shape")
+NAN = float("nan")
+# Values of one kind, by name, then [prompt][draw].
+Table = dict[str, list[list[float]]]
+Options = dict[str, Any]
 
 
-def prompts(n: int) -> list[tuple[world.Scene, str]]:
-    return measures.prompts_to_draw(n)
+def filled(table: Table, n: int, draws: int, names: Sequence[str]) -> None:
+    for name in names:
+        table[name] = [[NAN] * draws for _ in range(n)]
 
 
-# ---- word maps ---------------------------------------------------------------------------------
+# ---- patching ----------------------------------------------------------------------------------
 
 
-def measure_maps(model: Any, n: int, batch: int = 20) -> dict[str, Any]:
-    """IoU and precision of the object word's map with what was drawn, by each recipe.
-
-    Shuffled: the map of another prompt's object word, drawn from the same noise. Chance: that map
-    against the picture of yet another prompt and noise.
-    """
-    cases = prompts(TUNING + n)
-    recipes = ("mean", "daam", "spread")
-    found: dict[str, list[Tensor]] = {r: [] for r in recipes}
-    other: list[Tensor] = []
-    regions: list[Tensor] = []
-    n_other = n
-    for start in range(0, len(cases), batch):
-        rows = list(range(start, min(start + batch, len(cases))))
-        texts, words = [cases[i][1] for i in rows], [[cases[i][0].things[0].shape] for i in rows]
-        maps, output = _maps(model, texts, words, rows)
-        for recipe in recipes:
-            found[recipe] += list(maps.at(recipe)[:, 0])
-        regions += [region(image) for image in output.images.float()]
-        shuffled = [i for i in rows if TUNING <= i < TUNING + n_other]
-        if shuffled:
-            turned = [cases[TUNING + (i - TUNING + n_other // 2) % n_other] for i in shuffled]
-            maps, _ = _maps(model, [t for _, t in turned], [[s.things[0].shape] for s, _ in turned], shuffled)
-            other += list(maps.at("spread")[:, 0])
-    live = [i for i, r in enumerate(regions) if r.any()]
-    out: dict[str, Any] = {"prompts": len([i for i in live if i >= TUNING])}
-    truth = torch.stack(regions)
-    best = 0.0
-    for recipe in recipes:
-        maps_ = torch.stack(found[recipe])
-        tuning, held = ([i for i in live if (i < TUNING) == t] for t in (True, False))
-        best = segment(maps_[tuning], truth[tuning]).best
-        held_out = segment(maps_[held], truth[held])
-        out[f"IoU, {recipe}"] = held_out.mean_iou(best)
-        out[f"precision, {recipe}"] = float(held_out.precision.mean())
-        out[f"threshold, {recipe}"] = best
-    rows = [i for i in range(n_other) if TUNING + i in live]
-    wrong = segment(torch.stack([other[i] for i in rows]), truth[[TUNING + i for i in rows]])
-    turned = torch.roll(truth[[TUNING + i for i in rows]], 7, 0)
-    chance = segment(torch.stack([other[i] for i in rows]), turned)
-    k = wrong.thresholds.index(best)
-    gap = wrong.iou[k] - chance.iou[k]
-    out |= {
-        "IoU, shuffled": float(wrong.iou[k].mean()),
-        "IoU, chance": float(chance.iou[k].mean()),
-        "shuffled - chance, standard error": float(sem(gap.double().numpy())),
-    }
-    return out
+def positions_patched(model: Any, case: Case, noun: str, rng: torch.Generator) -> dict[str, Sequence[int]]:
+    """Where another word's keys and values are put, by the name of the row."""
+    ((layout, _),) = layouts_of(model, [case])
+    word = positions_of_word(layout, case.word, "word")
+    after = positions_of_word(layout, case.word, "after")
+    where: dict[str, Sequence[int]] = {"the word and all after it": after, "the word's own tokens": word}
+    if noun != case.word:
+        where["from the word to its noun"] = positions_of_word(layout, case.word, noun)
+        where["its noun alone"] = positions_of_word(layout, noun, "word")
+    last = max(positions_of_word(layout, case.word, noun))
+    where["all after the noun"] = [p for p in after if p > last]
+    words = matched_words(layout, case.word)
+    if words and layout.where(words[0])[0] > word[-1]:
+        other = words[int(torch.randint(len(words), (), generator=rng))]
+        where["as many tokens of another word after it"] = layout.where(other)
+    return where
 
 
-def _maps(model: Any, texts: Sequence[str], words: Sequence[Sequence[str]], seeds: Sequence[int]):
-    inputs = {**OPTIONS, "prompt": list(texts), "seed": list(seeds), "output_type": "pt"}
-    return word_maps(model, inputs, words=words, keep=("head",), spread=True)
+def put(model: Any, case: Case, row_: int, to: Sequence[int], donor: int = 1) -> list[RowEdit]:
+    """Gives a row the keys and values of the other prompt at these positions, at every layer and step."""
+    ((layout, other),) = layouts_of(model, [case])
+    assert other is not None
+    ours, theirs = align_positions(layout, other, case.word, case.other_word, "after")
+    source = dict(zip(ours, theirs, strict=True))
+    return [
+        RowEdit(layer.site(kind), row_, copy_positions(donor, to, [source[p] for p in to]))
+        for layer in text_attention(model, layout=layout)
+        for kind in ("k", "v")
+    ]
 
 
-# ---- tracing -----------------------------------------------------------------------------------
-
-
-def pairs(attribute: str, n: int) -> list[tuple[Case, world.Scene]]:
-    """Prompts that differ in one attribute's word."""
-    rng = np.random.default_rng(0)
-    out = []
-    for i, (scene, text) in enumerate(prompts(n)):
-        word = measures.value_of(scene, attribute)
-        new = str(rng.choice([v for v in measures.values(attribute) if v != word]))
-        out.append((Case(text, word, _swap(text, word, new), new, i), scene))
-    return out
-
-
-def _swap(text: str, word: str, new: str) -> str:
-    for a in ("a", "an"):
-        article = "an" if new[0] in "aeiou" else "a"
-        if text.startswith(f"{a} {word} "):
-            return f"{article} {new} " + text.removeprefix(f"{a} {word} ")
-    return text.replace(f" {word} ", f" {new} ", 1) if f" {word} " in text else text.replace(word, new, 1)
-
-
-def measure_patching(model: Any, attribute: str, n: int) -> dict[str, Any]:
-    """How often patching a word's keys and values flips its attribute, and leaves the others."""
+def measure_patching(
+    model: Any, attribute: str, n: int, draws: int, options: Options
+) -> tuple[list[Row | None], dict[str, Any]]:
+    """How often another word's keys and values flip its attribute, beside the same change turned."""
     cases = pairs(attribute, n)
-    at = {"word": "word", "to its noun": None, "after": "after"}
-    table: dict[str, list[tuple[bool, list[bool]]]] = {k: [] for k in ("goal", *at, "random word")}
-    rng = np.random.default_rng(1)
-    for case, scene in cases:
-        noun = scene.things[0].shape if attribute in ("colour", "size") else case.word
-        noun = "background" if attribute == "background" else noun
-        changes = []
-        for row, positions in enumerate(at.values(), start=2):
-            changes += patch_edits(model, case, row, 1, positions=positions or noun)
-        unused = str(rng.choice([w for w in case.prompt.split() if w not in (case.word, "a", "an")]))
-        changes += patch_edits(model, Case(case.prompt, unused, case.other, unused), 5, 1, positions="word")
-        rows = [case.prompt, case.other, *[case.prompt] * 4]
-        images = generate_checked(model, rows, case.seed, changes, OPTIONS)
-        base, *others = [seen(image) for image in images]
-        for name, got in zip(table, others, strict=True):
-            kept = [getattr(got, a) == getattr(base, a) for a in ATTRIBUTES if a != attribute]
-            table[name].append((getattr(got, attribute) == case.other_word, kept))
-    return {
-        name: {
-            "flipped": float(np.mean([f for f, _ in rows])),
-            "others kept": float(np.mean([k for _, k in rows])),
-        }
-        for name, rows in table.items()
-    } | {"pairs": len(cases)}
+    flipped: Table = {}
+    kept: Table = {}
+    rng = torch.Generator().manual_seed(1)
+    same: list[bool] = []
+    for i, (case, scene) in enumerate(cases):
+        noun = {"background": "background", "shape": case.word}.get(attribute, scene.things[0].shape)
+        where = positions_patched(model, case, noun, rng)
+        names = ["the other prompt", *where, *(f"{name}, turned" for name in where)]
+        for table in (flipped, kept):
+            filled(table, n, draws, [name for name in names if name not in table])
+        for draw in range(draws):
+            edits: list[RowEdit] = []
+            for j, to in enumerate(where.values()):
+                edits += put(model, case, 2 + j, to)
+                control = 2 + len(where) + j
+                edits += turned(put(model, case, control, to), control, i, draw)
+            rows = [case.prompt, case.other, *[case.prompt] * (2 * len(where))]
+            images = generate_checked(model, rows, noise(i, draw), edits, options)
+            same.append(bool((images[2] - images[1]).abs().max() < 0.5 / 255))
+            base, *others = [seen(image) for image in images]
+            for name, got in zip(names, others, strict=True):
+                flipped[name][i][draw] = float(getattr(got, attribute) == case.other_word)
+                kept[name][i][draw] = share_kept(base, got, attribute)
+    rows_: list[Row | None] = []
+    for name in flipped:
+        if name.endswith(", turned"):
+            continue
+        note = ""
+        if name == "the word and all after it":
+            note = f"the same picture as the other prompt's in {sum(same)} of {len(same)}: by construction"
+        null = {"the same change turned": flipped[f"{name}, turned"]} if f"{name}, turned" in flipped else {}
+        rows_.append(row(f"{attribute} flips: {name}", flipped[name], null, note))
+        null = {"the same change turned": kept[f"{name}, turned"]} if null else {}
+        rows_.append(row(f"the rest stays: {name}", kept[name], null, note))
+    word = "the word's own tokens"
+    elsewhere = flipped.get("as many tokens of another word after it")
+    if elsewhere:
+        null = {"as many tokens of another word after it": elsewhere}
+        rows_.append(row(f"{attribute} flips: {word}", flipped[word], null))
+    return rows_, {"pairs": n, "noises": draws, "the whole is the other prompt": [sum(same), len(same)]}
 
 
-def measure_knockout(model: Any, attribute: str, n: int) -> dict[str, Any]:
-    """How often blocking a word takes its attribute away, and blocking another word does."""
-    cases = pairs(attribute, n)
-    rng = np.random.default_rng(2)
-    gone: dict[str, list[bool]] = {"word": [], "pixels only": [], "random word": []}
-    for case, _ in cases:
-        said = {case.word, "a", "an"}
-        unused = str(rng.choice([w for w in case.prompt.split() if w not in said]))
-        changes = [
-            *knockout_edits(model, case, 1),
-            *knockout_edits(model, case, 2, text=False),
-            *knockout_edits(model, Case(case.prompt, unused), 3),
-        ]
-        images = generate_checked(model, [case.prompt] * 4, case.seed, changes, OPTIONS)
-        base, *others = [getattr(seen(image), attribute) for image in images]
-        if base != case.word:
-            continue  # What was never drawn cannot be taken away.
-        for name, got in zip(gone, others, strict=True):
-            gone[name].append(got != base)
-    return {f"gone, {name}": float(np.mean(rows)) for name, rows in gone.items()} | {
-        "pictures": len(gone["word"])
-    }
+def share_kept(base: judges.Seen, got: judges.Seen, attribute: str) -> float:
+    """The share of the other attributes that are as they were."""
+    others = [a for a in ATTRIBUTES if a != attribute]
+    return sum(getattr(got, a) == getattr(base, a) for a in others) / len(others)
 
 
-# ---- control -----------------------------------------------------------------------------------
+# ---- blocking ----------------------------------------------------------------------------------
 
 
-def measure_control(model: Any, n: int) -> dict[str, Any]:
-    """Whether an edit does what it says and leaves the rest as it was."""
-    weights = (0.0, 0.5, 1.0, 2.0, 4.0)
-    flipped, kept, refined, moved = [], [], [], []
-    for case, scene in pairs("colour", n):
+def measure_knockout(
+    model: Any, attribute: str, n: int, draws: int, options: Options
+) -> tuple[list[Row | None], dict[str, Any]]:
+    """How often blocking a word takes its attribute away, beside another word of as many tokens blocked."""
+    rng = torch.Generator().manual_seed(2)
+    gone: Table = {}
+    drawn = 0
+    names = [
+        f"{whose}, {how}" for how in ("everywhere", "for the pixels only") for whose in ("word", "other")
+    ]
+    filled(gone, n, draws, names)
+    without = 0
+    for i, (case, _) in enumerate(pairs(attribute, n)):
+        ((layout, _),) = layouts_of(model, [Case(case.prompt, case.word)])
+        words = matched_words(layout, case.word)
+        without += not words
+        other = words[int(torch.randint(len(words), (), generator=rng))] if words else None
+        for draw in range(draws):
+            blocked = [(case.word, True), (other, True), (case.word, False), (other, False)]
+            live = [(name, b) for name, b in zip(names, blocked, strict=True) if b[0] is not None]
+            edits: list[RowEdit] = []
+            for j, (_, (word, text)) in enumerate(live, start=1):
+                edits += knockout_edits(model, Case(case.prompt, str(word)), j, text=text)
+            rows = [case.prompt] * (1 + len(live))
+            images = generate_checked(model, rows, noise(i, draw), edits, options)
+            base, *others = [getattr(seen(image), attribute) for image in images]
+            if base != case.word:
+                continue  # What was never drawn cannot be taken away.
+            drawn += 1
+            for (name, _), got in zip(live, others, strict=True):
+                gone[name][i][draw] = float(got != base)
+    rows_ = [
+        row(
+            f"{attribute} is gone: its word blocked {how}",
+            gone[f"word, {how}"],
+            {"another word of as many tokens, after it": gone[f"other, {how}"]},
+        )
+        for how in ("everywhere", "for the pixels only")
+    ]
+    return rows_, {"pictures with the attribute": drawn, "prompts without a matched word": without}
+
+
+# ---- edits -------------------------------------------------------------------------------------
+
+
+def measure_control(
+    model: Any, n: int, draws: int, options: Options
+) -> tuple[list[Row | None], dict[str, Any]]:
+    """Whether an edit does what it says and leaves the rest, beside drawing the other prompt freely."""
+    weights = (0.0, 0.5, 2.0, 4.0)
+    guidance = {"guidance_scale": options["guidance_scale"]}
+    steps = options["num_inference_steps"]
+    tables: Table = {}
+    names = ["flipped", "kept", "free flipped", "free kept", "refined kept", "free refined kept"]
+    filled(tables, n, draws, [*names, *(f"{w} {x}" for w in weights for x in ("background", "in"))])
+    for i, (case, scene) in enumerate(pairs("colour", n)):
         short = case.prompt.replace(f"{scene.things[0].size} ", "", 1)
-        plain = edit_words(
-            model,
-            case.prompt,
-            [
-                WordEdit(case.other, "replace", cross=0.4, own=0.4),
-                *[WordEdit(case.prompt, None, own=0.0, weights={"background": w}) for w in weights],
-            ],
-            n_steps=STEPS,
-            seed=case.seed,
-            options={"guidance_scale": GUIDANCE},
+        for draw in range(draws):
+            seed = noise(i, draw)
+            edits = [WordEdit(case.other, "replace", cross=0.4, own=0.4), WordEdit(case.other, None, own=0.0)]
+            edits += [
+                WordEdit(case.prompt, None, own=0.0, weights={word: w})
+                for word in ("background", "in")
+                for w in weights
+            ]
+            plain = edit_words(model, case.prompt, edits, n_steps=steps, seed=seed, options=guidance)
+            more = [WordEdit(case.prompt, "refine", own=0.4), WordEdit(case.prompt, None, own=0.0)]
+            longer = edit_words(model, short, more, n_steps=steps, seed=seed, options=guidance)
+            base, new, free, *_ = [seen(image) for image in plain]
+            was, now, freely = [seen(image) for image in longer]
+            apart = (plain[3:] - plain[0]).square().mean((1, 2, 3)).sqrt().view(2, len(weights))
+            for name, value in {
+                "flipped": float(new.colour == case.other_word),
+                "kept": share_kept(base, new, "colour"),
+                "free flipped": float(free.colour == case.other_word),
+                "free kept": share_kept(base, free, "colour"),
+                "refined kept": share_kept(was, now, "size"),
+                "free refined kept": share_kept(was, freely, "size"),
+            }.items():
+                tables[name][i][draw] = value
+            for which, word in enumerate(("background", "in")):
+                for w, value in zip(weights, apart[which].tolist(), strict=True):
+                    tables[f"{w} {word}"][i][draw] = value
+    free = "the other prompt drawn freely"
+    rows = [
+        row("replacing the colour word: it flips", tables["flipped"], {free: tables["free flipped"]}),
+        row("replacing the colour word: the rest stays", tables["kept"], {free: tables["free kept"]}),
+        row("adding the size: the rest stays", tables["refined kept"], {free: tables["free refined kept"]}),
+    ]
+    rows += [
+        row(
+            f"“background” times {w}: root mean square change of the picture",
+            tables[f"{w} background"],
+            {"“in” times the same": tables[f"{w} in"]},
         )
-        more = edit_words(
-            model,
-            short,
-            [WordEdit(case.prompt, "refine", own=0.4)],
-            n_steps=STEPS,
-            seed=case.seed,
-            options={"guidance_scale": GUIDANCE},
-        )
-        base, new = seen(plain[0]), seen(plain[1])
-        flipped.append(new.colour == case.other_word)
-        kept.append([getattr(new, a) == getattr(base, a) for a in ATTRIBUTES if a != "colour"])
-        was, now = seen(more[0]), seen(more[1])
-        refined.append([getattr(now, a) == getattr(was, a) for a in ATTRIBUTES if a != "size"])
-        apart = (plain[2:] - plain[0]).square().mean((1, 2, 3)).sqrt()
-        moved.append(apart.tolist())
-    change = np.array(moved)
-    return {
-        "replace: colour flipped": float(np.mean(flipped)),
-        "replace: others kept": float(np.mean(kept)),
-        "refine: others kept": float(np.mean(refined)),
-        "reweight: weights": list(weights),
-        "reweight: change by weight": [round(float(x), 4) for x in change.mean(0)],
-        "reweight: pictures where it grows away from 1": float(
-            np.mean([(r[0] >= r[1] >= r[2] == 0.0) and (r[2] <= r[3] <= r[4]) for r in moved])
-        ),
-        "pictures": len(moved),
+        for w in weights
+    ]
+    return rows, {"pairs": n, "noises": draws}
+
+
+# ---- all ---------------------------------------------------------------------------------------
+
+
+def jobs(model: Any, args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Every table by its name; the first word is what --only takes."""
+    options = {"num_inference_steps": args.steps, "guidance_scale": GUIDANCE}
+    shared = (args.draws, options)
+    out: dict[str, Callable[[], Any]] = {
+        "maps": lambda: measure_maps(model, args.n, args.validation, *shared),
+        "two": lambda: measure_two(model, args.n, args.validation, *shared),
+        "truth": lambda: measure_truth(model, args.causal, *shared),
     }
+    for attribute in CHANGED:
+        out[f"patch {attribute}"] = lambda a=attribute: measure_patching(model, a, args.pairs, *shared)
+    for attribute in CHANGED:
+        out[f"knockout {attribute}"] = lambda a=attribute: measure_knockout(model, a, args.pairs, *shared)
+    out["control"] = lambda: measure_control(model, args.pairs, *shared)
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="tiny-sd")
-    parser.add_argument("--n", type=int, default=200, help="prompts for the maps")
-    parser.add_argument("--pairs", type=int, default=40, help="pairs of prompts for each attribute")
-    parser.add_argument("--only", default="maps,patch,knockout,control")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default="tiny-sd", help="a shipped model, or a folder")
+    parser.add_argument("--n", type=int, default=60, help="prompts for the maps")
+    parser.add_argument("--validation", type=int, default=40, help="prompts that settings are chosen on")
+    parser.add_argument("--causal", type=int, default=16, help="prompts for the pixels that change")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs of prompts for each attribute")
+    parser.add_argument("--draws", type=int, default=2, help="noises for each prompt")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--only", default="maps,two,truth,patch,knockout,control")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     model = mm.load(args.model)
     model.wrapped.set_progress_bar_config(disable=True)
-    jobs: dict[str, Callable[[], Any]] = {"maps": lambda: measure_maps(model, args.n)}
-    for a in ("colour", "background", "size", "shape"):
-        jobs[f"patch {a}"] = lambda a=a: measure_patching(model, a, args.pairs)
-    for a in ("colour", "background", "size", "shape"):
-        jobs[f"knockout {a}"] = lambda a=a: measure_knockout(model, a, args.pairs)
-    jobs["control"] = lambda: measure_control(model, args.pairs)
     out: dict[str, Any] = {}
-    for name, job in jobs.items():
-        if name.split()[0] in args.only.split(","):
-            start = time.process_time()
-            out[name] = job()
-            print(name, json.dumps(out[name]), f"({time.process_time() - start:.0f} s)", flush=True)
+    for name, job in jobs(model, args).items():
+        if name.split()[0] not in args.only.split(","):
+            continue
+        start = time.process_time()
+        rows, facts = job()
+        out[name] = {"rows": [one.plain() for one in rows if one is not None], **facts}
+        print(name, json.dumps(out[name]), f"({time.process_time() - start:.0f} s)")
+        print(f"{markdown(name, rows)}\n\n{json.dumps(facts)}\n", flush=True)
     return out
 
 

@@ -136,6 +136,11 @@ def followed(model: Any, given: Given) -> Any:
     return da.trajectory(model, [given.prompt], n_own=1, n_steps=2, **given.options())
 
 
+def changed_words(model: Any, given: Given) -> Any:
+    """`word_changes`."""
+    return ca.word_changes(model, given.prompt, batch=3, options=given.options())
+
+
 def patched_words(model: Any, given: Given) -> Any:
     """`patch_words`."""
     return ca.patch_words(model, given.cases, given.redness, batch=4, options=given.options())

@@ -57,6 +57,7 @@ METHODS: tuple[Method, ...] = (
     Method(ca.grid, DRAWING, lambda m, x: ca.grid(m)),
     Method(ca.word_reader, DRAWING, calls.read_words),
     Method(ca.word_maps, DRAWING, lambda m, x: ca.word_maps(m, x.drawing | {"prompt": x.prompt})[0]),
+    Method(ca.word_changes, DRAWING, calls.changed_words),
     Method(ca.patch_words, DRAWING, calls.patched_words),
     Method(ca.knock_out_words, DRAWING, calls.blocked_words),
     Method(ca.ablate_heads, DRAWING, calls.silenced_heads),

@@ -40,7 +40,7 @@ def test_words_writes_a_sheet_and_the_maps_behind_it(tmp_path: Path) -> None:
         "guidance_scale": 3.0,
         "output_type": "pt",
     }
-    maps, _ = word_maps(model, inputs, spread=True)
+    maps, _ = word_maps(model, inputs)
     for word, told in numbers["words"].items():
         own = maps.heat(word)
         assert told["map"][3][5] == pytest.approx(float(own[3, 5]), abs=1e-4)
@@ -68,7 +68,11 @@ def test_trace_writes_effects_with_intervals_a_control_and_the_fast_estimate(tmp
     numbers = json.loads(out.with_suffix(".json").read_text("utf-8"))
     assert len(numbers["share"]) == len(numbers["parts"]) == len(numbers["attribution"]["effects"]) == 21
     assert all(a <= b <= c for a, b, c in zip(numbers["low"], numbers["share"], numbers["high"], strict=True))
-    assert "a random other word" in done.output
+    assert len(numbers["control"]["share"]) == 21
+    assert numbers["everything"]["by construction"] is True
+    assert numbers["everything"]["share"][0] == pytest.approx(1.0, abs=1e-4)
+    assert "by construction" in done.output
+    assert "turned in a random direction" in done.output
     with Image.open(out) as image:
         assert min(image.size) > 500
 

@@ -23,6 +23,7 @@ from methods_multimodal.cross_attention import (
     memorisation_score,
     patch_words,
     restore_text,
+    word_changes,
     word_maps,
 )
 from mm_adapters.traced import TracedModel
@@ -43,7 +44,7 @@ def test_word_maps() -> None:
     models = both()
     inputs = {**OPTIONS, "prompt": ["a big cat", "dog"], "seed": [0, 1], "output_type": "pt"}
     found = [word_maps(model, inputs, keep=("head",), spread=True) for model in models]
-    for recipe in ("mean", "daam", "spread"):
+    for recipe in ("mean", "daam", "spread", "relative"):
         assert torch.equal(*(maps.at(recipe) for maps, _ in found))
     assert torch.equal(*(output.images for _, output in found))
 
@@ -55,6 +56,9 @@ def test_tracing() -> None:
         ours, theirs = (trace(model, CASES, brightness, parts, options=OPTIONS) for model in models)
         assert torch.equal(ours.changed, theirs.changed)
         assert torch.equal(ours.goal, theirs.goal)
+        assert torch.equal(ours.control, theirs.control)
+    ours, theirs = (word_changes(model, "a big cat", options=OPTIONS) for model in models)
+    assert torch.equal(ours.changed, theirs.changed)
     ours, theirs = (restore_text(model, CASES, brightness, options=OPTIONS) for model in models)
     assert torch.equal(ours.changed, theirs.changed)
     ours, theirs = (attribute_patching(model, CASES, brightness, options=OPTIONS) for model in models)

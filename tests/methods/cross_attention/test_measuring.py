@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
+import mm_adapters as mm
 from methods_multimodal.cross_attention import Case, Effects, Part
-from methods_multimodal.cross_attention._measuring import DrawParts, measure_parts
-from mm_adapters import InputError, TokenLayout, load
+from methods_multimodal.cross_attention._measuring import Drawing, check_work, measure_parts
+from mm_adapters import InputError
 
-PROMPTS = ("a red circle on a gray background", "a blue square on a white background", "red")
 PARTS = [Part((layer,), None, (step,)) for layer in range(3) for step in range(2)] + [Part(heads=(1, 2))]
+N = len(PARTS)
 
 
 @cache
-def drawing_model() -> Any:
-    return load("tiny-sd")
-
-
-@pytest.fixture(scope="module")
-def layouts() -> list[TokenLayout]:
-    return [drawing_model().prompt_layout("text", [prompt]) for prompt in PROMPTS]
+def drawing_model() -> mm.HookedModel:
+    return mm.HookedModel(tiny.stable_diffusion().model)
 
 
 def level(images: Tensor) -> Tensor:
@@ -37,50 +33,76 @@ def pictures(values: Sequence[float]) -> Tensor:
     return torch.tensor(values)[:, None, None, None].expand(-1, 3, 2, 2)
 
 
-def measured(layouts: list[TokenLayout], batch: int) -> tuple[Effects, list[tuple[int, str | None, int]]]:
-    """Base 10 i, goal 10 i + 1, control 10 i + 2 and part p 100 i + p, by case i; and what was asked."""
-    asked = []
+def measured(batch: int, goal: float | None = None, whole: Sequence[bool] | None = None) -> Effects:
+    """Base 10 i, goal 10 i + 1, part p 100 i + p and its control 1000 i + p, by case i; case 1 has none."""
 
-    def drawing_of(i: int, other: str | None, rng: torch.Generator) -> DrawParts:
-        asked.append((i, other, int(torch.randint(2**31, (), generator=rng))))
-        return lambda chunk: pictures([10 * i, 10 * i + 1, 10 * i + 2, *(100.0 * i + p for p in chunk)])
+    def drawing(i: int) -> Drawing:
+        def draw(chunk: Sequence[int]) -> Tensor:
+            controls = [1000.0 * i + p for p in chunk if i != 1]
+            ends = [10.0 * i, 10.0 * i + 1 if goal is None else goal]
+            return pictures([*ends, *(100.0 * i + p for p in chunk), *controls])
 
-    cases = [Case(PROMPTS[0], "red"), Case(PROMPTS[1], "square"), Case(PROMPTS[2], "red")]
-    return measure_parts(
-        drawing_model(), cases, layouts, PARTS, level, drawing_of, what="x", batch=batch, seed=5
-    ), asked
+        return Drawing(draw, "" if i == 1 else f"control of {i}")
+
+    cases = [Case("a", "a")] * 3
+    drawings = [drawing(i) for i in range(3)]
+    return measure_parts(drawing_model(), cases, PARTS, level, drawings, what="x", batch=batch, whole=whole)
 
 
 @pytest.mark.parametrize("batch", [4, 5, 6, 10, 99])
-def test_every_part_of_every_case_is_in_its_cell_whatever_the_batch(layouts, batch: int) -> None:
-    effects, asked = measured(layouts, batch)
+def test_every_part_and_its_control_are_in_their_cells_whatever_the_batch(batch: int) -> None:
+    effects = measured(batch)
+    assert effects.base.tolist() == [0, 10, 20]
+    assert effects.goal.tolist() == [1, 11, 21]
     for i in range(3):
-        assert (effects.base[i], effects.goal[i], effects.control[i]) == (10 * i, 10 * i + 1, 10 * i + 2)
-        assert effects.changed[:, i].tolist() == [100 * i + p for p in range(len(PARTS))]
+        assert effects.changed[:, i].tolist() == [100 * i + p for p in range(N)]
+    assert effects.control.tolist() == [[p, 2000 + p] for p in range(N)]
+    assert effects.control_of == ("control of 0", "", "control of 2")
     assert effects.parts == tuple(PARTS)
     assert (effects.what, effects.metric) == ("x", "level")
-    assert asked == measured(layouts, 99)[1]
 
 
-def test_the_other_word_is_one_of_the_prompt_drawn_by_the_seed_in_the_order_of_cases(layouts) -> None:
-    _, asked = measured(layouts, 8)
-    rng = torch.Generator().manual_seed(5)
-    for i, word in enumerate(("red", "square", "red")):
-        others = [w for w in PROMPTS[i].split() if w != word]
-        # "a" stands twice in a prompt, and both are offered.
-        wanted = others[int(torch.randint(max(1, len(others)), (), generator=rng))] if others else None
-        assert asked[i][:2] == (i, wanted)
-        torch.randint(2**31, (), generator=rng)
+def test_controls_are_compared_over_the_cases_that_have_one() -> None:
+    effects = measured(99)
+    # Cases 0 and 2: gaps 1 and 1, controls p - 0 and 2000 + p - 20.
+    torch.testing.assert_close(effects.control_share().mean, torch.arange(N) + 990.0)
+    torch.testing.assert_close(effects.control_shift().mean, torch.arange(N) + 990.0)
+    # Changed less control: 0 in case 0, 200 - 2000 in case 2.
+    torch.testing.assert_close(effects.above_control().mean, torch.full((N,), -900.0))
+    alone = Effects(**{**vars(effects), "control": torch.zeros(N, 0), "control_of": ("", "", "")})
+    assert alone.control_share().mean.isnan().all()
 
 
-def test_nothing_to_trace_and_a_batch_without_a_part_are_refused(layouts) -> None:
-    def never(i: int, other: str | None, rng: torch.Generator) -> DrawParts:
-        raise AssertionError("nothing may be drawn")
+def test_only_what_is_everything_and_gives_the_goals_picture_is_true_by_construction() -> None:
+    whole = [p == 3 for p in range(N)]
+    # The pictures of part 3 are 3, 103 and 203; a goal of 3 is the first's alone.
+    assert not any(measured(99, goal=3.0, whole=whole).by_construction)
 
-    case = [Case(PROMPTS[0], "red")]
+    def draw(chunk: Sequence[int]) -> Tensor:
+        return pictures([0.0, 3.0, *map(float, chunk), *map(float, chunk)])
+
+    def effects(whole: Sequence[bool] | None) -> Effects:
+        return measure_parts(
+            drawing_model(),
+            [Case("a", "a")],
+            PARTS,
+            level,
+            [Drawing(draw, "x")],
+            what="x",
+            batch=9,
+            whole=whole,
+        )
+
+    assert effects(whole).by_construction == tuple(whole)
+    assert not any(effects([p == 2 for p in range(N)]).by_construction)
+    assert not any(effects(None).by_construction)
+
+
+def test_nothing_to_trace_and_a_batch_without_a_part_are_refused() -> None:
+    case = [Case("a", "a")]
     with pytest.raises(InputError, match="nothing to trace"):
-        measure_parts(drawing_model(), [], layouts, PARTS, level, never, what="x", batch=8, seed=0)
+        check_work([], PARTS, 8)
     with pytest.raises(InputError, match="nothing to trace"):
-        measure_parts(drawing_model(), case, layouts, [], level, never, what="x", batch=8, seed=0)
+        check_work(case, [], 8)
     with pytest.raises(InputError, match="batch=3"):
-        measure_parts(drawing_model(), case, layouts, PARTS, level, never, what="x", batch=3, seed=0)
+        check_work(case, PARTS, 3)

@@ -91,7 +91,7 @@ def test_spread_maps_of_a_short_run_are_those_of_its_own_step(strength: float) -
     model = mm.wrap(pipe)
     options = OPTIONS | PICTURE | {"num_inference_steps": 10, "strength": strength}
     maps, _ = word_maps(model, options, spread=True)
-    heat = maps.heat("cat")
+    heat = maps.heat("cat", recipe="spread")
     assert torch.isfinite(heat).all()
     assert heat.std() > 0
     attentions = [m for name, m in pipe.unet.named_modules() if name.endswith("attn1")]

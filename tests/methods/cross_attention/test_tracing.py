@@ -27,8 +27,10 @@ from methods_multimodal.cross_attention import (
     step_groups,
 )
 from methods_multimodal.cross_attention import _knockout as knockout
-from methods_multimodal.cross_attention.cases import align_positions, positions_of_word
-from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits
+from methods_multimodal.cross_attention import _rows as rows
+from methods_multimodal.cross_attention._turned import TURNED, turned
+from methods_multimodal.cross_attention.cases import align_positions, matched_words, positions_of_word
+from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits, patch_edits
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "height": 16, "width": 24, "guidance_scale": 3.0}
 CASES = [Case("a big cat", "big", "a red cat", "red", seed=0), Case("cat", "cat", "dog", "dog", seed=1)]
@@ -55,6 +57,87 @@ def test_patching_a_word_and_all_that_follows_it_draws_the_other_prompt() -> Non
         torch.testing.assert_close(found.goal[i], brightness(picture(lens, case.other, case.seed))[0])
     torch.testing.assert_close(found.changed[0], found.goal)
     torch.testing.assert_close(found.share().mean, torch.ones(1))
+    # That is no finding: it is the same as drawing the other prompt. A part of it, or the word alone, is one.
+    assert found.by_construction == (True,)
+    alone = patch_words(lens, CASES[:1], brightness, positions="word", options=OPTIONS)
+    assert alone.by_construction == (False,)
+    steps = [Part(steps=(0, 1, 2)), Part(steps=(0, 1))]
+    assert patch_words(lens, CASES[:1], brightness, steps, options=OPTIONS).by_construction == (True, False)
+
+
+def test_the_control_of_a_patch_changes_the_same_keys_and_values_as_far_in_another_direction() -> None:
+    lens, case = model(), CASES[0]
+    layers = [f"denoiser.blocks.1.cross_attn.hook_{x}" for x in "kv"]
+    read = [mm.Read(name, rows="cond") for name in layers]
+    part = Part(layers=(1,))
+    edits = patch_edits(lens, case, 2, 1, part, positions="word")
+    edits += turned(patch_edits(lens, case, 3, 1, part, positions="word"), 3, 0, 0)
+    edits += turned(patch_edits(lens, case, 4, 1, part, positions="word"), 4, 0, 1)
+    run = lens.run(
+        {
+            **OPTIONS,
+            "prompt": [case.prompt, case.other, *[case.prompt] * 3],
+            "seed": [0] * 5,
+            "output_type": "pt",
+        },
+        read=read,
+        edit=rows.edits(edits),
+    )
+    for name in layers:
+        value = run[name][0]
+        own, control, another = (value[i] - value[0] for i in (2, 3, 4))
+        at = [2, 3, 4]  # The tokens of "big".
+        for change in (own, control, another):
+            still = [p for p in range(change.shape[0]) if p not in at]
+            assert not change[still].any()
+        flat = [x[at].flatten(0, 1) for x in (own, control, another)]
+        assert flat[0].norm(dim=-1).min() > 1e-3
+        # Each position and head moves as far, and the angles between them stay.
+        for other in flat[1:]:
+            torch.testing.assert_close(other @ other.T, flat[0] @ flat[0].T, rtol=1e-3, atol=1e-4)
+            assert torch.nn.functional.cosine_similarity(other, flat[0]).abs().mean() < 0.8
+        assert not torch.allclose(flat[1], flat[2], atol=1e-3)
+
+
+def test_the_control_in_effects_is_that_of_each_part() -> None:
+    lens, case = model(), CASES[0]
+    parts = [Part((1,)), Part((3,), None, (0,))]
+    found = patch_words(lens, [case], brightness, parts, positions="word", options=OPTIONS, control_seed=4)
+    assert found.control_of == (TURNED,)
+    for i, part in enumerate(parts):
+        edits = turned(patch_edits(lens, case, 2, 1, part, positions="word"), 2, 4, 0)
+        images = generate_checked(lens, [case.prompt, case.other, case.prompt], 0, edits, OPTIONS)
+        torch.testing.assert_close(found.control[i, 0], brightness(images)[2])
+    other = patch_words(lens, [case], brightness, parts, positions="word", options=OPTIONS, control_seed=5)
+    assert not torch.allclose(other.control, found.control, atol=1e-7)
+    torch.testing.assert_close(other.changed, found.changed)
+
+
+def test_the_control_of_a_block_is_another_word_of_as_many_tokens_after_it() -> None:
+    lens = model()
+
+    def words(prompt: str, word: str) -> list[str]:
+        return matched_words(lens.prompt_layout("text", [prompt]), word)
+
+    # The letter tokenizer has a token for each letter.
+    assert words("red cat and dog", "cat") == ["and", "dog"]
+    assert words("red cat and dog", "dog") == ["red", "cat", "and"]  # None stands after it.
+    assert words("a big cat", "a big") == []
+    assert words("a tiger or cats", "tiger") == []  # "or" and "cats" have two and four tokens...
+    assert words("a tiger or cat", "tiger") == ["or cat"]  # ... and "or cat" has five together.
+    assert words("a cat a dog", "cat") == ["dog"]  # "a" stands twice, with two tokens; "a dog" has four.
+    case = Case("a cat and dog", "cat", seed=0)
+    found = knock_out_words(lens, [case], brightness, [Part((1,))], options=OPTIONS)
+    (said,) = found.control_of
+    word = said.split("”")[0].removeprefix("“")
+    assert word in ("and", "dog")
+    edits = knockout_edits(lens, Case(case.prompt, word), 1, Part((1,)))
+    images = generate_checked(lens, [case.prompt] * 2, 0, edits, OPTIONS)
+    torch.testing.assert_close(found.control[0, 0], brightness(images)[1])
+    none = knock_out_words(lens, [Case("a big cat", "a big")], brightness, options=OPTIONS)
+    assert none.control_of == ("",)
+    assert none.control.shape == (1, 0)
+    assert none.control_share().mean.isnan().all()
 
 
 def test_a_part_equals_one_run_with_one_edit() -> None:
@@ -145,10 +228,28 @@ def test_a_blocked_word_changes_nothing_any_more() -> None:
     assert not torch.allclose(pictures[0][1], pictures[1][1], atol=1e-4)
 
 
+def test_a_word_that_stands_twice_is_blocked_for_the_words_between() -> None:
+    lens = model()
+    case = Case("a cat a dog", "a")
+    pattern = "text.blocks.1.attn.hook_pattern"
+    run = lens.run(
+        {**OPTIONS, "prompt": [case.prompt] * 2, "seed": [0, 0], "output_type": "pt"},
+        read=[mm.Read(pattern, rows="cond")],
+        edit=rows.edits(knockout.block_in_text(lens, 1, case.prompt, "a")),
+    )
+    plain, blocked = run[pattern]  # A text encoder runs once: there is no axis of steps.
+    at = [1, 5]  # start, a, c, a, t, a, d, o, g, end.
+    others = [p for p in range(plain.shape[-1]) if p not in at]
+    assert plain[:, 2, 1].min() > 0
+    assert not blocked[:, others][..., at].any()
+    torch.testing.assert_close(blocked.sum(-1), torch.ones_like(blocked.sum(-1)))
+
+
 def test_knockouts_by_part_reach_the_goal_together() -> None:
     found = knock_out_words(model(), CASES[:1], brightness, [Part(), *grid(model())], options=OPTIONS)
     torch.testing.assert_close(found.changed[0], found.goal)
     assert found.changed.shape == (5, 1)
+    assert found.by_construction == (True, False, False, False, False)
 
 
 def test_an_ablated_head_gives_zero() -> None:
@@ -263,18 +364,25 @@ def test_words_of_other_lengths_are_aligned() -> None:
         positions_of_word(own, "cat", "big")
 
 
+def record(changed: Tensor, base: Tensor, goal: Tensor) -> Effects:
+    every, named = ((),) * len(changed), ("turned",) * len(base)
+    return Effects(
+        changed, base, goal, changed * 0, every, every, every, "", "", named, (False,) * len(changed)
+    )
+
+
 def test_intervals_cover_a_known_mean() -> None:
     covered = 0
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         base, goal = torch.zeros(30), torch.ones(30)
         changed = 0.5 + 0.2 * torch.randn(1, 30, generator=generator)
-        share = Effects(changed, base, goal, base, ((),), ((),), ((),), "", "").share(draws=400)
+        share = record(changed, base, goal).share(draws=400)
         covered += float(share.low) <= 0.5 <= float(share.high)
     assert covered >= 33
     assert math.isclose(float(share.mean), float(changed.mean()), rel_tol=1e-6)
     with pytest.raises(mm.InputError, match="no scale"):
-        Effects(changed, base, base, base, ((),), ((),), ((),), "", "").share()
+        record(changed, base, base).share()
 
 
 def test_steps_are_grouped_as_equally_as_can_be() -> None:

@@ -102,6 +102,38 @@ def test_what_is_not_kept_is_the_mean() -> None:
         lean.at("best")
 
 
+def test_relative_maps_are_set_against_the_mean_over_every_word_whichever_have_maps() -> None:
+    built = tiny.stable_diffusion()
+    inputs = INPUTS | {"prompt": "a cat dog"}
+    maps, _ = word_maps(mm.HookedModel(built.model), inputs, words=["cat"], keep=("step",))
+    tokens = {"a": [1], "cat": [2, 3, 4], "dog": [5, 6, 7]}
+    layers = []
+    for (height, width), patterns in plain_patterns(built.model, inputs).items():
+        words = torch.stack([by_words(patterns, t, (height, width)) for t in tokens.values()])
+        every = words.mean(0)  # [layer, step, head, height, width]
+        found = maps.all_words[f"{height}x{width}"]
+        torch.testing.assert_close(found[:, :, 0, 0], every.mean(2).transpose(0, 1), rtol=1e-4, atol=1e-6)
+        for word, mean in zip(words[1].mean((1, 2)), every.mean((1, 2)), strict=True):
+            ratio = (word / mean).log()
+            standard = ((ratio - ratio.mean()) / ratio.std())[None, None]
+            layers.append(torch.nn.functional.interpolate(standard, size=(8, 12), mode="bicubic")[0, 0])
+    torch.testing.assert_close(maps.heat("cat"), torch.stack(layers).mean(0), rtol=1e-3, atol=1e-4)
+    whole, _ = word_maps(mm.HookedModel(built.model), inputs)
+    torch.testing.assert_close(whole.heat("cat"), maps.heat("cat"))
+    # At one step alone it is that step's, of the word and of the mean.
+    last = slice(2, 3)
+    alone = WordMaps(**{
+        **vars(maps),
+        "by_grid": {k: v[last] for k, v in maps.by_grid.items()},
+        "all_words": {k: v[last] for k, v in maps.all_words.items()},
+        "n_steps": 1,
+    })  # fmt: skip
+    torch.testing.assert_close(maps.at("relative", last), alone.at("relative"))
+    without = WordMaps(**{**vars(maps), "all_words": {}})
+    with pytest.raises(mm.InputError, match="without the mean over all words"):
+        without.heat("cat")
+
+
 def test_affinity_is_the_self_attention_of_the_finest_layers_in_the_middle_of_the_run() -> None:
     model = mm.HookedModel(tiny.stable_diffusion().model)
     inputs = INPUTS | {"num_inference_steps": 10}

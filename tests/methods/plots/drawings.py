@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from methods_multimodal import plots
-from methods_multimodal.cross_attention import Effects, WordMaps
+from methods_multimodal.cross_attention import Effects, WordChanges, WordMaps
 from methods_multimodal.data_attribution import Estimate
 from methods_multimodal.dissection.concepts import Concepts
 from methods_multimodal.lenses.direct_attribution import LogitAttribution
@@ -229,6 +229,31 @@ def word_map_with_its_edge() -> Axes:
 
 
 @drawing
+def word_map_with_a_note() -> Axes:
+    return plots.word_map(word_maps(), "red", pixels(), note="like that to a: +0.50")
+
+
+def word_changes() -> WordChanges:
+    return WordChanges(
+        changed=table(2, 6, 9).abs(),
+        picture=torch.zeros(3, 6, 9),
+        blocked=torch.zeros(2, 3, 6, 9),
+        words=("a", "cat"),
+        text=True,
+    )
+
+
+@drawing
+def word_change() -> Axes:
+    return plots.word_change(word_changes(), "cat")
+
+
+@drawing
+def word_change_on_a_scale_of_its_page() -> Axes:
+    return plots.word_change(word_changes(), "a", limit=1.0, note="rank with its map +0.50")
+
+
+@drawing
 def film_strip() -> Axes:
     return plots.film_strip(word_maps(9), "red", n_frames=4)
 
@@ -255,12 +280,14 @@ def effects(heads_too: bool = False, n_layers: int = 2) -> Effects:
         + torch.tensor([0.0, 0.1, 0.05, -0.1]),
         base=torch.tensor([0.0, 0.1, 0.0, -0.1]),
         goal=torch.tensor([1.0, 1.2, 0.9, 1.0]),
-        control=torch.zeros(4),
+        control=torch.zeros(n, 4),
         layers=tuple(p[0] for p in pieces),
         heads=tuple(p[1] for p in pieces),
         steps=tuple(p[2] for p in pieces),
         what="a word's keys",
         metric="redness",
+        control_of=("the same, turned",) * 4,
+        by_construction=tuple(piece == ((), (0, 1) if heads_too else (), ()) for piece in pieces),
     )
 
 

@@ -93,6 +93,11 @@ def words_of_some() -> Report:
 
 
 @page
+def words_and_what_they_change() -> Report:
+    return words_report(model("tiny-sd"), "a red circle in the middle", steps=3, changed=True)
+
+
+@page
 def trace() -> Report:
     return trace_report(
         model("tiny-sd"), "a red circle", "red", "blue", redness, seeds=(0, 1), steps=4, n_groups=2
