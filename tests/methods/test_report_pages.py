@@ -69,6 +69,8 @@ def head_names(strings: tuple[str, ...]) -> HeadNames:
         chosen=torch.tensor([[[0, 1, 2, 3, 4, 5]], [[-1] * 6]]),
         variance_explained=torch.linspace(0.1, 0.6, 6).repeat(2, 1, 1).reshape(2, 1, 6),
         variance=torch.tensor([[0.25], [1.5]]),
+        null_share=torch.tensor([[0.1], [0.0]]),
+        p_value=torch.tensor([[0.01], [1.0]]),
         top_images=torch.arange(12).reshape(1, 1, 6, 2).repeat(2, 1, 1, 1),
         scores=torch.linspace(-1e-9, 1.1, 12).reshape(1, 1, 6, 2).repeat(2, 1, 1, 1),
         top_files=tuple((i, strings[i % 6]) for i in range(12)),
