@@ -1,4 +1,4 @@
-"""What is lost along each text when a head is held at its mean: on its direct path, and in the running model."""
+"""What is lost along each text when a head is held at its mean: on its direct path, and in all."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def head_effects(
         raise InputError(
             f"Texts are {texts.shape[1]} wide and this tower's summary {parts.width}: no joint space."
         )
-    options = {"batch_size": batch_size, "skip_unreadable": skip_unreadable, "file": None}
+    options: dict[str, Any] = {"batch_size": batch_size, "skip_unreadable": skip_unreadable, "file": None}
     sites = [parts.site("attn.hook_z", layer) for layer in range(parts.n_layers)]
 
     def gather(state: dict[str, Tensor], batch: list[Any], numbers: list[int]) -> dict[str, Tensor]:

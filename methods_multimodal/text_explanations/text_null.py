@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from jaxtyping import Float
@@ -30,16 +31,13 @@ def rotated_shares(
         seed: What they are drawn with.
     """
     shape = heads.total.shape[:-1]
-    each = [
-        heads[tuple(index)]
-        for index in torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape)).tolist()
-    ]
+    each = [heads[index] for index in product(*map(range, shape))]
     frames = [_frame(one, rank) for one in each]
     shares = torch.full((n, len(each)), torch.nan)
     for draw, rotated in enumerate(_rotations(texts, n, seed)):
         for i, frame in enumerate(frames):
             if frame is not None:
-                shares[draw, i] = _first_share(rotated @ frame[0].T, *frame[1:])
+                shares[draw, i] = _first_share(rotated.to(frame[0]) @ frame[0].T, *frame[1:])
     return shares.reshape(n, *shape)
 
 

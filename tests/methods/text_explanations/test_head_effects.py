@@ -31,8 +31,8 @@ def covariance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def test_effects_are_those_of_plain_edits(name: str, engine: str) -> None:
     model, pixels = wrapped(name, engine), tiny.pixels(9)
     found = head_effects(model, pixels, WORDS, batch_size=4)
-    texts = torch.nn.functional.normalize(model.embed(text=list(WORDS.texts)).detach(), dim=-1)
     plain = wrapped(name)
+    texts = torch.nn.functional.normalize(plain.embed(text=list(WORDS.texts)).detach(), dim=-1)
     parts = decompose(plain, images=pixels, tokens="sum", batch_size=9)
     length = parts.length[:, None]
     own = parts.own / length @ texts.T
@@ -75,7 +75,7 @@ def test_what_is_lost_is_the_mean_over_a_group_s_texts() -> None:
         found.lost(0, 0, "both")
 
 
-def test_effects_need_images_of_one_size_and_two_of_them() -> None:
+def test_effects_need_two_images() -> None:
     with pytest.raises(mm.InputError, match="1 is not enough"):
         head_effects(wrapped(), tiny.pixels(1), WORDS)
 
