@@ -1,4 +1,4 @@
-"""A small part of `python -m tests.quality.heads`: names say what the direct path does, beside their nulls."""
+"""A small part of `python -m tests.quality.heads`: names say what the direct path does, beside nulls."""
 
 from __future__ import annotations
 
