@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
 
 import torch
 
@@ -11,10 +10,8 @@ from methods_multimodal.core.generators import Seed, generator
 from methods_multimodal.dissection.units import Units
 from mm_adapters import Model
 
-M = TypeVar("M", bound=Model)
 
-
-def with_shuffled_weights(model: M, tower: str, seed: Seed = 0) -> M:
+def with_shuffled_weights(model: Model, tower: str, seed: Seed = 0) -> Model:
     """A copy of the model in which each tensor of the tower's weights holds its numbers in random order.
 
     So the tower is as wide, as deep and as strong as it was, whatever it is, and what training put where is

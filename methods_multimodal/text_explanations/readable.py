@@ -18,11 +18,13 @@ from mm_adapters import Model
 _WORD = re.compile(r"\w+")
 # Random strings that words are compared with, at least.
 _STRINGS = 200
+# Letters that are drawn for one string, at most: each may be a token, and models read few.
+_LETTERS = 24
 
 
 @dataclass(frozen=True)
 class Readability(Record):
-    """Each text beside the same text with its own words replaced by random letters, as many.
+    """Each text beside the same text with its own words replaced by random letters, as many (24 at most).
 
     `distance[text]` is that of the text's unit vector to the nearest of such strings of letters,
     `of_letters[string]` that of each string to the nearest other. A word that the model does not know falls
@@ -51,9 +53,8 @@ def readability(model: Model, words: Vocabulary, *, seed: int = 0) -> Readabilit
     """
     rng = random.Random(seed)
     spans = own_words(words)
-    letters = sorted(
-        {c for text, at in zip(words.texts, spans, strict=True) for a, b in at for c in text[a:b].lower()}
-    )
+    own = "".join(text[a:b] for text, at in zip(words.texts, spans, strict=True) for a, b in at).lower()
+    letters = sorted({c for c in own if c.isalpha()}) or sorted(set("abcdefghijklmnopqrstuvwxyz"))
     times = -(-_STRINGS // len(words))
     strings = [
         _scrambled(text, at, letters, rng)
@@ -95,13 +96,14 @@ def own_words(words: Vocabulary) -> list[list[tuple[int, int]]]:
 
 
 def _scrambled(text: str, spans: list[tuple[int, int]], letters: list[str], rng: random.Random) -> str:
-    drawn = list(text)
-    usable = [c for c in letters if c.isalpha()] or letters
+    """The text with random letters for its own words; of long texts the last own words are left out."""
+    parts, at, left = [], 0, _LETTERS
     for first, last in spans:
-        for i in range(first, last):
-            if text[i].isalnum():
-                drawn[i] = rng.choice(usable)
-    return "".join(drawn)
+        n = min(last - first, left)
+        drawn = "".join(rng.choice(letters) if c.isalnum() else c for c in text[first : first + n])
+        parts += [text[at:first], drawn]
+        at, left = last, left - n
+    return "".join([*parts, text[at:]])
 
 
 def _spread(vectors: Float[Tensor, "row width"]) -> float:
