@@ -16,7 +16,7 @@ from methods_multimodal.text_explanations.name_heads import LEVEL, MANY_UNREAD, 
 
 
 def unread_note(record: HeadNames) -> str | None:
-    """What to say of a vocabulary of which the model cannot read a word; None if it reads all."""
+    """What to say of a vocabulary in which are words that the model cannot read; None if it reads all."""
     if not record.unread:
         return None
     examples = ", ".join(repr(record.texts[i]) for i in record.unread[:4])
@@ -27,7 +27,7 @@ def unread_note(record: HeadNames) -> str | None:
     )
     if share > MANY_UNREAD:
         return said + "Names from this vocabulary say little; use words that the model was trained on."
-    return said + "Names made of these say nothing."
+    return said + "Names made of these are marked; do not rely on them."
 
 
 def heads_page(
