@@ -37,6 +37,9 @@ def dissect(
     ] = "a photo of {}",
     question: Annotated[str, typer.Option(help="For a model that answers questions.")] = "what is this?",
     cards: Annotated[int, typer.Option(min=1, help="How many units get a card.")] = 48,
+    twins: Annotated[
+        int, typer.Option(min=0, help="How often the same is asked of the tower with its weights shuffled.")
+    ] = 1,
     batch: BatchSize = 32,
     skip_unreadable: SkipUnreadable = False,
     device: Device = None,
@@ -77,7 +80,19 @@ def dissect(
     with exclusive(out):
         judged_by = open_model(judge, device)
         _write(
-            units, batches, loaded, judged_by, listed, labelled, template, question, cards, files, out, model
+            units,
+            batches,
+            loaded,
+            judged_by,
+            listed,
+            labelled,
+            template,
+            question,
+            cards,
+            twins,
+            files,
+            out,
+            model,
         )
 
 
@@ -91,11 +106,13 @@ def _write(
     template: str,
     question: str,
     cards: int,
+    n_twins: int,
     files: Sequence[Path],
     out: Path,
     model: str,
 ) -> None:
     from methods_multimodal.dissection.concepts import presence
+    from methods_multimodal.dissection.shuffled_weights import twins_of
     from methods_multimodal.dissection.survey import survey
     from methods_multimodal.report.dissection import strongest, write_page
 
@@ -107,6 +124,7 @@ def _write(
         out / "activations",
         masks=labelled,
         template=template,
+        twins=twins_of(units, n_twins),
     )
     maps: dict[int, list[Any]] = {}
     units_shown = strongest(results, cards)
@@ -127,7 +145,14 @@ def _write(
     )
     for one in results.methods:
         kept = one.chance.significant()
-        typer.echo(f"{one.method}: {len(kept)} of {len(one.names)} units better than chance")
+        said = f"{one.method}: {len(kept)} of {len(one.names)} units better than chance"
+        if results.twins:
+            at_random = [len(twin.by_name(one.method).chance.significant()) for twin in results.twins]
+            said += (
+                f" (with shuffled weights {', '.join(map(str, at_random))}); "
+                f"{len(results.above_random(one.method))} above what 1 % of shuffled units reach"
+            )
+        typer.echo(said)
     typer.echo(f"wrote {', '.join(map(str, written))}")
 
 

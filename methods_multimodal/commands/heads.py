@@ -26,6 +26,12 @@ def heads(
     ] = "general",
     texts: Annotated[int, typer.Option(min=1, help="How many texts name a head.")] = 5,
     top: Annotated[int, typer.Option(min=1, help="How many images are shown for a text.")] = 4,
+    effects: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Images, of the first, on which every head is held at its mean in the running model."
+        ),
+    ] = 0,
     batch_size: BatchSize = 32,
     skip_unreadable: SkipUnreadable = False,
     device: Device = None,
@@ -35,6 +41,7 @@ def heads(
 ) -> None:
     """Names every head of a model's image tower in words: heads.html to read, heads.json to use.
 
+    Names describe the direct path only; --effects N adds what each head does in the running model.
     A run that was killed goes on where it was, if it is started again with the same --out.
     """
     from methods_multimodal.text_explanations.vocabulary import vocabulary as words_of
@@ -46,10 +53,13 @@ def heads(
     words = words_of(vocabulary)
     if texts > len(words):
         raise InputError(f"--texts {texts}: the vocabulary has {len(words)}.")
+    if effects == 1:
+        raise InputError("--effects 1: an effect is a change from the mean over images. Give two or more.")
     check_folder(out)
     from PIL import Image
 
-    from methods_multimodal.report.heads import write_heads
+    from methods_multimodal.report.heads import unread_note, write_heads
+    from methods_multimodal.text_explanations.head_effects import head_effects
     from methods_multimodal.text_explanations.name_heads import name_heads
     from mm_adapters.inputs.images import to_rgb
 
@@ -69,7 +79,14 @@ def heads(
     def picture_of(number: int) -> Image.Image:
         return to_rgb(files[number])
 
-    page, numbers = write_heads(names, picture_of, model, out)
+    measured = None
+    if effects:
+        measured = head_effects(
+            loaded, files[:effects], words, batch_size=batch_size, skip_unreadable=skip_unreadable
+        )
+    page, numbers = write_heads(names, picture_of, model, out, measured)
+    if (note := unread_note(names)) is not None:
+        typer.echo(f"note: {note}", err=True)
     for name, why in names.unreadable:
         typer.echo(f"skipped {name}: {why}")
     typer.echo(f"wrote {page} and {numbers}")

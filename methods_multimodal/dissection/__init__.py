@@ -7,6 +7,7 @@ from methods_multimodal.dissection.naming import ClipDissection, clip_dissect, c
 from methods_multimodal.dissection.network import NetworkDissection, network_dissection
 from methods_multimodal.dissection.neurons import Multimodal, Selectivity, multimodal_neurons, selectivity
 from methods_multimodal.dissection.scores import Chance, Faithfulness, agreement, chance, faithfulness
+from methods_multimodal.dissection.shuffled_weights import twins_of, with_shuffled_weights
 from methods_multimodal.dissection.units import Units
 
 __all__ = [
@@ -37,4 +38,6 @@ __all__ = [
     "retrieving",
     "selectivity",
     "shares",
+    "twins_of",
+    "with_shuffled_weights",
 ]

@@ -29,6 +29,8 @@ from mm_adapters.store import Store
 
 # Enough for a null distribution, few enough to hold.
 _SHUFFLED_IMAGES = 400
+# The share of units with random weights that may reach a score that counts.
+LEVEL = 0.01
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Named:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found out about a site. `top[unit]` are the pictures it is strongest on, by number."""
+    """What was found out about a site. `top[unit]` are the pictures it is strongest on, by number.
+
+    `twins` is the same of the same site with other weights, such as random ones: what the counts are there.
+    """
 
     site: str
     concepts: Concepts
@@ -57,10 +62,30 @@ class Survey:
     activations: Float[Tensor, "image unit"]
     top: Int[Tensor, "unit top"]
     network: NetworkDissection | None
+    twins: tuple[Survey, ...] = ()
 
     def by_name(self, method: str) -> Named:
-        """One method's names."""
-        return next(one for one in self.methods if one.method == method)
+        """One method's names. Raises: InputError if it was not asked."""
+        for one in self.methods:
+            if one.method == method:
+                return one
+        known = ", ".join(one.method for one in self.methods)
+        raise InputError(f"No method {method!r} was asked; there is {known}.")
+
+    def random_threshold(self, method: str, level: float = LEVEL) -> float:
+        """The score that a share of at most `level` of the twins' units is above.
+
+        Raises: InputError without twins.
+        """
+        if not self.twins:
+            raise InputError("There are no twins to compare with. Pass survey(twins=...).")
+        scores = torch.cat([twin.by_name(method).scores for twin in self.twins])
+        return float(scores.double().quantile(1 - level, interpolation="higher"))
+
+    def above_random(self, method: str, level: float = LEVEL) -> list[int]:
+        """The units whose best score is above `random_threshold`."""
+        above = self.by_name(method).scores.double() > self.random_threshold(method, level)
+        return above.nonzero().flatten().tolist()
 
 
 def survey(
@@ -78,6 +103,7 @@ def survey(
     share: float = 0.005,
     n_shuffles: int = 99,
     about: Mapping[str, Any] | None = None,
+    twins: Sequence[Units] = (),
     progress: bool = True,
 ) -> Survey:
     """Names every unit of a site by network dissection, where there are masks, and by CLIP-Dissect.
@@ -98,9 +124,11 @@ def survey(
         share: The share of all places at which a unit exceeds its threshold.
         n_shuffles: How often pictures are shuffled to say what chance reaches.
         about: What else the stores should say that they were made of.
+        twins: Units of the same site of models with other weights (`twins_of`), of which everything is
+            asked as well.
         progress: Whether to show progress bars.
 
-    Raises: InputError for unknown kernels or too few batches, before anything runs.
+    Raises: InputError for unknown kernels, too few batches, or twins of another site, before anything runs.
     """
     unknown = [k for k in kernels if k not in KERNELS]
     if unknown:
@@ -108,6 +136,8 @@ def survey(
     n_check = max(1, round(held_out * len(batches)))
     if len(batches) - n_check < 1:
         raise InputError("One batch names the units and another checks the names: give more pictures.")
+    if others := [twin.site for twin in twins if twin.site != units.site]:
+        raise InputError(f"A twin is of {others[0]}, and the units are of {units.site}. Give the same site.")
     named, check = batches[:-n_check], batches[-n_check:]
     store = collect([units], named, judge, Path(folder) / "named", about=about, progress=progress)
     other = collect([units], check, judge, Path(folder) / "check", about=about, progress=progress)
@@ -139,7 +169,26 @@ def survey(
             _named(kernel, names, by_kernel.scores.amax(1), null, held, captions, shown, concepts)
         )
     top = first[0].topk(min(8, n_named), 0).indices.T
-    return Survey(units.site, concepts, tuple(by_method), first[0], top, network)
+    of_twins = tuple(
+        survey(
+            twin,
+            batches,
+            judge,
+            concepts,
+            Path(folder) / f"twin{number}",
+            masks=masks,
+            texts=texts,
+            template=template,
+            kernels=kernels,
+            held_out=held_out,
+            share=share,
+            n_shuffles=n_shuffles,
+            about=about,
+            progress=progress,
+        )
+        for number, twin in enumerate(twins)
+    )
+    return Survey(units.site, concepts, tuple(by_method), first[0], top, network, of_twins)
 
 
 def _columns(store: Store, site: str) -> tuple[Tensor, Tensor]:

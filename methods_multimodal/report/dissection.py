@@ -58,6 +58,8 @@ def write_page(
         "site": survey.site,
         "images": len(survey.activations),
         "concepts": survey.concepts.names,
+        "twins": len(survey.twins),
+        "methods": [_method(survey, one) for one in survey.methods],
     }
     write_json(numbers, {**about, "units": rows})
     page = out / "index.html"
@@ -74,6 +76,10 @@ def _row(survey: Survey, unit: int) -> dict[str, Any]:
         row[f"{one.method}_correlation"] = rounded(one.follows[unit], 4)
         if one.faithful is not None:
             row[f"{one.method}_auroc"] = rounded(one.faithful.auroc[unit], 4)
+        if survey.twins:
+            row[f"{one.method}_above_random"] = bool(
+                float(one.scores[unit].double()) > survey.random_threshold(one.method)
+            )
     row["top_pictures"] = " ".join(map(str, survey.top[unit].tolist()))
     return row
 
@@ -109,22 +115,37 @@ def _page(
         n_images=len(survey.activations),
         n_concepts=len(survey.concepts),
         detectors=_plot(figure),
-        methods=[_method(one) for one in survey.methods],
+        methods=[_method(survey, one) for one in survey.methods],
+        n_twins=len(survey.twins),
         agreements=_agreements(survey),
         units=[_card(survey, unit, pictures, maps[unit], thresholds, shown) for unit in maps],
     )
 
 
-def _method(one: Named) -> dict[str, Any]:
+def _method(survey: Survey, one: Named) -> dict[str, Any]:
+    """A line of the table of methods: each number, and what it is with random weights (None without)."""
     faithful = one.faithful
+    twins = [twin.by_name(one.method) for twin in survey.twins]
     return {
         "name": one.method,
         "n_significant": len(one.chance.significant()),
+        "n_significant_random": _mean([len(twin.chance.significant()) for twin in twins]),
+        "n_above_random": len(survey.above_random(one.method)) if twins else None,
+        "threshold": survey.random_threshold(one.method) if twins else None,
         "correlation": float(one.follows.mean()),
-        "auroc": None if faithful is None else float(faithful.auroc.mean()),
+        "auroc": _auroc(one),
+        "auroc_random": _mean([value for twin in twins if (value := _auroc(twin)) is not None]),
         "constant": None if faithful is None else float(faithful.constant.mean()),
         "constant_name": None if faithful is None else faithful.constant_name,
     }
+
+
+def _auroc(one: Named) -> float | None:
+    return None if one.faithful is None else float(one.faithful.auroc.mean())
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _agreements(survey: Survey) -> list[tuple[str, str, float]]:
@@ -165,6 +186,7 @@ def _card(
             "score": float(one.scores[unit]),
             "q": float(one.chance.q[unit]),
             "auroc": None if one.faithful is None else float(one.faithful.auroc[unit]),
+            "above": bool(survey.twins) and unit in survey.above_random(one.method),
         }
         for one in survey.methods
     ]

@@ -11,11 +11,37 @@ from PIL import Image
 from methods_multimodal.core.files import write_json, write_text
 from methods_multimodal.report._html import inline, render
 from methods_multimodal.report._page import rounded
-from methods_multimodal.text_explanations.name_heads import HeadNames
+from methods_multimodal.text_explanations.head_effects import HeadEffects
+from methods_multimodal.text_explanations.name_heads import LEVEL, MANY_UNREAD, HeadNames
 
 
-def heads_page(record: HeadNames, picture_of: Callable[[int], Image.Image], model_name: str) -> str:
-    """The page as HTML, with its pictures in it: nothing else is loaded."""
+def unread_note(record: HeadNames) -> str | None:
+    """What to say of a vocabulary in which are words that the model cannot read; None if it reads all."""
+    if not record.unread:
+        return None
+    examples = ", ".join(repr(record.texts[i]) for i in record.unread[:4])
+    share = len(record.unread) / len(record.texts)
+    said = (
+        f"The model embeds {len(record.unread)} of {len(record.texts)} texts as it does random letters "
+        f"({examples}{', ...' if len(record.unread) > 4 else ''}): it does not read their words. "
+    )
+    if share > MANY_UNREAD:
+        return said + "Names from this vocabulary say little; use words that the model was trained on."
+    return said + "Names made of these are marked; do not rely on them."
+
+
+def heads_page(
+    record: HeadNames,
+    picture_of: Callable[[int], Image.Image],
+    model_name: str,
+    effects: HeadEffects | None = None,
+) -> str:
+    """The page as HTML, with its pictures in it: nothing else is loaded.
+
+    `effects` are of the same model and texts; with them the page sets what a head does in the running
+    model beside what it adds itself.
+    """
+    unread = set(record.unread)
     files = dict(record.top_files)
     thumbs: dict[int, str] = {}
 
@@ -29,6 +55,7 @@ def heads_page(record: HeadNames, picture_of: Callable[[int], Image.Image], mode
             {
                 "text": record.texts[number],
                 "group": record.groups[number],
+                "unread": number in unread,
                 "gained": float(record.variance_explained[layer, head, i]),
                 "images": [
                     image(int(n), float(score))
@@ -46,7 +73,15 @@ def heads_page(record: HeadNames, picture_of: Callable[[int], Image.Image], mode
         {
             "number": layer,
             "heads": [
-                {"number": head, "share": float(record.variance[layer, head]), "texts": texts(layer, head)}
+                {
+                    "number": head,
+                    "share": float(record.variance[layer, head]),
+                    "texts": texts(layer, head),
+                    "named": record.is_named(layer, head),
+                    "p": float(record.p_value[layer, head]),
+                    "null": float(record.null_share[layer, head]),
+                    "effects": None if effects is None else _effects(effects, layer, head),
+                }
                 for head in range(n_heads)
             ],
         }
@@ -60,10 +95,26 @@ def heads_page(record: HeadNames, picture_of: Callable[[int], Image.Image], mode
         layers=layers,
         thumbs=thumbs,
         unreadable=record.unreadable,
+        unread=unread_note(record),
+        n_named=int((record.p_value <= LEVEL).sum()),
+        n_heads=record.p_value.numel(),
+        n_expected=LEVEL * record.p_value.numel(),
+        level=LEVEL,
+        n_effects=None if effects is None else effects.n_images,
     )
 
 
-def heads_numbers(record: HeadNames, model_name: str) -> dict[str, Any]:
+def _effects(effects: HeadEffects, layer: int, head: int) -> dict[str, Any]:
+    return {
+        "direct": effects.text(layer, head, "direct"),
+        "total": effects.text(layer, head, "total"),
+        "correlation": float(effects.correlation[layer, head]),
+        "size": float(effects.size[layer, head]),
+        "is_direct": effects.is_direct(layer, head),
+    }
+
+
+def heads_numbers(record: HeadNames, model_name: str, effects: HeadEffects | None = None) -> dict[str, Any]:
     """The same as plain data."""
     files = dict(record.top_files)
     heads = []
@@ -81,18 +132,37 @@ def heads_numbers(record: HeadNames, model_name: str) -> dict[str, Any]:
                 if number >= 0
             ]
             share = rounded(record.variance[layer, head])
-            heads.append({"layer": layer, "head": head, "variance": share, "texts": texts})
+            row = {"layer": layer, "head": head, "variance": share, "texts": texts}
+            row |= {
+                "named": record.is_named(layer, head),
+                "p_value": rounded(record.p_value[layer, head], 5),
+                "null_share": rounded(record.null_share[layer, head], 5),
+            }
+            if effects is not None:
+                row["effects"] = _effects(effects, layer, head)
+            heads.append(row)
     unreadable = [{"image": name, "reason": why} for name, why in record.unreadable]
-    return {"model": model_name, "images": record.n_images, "unreadable": unreadable, "heads": heads}
+    return {
+        "model": model_name,
+        "path": "direct",
+        "images": record.n_images,
+        "unreadable": unreadable,
+        "unread_texts": [record.texts[i] for i in record.unread],
+        "heads": heads,
+    }
 
 
 def write_heads(
-    record: HeadNames, picture_of: Callable[[int], Image.Image], model_name: str, folder: Path
+    record: HeadNames,
+    picture_of: Callable[[int], Image.Image],
+    model_name: str,
+    folder: Path,
+    effects: HeadEffects | None = None,
 ) -> tuple[Path, Path]:
     """Writes heads.html and heads.json into `folder`; returns both."""
     page, numbers = folder / "heads.html", folder / "heads.json"
-    write_text(page, heads_page(record, picture_of, model_name))
-    write_json(numbers, heads_numbers(record, model_name))
+    write_text(page, heads_page(record, picture_of, model_name, effects))
+    write_json(numbers, heads_numbers(record, model_name, effects))
     return page, numbers
 
 

@@ -8,6 +8,7 @@ from methods_multimodal.text_explanations.concept_dictionary import (
     token_states,
 )
 from methods_multimodal.text_explanations.decomposition import Decomposition, decompose, decompositions
+from methods_multimodal.text_explanations.head_effects import HeadEffects, head_effects
 from methods_multimodal.text_explanations.moments import Moments
 from methods_multimodal.text_explanations.name_heads import (
     HeadNames,
@@ -15,6 +16,7 @@ from methods_multimodal.text_explanations.name_heads import (
     head_coordinates,
     name_heads,
 )
+from methods_multimodal.text_explanations.readable import Readability, readability
 from methods_multimodal.text_explanations.retrieval import Retrieved, retrieve
 from methods_multimodal.text_explanations.second_order import (
     NeuronDirections,
@@ -45,6 +47,7 @@ from methods_multimodal.text_explanations.spurious import (
     group_accuracy,
     repaired,
 )
+from methods_multimodal.text_explanations.text_null import rotated_shares
 from methods_multimodal.text_explanations.text_span import NothingVariesError, TextSpan, text_span
 from methods_multimodal.text_explanations.vocabulary import Vocabulary, attribute_templates, vocabulary
 
@@ -56,11 +59,13 @@ __all__ = [
     "Decomposition",
     "Dictionary",
     "Groups",
+    "HeadEffects",
     "HeadNames",
     "Moments",
     "NeuronDirections",
     "NothingVariesError",
     "Ranking",
+    "Readability",
     "Repair",
     "Retrieved",
     "SecondOrder",
@@ -82,13 +87,16 @@ __all__ = [
     "group_accuracy",
     "head_basis",
     "head_coordinates",
+    "head_effects",
     "image_mean",
     "intervene",
     "name_heads",
     "principal_directions",
     "rank_components",
+    "readability",
     "repaired",
     "retrieve",
+    "rotated_shares",
     "second_order",
     "segment",
     "segmentation_scores",

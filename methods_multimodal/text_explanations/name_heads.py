@@ -19,11 +19,18 @@ from methods_multimodal.core.progress import all_images, name_of, run_pass
 from methods_multimodal.core.record import Record
 from methods_multimodal.text_explanations.moments import Moments
 from methods_multimodal.text_explanations.pooled_run import PooledRun, run_pooled
+from methods_multimodal.text_explanations.readable import readability
+from methods_multimodal.text_explanations.text_null import rotated_shares
 from methods_multimodal.text_explanations.text_span import NothingVariesError, TextSpan, text_span
 from methods_multimodal.text_explanations.tower_parts import TowerParts, tower_parts
 from methods_multimodal.text_explanations.vocabulary import Vocabulary
 from mm_adapters import InputError, Model
 from mm_adapters.store import provenance, work_folder
+
+# The level at which a head counts as named; chosen on the zoo's validation scenes.
+LEVEL = 0.01
+# Above this share of texts that the model cannot read, names say little.
+MANY_UNREAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,12 @@ class HeadNames(Record):
     share of that of the embeddings (unit vectors, so heads that cancel may add up to more than one).
     `top_images` are numbers of images, `top_files` the names of those that occur, `scores` how far
     they lie from the head's mean along the text's direction.
+
+    Names describe the direct path only: what a head itself adds to the embeddings, not what later layers
+    make of its output (`head_effects` measures both). `null_share` is the share along the first text of
+    the same vocabulary turned at random (its mean over turns), `p_value` the share of turns whose first
+    text explains as much, with one added to both counts; 1 where nothing varies. `unread` are the numbers
+    of texts that the model embeds as it does random letters.
     """
 
     texts: tuple[str, ...]
@@ -42,11 +55,18 @@ class HeadNames(Record):
     chosen: Int[Tensor, "layer head text"]
     variance_explained: Float[Tensor, "layer head text"]
     variance: Float[Tensor, "layer head"]
+    null_share: Float[Tensor, "layer head"]
+    p_value: Float[Tensor, "layer head"]
     top_images: Int[Tensor, "layer head text top"]
     scores: Float[Tensor, "layer head text top"]
     top_files: tuple[tuple[int, str], ...]
     n_images: int
     unreadable: tuple[tuple[str, str], ...] = ()
+    unread: tuple[int, ...] = ()
+
+    def is_named(self, layer: int, head: int, level: float = LEVEL) -> bool:
+        """Whether its first text explains more than texts turned at random do, at this level."""
+        return bool(self.p_value[layer, head] <= level)
 
     def names(self, layer: int, head: int) -> list[str]:
         """One head's texts."""
@@ -66,6 +86,7 @@ def name_heads(
     rank: int = 80,
     top: int = 4,
     centre_texts: bool = False,
+    n_null: int = 99,
     folder: str | Path | None = None,
     batch_size: int = 32,
     skip_unreadable: bool = False,
@@ -83,6 +104,8 @@ def name_heads(
         rank: How many leading directions of a head's output the texts are projected on.
         top: How many images are kept for each text of a head.
         centre_texts: Takes the texts' mean off first, which the published method does not.
+        n_null: How often the texts are turned at random, together, to say what share of a head's variance
+            texts explain that point nowhere in particular.
         folder: Where the work is written down; a run that was killed goes on there, to the same result.
         batch_size: Images of one run.
         skip_unreadable: Leaves out images that cannot be read, instead of an error.
@@ -96,6 +119,8 @@ def name_heads(
     items = all_images(images)
     if len(items) < 2:
         raise InputError(f"Heads are named by what varies between images; {len(items)} is not enough.")
+    if n_null < 1:
+        raise InputError(f"n_null={n_null}: a null needs one turn of the texts, and 99 for p = 0.01.")
     texts = embed_texts(model, words.texts)
     if texts.shape[1] != parts.width:
         raise InputError(
@@ -119,7 +144,7 @@ def name_heads(
             ),
         )
     with work as where:
-        return _named(model, parts, items, words, texts, basis, where, n_texts, rank, top, options)
+        return _named(model, parts, items, words, texts, basis, where, n_texts, rank, top, n_null, options)
 
 
 def _named(
@@ -133,6 +158,7 @@ def _named(
     n_texts: int,
     rank: int,
     top: int,
+    n_null: int,
     options: Mapping[str, Any],
 ) -> HeadNames:
 
@@ -154,6 +180,8 @@ def _named(
         for layer in range(parts.n_layers)
     ]
     table, explained, axes, middle = _tables(spans, basis, n_texts)
+    null = rotated_shares(moments, texts, rank, n=n_null).cpu()
+    as_much = (null >= explained[..., 0]).sum(0).double()
 
     def best(state: dict[str, Tensor], batch: list[Any], numbers: list[int]) -> dict[str, Tensor]:
         along = einsum(head_coordinates(parts, run_on(batch)), axes, "n l h i, l h i t -> l h t n")
@@ -170,11 +198,14 @@ def _named(
         chosen=table,
         variance_explained=explained,
         variance=_variance(moments, first.state["embeddings"]),
+        null_share=null.nan_to_num(0).mean(0),
+        p_value=torch.where(table[..., 0] >= 0, (1 + as_much) / (1 + n_null), 1.0),
         top_images=top_images,
         scores=second.state["scores"],
         top_files=tuple((i, name_of(items[i], i)) for i in used),
         n_images=moments.count,
         unreadable=tuple((name_of(items[i], i), why) for i, why in first.unreadable),
+        unread=readability(model, words).unread(),
     )
 
 

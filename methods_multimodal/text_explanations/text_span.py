@@ -72,7 +72,7 @@ def text_span(
             f"{n_texts} texts were asked for; with {len(texts)} texts and rank {rank} it can be 1 to "
             f"{min(len(texts), rank)}."
         )
-    frame, covariance, total = _leading(moments, rank)
+    frame, covariance, total = leading(moments, rank)
     coordinates = texts.to(frame) @ frame.T
     chosen: list[int] = []
     axes: list[Tensor] = []
@@ -107,7 +107,7 @@ def text_span(
     return TextSpan(**{**vars(span), "reconstruction": built})
 
 
-def _leading(
+def leading(
     moments: Moments, rank: int
 ) -> tuple[Float[Tensor, "rank width"], Float[Tensor, "rank rank"], Float[Tensor, ""]]:
     """Leading right singular vectors of the vectors, their covariance along these, and all variance."""

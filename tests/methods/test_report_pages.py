@@ -20,6 +20,7 @@ from methods_multimodal.dissection.survey import Named, Survey
 from methods_multimodal.report._html import render
 from methods_multimodal.report.dissection import write_page
 from methods_multimodal.report.heads import write_heads
+from methods_multimodal.text_explanations.head_effects import HeadEffects
 from methods_multimodal.text_explanations.name_heads import HeadNames
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,8 @@ def head_names(strings: tuple[str, ...]) -> HeadNames:
         chosen=torch.tensor([[[0, 1, 2, 3, 4, 5]], [[-1] * 6]]),
         variance_explained=torch.linspace(0.1, 0.6, 6).repeat(2, 1, 1).reshape(2, 1, 6),
         variance=torch.tensor([[0.25], [1.5]]),
+        null_share=torch.tensor([[0.1], [0.0]]),
+        p_value=torch.tensor([[0.01], [1.0]]),
         top_images=torch.arange(12).reshape(1, 1, 6, 2).repeat(2, 1, 1, 1),
         scores=torch.linspace(-1e-9, 1.1, 12).reshape(1, 1, 6, 2).repeat(2, 1, 1, 1),
         top_files=tuple((i, strings[i % 6]) for i in range(12)),
@@ -127,10 +130,13 @@ def test_the_page_of_heads_says_every_text_with_its_share_and_images(tmp_path: P
     page, _ = write_heads(head_names(names), picture_of, "tiny", tmp_path)
     seen = Seen(page.read_text("utf-8"))
     assert seen.words.index("Layer 1") < seen.words.index("Layer 0")
-    assert "head 1.0 150.00% It does not vary along any of the texts." in seen.words
+    assert (
+        "head 1.0 150.00% not named, p 1.00 at random 0% It does not vary along any of the texts."
+        in seen.words
+    )
     pairs = enumerate(zip(names, reversed(names), strict=True), start=1)
     wanted = " ".join(f"{name} {group} {10 * i}%" for i, (name, group) in pairs)
-    assert f"head 0.0 25.00% {wanted}" in seen.words
+    assert f"head 0.0 25.00% named, p 0.01 at random 10% {wanted}" in seen.words
     assert [v for n, v in seen.attributes if n == "style"] == ["width:100.0%", "width:25.0%"]
     tips = [v for n, v in seen.attributes if n == "title"]
     assert tips == [f"{names[i % 6]}: {i / 10:+.4f}" for i in range(12)]
@@ -144,17 +150,61 @@ def test_the_page_of_units_says_every_number(tmp_path: Path) -> None:
     seen = Seen(dissected(units(names, faithful=True), tmp_path, "tiny"))
     assert seen.words.count("blue of tiny") == 2  # The title and the heading.
     assert "6 units, 9 pictures that name them and others that check the names, 6 concepts." in seen.words
-    assert "ours 4 0.750 +0.000 0.500 (ring) red 4 0.750 +0.000 0.500 (ring)" in seen.words
+    assert "ours 4 – – 0.750 – +0.000 0.500 (ring) red 4 – – 0.750 – +0.000 0.500 (ring)" in seen.words
     assert "give the same name: ours and red 83%." in seen.words
     for unit, name in enumerate(names):
         score = f"{unit / 5:.3f} q {0.001 if unit < 4 else 0.9:.3f} AUROC 0.75"
         other = names[0] if unit == 5 else name
         assert f"unit {unit}: {name} ours {name} {score} red {other} {score}" in seen.words
     plain = Seen(dissected(units(names, faithful=False), tmp_path, "tiny")).words
-    assert "ours 4 – +0.000 – red" in plain
+    assert "ours 4 – – – – +0.000 – red" in plain
     assert not re.search(r"AUROC 0|\bNone\b", plain)
     table = (tmp_path / "units.csv").read_text("utf-8")
     assert "-0.0," not in table
+
+
+def test_the_page_of_heads_sets_the_direct_path_beside_the_whole_effect(tmp_path: Path) -> None:
+    names = ("red", "blue", "ring", "star", "left", "top")
+    record = replace(head_names(names), unread=(1, 4))
+    plain = Seen(write_heads(record, picture_of, "tiny", tmp_path)[0].read_text("utf-8")).words
+    assert "Names describe the direct path only" in plain
+    assert "was not measured here" in plain
+    assert "1 of 2 heads are named" in plain
+    assert "2 of 6 texts as it does random letters ('blue', 'left')" in plain
+    assert "blue left 20% (not read)" in plain
+    effects = HeadEffects(
+        texts=names,
+        groups=("colour", "colour", "shape", "shape", "position", "position"),
+        direct=torch.tensor([[[3.0, 1, 0, 0, 0, 0]], [[0.0, 0, 1, 2, 0, 0]]]),
+        total=torch.tensor([[[0.0, 0, 0, 0, 1, 4]], [[0.0, 0, 1, 2, 0, 0]]]),
+        variance=torch.ones(6),
+        correlation=torch.tensor([[0.25], [0.75]]),
+        size=torch.tensor([[4.0], [1.0]]),
+        n_images=7,
+    )
+    page, numbers = write_heads(record, picture_of, "tiny", tmp_path, effects)
+    seen = Seen(page.read_text("utf-8")).words
+    assert "from 7 images" in seen
+    assert "direct red ; total top ; correlation +0.25: it acts through later layers" in seen
+    assert "direct star ; total star ; correlation +0.75 Layer 0" in seen
+    first = json.loads(numbers.read_text("utf-8"))["heads"][0]
+    assert first["effects"]["total"] == "top"
+    assert first["named"] is True
+    assert first["p_value"] == 0.01
+
+
+def test_the_page_of_units_sets_counts_beside_those_of_random_weights(tmp_path: Path) -> None:
+    names = ("red", "blue", "ring", "star", "left", "top")
+    found = units(names, faithful=True)
+    other = units(names, faithful=True)
+    random = replace(other, methods=tuple(replace(m, scores=m.scores - 0.35) for m in other.methods))
+    seen = Seen(dissected(replace(found, twins=(random,)), tmp_path, "tiny")).words
+    # Of scores 0, 0.2, ... 1 two are above 0.65, the largest of the random ones.
+    assert "ours 4 4 2 (score 0.650) 0.750 0.750 +0.000 0.500 (ring)" in seen
+    assert seen.count("above random weights") == 2 * 2
+    assert seen.count("as random weights") == 4 * 2
+    rows = json.loads((tmp_path / "units.json").read_text("utf-8"))["units"]
+    assert [row["ours_above_random"] for row in rows] == [False] * 4 + [True] * 2
 
 
 def test_a_template_that_asks_for_what_it_is_not_given_is_an_error() -> None:

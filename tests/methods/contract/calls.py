@@ -17,10 +17,25 @@ from tests.methods.contract.given import Given
 WORDS = ("a cat", "a dog", "an ox")
 
 
+def vocabulary() -> te.Vocabulary:
+    """A small one."""
+    return te.vocabulary(list(WORDS))
+
+
 def named_heads(model: Any, given: Given) -> Any:
     """Each head by a text of a small vocabulary."""
-    words = te.vocabulary(list(WORDS))
-    return te.name_heads(model, given.pictures, words, n_texts=2, rank=3, batch_size=2)
+    return te.name_heads(model, given.pictures, vocabulary(), n_texts=2, rank=3, batch_size=2, n_null=2)
+
+
+def effects_of_heads(model: Any, given: Given) -> Any:
+    """What each head does along the texts of a small vocabulary."""
+    return te.head_effects(model, given.pictures, vocabulary(), batch_size=2)
+
+
+def shuffled_twin(model: Any, given: Given) -> Any:
+    """The weights of a copy whose first tower's are shuffled."""
+    twin = dissection.with_shuffled_weights(model, next(iter(model.towers)))
+    return {name: weight.detach() for name, weight in twin.wrapped.named_parameters()}
 
 
 def pair_losses(model: Any, given: Given) -> Any:
