@@ -24,12 +24,13 @@ SHUFFLED = "trained with shuffled labels"
 CONTROL = "trained for a control task, values renamed"
 TWIN = "trained, model of random weights"
 COMPONENTS = "principal components"
+WITHIN = "principal components within each kind of question"
 MEANS = "class means"
 RANDOM = "random directions"
 WHOLE = "whole vector"
-ROWS = (TRAINED, SHUFFLED, CONTROL, TWIN, COMPONENTS, MEANS, RANDOM, WHOLE)
+ROWS = (TRAINED, SHUFFLED, CONTROL, TWIN, COMPONENTS, WITHIN, MEANS, RANDOM, WHOLE)
 # Without training there is nothing that a seed of it changes, but for what is drawn.
-_SEEDLESS = (COMPONENTS, MEANS, WHOLE)
+_SEEDLESS = (COMPONENTS, WITHIN, MEANS, WHOLE)
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,9 @@ def score(
         train = train.with_shuffled_labels(seed)
     torch.manual_seed(seed)
     made = intervenable(model, task, row)
-    if row in (COMPONENTS, MEANS):
+    if row in (COMPONENTS, WITHIN, MEANS):
         (one,) = made.interventions.values()
-        states = last_states(model, task.site, data.train)
-        found = components(states) if row == COMPONENTS else class_means(states, _classes(task, data.train))
-        one.rotate_layer.weight = found[:, : task.rank]
+        one.rotate_layer.weight = untrained(model, task, row, data.train)
     elif row not in (RANDOM, WHOLE):
         mm_pv.align(
             made,
@@ -128,6 +127,19 @@ def intervenable(model: mm.HookedModel, task: Task, row: str) -> mm_pv.MMInterve
     return mm_pv.MMIntervenableModel(pv.IntervenableConfig([one]), model)
 
 
+def untrained(model: mm.HookedModel, task: Task, row: str, asked: Asked) -> Tensor:
+    """The directions of a row that is not trained, from the states of these questions, [width, direction]."""
+    states = last_states(model, task.site, asked)
+    if row == MEANS:
+        return class_means(states, _numbers([q.variable for q in asked.questions]))[:, : task.rank]
+    if row == WITHIN:
+        kinds = _numbers([q.kind for q in asked.questions])
+        states = torch.stack(
+            [state - states[kinds == kind].mean(0) for state, kind in zip(states, kinds, strict=True)]
+        )
+    return components(states)[:, : task.rank]
+
+
 @torch.no_grad()
 def last_states(model: mm.HookedModel, site: str, asked: Asked) -> Tensor:
     """The site at each prompt's last token, [question, width]."""
@@ -146,9 +158,10 @@ def class_means(states: Tensor, classes: Tensor) -> Tensor:
     return components(means)[:, : len(means) - 1]
 
 
-def _classes(task: Task, asked: Asked) -> Tensor:
-    names = values(task.name)
-    return torch.tensor([names.index(q.variable) for q in asked.questions])
+def _numbers(names: list[str]) -> Tensor:
+    """Each name's number among them, [name]."""
+    different = sorted(set(names))
+    return torch.tensor([different.index(name) for name in names])
 
 
 def loss(output: Any, batch: Mapping[str, Any]) -> Tensor:

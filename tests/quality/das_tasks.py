@@ -1,10 +1,10 @@
 """What is moved from one run into another, and what the model should say then: two tasks of tiny-llava.
 
 "colour asked": one object, and what its colour is. The source's colour becomes the answer.
-"object asked": two objects; the base asks for the colour or the place of one, the source asks something else
-about an object of another picture that has the shape of the base's second one. Which shape is asked about
-is moved, what is asked about it is not: the answer is the second object's colour or place, in the base's
-own picture. The source's own answer (all of its last state, moved) is wrong.
+"object asked": two objects; the base asks for the colour of one, the source asks where an object of another
+picture is, or whether it is there, that has the shape of the base's second one. Which shape is asked about is
+moved, what is asked about it is not: the answer is the second object's colour, in the base's own picture. The
+source's own answer (all of its last state, moved) is wrong.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from integrations import pyvene as mm_pv
 from mm_adapters.zoo import world
 from tests.quality.das_questions import Asked, Question, put
 
-# What is asked of two objects, and whether it has one of several answers: then it can be a base.
-KINDS = {"colour": True, "where": True, "is there": False}
+# What is asked, with a shape; the first is asked of bases.
 TEXTS = {
     "colour": "what colour is the {}?",
     "where": "where is the {}?",
     "is there": "is there a {}?",
 }
+BASE = "colour"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def ask(model: mm.HookedModel, task: str, n_scenes: int, split: str, seed: int) 
     asked = [
         Question(i, j, kind, TEXTS[kind].format(t.shape), _answer(kind, t), t.shape)
         for i, s in enumerate(scenes)
-        for kind in KINDS
+        for kind in TEXTS
         for j, t in enumerate(s.things)
     ]
     return put(model, scenes, asked)
@@ -159,7 +159,7 @@ def pair(
         label = value
         if task == OBJECT.name:
             moved = at.get((base.scene, base.kind, value))
-            if moved is None or base.kind == source.kind or not KINDS[base.kind] or not is_known[moved]:
+            if moved is None or base.kind != BASE or source.kind == BASE or not is_known[moved]:
                 continue
             label = questions[moved].answer
         drawn.append(
