@@ -28,7 +28,7 @@ from tests.quality.das_subspaces import COMPONENTS, RANDOM, ROWS, TRAINED, TWIN,
 from tests.quality.das_tasks import COLOUR, OBJECT, TASKS, Task, pair
 
 # Scenes of training, and scenes to judge on: a scene of two objects is asked about six times.
-SCENES = {COLOUR.name: (384, 160), OBJECT.name: (96, 64)}
+SCENES = {COLOUR.name: (384, 160), OBJECT.name: (160, 64)}
 # What `--choose` looks through.
 SITES = (
     "language.blocks.0.hook_resid_mid",

@@ -73,7 +73,7 @@ class Effort:
     """How much is trained and judged."""
 
     steps: int = 200
-    n_train: int = 512
+    n_train: int = 768
     n_judge: int = 192
     lr: float = 2e-2
     batch: int = 32

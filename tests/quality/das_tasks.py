@@ -41,7 +41,7 @@ class Task:
 
 
 COLOUR = Task("colour asked", "language.blocks.1.hook_resid_post", 8)
-OBJECT = Task("object asked", "language.blocks.0.hook_resid_post", 8)
+OBJECT = Task("object asked", "language.blocks.0.hook_resid_mid", 8)
 TASKS = {t.name: t for t in (COLOUR, OBJECT)}
 
 
