@@ -54,7 +54,7 @@ class Row:
 
     def __str__(self) -> str:
         low, high = min(self.runs.values()), max(self.runs.values())
-        return f"{self.name:<42} {self.mean:6.1%}  {low:6.1%} to {high:6.1%}  {len(self.runs):3d} runs"
+        return f"{self.name:<52} {self.mean:6.1%}  {low:6.1%} to {high:6.1%}  {len(self.runs):3d} runs"
 
 
 def table(
