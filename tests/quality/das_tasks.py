@@ -145,7 +145,8 @@ def pair(
         is_known: Whether the model answers each rightly, [question].
         n: How many pairs.
         seed: Of which are drawn.
-        names: For a control task, what each value counts as. None: as itself.
+        names: For a control task, what each value counts as. None: as itself. The chance of "object asked" is
+            then one half, as a base's picture has two objects.
     """
     rng, questions = np.random.default_rng(seed), asked.questions
     at = {(q.scene, q.kind, q.variable): i for i, q in enumerate(questions)}
