@@ -31,9 +31,9 @@ from tests.quality.das_tasks import COLOUR, OBJECT, TASKS, Task, pair
 SCENES = {COLOUR.name: (384, 160), OBJECT.name: (160, 64)}
 # What `--choose` looks through.
 SITES = (
-    "language.blocks.0.hook_resid_mid",
+    "language.blocks.0.hook_attn_out",
     "language.blocks.0.hook_resid_post",
-    "language.blocks.1.hook_resid_mid",
+    "language.blocks.1.hook_attn_out",
 )
 RANKS = (4, 8, 16)
 # Of the trained row at least, of principal components and of random directions less than.

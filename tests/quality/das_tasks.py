@@ -41,7 +41,9 @@ class Task:
 
 
 COLOUR = Task("colour asked", "language.blocks.1.hook_resid_post", 8)
-OBJECT = Task("object asked", "language.blocks.0.hook_resid_mid", 8)
+# Every prompt ends with the same token: what its first attention writes is all that differs between prompts
+# before the MLP, and unlike their sum it is what a module returns, where pyvene can put it.
+OBJECT = Task("object asked", "language.blocks.0.hook_attn_out", 8)
 TASKS = {t.name: t for t in (COLOUR, OBJECT)}
 
 
