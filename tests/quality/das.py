@@ -5,7 +5,7 @@ python -m tests.quality.das [model] --choose [--task "object asked"]
 
 Interchange accuracy on held-out pairs: how often the base's whole answer, with the subspace of its last
 token's state taken from the source, is what it would be with the source's value. Two tasks (`das_tasks`): the
-colour asked about, for which principal components suffice, too; and which object is asked about while what is
+colour asked about, for which principal components suffice; and which object is asked about while what is
 asked about it stays. Every row is the same function (`das_subspaces.score`) with other directions, labels or
 weights: its mean over seeds of training and draws of data, and the lowest and highest of them.
 
