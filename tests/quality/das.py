@@ -1,157 +1,144 @@
-"""Does DAS find the colour in tiny-llava? Interchange accuracy on held-out pairs, beside a random subspace.
+"""In which directions does tiny-llava keep what it is asked? DAS beside directions that are not trained.
 
-python -m tests.quality.das [--steps 96] [--site language.blocks.1.hook_resid_post] [--rank 8] [--boundless]
+python -m tests.quality.das [model] [--task "object asked"] [--draws 3] [--seeds 3] [--steps 200]
+python -m tests.quality.das [model] --choose [--task "object asked"]
 
-Two single-object scenes of different colours and the question "what colour is the SHAPE?" about each.
-At each row's last token, a subspace is swapped from the second run into the first; the answer should become
-the second's colour, by the first token of its name. Counted over held-out pairs of which the model answers
-both rightly. `--boundless` learns the size of the subspace too; the random one beside it has the size that
-was learnt.
+Interchange accuracy on held-out pairs: how often the base's whole answer, with the subspace of its last
+token's state taken from the source, is what it would be with the source's value. Two tasks (`das_tasks`): the
+colour asked about, for which principal components suffice; and which object is asked about while what is
+asked about it stays. Every row is the same function (`das_subspaces.score`) with other directions, labels or
+weights: its mean over seeds of training and draws of data, and the lowest and highest of them.
+
+Pairs are of questions that the model answers rightly, each by its whole answer. `--choose` looks through
+sites and numbers of directions on scenes of the split "validation"; the table judges on "test".
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
-import pyvene as pv
 import torch
-from PIL import Image
 
 import mm_adapters as mm
-from integrations import pyvene as mm_pv
-from mm_adapters.zoo import world
+from tests.quality import das_subspaces as subspaces
+from tests.quality.das_subspaces import COMPONENTS, RANDOM, ROWS, TRAINED, TWIN, Effort, score
+from tests.quality.das_tasks import COLOUR, OBJECT, TASKS, Task, pair
 
-SITE = "language.blocks.1.hook_resid_post"
-# Boundless: how soft the subspace's edge is at first and at last, in dimensions; what its size costs.
-EDGE, SIZE_COST = (8.0, 0.1), 1.0
-
-
-def scenes(n: int, split: str) -> list[world.Scene]:
-    return [world.scene(i, split, seed=21, kind="one", solid=True, size="large") for i in range(n)]
-
-
-def prepared(model: Any, told: list[world.Scene]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The model's own arguments for each scene."""
-    images = [Image.fromarray(p) for p in world.render_batch(told)]
-    text = [f"<image>\nquestion: what colour is the {s.things[0].shape}? answer:" for s in told]
-    ready = model.inputs.prepare(text=text, images=[[i] for i in images], padding_side="left")
-    ready = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in ready.items()}
-    return ready, [s.things[0].colour for s in told]
+# Scenes of training, and scenes to judge on: a scene of two objects is asked about six times.
+SCENES = {COLOUR.name: (384, 160), OBJECT.name: (160, 64)}
+# What `--choose` looks through.
+SITES = (
+    "language.blocks.0.hook_attn_out",
+    "language.blocks.0.hook_resid_post",
+    "language.blocks.1.hook_attn_out",
+)
+RANKS = (4, 8, 16)
+# Of the trained row at least, of principal components and of random directions less than.
+AIMS = {OBJECT.name: (0.9, 0.6, 0.3)}
 
 
-def pairs(model: Any, n: int, split: str, size: int, seed: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
-    """Batches of base and source whose colours differ, with the token of the source's colour."""
-    ready, colours = prepared(model, scenes(n, split))
-    tokenizer = model.inputs.tokenizer
-    names = list(world.COLOURS)
-    tokens = torch.tensor([tokenizer(f" {c}", add_special_tokens=False).input_ids[0] for c in names])
-    code = torch.tensor([names.index(c) for c in colours])
-    rng = np.random.default_rng(seed)
-    base = torch.from_numpy(rng.permutation(n))
-    source = torch.tensor([int(rng.choice(np.flatnonzero((code != code[i]).numpy()))) for i in base.tolist()])
-    last = model.row_positions(ready)
-    made = []
-    for at in range(0, n - size + 1, size):
-        b, s = base[at : at + size], source[at : at + size]
-        made.append(
-            {
-                "base": {k: v[b] for k, v in ready.items()},
-                "sources": [{k: v[s] for k, v in ready.items()}],
-                "unit_locations": mm_pv.units(last[b], sources=last[s]),
-                "last": last[b],
-                "labels": code[s],
-                "own": code[b],
-            }
-        )
-    return made, tokens
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its accuracy in each run, by (draw, seed)."""
+
+    name: str
+    runs: dict[tuple[int, int], float]
+
+    @property
+    def mean(self) -> float:
+        """Over all runs."""
+        return sum(self.runs.values()) / len(self.runs)
+
+    def __str__(self) -> str:
+        low, high = min(self.runs.values()), max(self.runs.values())
+        return f"{self.name:<52} {self.mean:6.1%}  {low:6.1%} to {high:6.1%}  {len(self.runs):3d} runs"
 
 
-def measure(
-    site: str = SITE, rank: int | None = 8, steps: int = 96, n: int = 384, n_test: int = 128, lr: float = 1e-2
-) -> dict[str, float]:
-    """Interchange accuracies: trained and random subspace, whole vector; and the model's own answers.
+def table(
+    name: str, task: Task, n_draws: int, n_seeds: int, effort: Effort, rows: Sequence[str] = ROWS
+) -> list[Row]:
+    """Each row of a task on the split "test", and what guessing the commonest answer reaches.
 
-    `rank` None: boundless, and "dimensions" among them is the size it came to.
+    Args:
+        name: The model's name or folder.
+        task: What is moved, where, in how many directions.
+        n_draws: Draws of scenes to train and to judge on.
+        n_seeds: Seeds of training for each draw.
+        effort: Steps and pairs.
+        rows: Which of ROWS.
     """
-    torch.manual_seed(0)
-    model = mm.load("tiny-llava", dtype=torch.float32)
-    train, tokens = pairs(model, n, "train", 32, 1)
-    test, _ = pairs(model, n_test, "test", 32, 2)
-
-    def loss(output: Any, batch: Any) -> torch.Tensor:
-        said = _next(output, batch["last"])[:, tokens]
-        return torch.nn.functional.cross_entropy(said.float(), batch["labels"])
-
-    def right(output: Any, batch: Any) -> torch.Tensor:
-        return _next(output, batch["last"]).argmax(-1) == tokens[batch["labels"]]
-
-    def right_if_known(output: Any, batch: Any) -> torch.Tensor:
-        return right(output, batch)[batch["known"]]
-
-    def made(kind: Any, **options: Any) -> Any:
-        one = mm_pv.intervention(model, site, kind, **options)
-        return mm_pv.MMIntervenableModel(pv.IntervenableConfig([one]), model)
-
-    own = [_answers(model, b["base"], tokens) == b["own"] for b in test]
-    # DAS asks whether a variable that the model computes lies in a subspace: pairs it answers rightly.
-    for batch, base_right in zip(test, own, strict=True):
-        batch["known"] = base_right & (_answers(model, batch["sources"][0], tokens) == batch["labels"])
-    order = [train[i % len(train)] for i in range(steps)]
-    size = float(rank or 0)
-    if rank is None:
-        das, other = (made(pv.BoundlessRotatedSpaceIntervention) for _ in range(2))
-        mm_pv.align(das, order, loss, lr=lr, temperature=EDGE, boundary_weight=SIZE_COST, progress=False)
-        (learnt,), (fresh,) = das.interventions.values(), other.interventions.values()
-        bounds = learnt.intervention_boundaries.detach().clamp(1e-3, 1)
-        size = float(bounds) * int(learnt.embed_dim)
-        fresh.intervention_boundaries.data.copy_(bounds)
-        fresh.set_temperature(learnt.get_temperature().data)
-        random = mm_pv.interchange_accuracy(other, test, right_if_known)
-    else:
-        das = made(pv.LowRankRotatedSpaceIntervention, low_rank_dimension=rank)
-        random = mm_pv.interchange_accuracy(das, test, right_if_known)
-        mm_pv.align(das, order, loss, lr=lr, progress=False)
-    return {
-        "the model's own answers": float(torch.cat(own).float().mean()),
-        "trained subspace": mm_pv.interchange_accuracy(das, test, right_if_known),
-        "trained subspace, all pairs": mm_pv.interchange_accuracy(das, test, right),
-        "random subspace": random,
-        "dimensions": size,
-        "whole vector": mm_pv.interchange_accuracy(made(pv.VanillaIntervention), test, right_if_known),
-    }
+    model = mm.load(name, dtype=torch.float32)
+    guess, found = Row("the commonest answer, said always", {}), [Row(row, {}) for row in rows]
+    for draw in range(n_draws):
+        data = subspaces.draw(model, task, SCENES[task.name], "test", draw)
+        judge = pair(task.name, data.judge, data.judge_known, effort.n_judge, 2 * draw + 1)
+        guess.runs[draw, 0] = subspaces.chance(judge)
+        print(f"draw {draw}: {float(data.judge_known.float().mean()):.1%} of questions answered", flush=True)
+        for row in found:
+            for seed in subspaces.seeds_of(row.name, n_seeds):
+                one, seen = model, data
+                if row.name == TWIN:
+                    one = subspaces.random_weights(name, seed)
+                    seen = data.with_model(one, task, SCENES[task.name], "test")
+                row.runs[draw, seed] = score(one, task, row.name, seen, seed, effort)
+    return [*found, guess]
 
 
-def _next(output: Any, last: torch.Tensor) -> torch.Tensor:
-    """The logits of what comes after each row, [row, token]."""
-    return output.logits[torch.arange(len(last)), last]
+def choose(name: str, task: Task, effort: Effort) -> None:
+    """Prints trained, principal and random directions at each site and rank, on the split "validation"."""
+    model = mm.load(name, dtype=torch.float32)
+    data = subspaces.draw(model, task, SCENES[task.name], "validation", 0)
+    print(f"{len(SITES) * len(RANKS)} settings, one draw, one seed")
+    for site in SITES:
+        for rank in RANKS:
+            at = replace(task, site=site, rank=rank)
+            rows = {row: score(model, at, row, data, 0, effort) for row in (TRAINED, COMPONENTS, RANDOM)}
+            print(site, rank, *(f"{row} {value:.1%}" for row, value in rows.items()), flush=True)
 
 
-@torch.no_grad()
-def _answers(model: Any, inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """The colour the model says, by number; -1 for another word."""
-    said = _next(model.wrapped(**inputs), model.row_positions(inputs)).argmax(-1)
-    hits = said[:, None] == tokens
-    return torch.where(hits.any(1), hits.int().argmax(1), -1)
+def missed(task: Task, rows: Sequence[Row]) -> list[str]:
+    """What of a task's aims is not reached."""
+    if task.name not in AIMS:
+        return []
+    means = {row.name: row.mean for row in rows}
+    least, components, random = AIMS[task.name]
+    return [
+        f"{name} {means[name]:.1%}, aim {word} {aim:.0%}"
+        for name, word, aim, ok in (
+            (TRAINED, "at least", least, means[TRAINED] >= least),
+            (COMPONENTS, "less than", components, means[COMPONENTS] < components),
+            (RANDOM, "less than", random, means[RANDOM] < random),
+        )
+        if not ok
+    ]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--site", default=SITE)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=96)
-    parser.add_argument("--boundless", action="store_true")
+    parser.add_argument("model", nargs="?", default="tiny-llava", help="a name of the zoo, or a folder")
+    parser.add_argument("--task", choices=list(TASKS), action="append")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=Effort().steps)
+    parser.add_argument("--choose", action="store_true", help="print settings on validation, and stop")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found = measure(options.site, None if options.boundless else options.rank, options.steps)
-    size = found.pop("dimensions")
-    for name, value in found.items():
-        print(f"{name:<28} {value:6.1%}")
-    ok = found["trained subspace"] >= 0.9 and found["random subspace"] < 0.4
-    print(f"{size:.1f} dimensions at {options.site}: " + ("ok" if ok else "MISSED"))
-    return int(not ok)
+    effort, failed = replace(Effort(), steps=options.steps), False
+    for name in options.task or TASKS:
+        task = TASKS[name]
+        if options.choose:
+            choose(options.model, task, effort)
+            continue
+        rows = table(options.model, task, options.draws, options.seeds, effort)
+        print(f"\n{name}: {task.rank} directions of {task.site}, {effort.steps} steps")
+        print(*rows, sep="\n")
+        misses = missed(task, rows)
+        failed |= bool(misses)
+        print("ok" if not misses else "MISSED: " + "; ".join(misses))
+    return int(failed)
 
 
 if __name__ == "__main__":
