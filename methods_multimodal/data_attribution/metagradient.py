@@ -116,7 +116,8 @@ def _hidden(progress: bool | None) -> bool | None:
 
 def _of_losses(losses: Callable[[State], Tensor], state: State) -> State:
     """The derivative of each query's loss with respect to the last state, [query, ...] each."""
-    found, pull = vjp(losses, state)
+    made: Any = vjp(losses, state)
+    found, pull = made
     (back,) = vmap(pull)(torch.eye(len(found), dtype=found.dtype, device=found.device))
     return back
 
@@ -125,8 +126,8 @@ def _pulled(
     step: Step, state: State, number: int, weights: Tensor, back: State, chunk_size: int | None
 ) -> tuple[State, Tensor]:
     """What a step makes of the derivatives with respect to its result: those for its state and weights."""
-    _, pull = vjp(lambda s, w: step(s, number, w), state, weights)
-    return vmap(pull, chunk_size=chunk_size)(back)
+    made: Any = vjp(lambda s, w: step(s, number, w), state, weights)
+    return vmap(made[1], chunk_size=chunk_size)(back)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from methods_multimodal.text_explanations.text_span import NothingVariesError, l
 
 def rotated_shares(
     heads: Moments, texts: Float[Tensor, "text width"], rank: int = 80, *, n: int = 99, seed: Seed = 0
-) -> Float[Tensor, draw * group]:
+) -> Float[Tensor, "draw ..."]:
     """The share of each head's variance along the first text of a vocabulary rotated at random, n times.
 
     The rotation is of the whole joint space (uniform over all), so the texts keep their number, their

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,8 @@ def objects(image: NDArray[np.uint8]) -> list[Object]:
     pixels = image.astype(np.float32)
     ground = _ground(pixels)
     mask = np.linalg.norm(pixels - ground, axis=-1) > _NOT_BACKGROUND / 2
-    labelled, count = ndimage.label(ndimage.binary_dilation(mask, iterations=_GAP_PX))
+    made: Any = ndimage.label(ndimage.binary_dilation(mask, iterations=_GAP_PX))
+    labelled, count = made
     parts = [(labelled == i + 1) & mask for i in range(count)]
     parts = sorted((p for p in parts if p.sum() >= _SMALLEST_PX), key=lambda part: -int(part.sum()))
     return [_object(pixels, ground, part) for part in parts]
@@ -53,7 +55,7 @@ def objects(image: NDArray[np.uint8]) -> list[Object]:
 
 def _object(pixels: NDArray[np.float32], ground: NDArray[np.float32], mask: NDArray[np.bool_]) -> Object:
     top, bottom, left, right = box(mask)
-    filled = ndimage.binary_closing(np.pad(mask, 4), iterations=_GAP_PX)[4:-4, 4:-4]
+    filled = np.asarray(ndimage.binary_closing(np.pad(mask, 4), iterations=_GAP_PX)[4:-4, 4:-4], bool)
     colour, texture = _paint_of(pixels, ground, filled)
     size = "large" if max(bottom - top, right - left) / 2 > 9.9 else "small"
     return Object(nearest_shape(filled), colour, texture, size, (left + right) / 2, (top + bottom) / 2)
@@ -63,7 +65,7 @@ def _paint_of(
     pixels: NDArray[np.float32], ground: NDArray[np.float32], mask: NDArray[np.bool_]
 ) -> tuple[str, str]:
     """The colour and the texture that explain an object's own pixels best."""
-    inner = ndimage.binary_erosion(mask)
+    inner = np.asarray(ndimage.binary_erosion(mask), bool)
     own = pixels[inner if inner.sum() >= _SMALLEST_PX else mask]
     bases = np.array(list(world.COLOURS.values()), np.float32)
     # As it is, darkened by stripes, lightened by dots: what `world` paints at the extremes.
