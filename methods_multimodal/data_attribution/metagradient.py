@@ -22,7 +22,7 @@ from torch.func import grad, vjp, vmap
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from mm_adapters._errors import InputError
+from mm_adapters import InputError
 
 State = Any
 Weights = dict[str, Tensor]

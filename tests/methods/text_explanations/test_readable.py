@@ -8,7 +8,6 @@ import pytest
 from typer.testing import CliRunner
 
 import mm_adapters as mm
-from methods_multimodal.commands import register
 from methods_multimodal.text_explanations.readable import own_words, readability
 from methods_multimodal.text_explanations.vocabulary import Vocabulary, vocabulary
 from mm_adapters import cli
@@ -54,7 +53,7 @@ def test_the_command_says_that_words_are_not_read(
         tmp_path / "out",
     ]
     options += ["--texts", 2, "--effects", 4]
-    result = CliRunner().invoke(cli.build((register,)), ["heads", *map(str, options)])
+    result = CliRunner().invoke(cli.build(), ["heads", *map(str, options)])
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
     page = (tmp_path / "out" / "heads.html").read_text("utf-8")
     assert ("Names from this vocabulary say little" in result.output) is is_noted
