@@ -21,6 +21,28 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("tests.quality.sae_table",),
         *(("--seeds", "2", "--draws", "2", "--scenes", "200", "--images", "400", "--steps", "30"),),
     ),
+    "das": (("tests.quality.das",), ("--draws", "1", "--seeds", "1", "--steps", "2")),
+    "heads": (("tests.quality.heads",), ("--n", "40", "--draws", "1", "--seeds", "1")),
+    "dissection": (("tests.quality.dissection",), ("--n", "40", "--draws", "1", "--seeds", "1")),
+    "words": (
+        ("tests.quality.cross_attention",),
+        *(
+            (
+                "--n",
+                "2",
+                "--validation",
+                "2",
+                "--causal",
+                "1",
+                "--pairs",
+                "1",
+                "--draws",
+                "1",
+                "--steps",
+                "2",
+            ),
+        ),
+    ),
 }
 
 
