@@ -129,7 +129,7 @@ def _method(survey: Survey, one: Named) -> dict[str, Any]:
     return {
         "name": one.method,
         "n_significant": len(one.chance.significant()),
-        "n_significant_random": _mean([len(twin.chance.significant()) for twin in twins]),
+        "n_significant_random": _mean([float(len(twin.chance.significant())) for twin in twins]),
         "n_above_random": len(survey.above_random(one.method)) if twins else None,
         "threshold": survey.random_threshold(one.method) if twins else None,
         "correlation": float(one.follows.mean()),

@@ -19,13 +19,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 import mm_adapters as mm
+from mm_adapters.zoo import world
 from tests.quality import das_subspaces as subspaces
 from tests.quality.das_subspaces import COMPONENTS, RANDOM, ROWS, TRAINED, TWIN, Effort, score
-from tests.quality.das_tasks import COLOUR, OBJECT, TASKS, Task, pair
+from tests.quality.das_tasks import COLOUR, OBJECT, TASKS, Task, ask, pair
 
 # Scenes of training, and scenes to judge on: a scene of two objects is asked about six times.
 SCENES = {COLOUR.name: (384, 160), OBJECT.name: (160, 64)}
@@ -85,6 +87,23 @@ def table(
                     seen = data.with_model(one, task, SCENES[task.name], "test")
                 row.runs[draw, seed] = score(one, task, row.name, seen, seed, effort)
     return [*found, guess]
+
+
+def pairs(
+    model: mm.HookedModel, n: int, split: str, size: int, seed: int
+) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """Batches of pairs of "colour asked", and the token with which each colour's answer begins, [colour].
+
+    Args:
+        model: Asked once about each of `n` scenes.
+        n: Scenes, and so pairs at most.
+        split: Of the scenes.
+        size: Pairs of a batch; the last has what is left.
+        seed: Of the scenes, and of which are paired.
+    """
+    asked = ask(model, COLOUR.name, n, split, seed)
+    made = pair(COLOUR.name, asked, subspaces.known(model, asked), n, seed)
+    return list(made.batches(size)), asked.targets(list(world.COLOURS))[:, 0]
 
 
 def choose(name: str, task: Task, effort: Effort) -> None:

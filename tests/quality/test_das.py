@@ -10,7 +10,9 @@ import torch
 
 import mm_adapters as mm
 from integrations import pyvene as mm_pv
+from mm_adapters.zoo import world
 from tests.quality import das_subspaces as subspaces
+from tests.quality.das import pairs as batches_of_pairs
 from tests.quality.das_questions import known
 from tests.quality.das_subspaces import COMPONENTS, RANDOM, TRAINED, WHOLE, Draw, Effort, score
 from tests.quality.das_tasks import COLOUR, OBJECT, pair, renamed
@@ -92,6 +94,16 @@ def test_labels_are_the_second_object_of_the_base_and_controls_are_renamed(objec
             zip(kinds, pairs.labels, strict=True)
         )
         assert shuffled.labels != pairs.labels
+
+
+def test_every_colour_s_token_is_the_one_its_answer_begins_with(model: mm.HookedModel) -> None:
+    batches, first = batches_of_pairs(model, 24, "test", 8, 0)
+    colours = list(world.COLOURS)
+    spelled = [model.inputs.tokenizer(f" {c}", add_special_tokens=False).input_ids for c in colours]
+    assert max(map(len, spelled)) > 1  # "purple" is two tokens: the first is compared with the next one said.
+    assert first.tolist() == [ids[0] for ids in spelled]
+    assert [len(b["targets"]) for b in batches] == [8, 8, 8]
+    assert all(set(b["targets"][:, 0].tolist()) <= set(first.tolist()) for b in batches)
 
 
 def test_trained_directions_move_which_object_is_asked_and_untrained_ones_do_not(

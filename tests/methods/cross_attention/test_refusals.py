@@ -43,6 +43,7 @@ def _record(stages: dict[str, tuple[str, ...]], latent: tuple[int, int] = (32, 3
         latent=latent,
         n_steps=2,
         n_images=1,
+        all_words={},
         affinity=torch.zeros(0),
         affinity_grid=(0, 0),
         prompt_of=lambda image: 0,
