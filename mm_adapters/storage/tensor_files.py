@@ -63,7 +63,8 @@ def _crc32(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
     total = zlib.crc32(json.dumps(dict(facts), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode(), total)
-        raw = tensor.contiguous().reshape(-1)
+        # A dimension of one may have any stride, and `contiguous` leaves it.
+        raw = tensor.contiguous().as_strided((tensor.numel(),), (1,))
         if raw.numel():
             total = zlib.crc32(raw.view(torch.uint8).numpy().data, total)
     return str(total)

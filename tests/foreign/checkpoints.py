@@ -10,6 +10,8 @@ from typing import Any
 import tiny
 import tiny_diffusion
 import tiny_vision
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from mm_adapters import zoo
 
@@ -32,8 +34,13 @@ def make(folder: Path) -> dict[str, str]:
 
 
 def _llava(folder: Path) -> None:
-    """tiny-llava, which here has no end token, so that it generates as many tokens as it may."""
+    """tiny-llava with random weights, so large that every layer changes the next token, and no end token."""
     _copy("tiny-llava", folder)
+    torch.manual_seed(0)
+    config = LlavaConfig.from_pretrained(folder)
+    config.text_config.initializer_range = 0.3
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(folder)
     _change(folder / "generation_config.json", eos_token_id=None)
 
 

@@ -83,6 +83,13 @@ def put(model: Any, case: Case, row_: int, to: Sequence[int], donor: int = 1) ->
     ]
 
 
+def as_many_tokens(model: Any, case: Case) -> bool:
+    """Whether both prompts have the same number: then everything from the word on is the other prompt."""
+    tokenizer = model.tokenizer_of("text")
+    one, other = (len(tokenizer(prompt).input_ids) for prompt in (case.prompt, case.other))
+    return one == other
+
+
 def measure_patching(
     model: Any, attribute: str, n: int, draws: int, options: Options
 ) -> tuple[list[Row | None], dict[str, Any]]:
@@ -106,7 +113,8 @@ def measure_patching(
                 edits += turned(put(model, case, control, to), control, i, draw)
             rows = [case.prompt, case.other, *[case.prompt] * (2 * len(where))]
             images = generate_checked(model, rows, noise(i, draw), edits, options)
-            same.append(bool((images[2] - images[1]).abs().max() < 0.5 / 255))
+            if as_many_tokens(model, case):
+                same.append(bool((images[2] - images[1]).abs().max() < 0.5 / 255))
             base, *others = [seen(image) for image in images]
             for name, got in zip(names, others, strict=True):
                 flipped[name][i][draw] = float(getattr(got, attribute) == case.other_word)
@@ -117,7 +125,10 @@ def measure_patching(
             continue
         note = ""
         if name == "the word and all after it":
-            note = f"the same picture as the other prompt's in {sum(same)} of {len(same)}: by construction"
+            note = (
+                f"the same picture as the other prompt's in {sum(same)} of {len(same)} whose prompts have as many "
+                "tokens: by construction"
+            )
         null = {"the same change turned": flipped[f"{name}, turned"]} if f"{name}, turned" in flipped else {}
         rows_.append(row(f"{attribute} flips: {name}", flipped[name], null, note))
         null = {"the same change turned": kept[f"{name}, turned"]} if null else {}

@@ -40,12 +40,14 @@ def test_the_nouns_map_is_told_from_its_nulls_by_the_same_pictures(model: mm.Hoo
 
 
 def test_everything_from_a_word_on_is_the_other_prompt_and_said_to_be(model: mm.HookedModel) -> None:
-    rows, facts = quality.measure_patching(model, "colour", 2, 1, OPTIONS)
-    assert facts["the whole is the other prompt"] == [2, 2]
+    rows, facts = quality.measure_patching(model, "shape", 2, 1, OPTIONS)
+    n_same, n_alike = facts["the whole is the other prompt"]
+    assert n_same == n_alike > 0
     by_name = {one.what: one for one in rows if one is not None}
-    whole = by_name["colour flips: the word and all after it"]
-    assert "2 of 2: by construction" in whole.note
-    assert whole.value.mean == by_name["colour flips: the other prompt"].value.mean
+    whole = by_name["shape flips: the word and all after it"]
+    assert f"{n_same} of {n_alike}" in whole.note
+    assert "by construction" in whole.note
+    assert whole.value.mean == by_name["shape flips: the other prompt"].value.mean
     assert all(one.nulls for name, one in by_name.items() if not name.endswith("the other prompt"))
 
 

@@ -49,14 +49,14 @@ def test_a_run_from_the_last_token_on_is_the_whole_run(model: mm.HookedModel, ob
     moved = subspaces.intervenable(model, OBJECT, RANDOM)
     batch = pairs.batch(torch.arange(8))
     places = batch["unit_locations"]
-    short = [moved(batch["base"], batch["sources"], places)[1].logits[:, 0] for _ in range(2)]
+    short = [moved(batch["base"], batch["sources"], places)[1].logits[:, 0].detach() for _ in range(2)]
     assert torch.equal(*short)  # A run leaves what was read as it was.
     whole, source = ({k: v[i] for k, v in pairs.asked.prompts.items()} for i in (pairs.base, pairs.source))
     last = torch.full((8,), whole["input_ids"].shape[1] - 1)
-    logits = moved(whole, [source], mm_pv.units(last))[1].logits[:, -1]
+    logits = moved(whole, [source], mm_pv.units(last))[1].logits[:, -1].detach()
     torch.testing.assert_close(short[0], logits, rtol=1e-4, atol=1e-4)
     # What the interchange changes is far more than that.
-    untouched = model.wrapped(**whole).logits[:, -1]
+    untouched = model.wrapped(**whole).logits[:, -1].detach()
     assert float((logits - untouched).abs().max()) > 0.1
 
 

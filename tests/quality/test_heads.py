@@ -20,10 +20,10 @@ def test_ablating_a_named_head_lowers_what_it_is_named_for(trained: quality.Head
     rng = np.random.default_rng(0)
     dealt = [quality.rows(trained, rng) for _ in range(20)]
     chance = {row: float(torch.cat([one[row] for one in dealt]).mean()) for row in found}
-    assert int(trained.named.sum()) >= 8
+    assert int(trained.named.sum()) >= 5
     assert found["ablated, direct, named"] >= 0.8
     # In the running model only where the direct path is most of what the head does.
-    assert int((trained.named & trained.direct).sum()) >= 4
+    assert int((trained.named & trained.direct).sum()) >= 2
     assert found["ablated, total, named and direct"] >= 0.8
     assert found["ablated, total, by total effect"] >= 0.8
     for row in ("ablated, direct, named", "ablated, total, by total effect", "truly driven, first text"):

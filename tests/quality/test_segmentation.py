@@ -16,12 +16,14 @@ def test_contributions_find_the_object_a_text_names_where_attention_cannot() -> 
 
 
 def test_what_knows_less_marks_less_of_the_object_and_what_is_told_its_colour_more() -> None:
-    rows = table("two", 40, {name: METHODS[name] for name in METHODS if "null" in name or "told" in name})
+    ours, told = "contributions of patches", "told more: the colour's pixels"
+    names = [name for name in METHODS if "null" in name or name in (ours, told)]
+    rows = table("two", 40, {name: METHODS[name] for name in names})
     share = {name: row.scores[0].foreground_iou for name, row in rows.items()}
     assert share["null: nothing marked"] == 0
-    assert share["told more: the colour's pixels"] > 0.75
+    assert share[told] > share[ours]
     for name in ("null: the other object's text", "null: random weights", "null: the middle"):
-        assert share[name] < 0.4
+        assert share[name] < share[ours] - 0.4
 
 
 def test_a_difference_is_taken_draw_by_draw() -> None:

@@ -55,7 +55,7 @@ class Faded:
 def named(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is left out for each query, by method, [query, picture]."""
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject([weights], faded_pictures(), faded_queries(), Path(folder))
+        subject = Subject([weights], faded_pictures(), faded_queries(), Path(folder), "faded")
         dtrak = scores(Trak(measure="output_norm", damping=DAMPING), subject.store, subject.features)
     lots = [torch.Generator().manual_seed(30_000 + number) for number in range(N_RANDOM)]
     by_lot = torch.stack([torch.rand(N_TRAIN, generator=g) for g in lots])

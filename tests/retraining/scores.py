@@ -20,25 +20,20 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-import mm_adapters as mm
 from methods_multimodal.data_attribution.counterfactual import top
 from methods_multimodal.data_attribution.diffusion import denoiser_task
 from methods_multimodal.data_attribution.evaluation import Chosen, choose_damping
 from methods_multimodal.data_attribution.features import Features, featurise, query_features
 from methods_multimodal.data_attribution.kronecker import kronecker_scores
 from methods_multimodal.data_attribution.projection import Projection
-from methods_multimodal.data_attribution.retrieval import (
-    enlarged,
-    image_features,
-    pixel_features,
-    similarity,
-)
+from methods_multimodal.data_attribution.retrieval import pixel_features, similarity
 from methods_multimodal.data_attribution.scorers import Cosine, DataInf, Dot, scores
 from methods_multimodal.data_attribution.task import Task
 from methods_multimodal.data_attribution.trak import Trak
 from methods_multimodal.data_attribution.unlearning import fisher_diagonal, unlearning_scores
 from methods_multimodal.plots.data_attribution import score_bars
 from mm_adapters.store import Store
+from tests.retraining.clip_features import cosines
 from tests.retraining.model import model_of, scheduler
 from tests.retraining.pictures import N_TRAIN, Pictures
 from tests.retraining.subsets import LEFT_OUT_QUERIES, LEFT_OUT_SHARE, SEEDS
@@ -64,9 +59,14 @@ class Subject:
     """The small model with its gradient features, those of every seed's model side by side."""
 
     def __init__(
-        self, checkpoints: Sequence[dict[str, Tensor]], training: Pictures, queries: Pictures, folder: Path
+        self,
+        checkpoints: Sequence[dict[str, Tensor]],
+        training: Pictures,
+        queries: Pictures,
+        folder: Path,
+        study: str = "truth",
     ) -> None:
-        self.model, self.folder = model_of(checkpoints[0]), folder
+        self.model, self.folder, self.study = model_of(checkpoints[0]), folder, study
         self.training, self.queries = training, queries
         task = self.task(TIMESTEPS, ("loss", "output_norm"))
         asked: dict[str, Any] = {
@@ -79,7 +79,8 @@ class Subject:
     @classmethod
     def of(cls, truth: Truth, folder: Path, planted: bool = False) -> Subject:
         """That of a shipped training set."""
-        return cls(truth.checkpoints(planted), truth.training(planted), truth.queries(planted), folder)
+        study = "planted" if planted else "truth"
+        return cls(truth.checkpoints(planted), truth.training(planted), truth.queries(planted), folder, study)
 
     def task(
         self, timesteps: int, measures: Sequence[str] = ("loss",), parameters: str | Sequence[str] = "all"
@@ -115,12 +116,8 @@ class Subject:
         return similarity(*(pixel_features((p.images + 1) / 2) for p in (self.queries, self.training)))
 
     def clip(self) -> Tensor:
-        """Cosines of tiny-clip's features."""
-        judge = mm.load("tiny-clip")
-        sides = [
-            image_features(judge, enlarged((p.images + 1) / 2, 64)) for p in (self.queries, self.training)
-        ]
-        return similarity(*sides)
+        """Cosines of features of the tiny-clip that the study was made with."""
+        return cosines(self.study)
 
     def ekfac(self, measure: str = "loss") -> Tensor:
         """Influence by kronfluence, at its own damping."""

@@ -24,6 +24,7 @@ from methods_multimodal.data_attribution import (
 )
 from methods_multimodal.data_attribution.pictures import read_pictures
 from mm_adapters import cli
+from mm_adapters.zoo.sd import N_TRAINING
 
 METHODS = EntryPoint("methods", "methods_multimodal.commands:register", cli.GROUP)
 SMALL = ("--train", "zoo:6", "--timesteps", "2", "--width", "64", "--steps", "3", "--query", "a red circle")
@@ -101,7 +102,7 @@ def test_a_training_picture_that_is_asked_about_is_its_own_nearest(tmp_path: Pat
 
 def test_mistakes_are_found_before_anything_is_loaded(tmp_path: Path) -> None:
     assert "there is d-trak, trak" in refused(tmp_path, "--method", "magic")
-    assert "12288" in refused(tmp_path, "--train", "zoo:0")
+    assert str(N_TRAINING) in refused(tmp_path, "--train", "zoo:0")
     assert "There is no folder" in refused(tmp_path, "--train", str(tmp_path / "none"))
     assert "There is no image" in refused(tmp_path, "--image", str(tmp_path / "none.png"))
     here = Path(__file__)

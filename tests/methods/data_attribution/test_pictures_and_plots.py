@@ -15,7 +15,7 @@ from methods_multimodal.data_attribution import Estimate
 from methods_multimodal.data_attribution.pictures import read_pictures
 from methods_multimodal.plots.data_attribution import score_bars, sources
 from mm_adapters import InputError
-from mm_adapters.zoo.sd import training_example
+from mm_adapters.zoo.sd import N_TRAINING, training_example
 
 
 def folder(at: Path, n: int = 3) -> Path:
@@ -30,7 +30,7 @@ def test_the_zoos_pictures_are_those_tiny_sd_was_trained_on() -> None:
     assert np.array_equal(np.asarray(found.image(3)), pixels)
     assert found.captions[3] == caption
     assert len(found.images(16)) == 5
-    with pytest.raises(InputError, match="12288"):
+    with pytest.raises(InputError, match=str(N_TRAINING)):
         read_pictures("zoo:99999")
 
 
