@@ -31,7 +31,7 @@ extensions = [
     "local_assets",
     "shown_output",
 ]
-exclude_patterns = ["_build", "_generated", "extensions", "jupyter_execute"]
+exclude_patterns = ["_build", "_generated", "extensions", "jupyter_execute", "tables"]
 
 # ---- pages ----
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from mm_adapters.zoo import NAMES, cards, path
-from mm_adapters.zoo.measures import Measure, measure_clip, measure_llava, measure_sd
+from mm_adapters.zoo.drawing import measure_sd
+from mm_adapters.zoo.measures import Measure, measure_clip, measure_llava
 from mm_adapters.zoo.models_at import load
 
 _FULL = {"tiny-clip": 2000, "tiny-llava": 2000, "tiny-sd": 300}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_adapters.zoo import binding, captions, judges, questions, world
+from mm_adapters.zoo import binding, captions, questions, world
 from mm_adapters.zoo.captions import VALUES, Claim, Phrase, phrase_of
 
 ATTRIBUTES = ("shape", "colour", "background", "position", "size")
@@ -223,98 +223,3 @@ def measure_llava(model: Any, processor: Any, n: int = 2000) -> list[Measure]:
     left = np.mean([word == q.answer for word, q in zip(blind, asked, strict=True)])
     out.append(Measure("all questions, each with another's image", float(left), n, at_most=0.25))
     return out
-
-
-# ---- tiny-sd -----------------------------------------------------------------------------------
-
-
-def prompts_to_draw(n: int) -> list[tuple[world.Scene, str]]:
-    """Held-out scenes with one object, and a prompt that says all that is judged."""
-    scenes = [world.scene(i, "test", seed=7, kind="one", solid=True) for i in range(n)]
-    claims = [
-        Claim((phrase_of(s.things[0], ["size", "colour", "shape", "position"]),), None, None, s.background)
-        for s in scenes
-    ]
-    return [(scene, claim.text()) for scene, claim in zip(scenes, claims, strict=True)]
-
-
-def draw(
-    pipeline: Any, texts: Sequence[str], steps: int = 25, guidance: float = 3.0, seed: int = 0
-) -> list[Image.Image]:
-    """One picture for each text; the picture with number i always starts from the same noise."""
-    pipeline.set_progress_bar_config(disable=True)
-    pictures: list[Image.Image] = []
-    for start in range(0, len(texts), 50):
-        part = list(texts[start : start + 50])
-        noise = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(part))]
-        pictures += pipeline(part, num_inference_steps=steps, guidance_scale=guidance, generator=noise).images
-    return pictures
-
-
-def measure_sd(pipeline: Any, clip: Any, processor: Any, n: int = 300) -> list[Measure]:
-    """How often each attribute of the prompt is in the picture, by tiny-clip and by exact rules."""
-    cases = prompts_to_draw(n)
-    images = draw(pipeline, [text for _, text in cases])
-    judged = [judges.judge(np.asarray(image)) for image in images]
-    out = []
-    for attribute in ATTRIBUTES:
-        expected = [value_of(scene, attribute) for scene, _ in cases]
-        by_clip = classify(clip, processor, images, attribute)
-        by_rule = [getattr(what, attribute) for what in judged]
-        for judge, values_read in (("tiny-clip", by_clip), ("rules on pixels", by_rule)):
-            value = float(np.mean([a == b for a, b in zip(values_read, expected, strict=True)]))
-            out.append(Measure(f"{attribute}, judged by {judge}", value, n, 0.9))
-    short, two = short_prompts(n), two_object_prompts(n)
-    for name, more in (("short prompts", short), ("prompts with two objects", two)):
-        drawn = [judges.objects(np.asarray(i)) for i in draw(pipeline, [text for _, text in more], seed=1)]
-        claims = [claim for claim, _ in more]
-        for what, given in (("", claims), (", another's", claims[1:] + claims[:1])):
-            right = [shows(claim, seen) for claim, seen in zip(given, drawn, strict=True)]
-            out.append(Measure(f"{name}{what}: these objects and no other", float(np.mean(right)), n))
-        counted = [len(seen) == len(claim.phrases) for claim, seen in zip(claims, drawn, strict=True)]
-        out.append(Measure(f"{name}: as many objects", float(np.mean(counted)), n))
-    return out
-
-
-def short_prompts(n: int) -> list[tuple[Claim, str]]:
-    """Held-out claims that say an object's colour and shape, every third its texture: no place, no ground."""
-    out = []
-    for i in range(n):
-        scene = world.scene(i, "test", seed=9, kind="one", solid=i % 3 != 0)
-        named = ["colour", "shape"] + (["texture"] if i % 3 == 0 else [])
-        claim = Claim((phrase_of(scene.things[0], named),))
-        out.append((claim, claim.text()))
-    return out
-
-
-def two_object_prompts(n: int) -> list[tuple[Claim, str]]:
-    """Held-out claims that say the colours and shapes of two objects and how they stand."""
-    claims = [
-        binding.claim_of(world.scene(i, "test", seed=9, kind="two"), "relation", ["colour", "shape"], i % 2)
-        for i in range(n)
-    ]
-    return [(claim, claim.text()) for claim in claims]
-
-
-def shows(claim: Claim, seen: Sequence[judges.Object]) -> bool:
-    """Whether a picture holds the objects of the claim, standing so, and no other."""
-    if len(seen) != len(claim.phrases):
-        return False
-
-    def fits(phrase: Phrase, what: judges.Object) -> bool:
-        return all(getattr(phrase, name) == getattr(what, name) for name in phrase.named())
-
-    def stand(first: judges.Object, second: judges.Object) -> bool:
-        dx, dy = second.x - first.x, second.y - first.y
-        sideways, along = {"left of": (dy, dx), "right of": (dy, -dx), "above": (dx, dy), "below": (dx, -dy)}[
-            claim.relation or ""
-        ]
-        return along > abs(sideways)
-
-    if len(seen) == 1:
-        return fits(claim.phrases[0], seen[0])
-    orders = (tuple(seen), tuple(reversed(seen)))
-    a, b = claim.phrases
-    return any(
-        fits(a, x) and fits(b, y) and (claim.relation in (None, "and") or stand(x, y)) for x, y in orders
-    )

@@ -2,8 +2,8 @@
 
 python -m tests.quality (--all | --only NAME ...) [--out FOLDER] [--quick]
 
-Each is a command of its own too. What is printed is also written to FOLDER/NAME.txt; with `--quick` every
-table is made small, to see that it can be made.
+Each is a command of its own too. What is printed is also written to FOLDER/NAME.md: `--out docs/tables` makes
+those that the pages show. With `--quick` every table is made small, to see that it can be made.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def as_page(printed: str) -> str:
+    """Tables in Markdown as they are, other text as it stands."""
+    is_markdown = any(line.startswith("|") for line in printed.splitlines())
+    return printed.strip() + "\n" if is_markdown else f"```text\n{printed.strip()}\n```\n"
+
+
 def run(name: str, folder: Path | None, *, quick: bool) -> float:
     """Prints the table, keeps it if asked, and says how many seconds it took."""
     (module, *arguments), small = TABLES[name]
@@ -57,7 +63,7 @@ def run(name: str, folder: Path | None, *, quick: bool) -> float:
     sys.stdout.flush()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.txt").write_text(done.stdout, "utf-8")
+        (folder / f"{name}.md").write_text(as_page(done.stdout), "utf-8")
     if done.returncode not in (0, 1):  # 1: a bound was missed, which the table says.
         raise SystemExit(f"{name}: {' '.join(command)} ended with {done.returncode}")
     return spent_s

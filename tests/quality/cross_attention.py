@@ -126,8 +126,8 @@ def measure_patching(
         note = ""
         if name == "the word and all after it":
             note = (
-                f"the same picture as the other prompt's in {sum(same)} of {len(same)} whose prompts have as many "
-                "tokens: by construction"
+                f"the same picture as the other prompt's in {sum(same)} of {len(same)} whose prompts have "
+                "as many tokens: by construction"
             )
         null = {"the same change turned": flipped[f"{name}, turned"]} if f"{name}, turned" in flipped else {}
         rows_.append(row(f"{attribute} flips: {name}", flipped[name], null, note))

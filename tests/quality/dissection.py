@@ -28,7 +28,7 @@ from methods_multimodal.core.statistics import Estimate, bootstrap
 from methods_multimodal.dissection import Concepts, Units, twins_of
 from methods_multimodal.dissection.concepts import Masks
 from methods_multimodal.dissection.survey import Survey, survey
-from mm_adapters.zoo import judges, labels, measures, world
+from mm_adapters.zoo import drawing, judges, labels, measures, world
 from tests.quality.cross_attention import region
 
 CONCEPTS = Concepts(labels.NAMES, labels.MEMBER_OF)
@@ -61,7 +61,7 @@ def drawn_batches(
     model: mm.HookedModel, n: int, steps: int, draw: int = 0, size: int = 16
 ) -> tuple[list[Batch], list[Masks]]:
     """Pictures that tiny-sd draws, and what rules on their pixels see in them."""
-    cases = measures.prompts_to_draw(n * (draw + 1))[n * draw :]
+    cases = drawing.prompts_to_draw(n * (draw + 1))[n * draw :]
     batches: list[Batch] = []
     masks: list[Masks] = []
     for first in range(0, n, size):

@@ -27,7 +27,7 @@ def test_ablating_a_named_head_lowers_what_it_is_named_for(trained: quality.Head
     assert found["ablated, total, named and direct"] >= 0.8
     assert found["ablated, total, by total effect"] >= 0.8
     for row in ("ablated, direct, named", "ablated, total, by total effect", "truly driven, first text"):
-        assert found[row] >= chance[row] + 0.3, (row, found[row], chance[row])
+        assert found[row] >= chance[row] + 0.25, (row, found[row], chance[row])
 
 
 def test_margins_fall_by_what_a_head_puts_into_them() -> None:

@@ -320,7 +320,7 @@ def measured() -> Any:
     pipeline, _ = load(path("tiny-sd"), "tiny-sd")
     with mock.patch.object(measures, "max", return_value=300, create=True):
         found = measures.measure_clip(eye, process, 40) + measures.measure_llava(answerer, asks, 24)
-    found += measures.measure_sd(pipeline, eye, process, 2)
+    found += drawing.measure_sd(pipeline, eye, process, 2)
     rows = [[m.name, m.value, m.n, m.at_least, m.at_most, m.bound(), m.passes()] for m in found]
     return rows + [measures.prompts(a) for a in measures.ATTRIBUTES]
 

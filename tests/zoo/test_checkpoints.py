@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import mm_adapters.zoo as zoo
-from mm_adapters.zoo import evaluate, judges, measures, questions, samples, world
+from mm_adapters.zoo import drawing, evaluate, judges, measures, questions, samples, world
 
 MB = 1_000_000
 
@@ -56,8 +56,8 @@ def test_tiny_llava_answers_and_needs_the_image(llava):
 
 
 def test_tiny_sd_draws_what_the_prompt_says(sd):
-    cases = measures.prompts_to_draw(12)
-    images = measures.draw(sd, [text for _, text in cases], steps=15)
+    cases = drawing.prompts_to_draw(12)
+    images = drawing.draw(sd, [text for _, text in cases], steps=15)
     seen = [judges.judge(np.asarray(image)) for image in images]
     right = [
         getattr(what, attribute) == measures.value_of(scene, attribute)

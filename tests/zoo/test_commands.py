@@ -246,7 +246,7 @@ def test_the_card_of_a_model_that_draws_has_its_pictures(
     with mock.patch("mm_adapters.zoo.models_at.load", return_value=("the pipeline", None)):
         cards.write("tiny-sd", tmp_path, [])
     ((pipeline, texts),) = drawn
-    assert (pipeline, texts) == ("the pipeline", [text for _, text in measures.prompts_to_draw(24)])
+    assert (pipeline, texts) == ("the pipeline", [text for _, text in drawing.prompts_to_draw(24)])
     from PIL import Image
 
     with Image.open(tmp_path / "samples.png") as sheet:
