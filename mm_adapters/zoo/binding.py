@@ -5,7 +5,7 @@ A model that only notes which words fit somewhere in a picture cannot tell the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -116,7 +116,7 @@ class Heads(nn.Module):
 
     def forward(self, image: Tensor, patches: Tensor, scenes: Sequence[Scene]) -> Tensor:
         """How badly they do so, for image [scene, width] and patches [scene, patch, width]."""
-        rows, labels = patches_on_objects(scenes)
+        rows, labels = patches_on_objects(scenes, combinations)
         scores = self.patch(patches.flatten(0, 1)[rows.to(patches.device)]).split(self.sizes, -1)
         named = [
             nn.functional.cross_entropy(one, label.to(patches.device))
@@ -127,15 +127,20 @@ class Heads(nn.Module):
         return torch.stack(named).mean() + bound[together].mean() + bound[apart].mean()
 
 
-def patches_on_objects(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """Which patches of 8 x 8 pixels lie on an object, and which of each combination's values it has."""
+def combinations(thing: Thing) -> list[int]:
+    """Which of each combination's values an object has."""
+    return [_number(thing, thing, a, b) for a, b in JOINED]
+
+
+def patches_on_objects(scenes: Sequence[Scene], label: Callable[[Thing], list[int]]) -> tuple[Tensor, Tensor]:
+    """Which patches of 8 x 8 pixels lie on an object, [patch], and what it is called, [patch, label]."""
     middle = np.arange(8) * 8.0 + 4.0
     rows, labels = [], []
     for number, scene in enumerate(scenes):
         for thing in scene.things:
             near = np.hypot(middle[None, :] - thing.x, middle[:, None] - thing.y) < thing.radius
             rows += [number * 64 + int(i) for i in np.flatnonzero(near)]
-            labels += [[_number(thing, thing, a, b) for a, b in JOINED]] * int(near.sum())
+            labels += [label(thing)] * int(near.sum())
     return torch.tensor(rows), torch.tensor(labels)
 
 

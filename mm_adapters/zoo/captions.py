@@ -40,6 +40,11 @@ VALUES: dict[str, tuple[str, ...]] = {
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
+def value_numbers(thing: Thing) -> list[int]:
+    """Which of VALUES an object has, one number for each attribute."""
+    return [values.index(getattr(thing, name)) for name, values in VALUES.items()]
+
+
 @dataclass(frozen=True)
 class Phrase:
     """What is said about one object; None is left unsaid."""

@@ -281,16 +281,9 @@ def _scale(student: Student) -> Tensor:
 
 def patch_loss(student: Student, patches: Tensor, scenes: list[world.Scene]) -> Tensor:
     """How badly the heads name the objects that the patches, [scene, patch, width], lie on."""
-    middle = np.arange(8) * 8.0 + 4.0
-    rows, labels = [], []
-    for number, scene in enumerate(scenes):
-        for thing in scene.things:
-            near = np.hypot(middle[None, :] - thing.x, middle[:, None] - thing.y) < thing.radius
-            rows += [number * 64 + int(i) for i in np.flatnonzero(near)]
-            classes = [values.index(getattr(thing, name)) for name, values in captions.VALUES.items()]
-            labels += [classes] * int(near.sum())
-    chosen = patches.flatten(0, 1)[torch.tensor(rows, device=patches.device)]
-    targets = torch.tensor(labels, device=patches.device).unbind(1)
+    rows, labels = binding.patches_on_objects(scenes, captions.value_numbers)
+    chosen = patches.flatten(0, 1)[rows.to(patches.device)]
+    targets = labels.to(patches.device).unbind(1)
     losses = [
         nn.functional.cross_entropy(head(chosen), target)
         for head, target in zip(student.heads.values(), targets, strict=True)

@@ -27,6 +27,7 @@ from mm_adapters.zoo import (
     captions,
     cards,
     clip,
+    drawing,
     judges,
     labels,
     llava,

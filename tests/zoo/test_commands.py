@@ -22,6 +22,7 @@ from mm_adapters.zoo import (
     _training,
     cards,
     clip,
+    drawing,
     evaluate,
     judges,
     llava,
