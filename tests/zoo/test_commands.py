@@ -254,7 +254,7 @@ def test_the_card_of_a_model_that_draws_has_its_pictures(
         assert sheet.size == (6 * 168 + 8, 4 * (168 + 45) + 8)
     text = (tmp_path / "README.md").read_text()
     assert (
-        text.index("(25 steps, guidance 3, none chosen)")
+        text.index("(25 steps, guidance 2, none chosen)")
         < text.index("(samples.png)")
         < text.index("## Data")
     )
