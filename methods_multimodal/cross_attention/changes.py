@@ -18,7 +18,8 @@ from methods_multimodal.core.record import Record
 from methods_multimodal.cross_attention._recipes import index_of
 from methods_multimodal.cross_attention._sites import prompt_layouts, text_attention
 from methods_multimodal.cross_attention.cases import Case
-from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits
+from methods_multimodal.cross_attention.generation import generate_checked
+from methods_multimodal.cross_attention.tracing import knockout_edits
 from mm_adapters import InputError, Model
 
 

@@ -7,30 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.generators import generator
-from methods_multimodal.core.kept import kept
 from methods_multimodal.cross_attention import _knockout
-from methods_multimodal.cross_attention._measuring import Drawing, check_work, measure_parts
-from methods_multimodal.cross_attention._rows import RowEdit, copy_positions, generate
+from methods_multimodal.cross_attention._rows import RowEdit, copy_positions
 from methods_multimodal.cross_attention._sites import text_attention, text_positions
+from methods_multimodal.cross_attention._trace import Trace
 from methods_multimodal.cross_attention._turned import TURNED, turned
 from methods_multimodal.cross_attention.cases import (
     Case,
     Part,
     align_positions,
-    is_whole,
     layouts_of,
     matched_words,
-    n_heads_of,
     positions_of_word,
     select_layers,
 )
 from methods_multimodal.cross_attention.effects import Effects
 from methods_multimodal.cross_attention.metrics import Metric
-from mm_adapters import InputError, Model, Read
+from mm_adapters import InputError, Model
 
 EVERYTHING = (Part(),)
 
@@ -72,21 +68,8 @@ def patch_words(
     goals = [c.other for c in cases]
     named = dict.fromkeys(range(len(cases)), TURNED)
     settings = {"positions": positions, "batch": batch, "seed": control_seed}
-    return _measured(
-        model,
-        cases,
-        goals,
-        metric,
-        parts,
-        change,
-        control,
-        named,
-        "patching",
-        batch,
-        options,
-        folder,
-        settings,
-    )
+    trace = Trace(model, cases, metric, parts, batch, options, folder)
+    return trace.effects("patching", change, control, named, goals=goals, settings=settings)
 
 
 def patch_edits(
@@ -166,21 +149,8 @@ def knock_out_words(
 
     named = {i: f"“{word}” blocked" for i, word in others.items()}
     settings = {"text": text, "batch": batch, "seed": control_seed}
-    return _measured(
-        model,
-        cases,
-        None,
-        metric,
-        parts,
-        change,
-        control,
-        named,
-        "knockout",
-        batch,
-        options,
-        folder,
-        settings,
-    )
+    trace = Trace(model, cases, metric, parts, batch, options, folder)
+    return trace.effects("knockout", change, control, named, settings=settings)
 
 
 def knockout_edits(
@@ -242,112 +212,8 @@ def ablate_heads(
 
     named = dict.fromkeys(range(len(cases)), TURNED)
     settings = {"batch": batch, "seed": control_seed}
-    return _measured(
-        model,
-        cases,
-        None,
-        metric,
-        parts,
-        change,
-        control,
-        named,
-        "ablation",
-        batch,
-        options,
-        folder,
-        settings,
-    )
-
-
-# The edits of one row, by a case's number, the part and the row.
-Change = Callable[[int, Part, int], list[RowEdit]]
-
-
-def _measured(
-    model: Model,
-    cases: Sequence[Case],
-    goals: Sequence[str] | None,
-    metric: Metric,
-    parts: Sequence[Part],
-    change: Change,
-    control: Change,
-    named: Mapping[int, str],
-    what: str,
-    batch: int,
-    options: Mapping[str, Any] | None,
-    folder: str | Path | None,
-    more: Mapping[str, Any],
-) -> Effects:
-    """Draws for each case its picture and its goal, and for each part its picture and its control.
-
-    Args:
-        model: what draws.
-        cases: the pictures, each with a word in question.
-        goals: the prompts whose pictures are the goals; None for the picture with everything changed.
-        metric: gives a number for each picture.
-        parts: what is changed, one at a time.
-        change: a part's edits; `control`: those of its control.
-        named: what the control of a case is; a case that is not there has none.
-        what: the intervention's name.
-        batch: rows of a run.
-        options: the pipeline's.
-        folder: where runs are written down.
-        more: settings that stored work is made with.
-    """
-    check_work(cases, parts, batch)
-    attention = text_attention(model)
-    n_steps = (options or {}).get("num_inference_steps")
-    for part in parts:
-        if n_steps is not None and part.steps and not 0 <= min(part.steps) <= max(part.steps) < n_steps:
-            raise InputError(f"{part}: the run has the steps 0 to {n_steps - 1}.")
-        select_layers(attention, part)
-    for i in range(len(cases)):  # Every mistake in a word comes up here.
-        change(i, parts[0], 0)
-    n_heads = max(n_heads_of(model, layer) for layer in attention)
-
-    def drawing_of(i: int) -> Drawing:
-        prompt = cases[i].prompt
-        ends = [] if goals else change(i, Part(), 1)
-
-        def draw(chunk: Sequence[int]) -> Tensor:
-            row_edits, rows = list(ends), [prompt, goals[i] if goals else prompt]
-            for edits_of in (change, control) if i in named else (change,):
-                for p in chunk:
-                    row_edits += edits_of(i, parts[p], len(rows))
-                    rows.append(prompt)
-            return generate_checked(model, rows, cases[i].seed, row_edits, options)
-
-        return Drawing(draw, named.get(i, ""))
-
-    settings: dict[str, Any] = {"options": dict(options or {}), "controls": "by part", **more}
-    settings |= {"cases": list(cases), "parts": list(parts), "metric": metric}
-    with kept(folder, job=what, models={"model": model}, **settings) as work:
-        return measure_parts(
-            model,
-            cases,
-            parts,
-            metric,
-            [drawing_of(i) for i in range(len(cases))],
-            what=what,
-            batch=batch,
-            whole=[is_whole(part, attention, n_heads, n_steps) for part in parts],
-            work=work,
-        )
-
-
-def generate_checked(
-    model: Model,
-    prompts: Sequence[str],
-    seed: int,
-    row_edits: Sequence[RowEdit],
-    options: Mapping[str, Any] | None = None,
-) -> Float[Tensor, "row 3 height width"]:
-    """Pictures from one noise; where attention was blocked it is checked that none is left."""
-    left_by_site = _knockout.watch(row_edits)
-    reads = [Read(site, reduce=left, rows="cond") for site, left in left_by_site.items()]
-    images = generate(model, prompts, [seed] * len(prompts), row_edits, read=reads, options=options)
-    _knockout.verify(left_by_site)
-    return images
+    trace = Trace(model, cases, metric, parts, batch, options, folder)
+    return trace.effects("ablation", change, control, named, settings=settings)
 
 
 def _check_both(cases: Sequence[Case]) -> None:

@@ -22,8 +22,9 @@ from methods_multimodal.cross_attention import (
     patch_words,
     step_groups,
 )
+from methods_multimodal.cross_attention.generation import generate_checked
 from methods_multimodal.cross_attention.metrics import Metric
-from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits, patch_edits
+from methods_multimodal.cross_attention.tracing import knockout_edits, patch_edits
 from methods_multimodal.diffusion import to_array
 from methods_multimodal.plots import effect_grid, effect_pairs, picture
 from methods_multimodal.report._page import Report, new_page, rounded

@@ -29,7 +29,8 @@ from methods_multimodal.cross_attention.cases import (
     matched_words,
     positions_of_word,
 )
-from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits
+from methods_multimodal.cross_attention.generation import generate_checked
+from methods_multimodal.cross_attention.tracing import knockout_edits
 from mm_adapters.zoo import judges
 from tests.quality.prompts import ATTRIBUTES, GUIDANCE, STEPS, pairs, region, seen
 from tests.quality.rows import Row, markdown, row

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from methods_multimodal.core.statistics import iou
 from methods_multimodal.cross_attention import masks, rank_agreement, segment, word_changes, word_maps
+from methods_multimodal.cross_attention.generation import generate_checked
 from methods_multimodal.cross_attention.segmentation import THRESHOLDS
-from methods_multimodal.cross_attention.tracing import generate_checked
 from mm_adapters.zoo import measures, world
 from tests.quality.prompts import ATTRIBUTES, one_object, region, regions_by_colour, swap, two_objects
 from tests.quality.rows import Row, row

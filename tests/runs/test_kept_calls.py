@@ -237,7 +237,8 @@ def test_gradients_are_of_the_whole_loop(tmp_path: Path) -> None:
 def test_word_maps_and_blocked_attention_gather_what_was_kept(tmp_path: Path, engine: Any) -> None:
     from methods_multimodal.cross_attention import word_maps
     from methods_multimodal.cross_attention.cases import Case
-    from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits
+    from methods_multimodal.cross_attention.generation import generate_checked
+    from methods_multimodal.cross_attention.tracing import knockout_edits
 
     model = mm.wrap(tiny.CASES["stable_diffusion"]().model, engine=engine)
     inputs = {"prompt": "a cat", "num_inference_steps": 4, "seed": 3, "output_type": "pt"}

@@ -18,7 +18,8 @@ from methods_multimodal.cross_attention import (
     word_changes,
 )
 from methods_multimodal.cross_attention.agreement import function_words
-from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits
+from methods_multimodal.cross_attention.generation import generate_checked
+from methods_multimodal.cross_attention.tracing import knockout_edits
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 2, "height": 16, "width": 24, "guidance_scale": 3.0}
 PROMPT = "a big cat"

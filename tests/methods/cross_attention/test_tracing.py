@@ -30,7 +30,8 @@ from methods_multimodal.cross_attention import _knockout as knockout
 from methods_multimodal.cross_attention import _rows as rows
 from methods_multimodal.cross_attention._turned import TURNED, turned
 from methods_multimodal.cross_attention.cases import align_positions, matched_words, positions_of_word
-from methods_multimodal.cross_attention.tracing import generate_checked, knockout_edits, patch_edits
+from methods_multimodal.cross_attention.generation import generate_checked
+from methods_multimodal.cross_attention.tracing import knockout_edits, patch_edits
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "height": 16, "width": 24, "guidance_scale": 3.0}
 CASES = [Case("a big cat", "big", "a red cat", "red", seed=0), Case("cat", "cat", "dog", "dog", seed=1)]
