@@ -1,10 +1,9 @@
-"""Whether attention that was blocked is really gone after the softmax: a block that did nothing is an error."""
+"""Whether blocked attention is really gone after the softmax: a block that did nothing is an error."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxtyping import Bool
 from torch import Tensor
 
 from mm_adapters import AttentionUnreachableError
@@ -17,7 +16,7 @@ class AttentionLeft:
         self.is_read = False
         self.most = 0.0
 
-    def add(self, pattern: Tensor, blocked: Bool[Tensor, "..."]) -> None:
+    def add(self, pattern: Tensor, blocked: Tensor) -> None:
         """Notes what one call's pattern holds where `blocked`, which broadcasts to it, is true."""
         left = pattern.abs().masked_fill(~blocked, 0.0)
         self.note(left.max() if left.numel() else left.new_zeros(()))
