@@ -141,19 +141,15 @@ def knock_out(
     read = sorted(
         {scores.replace("hook_attn_scores", "hook_pattern") for of_cut in sites for scores in of_cut}
     )
-    patterns: dict[str, list[Tensor]] = {}
+    masses: dict[str, list[Tensor]] = {}
 
-    def masses(pattern: Tensor, at: str) -> Tensor:
-        mass = [_mass(pattern, cut) for cut, own in zip(cuts, sites, strict=True) if _has(own, at)]
-        patterns[at] = mass
+    def looked_at(pattern: Tensor, at: str) -> Tensor:
+        masses[at] = [_mass(pattern, c) for c, own in zip(cuts, sites, strict=True) if _has(own, at)]
         return pattern.new_zeros(0)
 
-    base = model.run(ready, read=[Read(at, reduce=lambda x, at=at: masses(x, at)) for at in read])
+    base = model.run(ready, read=[Read(at, reduce=lambda x, at=at: looked_at(x, at)) for at in read])
     first = metric(base.output).detach().float()
-    mass = [
-        torch.stack([of_cut.pop(0) for at in read if _has(own, at) for of_cut in [patterns[at]]]).mean(0)
-        for own in sites
-    ]
+    mass = [torch.stack([masses[at].pop(0) for at in read if _has(own, at)]).mean(0) for own in sites]
     bar = tqdm(total=len(cuts), desc="knockout", unit="run", disable=None, leave=False)
 
     def one_run(sofar: State, number: int) -> State:

@@ -56,7 +56,7 @@ def averaged(
     where: Bool[Tensor, "row pos"],
     *,
     site: str,
-    reference: tuple[Mapping[str, Any], Bool[Tensor, "row pos"]] | None = None,
+    reference: tuple[Mapping[str, Any], Bool[Tensor, "_ _"]] | None = None,
 ) -> Corruption:
     """Puts a mean in place of a site's values at some positions: of a reference's, or of these themselves.
 
@@ -145,7 +145,7 @@ def other_words(
 def _changed(model: Model, clean: Mapping[str, Any], corrupted: Mapping[str, Any]) -> dict[str, list[str]]:
     """Which arguments hold other text, and which other pictures.
 
-    Raises: InputError if the two differ in size, in what stands where, or in anything else.
+    Raises: InputError if the two differ in size, in what says what stands where, or in anything else.
     """
     one, two = prepared_once(model, clean), prepared_once(model, corrupted)
     if one.keys() != two.keys():
@@ -175,10 +175,6 @@ def _changed(model: Model, clean: Mapping[str, Any], corrupted: Mapping[str, Any
                     "texts padded alike."
                 )
             changed[kind].append(name)
-    layouts = [model.layout(**inputs) for inputs in (clean, corrupted)]
-    for tower, layout in layouts[0].items():
-        if layout.roles != layouts[1][tower].roles or layout.patches != layouts[1][tower].patches:
-            raise InputError(f"What stands at the {tower} tower's positions differs between the two inputs.")
     return changed
 
 
