@@ -153,7 +153,7 @@ def test_what_the_question_reads_in_the_last_layer_never_reaches_the_answer() ->
     case = family("llava")
     found = information_flow(case.model("hooked"), case.inputs, last_logit)
     assert found.flows == (("image", "question"), ("question", "last"), ("image", "last"))
-    # Where attention is changed it is formed from its pattern, which differs from the fused kernel in rounding.
+    # Changed attention is formed from its pattern, which differs from the fused kernel in rounding.
     assert found.effect[0, -1].abs().max() < 1e-6
     assert found.effect[2].abs().min() > 1e-2
     assert found.interval().shape == (2, 3, len(found.windows))
