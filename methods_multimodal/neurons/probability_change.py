@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from methods_multimodal.core.positions import in_rows
 from methods_multimodal.core.record import Record
 from methods_multimodal.lenses.log_prob import log_prob_of
 from methods_multimodal.neurons.places import Neuron, mlp_sites, output_weights
-from mm_adapters import InputError, Model, Read
+from mm_adapters import InputError, Model, Read, TowerView
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,9 @@ def probability_change(
     view.check_one_stream()
     chosen = mlp_sites(model, tower, layers)
     middles = [f"{tower}.blocks.{i}.hook_resid_mid" for i in chosen]
-    scales = {
-        i: f"{tower}.blocks.{i}.ln2_post.hook_scale" for i in chosen if view.weights(i).names("ln2_post")
-    }
-    check_sites(model, [*chosen.values(), *middles, *scales.values(), f"{tower}.ln_final.hook_scale"])
+    check_sites(model, [*chosen.values(), *middles, f"{tower}.ln_final.hook_scale"])
+    scales = {i: f"{tower}.blocks.{i}.ln2_post.hook_scale" for i in chosen if _post_norm(view, i)}
+    check_sites(model, scales.values())
     ids = torch.as_tensor([int(i) for i in tokens])
     ready = prepared_once(model, inputs)
     at = in_rows(model, ready, -1, tower)
@@ -76,7 +75,7 @@ def probability_change(
     for (layer, site), middle in zip(chosen.items(), middles, strict=True):
         state, active, writes = run[middle].float(), run[site].float(), output_weights(view, layer)
         if layer in scales:  # What the MLP gives is normalised before it joins the stream.
-            writes = writes * view.weights(layer).names("ln2_post")["w"]().detach().float()
+            writes = writes * _post_norm(view, layer)["w"]().detach().float()
             active = active / run[scales[layer]].float()
         before = log_prob_of(view, state, ids)
         # One row after the other: [neuron, d_model] states at once.
@@ -86,3 +85,8 @@ def probability_change(
         ]
         increases.append(torch.stack(after) - before[:, None])
     return ProbabilityChange(torch.stack(increases, 1), tuple(chosen), tuple(ids.tolist()), tower)
+
+
+def _post_norm(view: TowerView, layer: int) -> dict[str, Callable[[], Tensor]]:
+    """The weights of the norm of the MLP's output before it joins the stream; none if it has none."""
+    return view.weights(layer).names("ln2_post")

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from methods_multimodal.core.model import check_sites
 from methods_multimodal.core.positions import in_rows
 from mm_adapters import InputError, Model
 
@@ -29,6 +30,7 @@ def answer_logits(
     """
     view = model.check_tower(tower)
     n_tokens = view.unembedding.shape[1]
+    check_sites(model, [f"{tower}.blocks.0.hook_resid_pre"])  # Not an encoder whose decoder answers.
     at = in_rows(model, inputs, -1, tower)
     ids = [_tokens(name, given, n_tokens) for name, given in (("right", right), ("wrong", wrong))]
 
@@ -50,7 +52,9 @@ def answer_log_prob(
     Raises: as `answer_logits`.
     """
     view = model.check_tower(tower)
-    at, ids = in_rows(model, inputs, -1, tower), _tokens("tokens", tokens, view.unembedding.shape[1])
+    n_tokens = view.unembedding.shape[1]
+    check_sites(model, [f"{tower}.blocks.0.hook_resid_pre"])
+    at, ids = in_rows(model, inputs, -1, tower), _tokens("tokens", tokens, n_tokens)
 
     def metric(output: Any) -> Float[Tensor, " row"]:
         log_probs = at.of(view.vocabulary_logits(output)).float().log_softmax(-1)
