@@ -95,6 +95,7 @@ METHODS: tuple[Method, ...] = (
     Method(ca.find_neurons, DRAWING, calls.neurons),
     Method(report.contrastive_report, PAIRS, lambda m, x: report.contrastive_report(m, x.pictures, x.texts)),
     Method(report.vlm_report, ASKED, lambda m, x: report.vlm_report(m, x.pictures, x.question)),
+    Method(report.flow_report, ASKED, lambda m, x: report.flow_report(m, x.pictures, x.question)),
     Method(report.diffusion_report, DRAWING, calls.diffusion_page),
     Method(report.words_report, DRAWING, calls.words_page),
     Method(report.trace_report, DRAWING, calls.trace_page),
@@ -140,7 +141,7 @@ OWN_REASONS: tuple[Reason, ...] = (
         ),
     ),
     Reason(
-        r"relevance\.head_maps|dissection\.Units|report\.vlm_report",
+        r"relevance\.head_maps|dissection\.Units|report\.(vlm|flow)_report",
         r"one image, one grid|one image per row|at different positions",
         "an image comes in tiles, each with a grid: its layout",
         lambda x, _: x.is_tiled,
