@@ -42,9 +42,10 @@ NEEDED = ("blocks.0.hook_resid_pre", "blocks.0.attn.hook_attn_scores", "ln_final
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the page shows; `answers` are the likeliest first tokens, of image and counterpart."""
+    """Everything the page shows; `answers` are the likeliest first tokens, `other` is what the first is set against."""
 
     answers: tuple[str, str]
+    other: str
     trace: CausalTrace
     flow: InformationFlow
     heads: HeadImportance
@@ -76,7 +77,7 @@ def flow_report(
 
     Args:
         model: A VLM.
-        images: The image, and a counterpart of the same size that has another answer.
+        images: The image, and a counterpart of the same size, best with another answer.
         question: About both.
         names: What to call them.
         window: In how many layers at once flows are blocked.
@@ -84,7 +85,7 @@ def flow_report(
         folder: Where parts are written down as they are done.
 
     Raises: MissingSiteError if the language tower does not attend to the image's patches or unembed one
-        stream; InputError if there are not two images of one size, or no question, or both have one answer.
+        stream; InputError if there are not two images of one size, or no question.
     """
     check_sites(model, [f"{TOWER}.{part}" for part in NEEDED])
     _ = model.check_tower(TOWER).unembedding
@@ -109,17 +110,11 @@ def _gather(
 ) -> Evidence:
     view = model.check_tower(TOWER)
     last = int(model.row_positions(clean, tower=TOWER)[0])
-    first, other = (
-        int(view.vocabulary_logits(model.run(inputs).output)[0, last].argmax())
-        for inputs in (clean, pair.inputs)
-    )
+    logits = [view.vocabulary_logits(model.run(x).output)[0, last] for x in (clean, pair.inputs)]
+    first, answer = (int(of.argmax()) for of in logits)
+    # Where both have one answer, what it is compared with is the next likeliest.
+    other = int(logits[0].topk(2).indices[1]) if first == answer else answer
     name = name_of(model)
-    if first == other:
-        raise InputError(
-            f"Both images have the answer {name(first)!r}, so there is no difference to trace. Give a "
-            "counterpart with "
-            "another answer."
-        )
     metric = answer_logits(model, clean, [first], [other])
     roles = token_roles(model, clean)
     heads = work.record("heads", HeadImportance, lambda: head_importance(model, clean, [first]))
@@ -130,7 +125,8 @@ def _gather(
     reader = int((best.increase[0] * roles["image"][0].to(best.increase)).sum(1).argmax())
     read = replace(best, increase=best.increase[:, [reader]], heads=(best.heads[reader],))
     return Evidence(
-        answers=(name(first), name(other)),
+        answers=(name(first), name(answer)),
+        other=name(other),
         trace=work.record("trace", CausalTrace, lambda: trace(model, clean, pair, metric, roles)),
         flow=work.record(
             "flow",
@@ -146,8 +142,8 @@ def _gather(
 def _draw(
     found: Evidence, pictures: Sequence[Any], question: str, names: Sequence[str], model_name: str
 ) -> Report:
-    gap = f"{found.answers[0]!r} − {found.answers[1]!r}"
-    figure = new_page(15, 8.5, fill(f"{model_name}: {question}", 120))
+    gap = f"{found.answers[0]!r} − {found.other!r}"
+    figure = new_page(15.0, 8.5, fill(f"{model_name}: {question}", 120))
     axes = figure.subplots(2, 3, gridspec_kw={"width_ratios": [1, 1.4, 1.2]}).ravel()
     for ax, letter, shown, name, answer in zip(
         (axes[0], axes[3]), LETTERS, pictures, names, found.answers, strict=True
