@@ -42,7 +42,7 @@ NEEDED = ("blocks.0.hook_resid_pre", "blocks.0.attn.hook_attn_scores", "ln_final
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the page shows; `answers` are the likeliest first tokens, `other` is what the first is set against."""
+    """What the page shows: `answers` are the likeliest first tokens, `other` what A's is set against."""
 
     answers: tuple[str, str]
     other: str
