@@ -109,8 +109,7 @@ def ablate_neurons(
         if n_controls and 2 * n > len(of):
             raise InputError(
                 f"{n} of layer {layer}'s {len(of)} neurons are named, so there are no {n} others to "
-                "compare with. "
-                "Name fewer, or pass n_controls=0."
+                "compare with. Name fewer, or pass n_controls=0."
             )
     ready = prepared_once(model, inputs)
     run = model.run(ready, read=[Read(s, reduce=_moments(s, where)) for s in sites.values()])

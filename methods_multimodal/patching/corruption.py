@@ -163,16 +163,15 @@ def _changed(model: Model, clean: Mapping[str, Any], corrupted: Mapping[str, Any
         if value.shape != other.shape:
             raise InputError(
                 f"The two inputs differ in size: {name} is {tuple(value.shape)} and {tuple(other.shape)}. "
-                "Positions "
-                "would shift: give pictures of one size and as many tiles, and texts of as many tokens."
+                "Positions would shift: give pictures of one size and as many tiles, and texts of as many "
+                "tokens."
             )
         if not torch.equal(value, other):
             kind = "text" if name in texts else "pictures" if value.is_floating_point() else ""
             if not kind:
                 raise InputError(
                     f"The two inputs differ in {name}, which says what stands where: give pictures of one "
-                    "size, and "
-                    "texts padded alike."
+                    "size, and texts padded alike."
                 )
             changed[kind].append(name)
     return changed
@@ -184,8 +183,7 @@ def _differs(changed: Mapping[str, Sequence[str]], only: str, instead: str) -> s
         return f"The two inputs are the same: the {only} should differ."
     return (
         f"The two inputs differ in {' and '.join(names)}, and here only the {only} should: what an effect "
-        "is due to "
-        f"could not be told. Change one thing ({instead} is for the other)."
+        f"is due to could not be told. Change one thing ({instead} is for the other)."
     )
 
 

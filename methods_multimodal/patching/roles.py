@@ -47,9 +47,8 @@ class TokenRoles(Record):
             places = free.nonzero()[:, 0]
             if len(places) < n:
                 raise InputError(
-                    f"Row {row} has {n} positions of {role!r} and {len(places)} others of {among!r}, "
-                    "which is "
-                    "too few to draw as many. Draw among more, or leave that row out."
+                    f"Row {row} has {n} positions of {role!r} and {len(places)} others of {among!r}: too "
+                    "few to draw as many. Draw among more, or leave that row out."
                 )
             drawn[row, places[torch.randperm(len(places), generator=generator)[:n]]] = True
         return drawn
@@ -126,8 +125,7 @@ def no_image(tower: str) -> MissingSiteError:
     """What to raise where a tower's positions hold no image."""
     return MissingSiteError(
         f"The {tower} tower's layout has no 'image' role in these inputs: none of its positions is of an "
-        "image. "
-        "Give inputs with an image, or another tower."
+        "image. Give inputs with an image, or another tower."
     )
 
 
