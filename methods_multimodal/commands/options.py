@@ -78,3 +78,30 @@ def write_report(report: Any, out: Path) -> None:
     picture, numbers = report.write(out)
     for line in (*report.lines, f"wrote {picture} and {numbers}"):
         typer.echo(line)
+
+
+def check_images(images: list[Path]) -> None:
+    """Raises: InputError for more than two images; FileNotFoundError for one that is not there."""
+    if len(images) > 2:
+        raise InputError(f"a report is about one image and one to compare it with; {len(images)} were given.")
+    for path in images:
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no image {path}.")
+
+
+def two_images(images: list[Path], defaults: tuple[str, str]) -> list[Path]:
+    """The user's images; sample pictures in place of what is missing."""
+    from mm_adapters.zoo import sample_images
+
+    samples = sample_images()
+    unused = (
+        [samples[name] for name in reversed(defaults)] if len(images) == 1 else [samples[n] for n in defaults]
+    )
+    fresh = [s for s in unused if s.resolve() not in {i.resolve() for i in images}]
+    return [*images, *fresh][:2]
+
+
+def names_of(images: list[Path]) -> list[str]:
+    """The images' names; numbered where two are called the same."""
+    names = [path.name for path in images]
+    return names if len(set(names)) == len(names) else [f"{i + 1}. {name}" for i, name in enumerate(names)]

@@ -15,9 +15,12 @@ from methods_multimodal.commands.options import (
     Seed,
     Steps,
     Work,
+    check_images,
     check_out,
     check_work,
+    names_of,
     open_model,
+    two_images,
     write_report,
 )
 from mm_adapters import InputError, Model
@@ -51,7 +54,7 @@ def report(
     attention. With a prompt: the denoising steps and where the words attend.
     """
     options = {"--image": image, "--text": text, "--question": question, "--prompt": prompt}
-    _check_images(image or [])
+    check_images(image or [])
     check_out(out)
     check_work(work)
     loaded = open_model(model, device)
@@ -85,9 +88,9 @@ def _contrastive(
 ) -> Any:
     from methods_multimodal.report import contrastive_report
 
-    pair = _two_images(images, _DEFAULT_IMAGES)
+    pair = two_images(images, _DEFAULT_IMAGES)
     return contrastive_report(
-        model, pair, texts or list(_DEFAULT_TEXTS), _names(pair), model_name=model_name, folder=work
+        model, pair, texts or list(_DEFAULT_TEXTS), names_of(pair), model_name=model_name, folder=work
     )
 
 
@@ -96,9 +99,9 @@ def _vlm(
 ) -> Any:
     from methods_multimodal.report import vlm_report
 
-    pair = _two_images(images, _DEFAULT_PAIR)
+    pair = two_images(images, _DEFAULT_PAIR)
     return vlm_report(
-        model, pair, question or _DEFAULT_QUESTION, _names(pair), model_name=model_name, folder=work
+        model, pair, question or _DEFAULT_QUESTION, names_of(pair), model_name=model_name, folder=work
     )
 
 
@@ -122,28 +125,3 @@ _NAMES = {
     "vlm": "a model that answers questions about images",
     "diffusion": "a model that draws",
 }
-
-
-def _check_images(images: list[Path]) -> None:
-    if len(images) > 2:
-        raise InputError(f"a report is about one image and one to compare it with; {len(images)} were given.")
-    for path in images:
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no image {path}.")
-
-
-def _two_images(images: list[Path], defaults: tuple[str, str]) -> list[Path]:
-    """The user's images; sample pictures in place of what is missing."""
-    from mm_adapters.zoo import sample_images
-
-    samples = sample_images()
-    unused = (
-        [samples[name] for name in reversed(defaults)] if len(images) == 1 else [samples[n] for n in defaults]
-    )
-    fresh = [s for s in unused if s.resolve() not in {i.resolve() for i in images}]
-    return [*images, *fresh][:2]
-
-
-def _names(images: list[Path]) -> list[str]:
-    names = [path.name for path in images]
-    return names if len(set(names)) == len(names) else [f"{i + 1}. {name}" for i, name in enumerate(names)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,6 +32,14 @@ def check_sites(model: Model, names: Iterable[str]) -> None:
     missing.sort(key=lambda name: not any(fnmatchcase(name, pattern) for pattern in absent))
     if missing:
         model.check_site(missing[0])
+
+
+def prepared_once(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own arguments, so that many runs of raw texts and images do not each prepare them again."""
+    raw = {name: inputs[name] for name in ("text", "images") if inputs.get(name) is not None}
+    if not raw or isinstance(raw.get("text"), Tensor):  # open_clip's argument of tokens has this name.
+        return dict(inputs)
+    return {**model.prepare(**raw), **{k: v for k, v in inputs.items() if k not in ("text", "images")}}
 
 
 def check_pool(tower: TowerView, *pools: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from methods_multimodal.core import blocked_attention
 from methods_multimodal.cross_attention._rows import RowEdit
 from methods_multimodal.cross_attention.word_reader import find
 from mm_adapters import Call, Model
@@ -66,8 +67,12 @@ class AttentionLeft:
     def __init__(self, site: str, edits: Sequence[RowEdit]) -> None:
         self.site = site
         self.edits = edits
-        self.is_read = False
-        self.most = 0.0
+        self.left = blocked_attention.AttentionLeft()
+
+    @property
+    def most(self) -> float:
+        """The largest of all calls so far."""
+        return self.left.most
 
     def __call__(self, pattern: Tensor, call: Call) -> Tensor:
         return self.add(self.part(pattern, call), call)
@@ -85,8 +90,7 @@ class AttentionLeft:
 
     def add(self, part: Tensor, call: Call) -> Tensor:
         """Notes it, and returns nothing to keep."""
-        self.is_read = True
-        self.most = max(self.most, float(part))
+        self.left.note(part)
         return part.new_zeros(0)
 
 
@@ -100,12 +104,5 @@ def watch(edits: Sequence[RowEdit]) -> dict[str, AttentionLeft]:
 
 
 def verify(left_by_site: dict[str, AttentionLeft]) -> None:
-    """Raises: RuntimeError if any attention went where it was blocked."""
-    leaks = {site: left.most for site, left in left_by_site.items() if left.most > 0}
-    unread = [site for site, left in left_by_site.items() if not left.is_read]
-    if leaks or unread:
-        what = ", ".join(f"{site} still has {most:.2g}" for site, most in leaks.items())
-        raise RuntimeError(
-            f"Blocked attention is not blocked: {what or ', '.join(unread) + ' was never read'}. "
-            "The model computes its pattern another way; the result would mislead."
-        )
+    """Raises: AttentionUnreachableError if any attention went where it was blocked, or nobody looked."""
+    blocked_attention.verify({site: one.left for site, one in left_by_site.items()})

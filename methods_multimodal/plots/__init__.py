@@ -6,8 +6,10 @@ from methods_multimodal.plots.effects import effect_grid, effect_pairs
 from methods_multimodal.plots.heads import group_bars, head_table, text_map
 from methods_multimodal.plots.heatmap import heatmap
 from methods_multimodal.plots.lens import lens_table
+from methods_multimodal.plots.neurons import neuron_ablations
 from methods_multimodal.plots.patching import patch_effects
 from methods_multimodal.plots.picture import picture
+from methods_multimodal.plots.tracing import flow_lines, head_importance_grid, trace_grid
 from methods_multimodal.plots.word_maps import film_strip, word_change, word_map
 from methods_multimodal.plots.words import word_lines
 
@@ -15,18 +17,22 @@ __all__ = [
     "effect_grid",
     "effect_pairs",
     "film_strip",
+    "flow_lines",
     "group_bars",
+    "head_importance_grid",
     "head_shares",
     "head_table",
     "heatmap",
     "lens_table",
     "mlp_shares",
     "mosaic",
+    "neuron_ablations",
     "overlay",
     "patch_effects",
     "picture",
     "text_map",
     "tiles",
+    "trace_grid",
     "word_change",
     "word_lines",
     "word_map",

@@ -24,6 +24,8 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "das": (("tests.quality.das",), ("--draws", "1", "--seeds", "1", "--steps", "2")),
     "heads": (("tests.quality.heads",), ("--n", "40", "--draws", "1", "--seeds", "1")),
     "dissection": (("tests.quality.dissection",), ("--n", "40", "--draws", "1", "--seeds", "1")),
+    "flow": (("tests.quality.flow",), ("--n", "4", "--traced", "4", "--draws", "1")),
+    "neurons": (("tests.quality.neurons",), ("--n", "6", "--draws", "2", "--named", "4")),
     "words": (
         ("tests.quality.cross_attention",),
         *(

@@ -10,6 +10,7 @@ import torch
 from methods_multimodal import cross_attention as ca
 from methods_multimodal import data_attribution as da
 from methods_multimodal import diffusion, dissection, patching, relevance, report
+from methods_multimodal import neurons as single_neurons
 from methods_multimodal import text_explanations as te
 from methods_multimodal.data_attribution.task import batch_of
 from tests.methods.contract.given import Given
@@ -243,3 +244,93 @@ def trace_page(model: Any, given: Given) -> Any:
 def pictures_made(model: Any, given: Given) -> Any:
     """`pictures_of`, of what a pipeline could have given."""
     return diffusion.pictures_of(model, SimpleNamespace(images=given.drawn_size))
+
+
+def roles_of(model: Any, given: Given) -> patching.TokenRoles:
+    """The roles of the language tower's positions."""
+    return patching.token_roles(model, given.inputs)
+
+
+def last_of(model: Any, given: Given) -> Any:
+    """The last attended position of each row, as a mask."""
+    ids = given.inputs[model.check_tower("language").input_name]
+    last = torch.zeros(ids.shape, dtype=torch.bool)
+    return last.scatter(1, model.row_positions(given.inputs)[:, None], True)
+
+
+def registers(model: Any, given: Given) -> Any:
+    """`register_positions`, and all others."""
+    found = patching.register_positions(model, given.inputs, above=0.5)
+    return found, ~found
+
+
+def corrupted_run(model: Any, given: Given, how: Any, **settings: Any) -> Any:
+    """The metric as it is, and of a corrupted state at all positions."""
+    site = "language.blocks.0.hook_resid_pre"
+    everywhere = torch.ones_like(last_of(model, given))
+    corruption = how(model, given.inputs, everywhere, site=site, **settings)
+    runs = [model.run(given.inputs), model.run(corruption.inputs, edit=corruption.edits)]
+    return [given.metric(run.output) for run in runs]
+
+
+def pictures_exchanged(model: Any, given: Given) -> Any:
+    """`other_pictures`."""
+    return patching.other_pictures(model, given.inputs, given.corrupted).inputs
+
+
+def words_exchanged(model: Any, given: Given) -> Any:
+    """`other_words`, of the last word."""
+    name = model.check_tower("language").input_name
+    ids = given.inputs[name].clone()
+    ids[:, -1] = torch.where(ids[:, -1] == 7, 8, 7)
+    return patching.other_words(model, given.inputs, given.inputs | {name: ids}).positions
+
+
+def answered(model: Any, given: Given) -> Any:
+    """`answer_logits`."""
+    return patching.answer_logits(model, given.inputs, [5, 5], [6, 7])(model.run(given.inputs).output)
+
+
+def answered_likely(model: Any, given: Given) -> Any:
+    """`answer_log_prob`."""
+    return patching.answer_log_prob(model, given.inputs, [5, 6])(model.run(given.inputs).output)
+
+
+def knocked_out(model: Any, given: Given) -> Any:
+    """`knock_out`, of all that the last position reads in the first layer."""
+    last = last_of(model, given)
+    cut = patching.Cut("all", last, ~last, layers=(0,))
+    return patching.knock_out(model, given.inputs, given.metric, [cut])
+
+
+def traced_states(model: Any, given: Given) -> Any:
+    """`trace`, of noise in the last position's first state."""
+    last = last_of(model, given)
+    noise = patching.noised(model, given.inputs, last, site="language.blocks.0.hook_resid_pre")
+    return patching.trace(
+        model, given.inputs, noise, given.metric, {"last": last}, layers=[0], part="hook_mlp_out"
+    )
+
+
+def flows(model: Any, given: Given) -> Any:
+    """`information_flow`, of the question to the last position."""
+    return patching.information_flow(model, given.inputs, given.metric, flows=[("question", "last")])
+
+
+def attributed_neurons(model: Any, given: Given) -> Any:
+    """`attribute_neurons`."""
+    roles = {"last": last_of(model, given)}
+    settings: Any = {"layers": [0], "steps": 2}
+    return single_neurons.attribute_neurons(model, given.inputs, {"m": given.metric}, roles, **settings)
+
+
+def active_neurons(model: Any, given: Given) -> Any:
+    """`neuron_activity`."""
+    last = last_of(model, given)
+    domains = {"last": [(given.inputs, last)], "all": [(given.inputs, None)]}
+    return single_neurons.neuron_activity(model, domains, layers=[0])
+
+
+def ablated_neurons(model: Any, given: Given) -> Any:
+    """`ablate_neurons`."""
+    return single_neurons.ablate_neurons(model, given.inputs, given.metric, [(0, 1), (0, 2)], n_controls=1)

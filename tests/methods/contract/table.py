@@ -6,7 +6,7 @@ import inspect
 
 from methods_multimodal import cross_attention as ca
 from methods_multimodal import data_attribution as da
-from methods_multimodal import diffusion, dissection, lenses, patching, relevance, report
+from methods_multimodal import diffusion, dissection, lenses, neurons, patching, relevance, report
 from methods_multimodal import text_explanations as te
 from tests.methods.contract import calls
 from tests.methods.contract.kinds import Kind
@@ -36,6 +36,27 @@ METHODS: tuple[Method, ...] = (
     Method(patching.patch_heads, BLOCKS, lambda m, x: patching.patch_heads(m, *x.patched, **x.first_layer)),
     Method(patching.patch_positions, BLOCKS, calls.patched_positions),
     Method(patching.patch_units, BLOCKS, calls.patched_units),
+    Method(patching.token_roles, ASKED, calls.roles_of),
+    Method(patching.register_positions, ASKED, calls.registers),
+    Method(patching.noised, ASKED, lambda m, x: calls.corrupted_run(m, x, patching.noised)),
+    Method(patching.averaged, ASKED, lambda m, x: calls.corrupted_run(m, x, patching.averaged)),
+    Method(patching.resampled, ASKED, lambda m, x: calls.corrupted_run(m, x, patching.resampled)),
+    Method(patching.other_pictures, ASKED, calls.pictures_exchanged),
+    Method(patching.other_words, SPEAKING, calls.words_exchanged),
+    Method(patching.answer_logits, ASKED, calls.answered),
+    Method(patching.answer_log_prob, ASKED, calls.answered_likely),
+    Method(patching.trace, SPEAKING, calls.traced_states),
+    Method(patching.knock_out, SPEAKING, calls.knocked_out),
+    Method(patching.information_flow, ASKED, calls.flows),
+    Method(patching.head_importance, SPEAKING, lambda m, x: patching.head_importance(m, x.inputs, [5, 6])),
+    Method(patching.position_importance, SPEAKING,
+           lambda m, x: patching.position_importance(m, x.inputs, [5, 6], [(0, 0)])),
+    Method(neurons.attribute_neurons, SPEAKING, calls.attributed_neurons),
+    Method(neurons.probability_change, SPEAKING,
+           lambda m, x: neurons.probability_change(m, x.inputs, [5, 6], layers=[0])),
+    Method(neurons.project_neurons, SPEAKING, lambda m, x: neurons.project_neurons(m, [(0, 1), (0, 2)], k=3)),
+    Method(neurons.neuron_activity, SPEAKING, calls.active_neurons),
+    Method(neurons.ablate_neurons, SPEAKING, calls.ablated_neurons),
     Method(relevance.head_maps, LOOKING, calls.first_heads),
     Method(dissection.Units, (*LOOKING, "diffusion"), calls.unit_maps),
     Method(dissection.collect, PAIRS, calls.probed),
@@ -74,6 +95,7 @@ METHODS: tuple[Method, ...] = (
     Method(ca.find_neurons, DRAWING, calls.neurons),
     Method(report.contrastive_report, PAIRS, lambda m, x: report.contrastive_report(m, x.pictures, x.texts)),
     Method(report.vlm_report, ASKED, lambda m, x: report.vlm_report(m, x.pictures, x.question)),
+    Method(report.flow_report, ASKED, lambda m, x: report.flow_report(m, x.pictures, x.question)),
     Method(report.diffusion_report, DRAWING, calls.diffusion_page),
     Method(report.words_report, DRAWING, calls.words_page),
     Method(report.trace_report, DRAWING, calls.trace_page),
@@ -89,7 +111,7 @@ OWN_REASONS: tuple[Reason, ...] = (
         lambda x, said: any(t.pool == said[1] or t.mount.unit for t in x.model.towers.values()),
     ),
     Reason(
-        r"text_explanations\.second_order|lenses\..*",
+        r"text_explanations\.second_order|(lenses|patching|neurons)\..*",
         r"has no (W_\w|unembedding)",
         "a matrix that no module of this model has: its record's heads, or its mount's project",
         lambda x, said: (
@@ -119,7 +141,7 @@ OWN_REASONS: tuple[Reason, ...] = (
         ),
     ),
     Reason(
-        r"relevance\.head_maps|dissection\.Units|report\.vlm_report",
+        r"relevance\.head_maps|dissection\.Units|report\.(vlm|flow)_report",
         r"one image, one grid|one image per row|at different positions",
         "an image comes in tiles, each with a grid: its layout",
         lambda x, _: x.is_tiled,

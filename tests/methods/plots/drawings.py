@@ -20,6 +20,8 @@ from methods_multimodal.data_attribution import Estimate
 from methods_multimodal.dissection.concepts import Concepts
 from methods_multimodal.lenses.direct_attribution import LogitAttribution
 from methods_multimodal.lenses.logit_lens import LogitLens
+from methods_multimodal.neurons import NeuronAblation
+from methods_multimodal.patching import CausalTrace, HeadImportance, InformationFlow
 from methods_multimodal.patching.activation_patching import ActivationPatching
 from methods_multimodal.plots import data_attribution, dissection
 from methods_multimodal.relevance.attention_maps import HeadMaps
@@ -146,6 +148,46 @@ def patch_effects_of_positions() -> Axes:
 @drawing
 def patch_effects_written() -> Axes:
     return plots.patch_effects(patched("position", 10, 16), row=1)
+
+
+def traced(into: str, n_windows: int) -> CausalTrace:
+    windows = tuple((i,) if into == "corrupted" else (i, i + 1) for i in range(n_windows))
+    clean, corrupted = torch.tensor([2.0, 3.0]), torch.tensor([-1.0, 0.5])
+    patched = table(2, n_windows, 3) + corrupted[:, None, None]
+    names = ("image", "question", "last")
+    of = (windows, "hook_mlp_out", "language", into, "another picture")
+    return CausalTrace(patched, clean, corrupted, names, *of)
+
+
+@drawing
+def trace_grid() -> Axes:
+    return plots.trace_grid(traced("corrupted", 4))
+
+
+@drawing
+def trace_grid_of_the_clean_run() -> Axes:
+    return plots.trace_grid(traced("clean", 60), title="mine")
+
+
+@drawing
+def flow_lines() -> Axes:
+    flows = (("image", "question"), ("question", "last"), ("image", "last"))
+    windows = tuple((i, i + 1) for i in range(4))
+    record = InformationFlow(table(3, 4, 5), table(5), table(3, 4, 5).abs(), flows, windows, "language")
+    return plots.flow_lines(record, unit="logit gap")
+
+
+@drawing
+def head_importance_grid() -> Axes:
+    return plots.head_importance_grid(HeadImportance(table(2, 3, 4), (1, 2), "language"))
+
+
+@drawing
+def neuron_ablations() -> Axes:
+    others, norms = (((0, 2),),) * 3, table(3).abs()
+    values = (table(6), table(6) - 1, table(3, 6))
+    record = NeuronAblation(*values, ((0, 1),), others, 2.0, norms, table(3, 6) + 0.1, "language")
+    return plots.neuron_ablations({"one gradient": record, "most active": record}, unit="log odds")
 
 
 def head_maps() -> HeadMaps:

@@ -16,6 +16,7 @@ import mm_adapters as mm
 from methods_multimodal.report import (
     contrastive_report,
     diffusion_report,
+    flow_report,
     trace_report,
     vlm_report,
     words_report,
@@ -102,6 +103,13 @@ def trace() -> Report:
     return trace_report(
         model("tiny-sd"), "a red circle", "red", "blue", redness, seeds=(0, 1), steps=4, n_groups=2
     )
+
+
+@page
+def flow() -> Report:
+    pair = ("red_circle_left_of_blue_square", "blue_circle_left_of_red_square")
+    images = [sample_images()[name] for name in pair]
+    return flow_report(model("tiny-llava"), images, "what colour is the circle?", window=2)
 
 
 def shown(report: Report) -> dict[str, Any]:
