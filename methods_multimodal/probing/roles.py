@@ -58,6 +58,10 @@ def pooling(model: Model, inputs: Mapping[str, Any], site: str, roles: Sequence[
         )
     is_map = axes[1] == "channel"
     layout = None if is_map else layout_of(model, inputs, site)
+    masks = None if is_map or layout is not None else _attended(model, inputs, described.tower)
+    if masks is not None and all(role in masks for role in roles):
+        weights = torch.stack([masks[role] for role in roles], 1).float()
+        return Pooling(weights / weights.sum(2, keepdim=True), is_map)
     if layout is None:
         for role in roles:
             if role != MEAN:
@@ -84,6 +88,18 @@ def layout_of(model: Model, inputs: Mapping[str, Any], site: str) -> TokenLayout
         # The other tower's inputs have no part in where this one's positions are.
         needed = {k: v for k, v in inputs.items() if (k in own) == (tower.role == "vision")}
     return model.layout(**needed).find(site) if needed else None
+
+
+def _attended(model: Model, inputs: Mapping[str, Any], tower: str) -> dict[str, Tensor] | None:
+    """The positions of texts that come as ids alone, by their attention mask; None of anything else."""
+    view = model.check_tower(tower)
+    ids = inputs.get(view.input_name)
+    if view.role not in ("text", "language") or not isinstance(ids, Tensor) or ids.ndim != 2:
+        return None
+    mask = inputs.get("attention_mask")
+    attended = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+    last = model.row_positions(inputs, -1, tower).cpu()
+    return {MEAN: attended, LAST: torch.nn.functional.one_hot(last, ids.shape[1]).bool()}
 
 
 def _mask(layout: TokenLayout, role: str, tower: str) -> Tensor:

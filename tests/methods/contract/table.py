@@ -6,7 +6,7 @@ import inspect
 
 from methods_multimodal import cross_attention as ca
 from methods_multimodal import data_attribution as da
-from methods_multimodal import diffusion, dissection, lenses, patching, relevance, report
+from methods_multimodal import diffusion, dissection, lenses, patching, probing, relevance, report
 from methods_multimodal import text_explanations as te
 from tests.methods.contract import calls
 from tests.methods.contract.kinds import Kind
@@ -33,6 +33,8 @@ METHODS: tuple[Method, ...] = (
     Method(lenses.attribute_logits, PAIRS, lambda m, x: lenses.attribute_logits(m, x.inputs)),
     Method(lenses.attribute_tokens, SPEAKING, lambda m, x: lenses.attribute_tokens(m, x.inputs, [5])),
     Method(lenses.logit_lens, SPEAKING, lambda m, x: lenses.logit_lens(m, x.inputs, final_norm=True)),
+    Method(probing.read_features, (*BLOCKS, "diffusion"), calls.features_read),
+    Method(probing.probe, (*BLOCKS, "diffusion"), calls.probed_layers),
     Method(patching.patch_heads, BLOCKS, lambda m, x: patching.patch_heads(m, *x.patched, **x.first_layer)),
     Method(patching.patch_positions, BLOCKS, calls.patched_positions),
     Method(patching.patch_units, BLOCKS, calls.patched_units),
