@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from methods_multimodal.core.record import Record
 from mm_adapters import InputError
@@ -74,6 +75,7 @@ def fit_probe(
     head: Head = "linear",
     strengths: Sequence[float] = STRENGTHS,
     n_classes: int | None = None,
+    choose: Literal["accuracy", "likelihood"] = "accuracy",
     seed: int = 0,
 ) -> Probe:
     """Fits a probe for every strength and keeps the one that is best on the validation rows.
@@ -88,6 +90,7 @@ def fit_probe(
         head: "linear" (logistic regression) or "mlp" (one hidden layer of 64).
         strengths: scikit-learn's C.
         n_classes: How many classes there are (None: up to the largest of `ids`).
+        choose: By what the validation rows choose.
         seed: Of an MLP's first weights.
 
     Raises: InputError for rows that are not finite, or no strength whose fit converges.
@@ -102,22 +105,24 @@ def fit_probe(
     known = x[train.numpy()]
     centre, scale = known.mean(0), known.std(0)
     scale = np.where(scale > 1e-12, scale, 1.0)
-    best: Probe | None = None
+    best: tuple[float, Probe] | None = None
     inputs, targets = (known - centre) / scale, ids[train.numpy()]
     for strength in sorted(strengths):
         layers = _fit(inputs, targets, head, strength, n_classes, seed)
         if layers is None:
             continue
         plain = (torch.from_numpy(centre), torch.from_numpy(scale), float(strength))
-        probe = Probe(layers, *plain, float("nan"))
+        probe, score = Probe(layers, *plain, float("nan")), 0.0
         if validation is not None:
-            right = probe.predict(rows[validation]).numpy() == ids[validation.numpy()]
-            probe = Probe(layers, *plain, float(right.mean()))
-        if best is None or probe.validation > best.validation:
-            best = probe
+            logits, truth = probe.logits(rows[validation]), torch.from_numpy(ids[validation.numpy()])
+            right = float((logits.argmax(1) == truth).double().mean())
+            score = right if choose == "accuracy" else -float(cross_entropy(logits, truth))
+            probe = Probe(layers, *plain, right)
+        if best is None or score > best[0]:
+            best = score, probe
     if best is None:
         raise InputError(f"No fit of strength {tuple(strengths)} converged. Give smaller ones.")
-    return best
+    return best[1]
 
 
 def check_head(head: str, strengths: Sequence[float]) -> None:
