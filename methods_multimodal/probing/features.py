@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,33 @@ class Features:
             return self._rows.content
         return of_tensors(dict(self._rows))
 
+    def n_bytes(self, place: Place) -> int:
+        """How much memory one place's rows take. Raises: InputError if they are not there."""
+        self._check(place)
+        if isinstance(self._rows, Store):
+            return self._rows.columns[place.column].row_bytes * self.n_rows
+        return self._rows[place.column].nbytes
+
+    def parts(self, place: Place, size: int = 4096) -> Iterator[Float[Tensor, "row width"]]:
+        """One place's rows in order, at most `size` at a time. Raises: InputError if they are not there."""
+        self._check(place)
+        for start in range(0, self.n_rows, size):
+            if isinstance(self._rows, Store):
+                yield self._rows.rows(start, start + size, [place.column])[place.column]
+            else:
+                yield self._rows[place.column][start : start + size]
+
     def at(self, place: Place) -> Float[Tensor, "row width"]:
         """One place's rows. Raises: InputError if they are not there."""
-        if place not in self.places:
-            known = ", ".join(one.column for one in self.places[:4])
-            raise InputError(f"There are no rows of {place.column}; there are those of {known}, ...")
+        self._check(place)
         if isinstance(self._rows, Store):
             return self._rows.rows(columns=[place.column])[place.column]
         return self._rows[place.column]
+
+    def _check(self, place: Place) -> None:
+        if place not in self.places:
+            known = ", ".join(one.column for one in self.places[:4])
+            raise InputError(f"There are no rows of {place.column}; there are those of {known}, ...")
 
 
 def expand_sites(model: Model, sites: str | Sequence[str]) -> tuple[str, ...]:

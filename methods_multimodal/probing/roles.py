@@ -82,11 +82,12 @@ def layout_of(model: Model, inputs: Mapping[str, Any], site: str) -> TokenLayout
             return None
         prompt = inputs["prompt"]
         return model.prompt_layout(tower.name, [prompt] if isinstance(prompt, str) else list(prompt))
-    own = (tower.input_name, tower.record.grids, "images")
     needed = dict(inputs)
     if model.kind in ("contrastive", "tower"):
         # The other tower's inputs have no part in where this one's positions are.
-        needed = {k: v for k, v in inputs.items() if (k in own) == (tower.role == "vision")}
+        seeing = [one for one in model.towers.values() if one.role == "vision"]
+        of_images = {"images", *(name for one in seeing for name in (one.input_name, one.record.grids))}
+        needed = {k: v for k, v in inputs.items() if (k in of_images) == (tower.role == "vision")}
     return model.layout(**needed).find(site) if needed else None
 
 

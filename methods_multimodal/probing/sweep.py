@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +17,17 @@ from tqdm import tqdm
 from methods_multimodal.core.kept import kept
 from methods_multimodal.core.running import State, run_steps
 from methods_multimodal.core.shuffled_weights import shuffled_copy
-from methods_multimodal.probing.classifiers import STRENGTHS, Head, check_head, fit_probe
+from methods_multimodal.probing.classifiers import STRENGTHS, Head, Probe, check_head, fit_probe
 from methods_multimodal.probing.features import Batches, Features, Place, expand_sites, read_features
 from methods_multimodal.probing.labels import Column, Labels, Split, check_split, split_rows
 from methods_multimodal.probing.roles import MEAN
 from methods_multimodal.probing.sheet import KINDS, Kind, ProbeSheet
+from methods_multimodal.probing.streamed import fit_streamed, predict_streamed
 from mm_adapters import InputError, Model
 
 Values = Mapping[str, Column]
+# scikit-learn copies what it fits, in float64; a place of more is fitted a part at a time.
+MOST_BYTES = 2**30
 
 
 def probe(
@@ -112,7 +116,7 @@ def probe_features(
 ) -> ProbeSheet:
     """The same of rows that were read before, of a store's say; `name` is their model's. The rest as `probe`.
 
-    A place's rows are in memory one place at a time. The shuffled and the control task are learned by a
+    Rows are in memory one place at a time, and a part at a time if a place has more than a gigabyte. The shuffled and the control task are learned by a
     probe of the strength that was chosen for the task.
 
     Raises: InputError if the places are no table of sites, roles and steps, or labels do not fit the rows.
@@ -134,9 +138,9 @@ def probe_features(
 
     def one_place(state: State, number: int) -> State:
         """All probes of one place."""
-        here = {"task": rows.at(places[number])}
+        here = {"task": _Rows(rows, places[number])}
         if twin is not None:
-            here["twin"] = twin.at(places[number])
+            here["twin"] = _Rows(twin, places[number])
         out = {key: value.clone() for key, value in state.items()}
         for v, variable in enumerate(variables):
             strength = 0.0
@@ -146,13 +150,13 @@ def probe_features(
                 if kind in ("shuffled", "control"):
                     chosen = {"strengths": [strength], "validation": None}
                 x = here.get(kind, here["task"])
-                fitted = fit_probe(x, ids, n_classes=len(variable.classes), **fitting, **chosen)
+                fitted = x.fit(ids, n_classes=len(variable.classes), **fitting, **chosen)
                 if kind == "task":
                     strength = fitted.strength
                     out["strength"][v, number] = strength
                 if kind in ("task", "twin"):
                     out["validation"][k, v, number] = fitted.validation
-                right = fitted.predict(x[split.test]).numpy() == ids[split.test.numpy()]
+                right = x.predict(fitted, split.test).numpy() == ids[split.test.numpy()]
                 out["right"][k, v, number] = torch.from_numpy(right)
         bar.update()
         return out
@@ -185,6 +189,26 @@ def probe_features(
         head=head,
         model=name,
     )
+
+
+class _Rows:
+    """The rows of one place: in memory, or a part at a time if they are more than that should hold."""
+
+    def __init__(self, features: Features, place: Place) -> None:
+        self._parts = partial(features.parts, place)
+        self._whole = features.at(place) if features.n_bytes(place) <= MOST_BYTES else None
+
+    def fit(self, ids: np.ndarray, **options: Any) -> Probe:
+        """The probe of these classes."""
+        if self._whole is None:
+            return fit_streamed(self._parts, ids, **options)
+        return fit_probe(self._whole, ids, **options)
+
+    def predict(self, fitted: Probe, which: Tensor) -> Tensor:
+        """The likeliest class of some rows."""
+        if self._whole is None:
+            return predict_streamed(self._parts, fitted)[which]
+        return fitted.predict(self._whole[which])
 
 
 def check_labels(labels: Values, types: Sequence[Hashable] | None = None) -> int:

@@ -131,6 +131,18 @@ def probed_layers(model: Any, given: Given) -> Any:
     )
 
 
+def shared_out(model: Any, given: Given) -> Any:
+    """`modality_shares` of the first row, by the number that an edit moves."""
+    return probing.modality_shares(model, [given.first], metric=given.metric, n_orders=2, side=2, batch=8)
+
+
+def asked_in_words(model: Any, given: Given) -> Any:
+    """`prompt_probe` of two pictures and two answers."""
+    prompts = "a {}" if model.kind == "contrastive" else given.question
+    n = 1 if model.kind == "contrastive" else len(given.first["input_ids"])
+    return probing.prompt_probe(model, given.pictures[:n], ["w3"] * n, prompts, values=["w3", "w4"])
+
+
 def first_stream(model: Any, given: Given) -> list[str]:
     """The output of the first block that a user would look at."""
     tower = "denoiser" if model.kind == "diffusion" else given.tower

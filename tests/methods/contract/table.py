@@ -35,6 +35,8 @@ METHODS: tuple[Method, ...] = (
     Method(lenses.logit_lens, SPEAKING, lambda m, x: lenses.logit_lens(m, x.inputs, final_norm=True)),
     Method(probing.read_features, (*BLOCKS, "diffusion"), calls.features_read),
     Method(probing.probe, (*BLOCKS, "diffusion"), calls.probed_layers),
+    Method(probing.modality_shares, (*PAIRS, *ASKED), calls.shared_out),
+    Method(probing.prompt_probe, (*PAIRS, *ASKED), calls.asked_in_words),
     Method(patching.patch_heads, BLOCKS, lambda m, x: patching.patch_heads(m, *x.patched, **x.first_layer)),
     Method(patching.patch_positions, BLOCKS, calls.patched_positions),
     Method(patching.patch_units, BLOCKS, calls.patched_units),
@@ -91,7 +93,7 @@ OWN_REASONS: tuple[Reason, ...] = (
         lambda x, said: any(t.pool == said[1] or t.mount.unit for t in x.model.towers.values()),
     ),
     Reason(
-        r"text_explanations\.second_order|lenses\..*",
+        r"text_explanations\.second_order|lenses\..*|probing\.prompt_probe",
         r"has no (W_\w|unembedding)",
         "a matrix that no module of this model has: its record's heads, or its mount's project",
         lambda x, said: (
@@ -121,7 +123,7 @@ OWN_REASONS: tuple[Reason, ...] = (
         ),
     ),
     Reason(
-        r"relevance\.head_maps|dissection\.Units|report\.vlm_report",
+        r"relevance\.head_maps|dissection\.Units|report\.vlm_report|probing\.(modality_shares|prompt_probe)",
         r"one image, one grid|one image per row|at different positions",
         "an image comes in tiles, each with a grid: its layout",
         lambda x, _: x.is_tiled,
