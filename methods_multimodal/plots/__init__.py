@@ -8,10 +8,22 @@ from methods_multimodal.plots.heatmap import heatmap
 from methods_multimodal.plots.lens import lens_table
 from methods_multimodal.plots.patching import patch_effects
 from methods_multimodal.plots.picture import picture
+from methods_multimodal.plots.probing import (
+    answer_table,
+    code_curve,
+    dimension_curve,
+    probe_curve,
+    probe_sheet,
+    probe_steps,
+    token_shares,
+)
 from methods_multimodal.plots.word_maps import film_strip, word_change, word_map
 from methods_multimodal.plots.words import word_lines
 
 __all__ = [
+    "answer_table",
+    "code_curve",
+    "dimension_curve",
     "effect_grid",
     "effect_pairs",
     "film_strip",
@@ -25,8 +37,12 @@ __all__ = [
     "overlay",
     "patch_effects",
     "picture",
+    "probe_curve",
+    "probe_sheet",
+    "probe_steps",
     "text_map",
     "tiles",
+    "token_shares",
     "word_change",
     "word_lines",
     "word_map",

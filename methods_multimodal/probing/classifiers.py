@@ -96,7 +96,9 @@ def fit_probe(
     Raises: InputError for rows that are not finite, or no strength whose fit converges.
     """
     if validation is None and len(strengths) != 1:
-        raise InputError(f"Without validation rows nothing chooses among {len(strengths)} strengths. Give one.")
+        raise InputError(
+            f"Without validation rows nothing chooses among {len(strengths)} strengths. Give one."
+        )
     check_head(head, strengths)
     n_classes = n_classes or int(ids.max()) + 1
     x = rows.double().cpu().numpy()
@@ -149,7 +151,9 @@ def _fit(
                 return None
         weights, biases = [fitted.coef_.T], [fitted.intercept_]
     else:
-        fitted = MLPClassifier((_HIDDEN,), solver="lbfgs", alpha=1 / strength, max_iter=200, random_state=seed)
+        fitted = MLPClassifier(
+            (_HIDDEN,), solver="lbfgs", alpha=1 / strength, max_iter=200, random_state=seed
+        )
         with warnings.catch_warnings():
             # So many steps are what this probe is, whether or not more would move it.
             warnings.simplefilter("ignore", ConvergenceWarning)

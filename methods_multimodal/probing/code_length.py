@@ -1,4 +1,4 @@
-"""How many bits the labels take, given what is probed: how easily a variable can be read, not only whether."""
+"""How many bits labels take, given what is probed: how easily a variable is read, not only whether."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def code_length(
     if len(values) != len(rows):
         raise InputError(f"There are {len(values)} labels for {len(rows)} rows.")
     if list(ends) != sorted(set(ends)) or not ends or ends[0] <= 0 or ends[-1] != 1 or n_orders < 1:
-        raise InputError(f"ends={tuple(ends)}: they rise from above 0 to 1, in {n_orders} orders of at least one.")
+        raise InputError(
+            f"ends={tuple(ends)}: they rise from above 0 to 1, in {n_orders} orders of at least one."
+        )
     task, shuffled, counts = [], [], np.zeros(0, int)
     uniform = 0.0
     for order in range(n_orders):
@@ -104,11 +106,15 @@ def code_length(
         for ids, bits in ((labels.ids, task), (labels.shuffled(seed + order), shuffled)):
             first = np.array([counts[0] * uniform])
             later = [
-                _block(rows, ids, coded[:a], coded[a:b], split.validation, head, strengths, len(labels.classes))
+                _block(
+                    rows, ids, coded[:a], coded[a:b], split.validation, head, strengths, len(labels.classes)
+                )
                 for a, b in zip(counts[:-1].tolist(), counts[1:].tolist(), strict=True)
             ]
             bits.append(torch.from_numpy(np.concatenate([first, later])))
-    return CodeLength(torch.stack(task), torch.stack(shuffled), torch.from_numpy(counts), uniform, variable, head)
+    return CodeLength(
+        torch.stack(task), torch.stack(shuffled), torch.from_numpy(counts), uniform, variable, head
+    )
 
 
 def _block(

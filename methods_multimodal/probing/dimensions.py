@@ -20,9 +20,9 @@ from mm_adapters import InputError
 class IntrinsicProbe(Record):
     """The dimensions that say most about a variable, in the order they were picked, and what the first k say.
 
-    `right[k - 1, row]`: whether the first k dimensions get a test row right. `information[k - 1]`, in bits, is
-    a lower bound on what they say about it: its entropy less the cross entropy on the test rows. The `random`
-    ones are of as many dimensions drawn at random.
+    `right[k - 1, row]` is whether the first k dimensions get a test row right. `information[k - 1]`, in bits,
+    is a lower bound on what they say about it: its entropy less the cross entropy on the test rows. The
+    `random` ones are of as many dimensions drawn at random.
     """
 
     dimensions: Int[Tensor, " k"]
@@ -82,7 +82,7 @@ def find_dimensions(
     width = rows.shape[1]
     if not 1 <= k <= width or not 0 < shrinkage <= 1 or n_random < 1:
         raise InputError(
-            f"k={k} of {width} dimensions, shrinkage={shrinkage} in (0, 1], n_random={n_random} of at least 1."
+            f"k={k} of {width} dimensions, shrinkage={shrinkage} in (0, 1], n_random={n_random}: at least 1."
         )
     if len(values) != len(rows):
         raise InputError(f"There are {len(values)} labels for {len(rows)} rows.")

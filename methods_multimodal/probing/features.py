@@ -129,7 +129,9 @@ def read_features(
     names, roles = expand_sites(model, sites), tuple(roles)
     batches = [dict(batch) for batch in batches]
     if not batches or not roles:
-        raise InputError(f"A probe needs inputs and roles; there are {len(batches)} batches, {len(roles)} roles.")
+        raise InputError(
+            f"A probe needs inputs and roles; there are {len(batches)} batches, {len(roles)} roles."
+        )
     looped = {model.check_site(name).tower in model.loops() for name in names}
     if len(looped) > 1 or (steps is not None and looped == {False}):
         raise InputError(
@@ -147,7 +149,9 @@ def read_features(
     made_of = provenance(
         models={"model": model}, data=batches, sites=names, job="read_features", roles=roles, steps=steps
     )
-    return Features(_stored(Path(folder), made_of, batches, lambda b: _rows_of(model, b, names, roles, steps)))
+    return Features(
+        _stored(Path(folder), made_of, batches, lambda b: _rows_of(model, b, names, roles, steps))
+    )
 
 
 def _rows_of(
@@ -187,7 +191,9 @@ def _stored(folder: Path, made_of: Mapping[str, Any], batches: Batches, rows_of:
     with Writer(folder, columns, made_of) as writer:
         begun = len(batches) if writer.complete else writer.appends
         todo = range(begun, len(batches))
-        for number in tqdm(todo, initial=begun, total=len(batches), desc="reading", disable=None, leave=False):
+        for number in tqdm(
+            todo, initial=begun, total=len(batches), desc="reading", disable=None, leave=False
+        ):
             rows = first if first is not None and number == 0 else rows_of(batches[number])
             writer.append(rows)
     return Store(folder)

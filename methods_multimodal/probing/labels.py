@@ -47,7 +47,7 @@ def split_rows(
     parts = [torch.from_numpy(np.sort(order[a:b])) for a, b in zip([0, *ends], ends, strict=False)]
     if len(parts) != 3 or not all(len(part) for part in parts):
         raise InputError(
-            f"{n} rows do not give a training, a validation and a test part of {tuple(shares)}: their sizes are "
+            f"{n} rows do not give a training, a validation and a test part of {tuple(shares)}, but "
             f"{[len(part) for part in parts]}. Give more rows."
         )
     return Split(*parts)
@@ -93,7 +93,7 @@ class Labels:
         if missing:
             few = [classes[i] for i in sorted(missing)]
             raise InputError(
-                f"{name}: no training row is {few[0]!r} ({int((ids == min(missing)).sum())} rows of all are). "
+                f"{name}: no training row is {few[0]!r} ({int((ids == min(missing)).sum())} of all are). "
                 "Give more rows of it, or leave it out."
             )
         return cls(name, ids, tuple(classes))

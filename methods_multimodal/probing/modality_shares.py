@@ -89,8 +89,8 @@ def modality_shares(
 
     Args:
         items: Inputs of one row each: a picture and a text.
-        metric: One number for each row of the model's output (None: of a contrastive model the pair's logit, of
-            a VLM the logit of the token that it likes best when it sees all).
+        metric: One number for each row of the model's output (None: of a contrastive model the pair's logit,
+            of a VLM the logit of the token that it likes best when it sees all).
         n_orders: How many orders, in pairs (None: every subset, of at most 12 players).
         side: The picture is cut into side x side squares (None: at least as many as there are words).
         batch: The most copies of an input in one run.
@@ -191,7 +191,9 @@ def _scores(
         output = model.run(copied(item, len(shown)), edit=hide(players, shown)).output
         scores = metric(output).detach().double().cpu()
         if scores.shape != (len(shown),):
-            raise InputError(f"The metric gave {tuple(scores.shape)} for {len(shown)} rows; it is a number a row.")
+            raise InputError(
+                f"The metric gave {tuple(scores.shape)} for {len(shown)} rows; it is a number a row."
+            )
         parts.append(scores)
     return torch.cat(parts)
 

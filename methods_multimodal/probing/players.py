@@ -36,18 +36,22 @@ def players_of(model: Model, inputs: Mapping[str, Any], side: int | None) -> lis
     """
     text_tower = next((t.name for t in model.towers.values() if t.role in ("text", "language")), None)
     if text_tower is None:
-        raise MissingSiteError(f"{model.name}: no tower 'language' or 'text' reads words, so nothing is shared.")
+        raise MissingSiteError(
+            f"{model.name}: no tower 'language' or 'text' reads words, so nothing is shared."
+        )
     site = f"{text_tower}.blocks.0.hook_resid_pre"
     check_sites(model, [site])
     layout = _layout(model, inputs, site)
     if layout.n_rows != 1:
         raise InputError(
-            f"Shares are of one row, one image, one grid at a time, and this input has {layout.n_rows} rows. Give "
+            f"Shares are of one row, one image, one grid at a time, and this has {layout.n_rows} rows. Give "
             "them one by one."
         )
     words = layout.positions("word")
     if not words:
-        raise MissingSiteError(f"The {text_tower} tower's layout has no 'word' role: there is no word to hide.")
+        raise MissingSiteError(
+            f"The {text_tower} tower's layout has no 'word' role: there is no word to hide."
+        )
     of_image, image_site = layout, site
     if not any(place is not None for row in layout.patches for place in row):
         image_site = "vision.blocks.0.hook_resid_pre"
@@ -73,7 +77,9 @@ def hide(players: Sequence[Player], shown: Bool[Tensor, "copy player"]) -> list[
     edits = []
     for site in dict.fromkeys(player.site for player in players):
         own = [(i, player) for i, player in enumerate(players) if player.site == site]
-        edits.append(Edit(site, _Hiding([player.positions for _, player in own], shown[:, [i for i, _ in own]])))
+        edits.append(
+            Edit(site, _Hiding([player.positions for _, player in own], shown[:, [i for i, _ in own]]))
+        )
     return edits
 
 
@@ -95,7 +101,9 @@ def _layout(model: Model, inputs: Mapping[str, Any], site: str) -> TokenLayout:
     layout = layout_of(model, inputs, site)
     if layout is None:
         tower = site.partition(".")[0]
-        raise MissingSiteError(f"The {tower} tower's layout has no 'patch' role: it is not known what {site} holds.")
+        raise MissingSiteError(
+            f"The {tower} tower's layout has no 'patch' role: it is not known what {site} holds."
+        )
     return layout
 
 

@@ -56,7 +56,9 @@ class PromptProbe(Record):
 
         The mean uses no label. Source: Zhao et al. 2021, arXiv 2102.09690, with these pictures as reference.
         """
-        return PromptProbe(self.scores - self.scores.mean(0), self.truth, self.values, f"{self.unit}, centred")
+        return PromptProbe(
+            self.scores - self.scores.mean(0), self.truth, self.values, f"{self.unit}, centred"
+        )
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Wilson's interval of the accuracy, over pictures."""
@@ -67,7 +69,9 @@ class PromptProbe(Record):
     def confusion(self) -> Float[Tensor, "truth answer"]:
         """Of the pictures with each value, the share that each answer is given to."""
         counts = torch.zeros(len(self.values), len(self.values), dtype=torch.float64)
-        counts.index_put_((self.truth, self.scores.argmax(1)), torch.ones(1, dtype=torch.float64), accumulate=True)
+        counts.index_put_(
+            (self.truth, self.scores.argmax(1)), torch.ones(1, dtype=torch.float64), accumulate=True
+        )
         return counts / counts.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -128,9 +132,13 @@ def prompt_probe(
         for start in tqdm(range(0, len(images), batch), desc="asking", disable=None, leave=False):
             shown, asked = list(images[start : start + batch]), texts[start : start + batch]
             if contrastive and directions is None:
-                directions = work.tensors("texts", lambda: {"texts": _directions(model, texts, names)})["texts"]
+                directions = work.tensors("texts", lambda: {"texts": _directions(model, texts, names)})[
+                    "texts"
+                ]
 
-            def scores(shown: Any = shown, asked: Any = asked, directions: Any = directions) -> dict[str, Tensor]:
+            def scores(
+                shown: Any = shown, asked: Any = asked, directions: Any = directions
+            ) -> dict[str, Tensor]:
                 if contrastive:
                     cosines = unit(embed(model, shown, "vision")).cpu() @ directions.flatten(0, 1).T
                     return {"scores": cosines.unflatten(1, directions.shape[:2]).mean(2)}
@@ -145,7 +153,9 @@ def prompt_probe(
     )
 
 
-def _directions(model: Model, templates: Sequence[str], names: Sequence[str]) -> Float[Tensor, "value text d"]:
+def _directions(
+    model: Model, templates: Sequence[str], names: Sequence[str]
+) -> Float[Tensor, "value text d"]:
     flat = [template.format(name) for name in names for template in templates]
     return unit(embed(model, flat, "text")).cpu().unflatten(0, (len(names), len(templates)))
 
@@ -168,7 +178,9 @@ def _answer_ids(model: Model, prompt: str, name: str) -> list[int]:
     """The tokens that a value adds to a prompt. Raises: InputError if the prompt's own become others."""
     tokenizer = model.tokenizer_of("language")
     if tokenizer is None:
-        raise InputError(f"{model.name} has no tokenizer, so answers in words have no tokens. Load it with one.")
+        raise InputError(
+            f"{model.name} has no tokenizer, so answers in words have no tokens. Load it with one."
+        )
     before, after = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f"{prompt} {name}")
     )
@@ -180,11 +192,15 @@ def _answer_ids(model: Model, prompt: str, name: str) -> list[int]:
     return after[len(before) :]
 
 
-def _log_p(model: Model, images: list[Any], prompts: list[str], names: Sequence[str]) -> Float[Tensor, "row value"]:
+def _log_p(
+    model: Model, images: list[Any], prompts: list[str], names: Sequence[str]
+) -> Float[Tensor, "row value"]:
     """How likely each whole answer is after each prompt, in nats."""
     asked = model.prepare(images=images, text=prompts)
     if len(asked["input_ids"]) != len(prompts):
-        raise InputError(f"There are {len(asked['input_ids'])} rows for {len(prompts)} prompts; it takes one image per row.")
+        raise InputError(
+            f"There are {len(asked['input_ids'])} rows for {len(prompts)} prompts: give one image per row."
+        )
     mask = asked.get("attention_mask")
     if len(prompts) > 1 and mask is not None and not bool(mask[:, -1].all()):
         # An answer would stand after the padding.
@@ -199,12 +215,14 @@ def _log_p(model: Model, images: list[Any], prompts: list[str], names: Sequence[
         logits = vocabulary_logits(model, model.run(inputs).output).detach().float()
         log_p = logits[:, -longest - 1 : -1].log_softmax(2).cpu()
         scored = log_p.gather(2, torch.tensor(full)[..., None])[..., 0]
-        columns.append(torch.stack([row[: len(answer)].sum() for row, answer in zip(scored, answers, strict=True)]))
+        columns.append(
+            torch.stack([row[: len(answer)].sum() for row, answer in zip(scored, answers, strict=True)])
+        )
     return torch.stack(columns, 1)
 
 
 def _extended(asked: Mapping[str, Any], answers: Int[Tensor, "row new"]) -> dict[str, Any]:
-    """The arguments of prompts that end with answers; what else there is of each position is as at the last."""
+    """The arguments of prompts that end with answers; all else of a position is as at the prompt's last."""
     ids = asked["input_ids"]
     out = dict(asked)
     for key, value in asked.items():

@@ -34,8 +34,8 @@ class Pooling:
         if self.weights.shape[::2] != value.shape[:2]:
             rows, n_pos = self.weights.shape[::2]
             raise InputError(
-                f"A probe expected {rows} rows of {n_pos} positions and got {tuple(value.shape[:2])}. Give one "
-                "picture or text a row, and one picture a prompt."
+                f"A probe expected {rows} rows of {n_pos} positions and got {tuple(value.shape[:2])}. Give "
+                "one picture or text a row, and one picture a prompt."
             )
         weights = self.weights.to(value.device)
         return einsum(weights, value.flatten(2), "row role pos, row pos width -> row role width")
@@ -53,8 +53,8 @@ def pooling(model: Model, inputs: Mapping[str, Any], site: str, roles: Sequence[
     axes = described.axes
     if len(axes) < 3 or axes[1] not in ("pos", "channel") or axes[-1] in ("1", "key"):
         raise InputError(
-            f"{site} is [{', '.join(axes)}], which is no vector at each position. Probe a residual stream, an "
-            "MLP's hook_post, a hook_z or a feature map."
+            f"{site} is [{', '.join(axes)}], which is no vector at each position. Probe a residual stream, "
+            "an MLP's hook_post, a hook_z or a feature map."
         )
     is_map = axes[1] == "channel"
     layout = None if is_map else layout_of(model, inputs, site)
@@ -114,8 +114,8 @@ def _mask(layout: TokenLayout, role: str, tower: str) -> Tensor:
     if not bool(mask.any()):
         there = ", ".join(dict.fromkeys(r for row in layout.roles for r in row))
         raise MissingSiteError(
-            f"The {tower} tower's layout has no {role!r} role: its positions are {there}; {MEAN!r} and {LAST!r} "
-            "are there always."
+            f"The {tower} tower's layout has no {role!r} role: its positions are {there}; {MEAN!r} and "
+            f"{LAST!r} are there always."
         )
     if not bool(mask.any(1).all()):
         row = int((~mask.any(1)).nonzero()[0])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from methods_multimodal.probing.classifiers import STRENGTHS, Head, Probe, check_head
+from methods_multimodal.probing.classifiers import STRENGTHS, Head, Probe, check_head, fit_probe
+from methods_multimodal.probing.features import Features, Place
 from mm_adapters import InputError
 
+# scikit-learn copies what it fits, in float64; a place of more is fitted a part at a time.
+MOST_BYTES = 2**30
 # Rows in order, from the first to the last; called anew for every pass.
 Parts = Callable[[], Iterator[Float[Tensor, "row width"]]]
 _HIDDEN, _PASSES = 64, 200
@@ -35,7 +41,9 @@ def fit_streamed(
     """
     check_head(head, strengths)
     if validation is None and len(strengths) != 1:
-        raise InputError(f"Without validation rows nothing chooses among {len(strengths)} strengths. Give one.")
+        raise InputError(
+            f"Without validation rows nothing chooses among {len(strengths)} strengths. Give one."
+        )
     n_classes = n_classes or int(ids.max()) + 1
     targets = torch.from_numpy(ids)
     is_train = torch.zeros(len(ids), dtype=torch.bool).index_fill(0, train, True)
@@ -58,6 +66,26 @@ def predict_streamed(parts: Parts, probe: Probe) -> Int[Tensor, " row"]:
     return torch.cat([probe.predict(rows) for rows in parts()])
 
 
+class PlaceRows:
+    """The rows of one place: in memory, or a part at a time if there are more than that should hold."""
+
+    def __init__(self, features: Features, place: Place) -> None:
+        self._parts = partial(features.parts, place)
+        self._whole = features.at(place) if features.n_bytes(place) <= MOST_BYTES else None
+
+    def fit(self, ids: Int[np.ndarray, " row"], **options: Any) -> Probe:
+        """The probe of these classes; options as of `fit_probe`."""
+        if self._whole is None:
+            return fit_streamed(self._parts, ids, **options)
+        return fit_probe(self._whole, ids, **options)
+
+    def predict(self, probe: Probe, which: Int[Tensor, " some"]) -> Int[Tensor, " some"]:
+        """The likeliest class of some rows."""
+        if self._whole is None:
+            return predict_streamed(self._parts, probe)[which]
+        return probe.predict(self._whole[which])
+
+
 def _chosen(parts: Parts, which: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each part the chosen rows, in float64, and which rows of all they are."""
     first = 0
@@ -72,7 +100,9 @@ def _moments(parts: Parts, which: Tensor) -> tuple[Tensor, Tensor]:
     n, total = 0, torch.zeros(1, dtype=torch.float64)
     for rows, _ in _chosen(parts, which):
         if not bool(torch.isfinite(rows).all()):
-            raise InputError("The rows hold NaN or infinity. Look at the model's values before they are probed.")
+            raise InputError(
+                "The rows hold NaN or infinity. Look at the model's values before they are probed."
+            )
         n, total = n + len(rows), total + rows.sum(0)
     centre = total / n
     squares = torch.zeros(1, dtype=torch.float64)
@@ -96,9 +126,12 @@ def _minimise(
     sizes = [len(centre), n_classes] if head == "linear" else [len(centre), _HIDDEN, n_classes]
     rng = torch.Generator().manual_seed(seed)
     layers: dict[str, Tensor] = {}
-    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         start = torch.zeros(a, b) if head == "linear" else torch.randn(a, b, generator=rng) / a**0.5
-        layers |= {f"weight{i}": start.double().requires_grad_(), f"bias{i}": torch.zeros(b).double().requires_grad_()}
+        layers |= {
+            f"weight{i}": start.double().requires_grad_(),
+            f"bias{i}": torch.zeros(b).double().requires_grad_(),
+        }
     # scikit-learn has one vector for two classes, the difference of ours, whose penalty is half of ours.
     halves = 2.0 if n_classes == 2 and head == "linear" else 1.0
     search = torch.optim.LBFGS(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +16,15 @@ from tqdm import tqdm
 from methods_multimodal.core.kept import kept
 from methods_multimodal.core.running import State, run_steps
 from methods_multimodal.core.shuffled_weights import shuffled_copy
-from methods_multimodal.probing.classifiers import STRENGTHS, Head, Probe, check_head, fit_probe
+from methods_multimodal.probing.classifiers import STRENGTHS, Head, check_head
 from methods_multimodal.probing.features import Batches, Features, Place, expand_sites, read_features
 from methods_multimodal.probing.labels import Column, Labels, Split, check_split, split_rows
 from methods_multimodal.probing.roles import MEAN
 from methods_multimodal.probing.sheet import KINDS, Kind, ProbeSheet
-from methods_multimodal.probing.streamed import fit_streamed, predict_streamed
+from methods_multimodal.probing.streamed import PlaceRows
 from mm_adapters import InputError, Model
 
 Values = Mapping[str, Column]
-# scikit-learn copies what it fits, in float64; a place of more is fitted a part at a time.
-MOST_BYTES = 2**30
 
 
 def probe(
@@ -82,7 +79,9 @@ def probe(
     options: dict[str, Any] = {"sites": names, "roles": roles, "steps": steps}
     models: dict[str, Model] = {"model": model} | ({} if baseline is None else {"twin": baseline})
     plain = _plain(labels, types, split, head, strengths, seed)
-    with kept(folder, job="probe", models=models, data=[dict(b) for b in batches], **options, **plain) as work:
+    with kept(
+        folder, job="probe", models=models, data=[dict(b) for b in batches], **options, **plain
+    ) as work:
         rows = {
             name: read_features(one, batches, folder=work.inside(name), **options)
             for name, one in models.items()
@@ -116,8 +115,8 @@ def probe_features(
 ) -> ProbeSheet:
     """The same of rows that were read before, of a store's say; `name` is their model's. The rest as `probe`.
 
-    Rows are in memory one place at a time, and a part at a time if a place has more than a gigabyte. The shuffled and the control task are learned by a
-    probe of the strength that was chosen for the task.
+    Rows are in memory one place at a time, and a part at a time if a place has more than a gigabyte. The
+    shuffled and the control task are learned by a probe of the strength that was chosen for the task.
 
     Raises: InputError if the places are no table of sites, roles and steps, or labels do not fit the rows.
     """
@@ -126,27 +125,30 @@ def probe_features(
         raise InputError(f"There are {n} labels for {rows.n_rows} rows; a twin has the same rows and places.")
     split = split_rows(n, seed) if split is None else split
     check_split(split, n)
-    sites, roles, steps = (tuple(dict.fromkeys(p[i] for p in map(_parts, rows.places))) for i in range(3))
+    sites = tuple(dict.fromkeys(place.site for place in rows.places))
+    roles = tuple(dict.fromkeys(place.role for place in rows.places))
+    steps = tuple(dict.fromkeys(place.step for place in rows.places))
     places = [Place(site, role, step) for site in sites for role in roles for step in steps]
     if set(places) != set(rows.places):
         raise InputError("The places are no table: every site needs every role and step.")
     variables = [Labels.of(name, values, split) for name, values in labels.items()]
-    missing = {"control"} if types is None else set()
+    missing: set[Kind] = set()
+    missing |= {"control"} if types is None else set()
     missing |= {"twin"} if twin is None else set()
-    kinds = tuple(kind for kind in KINDS if kind not in missing)
+    kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in missing)
     fitting = {"head": head, "seed": seed, "train": split.train}
 
     def one_place(state: State, number: int) -> State:
         """All probes of one place."""
-        here = {"task": _Rows(rows, places[number])}
+        here = {"task": PlaceRows(rows, places[number])}
         if twin is not None:
-            here["twin"] = _Rows(twin, places[number])
+            here["twin"] = PlaceRows(twin, places[number])
         out = {key: value.clone() for key, value in state.items()}
         for v, variable in enumerate(variables):
             strength = 0.0
             for k, kind in enumerate(kinds):
                 ids = _ids(variable, kind, types, seed)
-                chosen = {"validation": split.validation, "strengths": strengths}
+                chosen: dict[str, Any] = {"validation": split.validation, "strengths": strengths}
                 if kind in ("shuffled", "control"):
                     chosen = {"strengths": [strength], "validation": None}
                 x = here.get(kind, here["task"])
@@ -191,33 +193,15 @@ def probe_features(
     )
 
 
-class _Rows:
-    """The rows of one place: in memory, or a part at a time if they are more than that should hold."""
-
-    def __init__(self, features: Features, place: Place) -> None:
-        self._parts = partial(features.parts, place)
-        self._whole = features.at(place) if features.n_bytes(place) <= MOST_BYTES else None
-
-    def fit(self, ids: np.ndarray, **options: Any) -> Probe:
-        """The probe of these classes."""
-        if self._whole is None:
-            return fit_streamed(self._parts, ids, **options)
-        return fit_probe(self._whole, ids, **options)
-
-    def predict(self, fitted: Probe, which: Tensor) -> Tensor:
-        """The likeliest class of some rows."""
-        if self._whole is None:
-            return predict_streamed(self._parts, fitted)[which]
-        return fitted.predict(self._whole[which])
-
-
 def check_labels(labels: Values, types: Sequence[Hashable] | None = None) -> int:
     """How many rows the labels are of. Raises: InputError if there are none, or they are not as many."""
     counts = {name: len(values) for name, values in labels.items()}
     if types is not None:
         counts["types"] = len(types)
     if not labels or len(set(counts.values())) != 1:
-        raise InputError(f"Every variable needs one label for each row; there are {counts or 'no variables'}.")
+        raise InputError(
+            f"Every variable needs one label for each row; there are {counts or 'no variables'}."
+        )
     return next(iter(counts.values()))
 
 
@@ -225,10 +209,6 @@ def _ids(variable: Labels, kind: Kind, types: Sequence[Hashable] | None, seed: i
     if kind == "shuffled":
         return variable.shuffled(seed)
     return variable.control(types or (), seed) if kind == "control" else variable.ids
-
-
-def _parts(place: Place) -> tuple[str, str, int | None]:
-    return place.site, place.role, place.step
 
 
 def _plain(

@@ -1,13 +1,13 @@
 """Which variables can be read off which layers and roles of the zoo, beside every null.
 
-python -m tests.quality.probing [--only tiny-clip-vision,tiny-clip-text,tiny-llava,tiny-sd-text,tiny-sd] [--n 500]
-    [--draws 3]
+python -m tests.quality.probing [--only tiny-clip-vision,tiny-clip-text,tiny-llava,tiny-sd-text,tiny-sd]
+    [--n 400] [--draws 3]
 
 A line is one variable at one role (and step): accuracy by layer; at the layer that validation rows chose the
 accuracy on test rows, its selectivity (less the accuracy on a control task that a random label for each
 (shape, colour), or pair of colours, makes), the accuracy on shuffled labels, that of an untrained twin at the
-layer chosen for it, and the paired difference to it. Intervals are 95 %, by bootstrap over draws (new scenes, new
-twin, new split) and test rows within. The last lines are of a variable that is in no input.
+layer chosen for it, and the paired difference to it. Intervals are 95 %, by bootstrap over draws (new scenes,
+new twin, new split) and test rows within. The last lines are of a variable that is in no input.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ class Part:
 
 
 PARTS = {
-    "tiny-clip-vision": Part("tiny-clip", data.pictures, "vision.blocks.*.hook_resid_post", ("class", "patch")),
+    "tiny-clip-vision": Part(
+        "tiny-clip", data.pictures, "vision.blocks.*.hook_resid_post", ("class", "patch")
+    ),
     "tiny-clip-text": Part("tiny-clip", data.captions, "text.blocks.*.hook_resid_post", ("end", "word")),
     "tiny-llava": Part("tiny-llava", data.questions, "language.blocks.*.hook_resid_post", ("image", "last")),
     "tiny-sd-text": Part("tiny-sd", data.texts_of_prompts, "text.blocks.*.hook_resid_post", ("end", "word")),
     "tiny-sd": Part("tiny-sd", data.prompts, "denoiser.blocks.*.hook_resid_post", ("mean",), data.STEPS),
-}  # fmt: skip
+}
 
 
 def sheets(part: Part, n: int, draws: int) -> dict[str, list[ProbeSheet]]:
@@ -105,13 +107,15 @@ def _row(of_kind: Sequence[ProbeSheet], variable: str, role: str, step: int | No
     }
 
 
-def _chosen(of_kind: Sequence[ProbeSheet], variable: str, role: str, step: int | None, kind: str) -> torch.Tensor:
+def _chosen(
+    of_kind: Sequence[ProbeSheet], variable: str, role: str, step: int | None, kind: str
+) -> torch.Tensor:
     """Whether each test row of each draw is right at the layer that its validation rows chose."""
     out = []
     for sheet in of_kind:
         layer = sheet.best_layer(variable, role, step, "twin" if kind == "twin" else "task")
         at = (sheet.variables.index(variable), layer, sheet.roles.index(role))
-        right = sheet.right[sheet.kinds.index(kind)][at]  # type: ignore[arg-type]
+        right = sheet.right[sheet.kinds.index(kind)][at]
         out.append(right[0 if step is None else sheet.steps.index(step)].double())
     return torch.stack(out)
 
@@ -164,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--n", type=int, default=400)
     parser.add_argument("--draws", type=int, default=3)
     args = parser.parse_args(argv)
     found = {}
@@ -176,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         found[name] = {"rows": rows, "nothing": nothing}
         print(table(f"{name} ({time.monotonic() - began:.0f} s)", rows), flush=True)
         print(
-            f"\n{name}: of a variable in no input {nothing['covering']:.1%} of {nothing['places']} intervals cover "
-            f"chance; mean accuracy {nothing['accuracy']:.1%}, chance 25 %.\n",
+            f"\n{name}: of a variable in no input {nothing['covering']:.1%} of {nothing['places']} intervals "
+            f"cover chance; mean accuracy {nothing['accuracy']:.1%}, chance 25 %.\n",
             flush=True,
         )
     return found

@@ -33,7 +33,7 @@ class Asked:
 
 
 def scenes_of(kind: str, n: int, draw: int) -> list[Scene]:
-    """Scenes of one kind; of two objects those whose colours differ, so that one can be told to be the first."""
+    """Scenes of one kind; of two objects those whose colours differ, so that one is the first."""
     chosen: list[Scene] = []
     index = 0
     while len(chosen) < n:
@@ -112,7 +112,13 @@ def prompts(kind: str, scenes: list[Scene], draw: int, n_steps: int = N_STEPS) -
     texts = [caption_of(kind, s) for s in scenes]
     seeds = [APART * draw + i for i in range(len(texts))]
     return [
-        {"prompt": p, "seed": s, "num_inference_steps": n_steps, "guidance_scale": 3.0, "output_type": "latent"}
+        {
+            "prompt": p,
+            "seed": s,
+            "num_inference_steps": n_steps,
+            "guidance_scale": 3.0,
+            "output_type": "latent",
+        }
         for p, s in zip(_parts(texts), _parts(seeds), strict=True)
     ]
 

@@ -120,13 +120,13 @@ def probed_layers(model: Any, given: Given) -> Any:
     batches = [given.inputs] * 5
     rows = probing.read_features(model, batches[:1], sites=first_stream(model, given)).n_rows
     labels = {"row": list(range(rows)) * 5} if rows > 1 else {"batch": [0, 1, 0, 1, 0]}
-    parts = torch.arange(5 * rows).split([3 * rows, rows, rows])
+    train, validation, test = torch.arange(5 * rows).split([3 * rows, rows, rows])
     return probing.probe(
         model,
         batches,
         labels,
         sites=first_stream(model, given),
-        split=probing.Split(*parts),
+        split=probing.Split(train, validation, test),
         strengths=(0.01, 1.0),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,13 +28,17 @@ def test_a_linear_probe_minimises_the_penalised_loss(n_classes: int) -> None:
     x = (x - x.mean(0)) / x.std(0, correction=0)
     weight = torch.zeros(6, n_classes, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(n_classes, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    search = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+    )
     # Of two classes scikit-learn has one vector, the difference of ours, and so half of our penalty.
     penalty = 1 / (2 * 0.1) * (1 if n_classes > 2 else 2)
 
     def loss() -> torch.Tensor:
         search.zero_grad()
-        fits = torch.nn.functional.cross_entropy(x @ weight + bias, torch.from_numpy(ids[:100]), reduction="sum")
+        fits = torch.nn.functional.cross_entropy(
+            x @ weight + bias, torch.from_numpy(ids[:100]), reduction="sum"
+        )
         total = fits + penalty * weight.square().sum()
         total.backward()
         return total
@@ -66,9 +71,11 @@ def test_the_strength_is_the_best_on_the_validation_rows_and_of_equals_the_weake
 def test_an_mlp_finds_what_no_linear_probe_can() -> None:
     signs = torch.from_numpy(RNG.choice([-1.0, 1.0], (300, 4))).float()
     xor = (signs[:, 0] * signs[:, 1] > 0).long().numpy()
-    known = {"train": torch.arange(200), "validation": torch.arange(200, 250)}
+    known: dict[str, Any] = {"train": torch.arange(200), "validation": torch.arange(200, 250)}
     right = {
-        head: float((fit_probe(signs, xor, head=head, **known).predict(signs[250:]).numpy() == xor[250:]).mean())
+        head: float(
+            (fit_probe(signs, xor, head=head, **known).predict(signs[250:]).numpy() == xor[250:]).mean()
+        )
         for head in ("linear", "mlp")
     }
     assert right["mlp"] == 1.0

@@ -15,7 +15,7 @@ IDS = RNG.integers(3, size=300)
 
 
 def rows(width: int = 12) -> torch.Tensor:
-    """Correlated noise; the last but three tells class 0 from the others, dimension 3 class 1 from class 2."""
+    """Correlated noise; the last but three tells class 0 from the rest, dimension 3 class 1."""
     x = RNG.standard_normal((300, width)) @ RNG.standard_normal((width, width)) / width**0.5
     x[:, -4] += 6.0 * (IDS == 0)
     x[:, 3] += 4.0 * (IDS == 1)
@@ -37,12 +37,13 @@ def test_picks_and_scores_are_those_of_whole_gaussians_of_every_subset() -> None
     ids = torch.from_numpy(IDS)
     groups = [x[split.train][ids[split.train] == c] for c in range(3)]
     shares = torch.tensor([len(g) for g in groups]) / len(split.train)
-    pooled = sum(s * g.var(0, correction=0) for s, g in zip(shares, groups, strict=True))
+    pooled = torch.stack([s * g.var(0, correction=0) for s, g in zip(shares, groups, strict=True)]).sum(0)
     covariances = [(1 - shrinkage) * torch.cov(g.T, correction=0) + shrinkage * pooled.diag() for g in groups]
 
     def log_p(part: torch.Tensor, dims: list[int]) -> torch.Tensor:
         densities = [
-            MultivariateNormal(g.mean(0)[dims], c[dims][:, dims]).log_prob(x[part][:, dims]) + s.double().log()
+            MultivariateNormal(g.mean(0)[dims], c[dims][:, dims]).log_prob(x[part][:, dims])
+            + s.double().log()
             for g, c, s in zip(groups, covariances, shares, strict=True)
         ]
         return torch.stack(densities, 1).log_softmax(1)

@@ -17,7 +17,9 @@ from mm_adapters.zoo import measures, world
 def items(n: int = 2) -> list[dict[str, Any]]:
     scenes = [world.scene(i, "validation", kind="one") for i in range(n)]
     pictures = measures.images_of(scenes)
-    return [{"images": [p], "text": [f"a {s.things[0].shape}"]} for p, s in zip(pictures, scenes, strict=True)]
+    return [
+        {"images": [p], "text": [f"a {s.things[0].shape}"]} for p, s in zip(pictures, scenes, strict=True)
+    ]
 
 
 def test_values_from_subsets_are_the_mean_over_all_orders() -> None:
@@ -58,7 +60,9 @@ def test_a_metric_of_one_modality_has_all_of_its_share_there() -> None:
             return getattr(output, f"{modality}_embeds")[:, 0]
 
         record = modality_shares(model, items(), metric=metric, n_orders=2, side=2)
-        torch.testing.assert_close(record.text_share, torch.full((2,), share, dtype=torch.float64), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            record.text_share, torch.full((2,), share, dtype=torch.float64), atol=1e-4, rtol=0
+        )
     for i, item in enumerate(items()):
         n_words = len(model.layout(text=item["text"])["text"].positions("word"))
         assert float(record.text_players[i]) == n_words / (n_words + 4)
@@ -75,7 +79,9 @@ def test_a_vlm_shares_out_the_logit_of_its_own_answer() -> None:
     assert float(values.sum()) == pytest.approx(float(record.full[0] - record.empty[0]), rel=1e-6)
 
 
-def test_a_call_that_was_killed_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_was_killed_goes_on_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = mm.load("tiny-clip")
     whole = modality_shares(model, items(), n_orders=2, side=2)
     run, calls = type(model).run, []
@@ -103,7 +109,11 @@ def test_a_call_that_was_killed_goes_on_and_ends_the_same(tmp_path: Path, monkey
         ({"n_orders": None, "side": 8}, mm.InputError, "subsets"),
         ({"items": []}, mm.InputError, "give inputs"),
         ({"side": 0}, mm.InputError, "at least one square"),
-        ({"items": [{"images": measures.images_of([world.scene(0)]), "text": ["a", "b"]}]}, mm.InputError, "2 rows"),
+        (
+            {"items": [{"images": measures.images_of([world.scene(0)]), "text": ["a", "b"]}]},
+            mm.InputError,
+            "2 rows",
+        ),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused_before_anything_runs(

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 import mm_adapters as mm
-from methods_multimodal.probing import Features, Place, ProbeSheet, probe, probe_features, read_features, split_rows
+from methods_multimodal.probing import (
+    Features,
+    Place,
+    ProbeSheet,
+    probe,
+    probe_features,
+    read_features,
+    split_rows,
+)
+from methods_multimodal.probing.sheet import Kind
 from mm_adapters.zoo import measures, world
 
 RNG = np.random.default_rng(0)
@@ -24,7 +33,9 @@ def planted() -> Features:
     """Two layers of noise; the second one holds `SHAPES` along three directions."""
     noise = torch.from_numpy(RNG.standard_normal((2, N, 10))).float()
     noise[1, np.arange(N), SHAPES] += 4.0
-    return Features({Place(f"text.blocks.{i}.hook_mlp_out", "mean").column: rows for i, rows in enumerate(noise)})
+    return Features(
+        {Place(f"text.blocks.{i}.hook_mlp_out", "mean").column: rows for i, rows in enumerate(noise)}
+    )
 
 
 LABELS = {"shape": SHAPES, "nothing": NOTHING}
@@ -39,9 +50,12 @@ def test_a_planted_variable_is_found_where_it_is_and_nothing_else_is() -> None:
     assert sheet.best_layer("shape", "mean") == 1
     assert sheet.selectivity[0, 1, 0, 0] > 0.4
     # Nothing else is found: each interval covers the rate of chance.
-    for kind, variable, layers, rate in (
-        ("task", "shape", [0], 1 / 3), ("task", "nothing", [0, 1], 1 / 2), ("shuffled", "shape", [0, 1], 1 / 3)
-    ):  # fmt: skip
+    expected: tuple[tuple[Kind, str, list[int], float], ...] = (
+        ("task", "shape", [0], 1 / 3),
+        ("task", "nothing", [0, 1], 1 / 2),
+        ("shuffled", "shape", [0, 1], 1 / 3),
+    )
+    for kind, variable, layers, rate in expected:
         _, (low, high) = sheet.curve(variable, "mean", kind=kind)
         assert all(low[i] <= rate <= high[i] for i in layers), (kind, variable)
     above = sheet.above("shuffled", "shape", layer=1, role="mean")
@@ -103,14 +117,21 @@ def test_roles_are_the_means_over_their_positions() -> None:
 
 def test_of_a_sampling_loop_rows_are_the_prompts_half_at_each_step() -> None:
     model = mm.load("tiny-sd")
-    inputs = {"prompt": ["a red circle", "a star"], "num_inference_steps": 3, "seed": [0, 1], "guidance_scale": 3.0}
+    inputs = {
+        "prompt": ["a red circle", "a star"],
+        "num_inference_steps": 3,
+        "seed": [0, 1],
+        "guidance_scale": 3.0,
+    }
     sites = ["denoiser.blocks.3.hook_resid_post", "denoiser.resnets.3.hook_out"]
     rows = read_features(model, [inputs], sites=sites, steps=[0, 2])
     run = model.run(inputs, read=sites)
     assert {place.step for place in rows.places} == {0, 2}
     for step in (0, 2):
         tokens, feature_map = (run[site][step, 2:] for site in sites)
-        torch.testing.assert_close(rows.at(Place(sites[0], "mean", step)), tokens.mean(1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            rows.at(Place(sites[0], "mean", step)), tokens.mean(1), rtol=1e-5, atol=1e-6
+        )
         own = rows.at(Place(sites[1], "mean", step))
         torch.testing.assert_close(own, feature_map.mean((2, 3)), rtol=1e-5, atol=1e-6)
     text = read_features(model, [inputs], sites=["text.blocks.3.hook_resid_post"], roles=("end",))
@@ -123,8 +144,10 @@ class Killed(Exception):
     """Stands in for a kill."""
 
 
-def test_a_call_that_was_killed_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from methods_multimodal.probing import sweep as module
+def test_a_call_that_was_killed_goes_on_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from methods_multimodal.probing import streamed as module
 
     model = mm.load("tiny-clip")
     images, sizes = pictures(40)
@@ -184,7 +207,8 @@ def test_what_cannot_be_probed_is_refused_before_anything_runs(
 def test_a_row_is_not_both_learned_from_and_judged_on() -> None:
     split = split_rows(N, 3, groups=[i // 3 for i in range(N)])
     parts = [set((part // 3).tolist()) for part in (split.train, split.validation, split.test)]
-    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    assert not parts[0] & parts[1]
+    assert not (parts[0] | parts[1]) & parts[2]
     assert sum(len(part) for part in (split.train, split.validation, split.test)) == N
     twice = type(split)(split.train, split.validation, split.train[:5])
     with pytest.raises(mm.InputError, match="a row twice"):

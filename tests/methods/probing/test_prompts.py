@@ -66,7 +66,9 @@ def test_chance_is_the_mean_over_all_ways_to_deal_the_labels_out(tmp_path: Path)
     assert torch.equal(back.right, record.right)
 
 
-def test_what_was_asked_before_a_kill_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_asked_before_a_kill_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = mm.load("tiny-clip")
     whole = prompt_probe(model, PICTURES, COLOURS, "a {} object", batch=8, folder=tmp_path / "work")
     monkeypatch.setattr(type(model), "run", lambda *args, **options: pytest.fail("it ran"))
