@@ -18,8 +18,8 @@ from mm_adapters.zoo.world import Scene
 APART = 1000
 NOTHING = "nothing"
 QUESTION = "<image>\nquestion: what shape is the object? answer:"
-N_STEPS = 10
-STEPS = (0, 3, 6, 9)
+N_STEPS = 8
+STEPS = (0, 2, 4, 7)
 BATCH = 50
 
 
@@ -107,25 +107,23 @@ def questions(kind: str, scenes: list[Scene], draw: int) -> list[Mapping[str, An
     return [{"images": p, "text": [QUESTION] * len(p)} for p in _parts(measures.images_of(scenes))]
 
 
-def prompts(kind: str, scenes: list[Scene], draw: int, n_steps: int = N_STEPS) -> list[Mapping[str, Any]]:
-    """Inputs of a pipeline, each with a noise of its own."""
+def prompts(kind: str, scenes: list[Scene], draw: int) -> list[Mapping[str, Any]]:
+    """Inputs of a pipeline without guidance, each with a noise of its own."""
+    return _drawn(kind, scenes, draw, num_inference_steps=N_STEPS)
+
+
+def _drawn(kind: str, scenes: list[Scene], draw: int, **options: int) -> list[Mapping[str, Any]]:
     texts = [caption_of(kind, s) for s in scenes]
     seeds = [APART * draw + i for i in range(len(texts))]
     return [
-        {
-            "prompt": p,
-            "seed": s,
-            "num_inference_steps": n_steps,
-            "guidance_scale": 3.0,
-            "output_type": "latent",
-        }
+        {"prompt": p, "seed": s, "guidance_scale": 1.0, "output_type": "latent", **options}
         for p, s in zip(_parts(texts), _parts(seeds), strict=True)
     ]
 
 
 def texts_of_prompts(kind: str, scenes: list[Scene], draw: int) -> list[Mapping[str, Any]]:
-    """The same for a pipeline's text tower, which is done before the first step."""
-    return prompts(kind, scenes, draw, n_steps=1)
+    """The same for a pipeline's text tower, which is done before the first step: one of a tiny picture."""
+    return _drawn(kind, scenes, draw, num_inference_steps=1, height=16, width=16)
 
 
 def asked(inputs: Inputs, kind: str, n: int, draw: int) -> Asked:
