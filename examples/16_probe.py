@@ -1,6 +1,7 @@
 """Which layers of tiny-llava know an object's colour, shape, position and background, at which tokens?
 
-Linear probes on the picture's tokens and on the last one, beside a control task and a copy with shuffled weights.
+Linear probes on the picture's tokens and on the last one, beside a control task and a copy with shuffled
+weights.
 
 python examples/16_probe.py --out probes.png
 """

@@ -32,8 +32,8 @@ HOSTS = ("nnsight", "transformer_lens", "cloudpickle", "sae_lens", "pyvene")
 PACKAGES = ("mm_adapters", "methods_multimodal", "integrations")
 # In the order of the tables; a method's page names its room.
 ROOMS = (
-    "text_explanations", "lenses", "patching", "relevance", "cross_attention", "diffusion", "dissection",
-    "data_attribution", "integrations.sae_lens", "integrations.pyvene",
+    "text_explanations", "lenses", "probing", "patching", "relevance", "cross_attention", "diffusion",
+    "dissection", "data_attribution", "integrations.sae_lens", "integrations.pyvene",
 )  # fmt: skip
 
 
@@ -73,16 +73,16 @@ def front_matter(page: Path) -> dict[str, str]:
 
 
 def methods(page: Path) -> str:
-    """The methods by room: in README with the paper's number, in docs with its names and a link."""
+    """The methods by room: in README in short, in docs with the papers and their links."""
     about = [(front_matter(path), path) for path in method_pages()]
     about.sort(key=lambda pair: ROOMS.index(pair[0]["room"]))
     short = page.name == "README.md"
-    rows = ["| question | arXiv | call |" if short else "| question | paper | call |", "|---|---|---|"]
+    rows = ["| question | call |", "|---|---|"] if short else ["| question | paper | call |", "|---|---|---|"]
     for said, path in about:
         link, number = path.relative_to(page.parent).as_posix(), said["arxiv"]
         if short:
             name = said["call"].partition("(")[0]
-            rows.append(f"| {said['question']} | {number or said['paper'] or '–'} | [`{name}`]({link}) |")
+            rows.append(f"| {said['question']} | [`{name}`]({link}) |")
         else:
             paper = said["paper"] or "–"
             paper = f"[{paper}](https://arxiv.org/abs/{number})" if number else paper
