@@ -49,7 +49,9 @@ QUESTIONS = {
 
 def codes(n: int, draws: int) -> list[tuple[str, ...]]:
     """How many times shorter than uniform the labels' code is, of the model and of untrained twins."""
-    lines = [("place", "variable", "compression", "shuffled labels", "untrained", "trained less untrained")]
+    lines: list[tuple[str, ...]] = [
+        ("place", "variable", "compression", "shuffled labels", "untrained", "trained less untrained")
+    ]
     for where, (name, inputs, place) in PLACES.items():
         found: dict[tuple[str, str], list[list[float]]] = {}
         for draw in range(draws):
@@ -73,7 +75,9 @@ def codes(n: int, draws: int) -> list[tuple[str, ...]]:
 
 def dimensions(n: int, draws: int) -> list[tuple[str, ...]]:
     """How much the best 2, 5 and 10 dimensions get right, and as many random ones."""
-    lines = [("place", "variable", "k", "accuracy", "random dimensions", "above random")]
+    lines: list[tuple[str, ...]] = [
+        ("place", "variable", "k", "accuracy", "random dimensions", "above random")
+    ]
     for where, (name, inputs, place) in PLACES.items():
         found: dict[tuple[str, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for draw in range(draws):
@@ -96,7 +100,9 @@ def dimensions(n: int, draws: int) -> list[tuple[str, ...]]:
 
 def shares(n: int, draws: int) -> list[tuple[str, ...]]:
     """The words' share of a prediction, of the trained model and of untrained twins."""
-    lines = [("model", "share of the words", "untrained", "if all tokens mattered alike")]
+    lines: list[tuple[str, ...]] = [
+        ("model", "share of the words", "untrained", "if all tokens mattered alike")
+    ]
     for name in ("tiny-clip", "tiny-llava"):
         found: dict[str, list[torch.Tensor]] = {}
         for draw in range(draws):
@@ -123,7 +129,7 @@ def shares(n: int, draws: int) -> list[tuple[str, ...]]:
 
 def prompts(n: int, draws: int) -> list[tuple[str, ...]]:
     """How often the model's own answer in words is right."""
-    lines = [("model", "variable", "accuracy", "centred", "by chance", "untrained")]
+    lines: list[tuple[str, ...]] = [("model", "variable", "accuracy", "centred", "by chance", "untrained")]
     for name, asked_by in (("tiny-clip", TEMPLATES), ("tiny-llava", QUESTIONS)):
         for variable, texts in asked_by.items():
             found: dict[str, list[torch.Tensor]] = {}
