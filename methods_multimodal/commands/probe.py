@@ -51,7 +51,7 @@ def probe(
     work: Work = None,
     out: Picture = Path("probe.png"),
 ) -> None:
-    """Trains a probe for every variable, layer and role: a sheet of held-out accuracies, beside their nulls.
+    """Which variables can be read off which layers and tokens: probes, beside their nulls.
 
     Nulls are shuffled labels, a copy with shuffled weights, and, of rows with a type, a control task. The
     record goes beside the picture, as .safetensors.
