@@ -244,7 +244,8 @@ def test_main_takes_its_arguments_and_gives_its_exit_code(
     assert cli.main(["--help"], (METHODS,)) == 0
     listed = capsys.readouterr().out
     assert all(
-        name in listed for name in ("report", "attribute", "dissect", "heads", "words", "trace", "flow")
+        name in listed
+        for name in ("report", "attribute", "dissect", "heads", "words", "trace", "flow", "probe")
     )
 
 
@@ -287,7 +288,9 @@ def test_an_application_that_returns_was_right(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [((), ["sites", "x"]), (None, None)]
 
 
-@pytest.mark.parametrize("command", ["report", "attribute", "dissect", "heads", "words", "trace", "flow"])
+@pytest.mark.parametrize(
+    "command", ["report", "attribute", "dissect", "heads", "words", "trace", "flow", "probe"]
+)
 def test_every_command_takes_a_model_a_device_and_where_to_write(command: str) -> None:
     options = {o for p in click_command(command).params for o in p.opts}
     assert {"--model", "--device", "--out"} <= options

@@ -30,11 +30,22 @@ PAGES = {
 # The libraries whose classes this project's classes extend.
 HOSTS = ("nnsight", "transformer_lens", "cloudpickle", "sae_lens", "pyvene")
 PACKAGES = ("mm_adapters", "methods_multimodal", "integrations")
-# In the order of the tables; a method's page names its room.
-ROOMS = (
-    "text_explanations", "lenses", "patching", "neurons", "relevance", "cross_attention", "diffusion",
-    "dissection", "data_attribution", "integrations.sae_lens", "integrations.pyvene",
-)  # fmt: skip
+# In the order of the tables, with what each is about; a method's page names its room.
+ROOMS = {
+    "text_explanations": "embeddings, heads and neurons in words",
+    "lenses": "what a model would say after each layer",
+    "probing": "which variables can be read where",
+    "patching": "where a run is restored, and what blocked attention costs",
+    "circuits": "which parts carry a difference, across towers",
+    "neurons": "which neurons hold an answer",
+    "relevance": "which parts of the input count",
+    "cross_attention": "which words drew which pixels",
+    "diffusion": "what a picture will be, step by step",
+    "dissection": "which concept a unit detects",
+    "data_attribution": "which training pictures made a picture",
+    "integrations.sae_lens": "which features a site holds",
+    "integrations.pyvene": "in which subspace a variable lies",
+}
 
 
 def marked(name: str) -> re.Pattern[str]:
@@ -73,20 +84,30 @@ def front_matter(page: Path) -> dict[str, str]:
 
 
 def methods(page: Path) -> str:
-    """The methods by room: in README with the paper's number, in docs with its names and a link."""
+    """The methods by room: in README a line for each room, in docs each with its paper."""
     about = [(front_matter(path), path) for path in method_pages()]
-    about.sort(key=lambda pair: ROOMS.index(pair[0]["room"]))
-    short = page.name == "README.md"
-    rows = ["| question | arXiv | call |" if short else "| question | paper | call |", "|---|---|---|"]
+    about.sort(key=lambda pair: list(ROOMS).index(pair[0]["room"]))
+    if page.name == "README.md":
+        return _rooms(about, page)
+    rows = ["| question | paper | call |", "|---|---|---|"]
     for said, path in about:
         link, number = path.relative_to(page.parent).as_posix(), said["arxiv"]
-        if short:
-            name = said["call"].partition("(")[0]
-            rows.append(f"| {said['question']} | {number or said['paper'] or '–'} | [`{name}`]({link}) |")
-        else:
-            paper = said["paper"] or "–"
-            paper = f"[{paper}](https://arxiv.org/abs/{number})" if number else paper
-            rows.append(f"| [{said['question']}]({link}) | {paper} | `{said['room']}`: `{said['call']}` |")
+        paper = said["paper"] or "–"
+        paper = f"[{paper}](https://arxiv.org/abs/{number})" if number else paper
+        rows.append(f"| [{said['question']}]({link}) | {paper} | `{said['room']}`: `{said['call']}` |")
+    return "\n".join(rows)
+
+
+def _rooms(about: list[tuple[dict[str, str], Path]], page: Path) -> str:
+    rows = ["| about | calls |", "|---|---|"]
+    for room, of in ROOMS.items():
+        calls = [
+            f"[`{said['call'].partition('(')[0].split('.')[-1]}`]({path.relative_to(page.parent).as_posix()})"
+            for said, path in about
+            if said["room"] == room
+        ]
+        if calls:
+            rows.append(f"| {of} (`{room}`) | {', '.join(calls)} |")
     return "\n".join(rows)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-
-import torch
-
-from methods_multimodal.core.generators import Seed, generator
+from methods_multimodal.core.generators import Seed
+from methods_multimodal.core.shuffled_weights import shuffled_copy
 from methods_multimodal.dissection.units import Units
 from mm_adapters import Model
 
@@ -20,13 +17,7 @@ def with_shuffled_weights(model: Model, tower: str, seed: Seed = 0) -> Model:
     Source: the model randomization test of Adebayo et al. 2018, arXiv 1810.03292, section 3.
     Raises: MissingSiteError if there is no such tower.
     """
-    model.check_tower(tower)
-    twin, rng = copy.deepcopy(model), generator(seed)
-    with torch.no_grad():
-        for weight in twin.check_tower(tower).module.parameters():
-            order = torch.randperm(weight.numel(), generator=rng).to(weight.device)
-            weight.copy_(weight.flatten()[order].view_as(weight))
-    return twin
+    return shuffled_copy(model, [tower], seed)
 
 
 def twins_of(units: Units, n: int, seed: int = 0) -> list[Units]:

@@ -9,11 +9,23 @@ from methods_multimodal.plots.lens import lens_table
 from methods_multimodal.plots.neurons import neuron_ablations
 from methods_multimodal.plots.patching import patch_effects
 from methods_multimodal.plots.picture import picture
+from methods_multimodal.plots.probing import (
+    answer_table,
+    code_curve,
+    dimension_curve,
+    probe_curve,
+    probe_sheet,
+    probe_steps,
+    token_shares,
+)
 from methods_multimodal.plots.tracing import flow_lines, head_importance_grid, trace_grid
 from methods_multimodal.plots.word_maps import film_strip, word_change, word_map
 from methods_multimodal.plots.words import word_lines
 
 __all__ = [
+    "answer_table",
+    "code_curve",
+    "dimension_curve",
     "effect_grid",
     "effect_pairs",
     "film_strip",
@@ -30,8 +42,12 @@ __all__ = [
     "overlay",
     "patch_effects",
     "picture",
+    "probe_curve",
+    "probe_sheet",
+    "probe_steps",
     "text_map",
     "tiles",
+    "token_shares",
     "trace_grid",
     "word_change",
     "word_lines",

@@ -9,7 +9,7 @@ import torch
 
 from methods_multimodal import cross_attention as ca
 from methods_multimodal import data_attribution as da
-from methods_multimodal import diffusion, dissection, patching, relevance, report
+from methods_multimodal import diffusion, dissection, patching, probing, relevance, report
 from methods_multimodal import neurons as single_neurons
 from methods_multimodal import text_explanations as te
 from methods_multimodal.data_attribution.task import batch_of
@@ -107,6 +107,47 @@ def probed(model: Any, given: Given) -> Any:
     batches = [({k: v[:1] for k, v in given.pixels.items()}, given.pictures[:1])]
     store = dissection.collect([units], batches, model, given.folder / "s", progress=False)
     return store.rows()
+
+
+def features_read(model: Any, given: Given) -> Any:
+    """`read_features`, place by place."""
+    roles = ("mean",) if model.kind == "diffusion" else ("mean", "last")
+    rows = probing.read_features(model, [given.inputs], sites=first_stream(model, given), roles=roles)
+    return {place.column: rows.at(place) for place in rows.places}
+
+
+def probed_layers(model: Any, given: Given) -> Any:
+    """`probe`, of which row it is: rows come again, so that all parts of the split have both."""
+    batches = [given.inputs] * 5
+    rows = probing.read_features(model, batches[:1], sites=first_stream(model, given)).n_rows
+    labels = {"row": list(range(rows)) * 5} if rows > 1 else {"batch": [0, 1, 0, 1, 0]}
+    train, validation, test = torch.arange(5 * rows).split([3 * rows, rows, rows])
+    return probing.probe(
+        model,
+        batches,
+        labels,
+        sites=first_stream(model, given),
+        split=probing.Split(train, validation, test),
+        strengths=(0.01, 1.0),
+    )
+
+
+def shared_out(model: Any, given: Given) -> Any:
+    """`modality_shares` of the first row, by the number that an edit moves."""
+    return probing.modality_shares(model, [given.first], metric=given.metric, n_orders=2, side=2, batch=8)
+
+
+def asked_in_words(model: Any, given: Given) -> Any:
+    """`prompt_probe` of two pictures and two answers."""
+    prompts = "a {}" if model.kind == "contrastive" else given.question
+    n = 1 if model.kind == "contrastive" else len(given.first["input_ids"])
+    return probing.prompt_probe(model, given.pictures[:n], ["w3"] * n, prompts, values=["w3", "w4"])
+
+
+def first_stream(model: Any, given: Given) -> list[str]:
+    """The output of the first block that a user would look at."""
+    tower = "denoiser" if model.kind == "diffusion" else given.tower
+    return [f"{tower}.blocks.0.hook_resid_post"]
 
 
 def retrieved(model: Any, given: Given) -> Any:

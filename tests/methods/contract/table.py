@@ -6,7 +6,7 @@ import inspect
 
 from methods_multimodal import cross_attention as ca
 from methods_multimodal import data_attribution as da
-from methods_multimodal import diffusion, dissection, lenses, neurons, patching, relevance, report
+from methods_multimodal import diffusion, dissection, lenses, neurons, patching, probing, relevance, report
 from methods_multimodal import text_explanations as te
 from tests.methods.contract import calls
 from tests.methods.contract.kinds import Kind
@@ -33,6 +33,10 @@ METHODS: tuple[Method, ...] = (
     Method(lenses.attribute_logits, PAIRS, lambda m, x: lenses.attribute_logits(m, x.inputs)),
     Method(lenses.attribute_tokens, SPEAKING, lambda m, x: lenses.attribute_tokens(m, x.inputs, [5])),
     Method(lenses.logit_lens, SPEAKING, lambda m, x: lenses.logit_lens(m, x.inputs, final_norm=True)),
+    Method(probing.read_features, (*BLOCKS, "diffusion"), calls.features_read),
+    Method(probing.probe, (*BLOCKS, "diffusion"), calls.probed_layers),
+    Method(probing.modality_shares, (*PAIRS, *ASKED), calls.shared_out),
+    Method(probing.prompt_probe, (*PAIRS, *ASKED), calls.asked_in_words),
     Method(patching.patch_heads, BLOCKS, lambda m, x: patching.patch_heads(m, *x.patched, **x.first_layer)),
     Method(patching.patch_positions, BLOCKS, calls.patched_positions),
     Method(patching.patch_units, BLOCKS, calls.patched_units),
@@ -111,7 +115,7 @@ OWN_REASONS: tuple[Reason, ...] = (
         lambda x, said: any(t.pool == said[1] or t.mount.unit for t in x.model.towers.values()),
     ),
     Reason(
-        r"text_explanations\.second_order|(lenses|patching|neurons)\..*",
+        r"text_explanations\.second_order|(lenses|patching|neurons)\..*|probing\.prompt_probe",
         r"has no (W_\w|unembedding)",
         "a matrix that no module of this model has: its record's heads, or its mount's project",
         lambda x, said: (
@@ -141,7 +145,7 @@ OWN_REASONS: tuple[Reason, ...] = (
         ),
     ),
     Reason(
-        r"relevance\.head_maps|dissection\.Units|report\.(vlm|flow)_report",
+        r"relevance\.head_maps|dissection\.Units|report\.(vlm|flow)_report|probing\.(modality_shares|prompt_probe)",
         r"one image, one grid|one image per row|at different positions",
         "an image comes in tiles, each with a grid: its layout",
         lambda x, _: x.is_tiled,

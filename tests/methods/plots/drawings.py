@@ -24,6 +24,7 @@ from methods_multimodal.neurons import NeuronAblation
 from methods_multimodal.patching import CausalTrace, HeadImportance, InformationFlow
 from methods_multimodal.patching.activation_patching import ActivationPatching
 from methods_multimodal.plots import data_attribution, dissection
+from methods_multimodal.probing import CodeLength, IntrinsicProbe, ModalityShares, ProbeSheet, PromptProbe
 from methods_multimodal.relevance.attention_maps import HeadMaps
 from methods_multimodal.text_explanations.name_heads import HeadNames
 from methods_multimodal.text_explanations.segmentation import Segmentation
@@ -47,6 +48,79 @@ def table(*shape: int) -> torch.Tensor:
 
 def pixels(height: int = 6, width: int = 9) -> np.ndarray:
     return (np.arange(height * width * 3) * 5 % 256).astype(np.uint8).reshape(height, width, 3)
+
+
+def probes(steps: tuple[int, ...] = ()) -> ProbeSheet:
+    """Two variables at three layers and two roles; right more often the later the layer."""
+    shape = (4, 2, 3, 2, max(1, len(steps)), 20)
+    kind, variable, layer, role, step, row = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+    right = row < torch.where(kind == 0, 4 + 6 * layer + 3 * role - 2 * variable + step, 4 + kind - variable)
+    places = shape[:-1]
+    return ProbeSheet(
+        right=right,
+        validation=table(*places).abs(),
+        strength=torch.ones(places[1:]),
+        guess=torch.tensor([0.25, 0.125]),
+        kinds=("task", "shuffled", "control", "twin"),
+        variables=("size", "shape"),
+        classes=(("large", "small"), ("circle", "square")),
+        sites=tuple(f"vision.blocks.{i}.hook_resid_post" for i in range(3)),
+        roles=("class", "patch"),
+        steps=steps,
+        head="linear",
+        model="tiny-clip",
+    )
+
+
+@drawing
+def probe_sheet() -> Axes:
+    return plots.probe_sheet(probes(), role="patch")
+
+
+@drawing
+def probe_steps() -> Axes:
+    return plots.probe_steps(probes((0, 5)), "size")
+
+
+@drawing
+def probe_curve() -> Axes:
+    return plots.probe_curve(probes(), "shape")
+
+
+@drawing
+def code_curve() -> Axes:
+    ends = torch.tensor([2, 8, 32, 128])
+    task = torch.tensor([[4.0, 8.0, 20.0, 30.0], [4.0, 7.0, 22.0, 40.0]])
+    return plots.code_curve(
+        CodeLength(task, 2.0 * torch.tensor([[2.0, 6.0, 24.0, 96.0]] * 2), ends, 2.0, "shape", "linear")
+    )
+
+
+@drawing
+def dimension_curve() -> Axes:
+    right = torch.arange(10)[None] < torch.tensor([4, 7, 8, 9])[:, None]
+    random = torch.tensor([[0.2, 0.3, 0.3, 0.4], [0.3, 0.2, 0.4, 0.4]])
+    information = torch.tensor([0.2, 0.8, 1.0, 1.1])
+    return plots.dimension_curve(
+        IntrinsicProbe(torch.tensor([17, 3, 60, 8]), right, information, random, random, 1.5, 0.25, "shape")
+    )
+
+
+@drawing
+def token_shares() -> Axes:
+    values = torch.tensor([0.1, 2.0, 1.5, -0.4, 0.2, 1.0])
+    is_text = torch.tensor([True, True, True, False, False, False])
+    names = ("a", "red", "circle", "square 0, 0", "square 0, 1", "square 1, 0")
+    item, ends = torch.zeros(6, dtype=torch.long), (torch.tensor([4.4]), torch.tensor([0.0]))
+    return plots.token_shares(ModalityShares(values, values.abs() / 5, item, is_text, *ends, names))
+
+
+@drawing
+def answer_table() -> Axes:
+    scores = torch.eye(3)[[0, 0, 1, 1, 2, 0]]
+    return plots.answer_table(
+        PromptProbe(scores, torch.tensor([0, 0, 1, 1, 2, 2]), ("red", "green", "blue"), "cosine")
+    )
 
 
 @drawing

@@ -1,6 +1,6 @@
 """Which tokens carry the colour of the object asked about, and through which layers?
 
-python examples/16_trace_answer.py --out trace.png
+python examples/17_trace_answer.py --out trace.png
 """
 
 from __future__ import annotations
