@@ -7,6 +7,7 @@ import typer
 from methods_multimodal.commands.attribute import attribute
 from methods_multimodal.commands.dissect import dissect
 from methods_multimodal.commands.heads import heads
+from methods_multimodal.commands.lens import lens
 from methods_multimodal.commands.report import report
 from methods_multimodal.commands.trace import trace
 from methods_multimodal.commands.words import words
@@ -14,5 +15,5 @@ from methods_multimodal.commands.words import words
 
 def register(app: typer.Typer) -> None:
     """Adds this package's commands to `mm-interp`."""
-    for command in (report, attribute, dissect, heads, words, trace):
+    for command in (report, attribute, dissect, heads, lens, words, trace):
         app.command(command.__name__)(command)

@@ -70,8 +70,8 @@ def diffusion_lens(
     """Draws each prompt from the text encoder's states after each layer: later blocks write nothing.
 
     The states go through the encoder's own final norm and the whole pipeline; what guides against
-    (the negative prompt) is encoded by all layers. Pictures of one prompt begin with the same noise. It is one
-    run of the pipeline for each layer.
+    (the negative prompt) is encoded by all layers. Pictures of one prompt begin with the same noise. There is
+    one run of the pipeline for each layer.
 
     Args:
         model: A text-to-image pipeline.

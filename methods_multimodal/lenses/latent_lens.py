@@ -140,8 +140,8 @@ def latent_lens(
         index: Words in context.
         position: Which positions are read, as in `logit_lens`.
         words: The candidates; all words of the index without.
-        centred: Whether the mean over the positions read, and over the index' entries of a layer, is taken off
-            first: states share a direction that says nothing of the word, and may outweigh what does.
+        centred: Whether the mean over the positions read, and that over the index' entries of a layer, is
+            taken off first: states share a direction that says nothing of the word and may outweigh the rest.
 
     Source: LatentLens, 2026, arXiv 2602.00462
     Raises: MissingSiteError if the tower has no one stream, or no position the role; InputError for an index

@@ -33,7 +33,7 @@ class LensReading(Record):
         rows, positions, patches: What each entry of the first axis is.
         grid: How many patches there are, down and across; None where entries are no one image's.
         where: What was asked for, in words.
-        own_gap: How far the last layer is from what the model itself says, at most; None where it need not be it.
+        own_gap: How far the last layer is from what the model itself says, at most; None if it need not be.
     """
 
     scores: Float[Tensor, "position layer candidate"]

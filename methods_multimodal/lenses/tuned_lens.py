@@ -36,8 +36,8 @@ class TunedLens(Record):
 
     `kl` is the divergence, in nats, of what the lens says from what the model says in the end; `logit_kl`
     that of the logit lens; `constant_kl` that of the mean of the model's answers on the training batches,
-    whatever the state. `rate` is each layer's learning rate, chosen on the validation batches. `weights` is the
-    fingerprint of the tower that it was trained for.
+    whatever the state. `rate` is each layer's learning rate, chosen on the validation batches. `weights` is
+    the fingerprint of the tower that it was trained for.
     """
 
     weight: Float[Tensor, "layer d_model d_model"]

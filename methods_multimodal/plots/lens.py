@@ -95,14 +95,15 @@ def lens_sheet(
     *,
     caption: str = "",
 ) -> Figure:
-    """A picture of both: the picture, the table of one position, and maps of a few candidates over patches."""
+    """The picture, the table of one position, and maps of a few candidates over patches, on one page."""
     name_of = name_of or table.name
     figure = Figure(figsize=(11, 4.2 + 2.1 * len(candidates)), layout="constrained")
     grid = figure.add_gridspec(1 + len(candidates), 3, height_ratios=[4.2, *[2.1] * len(candidates)])
     picture(pixels, figure.add_subplot(grid[0, 0]), title="the picture", caption=caption)
     lens_table(table, name_of, figure.add_subplot(grid[0, 1:]))
     for i, candidate in enumerate(candidates):
-        lens_maps(maps, candidate, figure.add_subplot(grid[i + 1, :]), name_of=name_of)
+        called = None if maps.candidates else name_of
+        lens_maps(maps, candidate, figure.add_subplot(grid[i + 1, :]), name_of=called)
     return figure
 
 

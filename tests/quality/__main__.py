@@ -22,6 +22,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         *(("--seeds", "2", "--draws", "2", "--scenes", "200", "--images", "400", "--steps", "30"),),
     ),
     "das": (("tests.quality.das",), ("--draws", "1", "--seeds", "1", "--steps", "2")),
+    "lenses": (("tests.quality.lenses",), ("--quick",)),
     "heads": (("tests.quality.heads",), ("--n", "40", "--draws", "1", "--seeds", "1")),
     "dissection": (("tests.quality.dissection",), ("--n", "40", "--draws", "1", "--seeds", "1")),
     "words": (

@@ -22,7 +22,7 @@ Row = tuple[str, str, str]
 
 
 def contextual(n: int) -> list[Row]:
-    """Where an object is, by the colour that answers a question about it; and which of two objects is meant."""
+    """Where an object is, by the colour that answers a question about it; and which of two is meant."""
     model, twin = mm.load("tiny-llava"), untrained("tiny-llava", "tiny-llava", 0)
     scenes = {s: [world.scene(i, s, 21, kind="one") for i in range(n)] for s in ("validation", "test")}
     boxes = {s: [data.patch_box(world.masks(x)[0]) for x in of] for s, of in scenes.items()}
@@ -32,7 +32,7 @@ def contextual(n: int) -> list[Row]:
     for name, one, maps_of in (
         ("contextual lens", model, partial(_contextual_maps, word=None)),
         ("logit lens of the answer", model, _logit_maps),
-        ("contextual lens of the word “answer”, which tells nothing", model, partial(_contextual_maps, word="answer")),
+        ("contextual lens of “answer”, which tells nothing", model, partial(_contextual_maps, word="answer")),
         ("contextual lens of an untrained twin", twin, partial(_contextual_maps, word=None)),
     ):  # fmt: skip
         maps = {s: maps_of(one, of) for s, of in scenes.items()}
@@ -160,7 +160,7 @@ def _shares(
     index: lenses.ContextualIndex | None,
     centred: bool,
 ) -> tuple[Tensor, Tensor]:
-    """[scene, layer]: the share of an object's patches that is named right, and by labels in another order."""
+    """[scene, layer]: the share of an object's patches named right; the same by labels in another order."""
     said, truth, scene = _said_of_patches(model, scenes, attribute, names, index, centred)
     order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0))
     values = torch.tensor([names.index(getattr(s.things[0], attribute)) for s in scenes])[order]

@@ -2,9 +2,10 @@
 
 python -m tests.quality.lenses [--only NAME ...] [--n 192] [--quick]
 
-Settings (learning rates, layers, spreads, thresholds, detectors) are chosen on validation scenes and judged on
-test scenes. Intervals are 95 % by bootstrap over scenes. Nulls, by the same functions: patches or labels in a
-random order, another prompt's truth, the best constant, and an untrained twin (same config, weights drawn anew).
+Settings (learning rates, layers, spreads, thresholds, detectors) are chosen on validation scenes and judged
+on test scenes. Intervals are 95 % by bootstrap over scenes. Nulls, by the same functions: patches or labels
+in a random order, another prompt's truth, the best constant, an untrained twin (same config, weights drawn
+anew).
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def attention(n: int) -> list[Line]:
         each = "; ".join(f"head {h} gains {said(lens.gain(h))}" for h in range(lens.kl.shape[1]))
         constant = f"mean answer {said(bootstrap(lens.constant_kl[:, None]))}"
         direct = f"heads read untrained {float(lens.direct_kl.mean()):.3f}"
-        lines.append(Line(f"layer {layer}, mean of its heads: nats", said(bootstrap(lens.kl)), f"{constant}; {direct}; {each}"))  # fmt: skip
+        nulls = f"{constant}; {direct}; {each}"
+        lines.append(Line(f"layer {layer}, mean of its heads: nats", said(bootstrap(lens.kl)), nulls))
     return lines
 
 
@@ -119,7 +121,8 @@ def exits(n: int) -> list[Line]:
     ]
     blocks = f"{test.mean_layers(threshold):.2f} of {len(test.layers) - 1} blocks"
     null = f"as many exits, of other rows: {said(test.accuracy_at_shuffled(threshold))}"
-    return [*lines, Line(f"stopping at {threshold:.2f} sure ({blocks})", said(test.accuracy_at(threshold)), null)]  # fmt: skip
+    what = f"stopping at {threshold:.2f} sure ({blocks})"
+    return [*lines, Line(what, said(test.accuracy_at(threshold)), null)]
 
 
 def clip(n: int) -> list[Line]:
@@ -161,17 +164,22 @@ def anomalies(n: int) -> list[Line]:
     unusual: dict[str, Callable[[str], list[dict[str, Any]]]] = {
         "another's image": lambda s: data.asked(model, n, s, 5, swapped=True).batches,
         "an image of noise": lambda s: noisy(data.asked(model, n, s, 5).batches),
-        "a shape and colour never seen together": lambda s: data.asked(model, n, "novel", 5 + (s == "test")).batches,
-    }  # fmt: skip
+        "a shape and colour never seen together": lambda s: (
+            data.asked(model, n, "novel", 5 + (s == "test")).batches
+        ),
+    }
     lines = []
     for name, make in unusual.items():
         strange = {s: read(model, make(s)) for s in ("validation", "test")}
-        best = max(lenses.anomaly.DETECTORS, key=lambda d: told(normal, usual["validation"], strange["validation"], d).auroc)  # fmt: skip
+        chosen_on = (usual["validation"], strange["validation"])
+        aurocs = {d: told(normal, *chosen_on, d).auroc for d in lenses.anomaly.DETECTORS}
+        best = max(aurocs, key=lambda d: aurocs[d])
         value = told(normal, usual["test"], strange["test"], best)
         null = told(normal, usual["test"], again, best)
         sure = [-x.probabilities[:, -1].amax(-1) for x in (usual["test"], strange["test"])]
         plain = lenses.separation(torch.cat(sure), value.positive, torch.zeros(0))
-        lines.append(Line(f"{name} ({best}): AUROC", interval(value), f"other usual questions {interval(null)}; last layer's confidence alone {interval(plain)}"))  # fmt: skip
+        beside = f"other usual questions {interval(null)}; last layer's confidence alone {interval(plain)}"
+        lines.append(Line(f"{name} ({best}): AUROC", interval(value), beside))
     return lines
 
 
@@ -199,7 +207,7 @@ def noisy(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def first(n: int) -> list[Line]:
-    """AUROC of "it is not there", told from the first token's logits; half of the questions have no answer."""
+    """AUROC of "it is not there", from the first token's logits; half of the questions have no answer."""
     model, twin = mm.load("tiny-llava"), untrained("tiny-llava", "tiny-llava", 0)
     lines = []
     for name, one in (("tiny-llava", model), ("untrained twin", twin)):

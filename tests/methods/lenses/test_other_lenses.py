@@ -14,7 +14,7 @@ import torch
 
 import mm_adapters as mm
 from methods_multimodal import lenses
-from methods_multimodal.core.embed import embed, embed_texts, unit
+from methods_multimodal.core.embed import embed, unit
 from methods_multimodal.lenses import LensReading
 from tests.methods.contract.families import family
 

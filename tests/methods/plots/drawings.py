@@ -128,6 +128,32 @@ def lens_table_at_a_position() -> Axes:
     return plots.lens_table(lens_reading(logits, "position 2"), lambda i: "abcde"[i], row=1)
 
 
+def patch_reading() -> LensReading:
+    """Cosines of two candidates at the four patches of one image, after two layers."""
+    scores = table(4, 2, 2)
+    places = ((0, 0), (0, 1), (1, 0), (1, 1))
+    names = ("embedding", "layer 0")
+    entries: Any = ((0,) * 4, tuple(range(4)), places, (2, 2))
+    return LensReading(scores, None, "CLIP", "cosine", names, ("a cat", "a dog"), *entries)
+
+
+@drawing
+def lens_maps() -> Axes:
+    return plots.lens_maps(patch_reading(), 1)
+
+
+@drawing
+def lens_candidates() -> Axes:
+    return plots.lens_candidates(patch_reading(), row=2)
+
+
+@drawing
+def lens_sheet() -> Figure:
+    logits = torch.tensor([[4.0, 1.0, 0.0], [0.0, 0.5, 0.75]])[None]
+    last = lens_reading(logits, "the last position")
+    return plots.lens_sheet(last, patch_reading(), [0], pixels(), lambda i: "xyz"[i], caption="what is it?")
+
+
 def patched(axis: str, n_layers: int, n_units: int) -> ActivationPatching:
     return ActivationPatching(
         patched=torch.stack([torch.zeros(n_layers, n_units), table(n_layers, n_units)]),
