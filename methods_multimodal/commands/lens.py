@@ -50,7 +50,7 @@ def lens(
     """
     check_out(out)
     loaded = open_model(model, device)
-    from methods_multimodal.report.lens import lens_report
+    from methods_multimodal.report._lens import lens_report
 
     write_report(
         lens_report(

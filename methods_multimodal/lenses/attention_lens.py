@@ -139,7 +139,7 @@ def train_attention_lens(
 def attention_lens(
     model: Model,
     inputs: Batch,
-    lens: AttentionLens,
+    trained: AttentionLens,
     *,
     position: Positions = -1,
     tokens: Sequence[int] | None = None,
@@ -149,15 +149,15 @@ def attention_lens(
     Source: Sakarvadia et al. 2023, arXiv 2310.16270
     Raises: as `train_attention_lens`; InputError if the lens was trained for other weights.
     """
-    view = model.check_tower(lens.tower)
-    site = _checked_site(model, view, lens.layer)
-    check_made_for(view, lens.weights, "attention lens")
+    view = model.check_tower(trained.tower)
+    site = _checked_site(model, view, trained.layer)
+    check_made_for(view, trained.weights, "attention lens")
     kept_tokens = checked_tokens(view, tokens)
-    entries = entries_of(model, inputs, position, lens.tower)
+    entries = entries_of(model, inputs, position, trained.tower)
     z = model.run(inputs, read=[Read(site, reduce=entries.of)])[site].detach().float()
-    said = _said(z, {"weight": lens.weight.to(z), "bias": lens.bias.to(z)})
-    one = reading(model, view, said.unbind(1), entries, kept_tokens, lens="attention", own_gap=None)
-    return replace(one, layers=tuple(f"layer {lens.layer} head {i}" for i in range(said.shape[1])))
+    said = _said(z, {"weight": trained.weight.to(z), "bias": trained.bias.to(z)})
+    one = reading(model, view, said.unbind(1), entries, kept_tokens, lens_name="attention", own_gap=None)
+    return replace(one, layers=tuple(f"layer {trained.layer} head {i}" for i in range(said.shape[1])))
 
 
 def _said(z: Float[Tensor, "entry head d_head"], maps: Maps) -> Float[Tensor, "entry head token"]:

@@ -66,7 +66,7 @@ def logit_lens(
         layers,
         entries,
         kept,
-        lens="logit" if final_norm else "raw logit",
+        lens_name="logit" if final_norm else "raw logit",
         own_gap=float((last - own).abs().max()) if final_norm else None,
     )
 
@@ -98,7 +98,7 @@ def reading(
     entries: Entries,
     kept: Tensor | None,
     *,
-    lens: str,
+    lens_name: str,
     own_gap: float | None,
 ) -> LensReading:
     """The record of the logits of each layer, of which only these tokens are kept."""
@@ -107,7 +107,7 @@ def reading(
     return LensReading(
         scores=torch.stack([x if kept is None else x[:, kept] for x in layers], 1),
         total=torch.stack([x.logsumexp(-1) for x in layers], 1),
-        lens=lens,
+        lens=lens_name,
         unit="logit",
         layers=layer_names(len(layers)),
         candidates=() if kept is None else token_names(model, kept.tolist(), view.name),

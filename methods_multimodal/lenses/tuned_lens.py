@@ -141,7 +141,7 @@ def train_tuned_lens(
 def tuned_lens(
     model: Model,
     inputs: Batch,
-    lens: TunedLens,
+    trained: TunedLens,
     *,
     position: Positions = -1,
     tokens: Sequence[int] | None = None,
@@ -151,18 +151,18 @@ def tuned_lens(
     Source: Belrose et al. 2023, arXiv 2303.08112
     Raises: as `logit_lens`; InputError if the lens was trained for other weights.
     """
-    view = model.check_tower(lens.tower)
+    view = model.check_tower(trained.tower)
     sites = checked_sites(model, view)
-    check_made_for(view, lens.weights, "tuned lens")
+    check_made_for(view, trained.weights, "tuned lens")
     kept_tokens = checked_tokens(view, tokens)
-    entries = entries_of(model, inputs, position, lens.tower)
+    entries = entries_of(model, inputs, position, trained.tower)
     states, last, own = stream_at(model, inputs, view, sites, entries)
     unembed = _float_unembedding(view)
     with torch.no_grad():
         here = torch.stack(states, 1).float()
-        said = unembed(moved(here, lens.weight.to(here), lens.bias.to(here)))
+        said = unembed(moved(here, trained.weight.to(here), trained.bias.to(here)))
     gap = float((last - own).abs().max())
-    return reading(model, view, [*said.unbind(1), last], entries, kept_tokens, lens="tuned", own_gap=gap)
+    return reading(model, view, [*said.unbind(1), last], entries, kept_tokens, lens_name="tuned", own_gap=gap)
 
 
 def moved(

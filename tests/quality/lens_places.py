@@ -12,6 +12,7 @@ from torch import Tensor
 import mm_adapters as mm
 from methods_multimodal import lenses
 from methods_multimodal.core.statistics import Estimate, bootstrap
+from methods_multimodal.lenses import box_iou
 from mm_adapters.zoo import measures, questions, world
 from tests.quality import lens_data as data
 from tests.quality.dissection import untrained
@@ -26,8 +27,8 @@ def contextual(n: int) -> list[Row]:
     model, twin = mm.load("tiny-llava"), untrained("tiny-llava", "tiny-llava", 0)
     scenes = {s: [world.scene(i, s, 21, kind="one") for i in range(n)] for s in ("validation", "test")}
     boxes = {s: [data.patch_box(world.masks(x)[0]) for x in of] for s, of in scenes.items()}
-    constant = _best_box(boxes["validation"])
-    prior = [lenses.box_iou(constant, box) for box in boxes["test"]]
+    constant = best_box(boxes["validation"])
+    prior = [box_iou(constant, box) for box in boxes["test"]]
     rows = []
     for name, one, maps_of in (
         ("contextual lens", model, partial(_contextual_maps, word=None)),
@@ -112,14 +113,14 @@ def _chosen(maps: Tensor, boxes: Sequence[Box]) -> tuple[int, float]:
 
 def _ious(maps: Tensor, boxes: Sequence[Box], spread: float) -> list[float]:
     found = [lenses.grounding_box(one, spread) for one in maps]
-    return [lenses.box_iou(a, b) for a, b in zip(found, boxes, strict=True)]
+    return [box_iou(a, b) for a, b in zip(found, boxes, strict=True)]
 
 
-def _best_box(boxes: Sequence[Box]) -> Box:
+def best_box(boxes: Sequence[Box]) -> Box:
     """The one box that is nearest to all: the null of a lens that never looks."""
     ends = [(a, b) for a in range(8) for b in range(a + 1, 9)]
     every = [(top, left, bottom, right) for top, bottom in ends for left, right in ends]
-    return max(every, key=lambda one: sum(lenses.box_iou(one, box) for box in boxes))
+    return max(every, key=lambda one: sum(box_iou(one, box) for box in boxes))
 
 
 def latent(n: int) -> list[Row]:

@@ -166,16 +166,6 @@ def drawn_layers(model: Any, given: Given) -> Any:
     return lenses.diffusion_lens(model, [given.prompt], [0], options=given.options())
 
 
-def lens_page(model: Any, given: Given) -> Any:
-    """The numbers of `lens_report`."""
-    inputs: dict[str, Any] = {"image": given.pictures[0], "question": given.question, "texts": given.texts}
-    if model.kind == "vlm":
-        inputs["texts"] = None
-    if model.kind == "diffusion":
-        inputs = {"prompt": given.prompt, "steps": given.family.n_steps, **given.sizes()}
-    return report.lens_report(model, **inputs).numbers
-
-
 def first_heads(model: Any, given: Given) -> Any:
     """`head_maps`."""
     return relevance.head_maps(

@@ -86,7 +86,6 @@ METHODS: tuple[Method, ...] = (
     Method(report.vlm_report, ASKED, lambda m, x: report.vlm_report(m, x.pictures, x.question)),
     Method(report.diffusion_report, DRAWING, calls.diffusion_page),
     Method(report.words_report, DRAWING, calls.words_page),
-    Method(report.lens_report, (*PAIRS, *ASKED, *DRAWING), calls.lens_page),
     Method(report.trace_report, DRAWING, calls.trace_page),
 )
 # fmt: on
