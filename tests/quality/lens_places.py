@@ -192,6 +192,7 @@ def _said_of_patches(
     """Of patches more than half on an object: what each layer says, the truth, and the scene."""
     texts = ["<image>\nquestion: how many objects are there? answer:"] * len(scenes)
     said, truth, scene = [], [], []
+    shares = [data.covered(world.masks(s)[0]) for s in scenes]
     tokens = data.first_tokens(model, names).tolist()
     for i, batch in enumerate(data.prepared(model, texts, measures.images_of(scenes))):
         if index is None:
@@ -202,7 +203,7 @@ def _said_of_patches(
         for entry, (row, patch) in enumerate(zip(reading.rows, reading.patches, strict=True)):
             number = i * data.SIZE + row
             assert patch is not None
-            if float(data.covered(world.masks(scenes[number])[0])[patch]) > 0.5:
+            if float(shares[number][patch]) > 0.5:
                 said.append(strongest[entry])
                 truth.append(names.index(getattr(scenes[number].things[0], attribute)))
                 scene.append(number)
