@@ -87,7 +87,7 @@ def tuned(n: int) -> list[Line]:
 
 
 def attention(n: int) -> list[Line]:
-    """The attention lens' divergence where the answer begins: of each layer the best head, chosen before."""
+    """The attention lens' divergence where the answer begins, and what each head gains on the mean answer."""
     model = mm.load("tiny-llava")
     sets = [
         data.asked(model, m, s).batches for m, s in ((8 * n, "train"), (n, "validation"), (2 * n, "test"))
