@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     name_of = model.language.to_single_str_token
     figure = Figure(figsize=(15, 8), layout="constrained")
     grid = figure.add_gridspec(2, 5)
-    picture(Image.open(image), figure.add_subplot(grid[0, 0]), title="what colour is the circle?")
+    picture(Image.open(image), figure.add_subplot(grid[0, 0]), caption="what colour\nis the circle?")
     lens_table(logit_lens(model, batch, final_norm=True), name_of, figure.add_subplot(grid[0, 1:3]), k=3)
     lens_table(tuned_lens(model, batch, lens), name_of, figure.add_subplot(grid[0, 3:]), k=3)
     token = int(model.tokenizer_of("language")(" red", add_special_tokens=False).input_ids[0])

@@ -82,7 +82,7 @@ def _answered(
     word = name_of(model)
     pixels = np.asarray(to_rgb(picture_given))
     if maps is None:
-        figure = new_page(9, 5, f"{name}: “{question}”")
+        figure = new_page(9.0, 5.0, f"{name}: “{question}”")
         lens_table(last, word, figure.add_subplot())
     else:
         figure = lens_sheet(last, maps, range(len(tokens)), pixels, word, caption=question)
@@ -115,7 +115,7 @@ def _compared(model: Model, image: Any, texts: list[str], name: str) -> Report:
     directions = embed_texts(model, texts)
     whole = clip_lens(model, inputs, directions, names=texts)
     patches = clip_lens(model, inputs, directions, patches=True, names=texts)
-    page = new_page(12, 4.4 + 2.3 * len(texts), f"{name}: layers in the joint space")
+    page = new_page(12.0, 4.4 + 2.3 * len(texts), f"{name}: layers in the joint space")
     grid = page.add_gridspec(1 + len(texts), 3, height_ratios=[4.4, *[2.3] * len(texts)])
     pixels = inputs[model.check_tower("vision").input_name]
     picture(as_seen(model, pixels[0]), page.add_subplot(grid[0, 0]), title="as the model sees it")
