@@ -23,6 +23,7 @@ import mm_adapters as mm
 from methods_multimodal import lenses
 from methods_multimodal.core.embed import embed_texts
 from methods_multimodal.core.statistics import Estimate, bootstrap
+from methods_multimodal.lenses.anomaly import DETECTORS
 from mm_adapters.zoo import measures, world
 from tests.quality import lens_data as data
 from tests.quality.dissection import untrained
@@ -55,7 +56,7 @@ def own_logits(n: int) -> list[Line]:
     """The last layer beside the model's own logits, at every position, under both engines."""
     lines = []
     for engine in ("hooked", "nnsight"):
-        model = mm.load("tiny-llava", engine=engine)
+        model: Any = mm.load("tiny-llava", engine=engine)
         batch = data.asked(model, min(n, 32), "test").batches[0]
         whole = lenses.logit_lens(model, batch, final_norm=True, position="all")
         with torch.no_grad():
@@ -172,7 +173,7 @@ def anomalies(n: int) -> list[Line]:
     for name, make in unusual.items():
         strange = {s: read(model, make(s)) for s in ("validation", "test")}
         chosen_on = (usual["validation"], strange["validation"])
-        aurocs = {d: told(normal, *chosen_on, d).auroc for d in lenses.anomaly.DETECTORS}
+        aurocs = {d: told(normal, *chosen_on, d).auroc for d in DETECTORS}
         best = max(aurocs, key=lambda d: aurocs[d])
         value = told(normal, usual["test"], strange["test"], best)
         null = told(normal, usual["test"], again, best)

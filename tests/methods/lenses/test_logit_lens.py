@@ -78,6 +78,7 @@ def test_a_reading_is_saved_whole(tmp_path: Path) -> None:
     again = LensReading.load(found.save(tmp_path / "lens.safetensors"))
     assert torch.equal(again.scores, found.scores)
     assert again.total is not None
+    assert found.total is not None
     assert torch.equal(again.total, found.total)
     for name in ("lens", "layers", "rows", "positions", "patches", "grid", "where", "own_gap"):
         assert getattr(again, name) == getattr(found, name)

@@ -252,8 +252,9 @@ def test_what_can_be_told_apart_is_and_what_cannot_is_at_chance() -> None:
     assert nothing.low < 0.5 < nothing.high
     assert float(found.null.mean()) == pytest.approx(0.5, abs=0.15)
     assert found.auroc == pytest.approx(sklearn.metrics.roc_auc_score(sets[5], found.scores))
+    one_kind = [*sets[:5], torch.ones(100, dtype=torch.bool)]
     with pytest.raises(mm.InputError, match="All test rows are of one kind"):
-        lenses.separate(*sets[:5], torch.ones(100, dtype=torch.bool))
+        lenses.separate(*one_kind)
 
 
 # -- early exit ----------------------------------------------------------------------------------------

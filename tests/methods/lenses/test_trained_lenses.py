@@ -181,7 +181,7 @@ def test_both_engines_train_the_same_lens() -> None:
     lenses = []
     for engine in (mm.HookedModel, TracedModel):
         built = tiny.llava()
-        model = engine(built.model)
+        model: Any = engine(built.model)
         lens = train(model, parts(built))
         lenses.append((lens.weight, lens.kl, tuned_lens(model, built.inputs, lens).scores))
     for one, other in zip(*lenses, strict=True):
