@@ -52,7 +52,8 @@ LAYERS = {
     ),
     "methods_multimodal": (
         ("core",),
-        ("diffusion", "text_explanations", "lenses", "probing"),
+        ("diffusion",),
+        ("text_explanations", "lenses", "probing"),
         ("patching", "attribution"),
         ("cross_attention", "circuits", "relevance", "neurons", "data_attribution", "dissection", "steering",
          "editing"),

@@ -5,7 +5,7 @@ from methods_multimodal.plots.attribution import head_shares, mlp_shares
 from methods_multimodal.plots.effects import effect_grid, effect_pairs
 from methods_multimodal.plots.heads import group_bars, head_table, text_map
 from methods_multimodal.plots.heatmap import heatmap
-from methods_multimodal.plots.lens import lens_table
+from methods_multimodal.plots.lens import lens_candidates, lens_maps, lens_sheet, lens_table
 from methods_multimodal.plots.neurons import neuron_ablations
 from methods_multimodal.plots.patching import patch_effects
 from methods_multimodal.plots.picture import picture
@@ -35,6 +35,9 @@ __all__ = [
     "head_shares",
     "head_table",
     "heatmap",
+    "lens_candidates",
+    "lens_maps",
+    "lens_sheet",
     "lens_table",
     "mlp_shares",
     "mosaic",

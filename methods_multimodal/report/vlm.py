@@ -19,7 +19,8 @@ from methods_multimodal.core.kept import Kept, kept
 from methods_multimodal.core.model import check_sites
 from methods_multimodal.core.outputs import answer_ids, vocabulary_logits
 from methods_multimodal.lenses.direct_attribution import LogitAttribution, attribute_tokens
-from methods_multimodal.lenses.logit_lens import LogitLens, logit_lens
+from methods_multimodal.lenses.logit_lens import logit_lens
+from methods_multimodal.lenses.reading import LensReading
 from methods_multimodal.patching.activation_patching import (
     ActivationPatching,
     patch_heads,
@@ -51,7 +52,7 @@ class Evidence:
 
     answers: tuple[str, ...]
     target: str
-    lens: LogitLens
+    lens: LensReading
     maps: HeadMaps
     shares: LogitAttribution
     heads: ActivationPatching
@@ -115,7 +116,7 @@ def prompt_of(model: Model, question: str) -> str:
 def _gather(model: Model, clean: dict[str, Any], corrupted: dict[str, Any], work: Kept) -> Evidence:
     layout = model.layout(**clean)[TOWER]
     one_grid(layout, TOWER)
-    lens = work.record("lens", LogitLens, lambda: logit_lens(model, clean, final_norm=True))
+    lens = work.record("lens", LensReading, lambda: logit_lens(model, clean, final_norm=True))
 
     @torch.no_grad()
     def answer() -> dict[str, Tensor]:

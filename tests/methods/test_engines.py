@@ -39,7 +39,7 @@ def test_attribution_and_lens_of_answers() -> None:
     ours, theirs = (attribute_tokens(one, built.inputs, [5]) for one in (model, traced))
     assert torch.equal(ours.heads, theirs.heads)
     ours, theirs = (logit_lens(one, built.inputs, final_norm=True) for one in (model, traced))
-    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.scores, theirs.scores)
 
 
 def test_patching() -> None:

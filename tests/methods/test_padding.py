@@ -33,14 +33,14 @@ def test_a_padded_row_has_the_lens_that_it_has_alone(name: str, side: str, engin
     model, both = made(name, engine), padded.ragged(name, side)
     found = logit_lens(model, both, final_norm=True)
     before = logit_lens(model, both, final_norm=True, position=-2)
-    assert not torch.equal(found.logits, before.logits)
+    assert not torch.equal(found.scores, before.scores)
     for row in range(2):
         own = padded.alone(both, row)
         last = model.wrapped(**own).logits[0, -2:].detach()
-        torch.testing.assert_close(found.logits[row, -1], last[1], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(before.logits[row, -1], last[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.scores[row, -1], last[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(before.scores[row, -1], last[0], rtol=1e-4, atol=1e-4)
         every = logit_lens(model, own, final_norm=True, position=own["input_ids"].shape[1] - 1)
-        torch.testing.assert_close(found.logits[row], every.logits[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.scores[row], every.scores[0], rtol=1e-4, atol=1e-4)
 
 
 @each_engine

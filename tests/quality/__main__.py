@@ -23,10 +23,11 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "das": (("tests.quality.das",), ("--draws", "1", "--seeds", "1", "--steps", "2")),
     "probing": (("tests.quality.probing",), ("--n", "60", "--draws", "1", "--only", "tiny-clip-vision")),
-    "probing methods": (
+    "probing-methods": (
         ("tests.quality.probing_methods",),
         ("--n", "60", "--draws", "1", "--only", "prompts"),
     ),
+    "lenses": (("tests.quality.lenses",), ("--quick",)),
     "heads": (("tests.quality.heads",), ("--n", "40", "--draws", "1", "--seeds", "1")),
     "dissection": (("tests.quality.dissection",), ("--n", "40", "--draws", "1", "--seeds", "1")),
     "flow": (("tests.quality.flow",), ("--n", "4", "--traced", "4", "--draws", "1")),

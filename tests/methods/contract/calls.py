@@ -9,7 +9,7 @@ import torch
 
 from methods_multimodal import cross_attention as ca
 from methods_multimodal import data_attribution as da
-from methods_multimodal import diffusion, dissection, patching, probing, relevance, report
+from methods_multimodal import diffusion, dissection, lenses, patching, probing, relevance, report
 from methods_multimodal import neurons as single_neurons
 from methods_multimodal import text_explanations as te
 from methods_multimodal.data_attribution.task import batch_of
@@ -169,6 +169,43 @@ def patched_positions(model: Any, given: Given) -> Any:
 def patched_units(model: Any, given: Given) -> Any:
     """`patch_units`."""
     return patching.patch_units(model, *given.patched, given.site, "pos", units=[(0,)], layers=[0])
+
+
+def trained_lens(model: Any, given: Given) -> Any:
+    """A tuned lens of one step."""
+    sets = [[given.inputs], [given.inputs], [given.inputs]]
+    return lenses.train_tuned_lens(model, *sets, position=-1, n_steps=1, rates=(1e-3,))
+
+
+def tuned(model: Any, given: Given) -> Any:
+    """The tuned lens of a lens trained before."""
+    return lenses.tuned_lens(model, given.inputs, given.ready)
+
+
+def trained_heads(model: Any, given: Given) -> Any:
+    """An attention lens of one step."""
+    sets = [[given.inputs], [given.inputs], [given.inputs]]
+    return lenses.train_attention_lens(model, 0, *sets, n_steps=1, rates=(1e-3,))
+
+
+def read_heads(model: Any, given: Given) -> Any:
+    """The attention lens of a lens trained before."""
+    return lenses.attention_lens(model, given.inputs, given.ready)
+
+
+def indexed_words(model: Any, given: Given) -> Any:
+    """The words of the inputs' own texts."""
+    return lenses.contextual_index(model, [given.inputs], per_word=2)
+
+
+def latent_words(model: Any, given: Given) -> Any:
+    """What the last positions are nearest to."""
+    return lenses.latent_lens(model, given.inputs, given.ready, position=-1)
+
+
+def drawn_layers(model: Any, given: Given) -> Any:
+    """What each layer of the text encoder draws."""
+    return lenses.diffusion_lens(model, [given.prompt], [0], options=given.options())
 
 
 def first_heads(model: Any, given: Given) -> Any:

@@ -19,7 +19,7 @@ from methods_multimodal.cross_attention import Effects, WordChanges, WordMaps
 from methods_multimodal.data_attribution import Estimate
 from methods_multimodal.dissection.concepts import Concepts
 from methods_multimodal.lenses.direct_attribution import LogitAttribution
-from methods_multimodal.lenses.logit_lens import LogitLens
+from methods_multimodal.lenses.reading import LensReading
 from methods_multimodal.neurons import NeuronAblation
 from methods_multimodal.patching import CausalTrace, HeadImportance, InformationFlow
 from methods_multimodal.patching.activation_patching import ActivationPatching
@@ -185,16 +185,49 @@ def mlp_shares() -> Axes:
     return plots.mlp_shares(heads(), text=1)
 
 
+def lens_reading(logits: torch.Tensor, where: str) -> LensReading:
+    n, layers, _ = logits.shape
+    names = ("embedding", *(f"layer {i}" for i in range(layers - 1)))
+    total = logits.logsumexp(-1)
+    return LensReading(logits, total, "logit", "logit", names, (), tuple(range(n)), (2,) * n, where=where)
+
+
 @drawing
 def lens_table() -> Axes:
     logits = torch.tensor([[4.0, 1.0, 0.0, -1.0], [0.0, 0.5, 0.25, 0.75], [0.1, 0.0, 3.0, 1.0]])[None]
-    return plots.lens_table(LogitLens(logits, True), lambda i: f" w{i}", k=3)
+    return plots.lens_table(lens_reading(logits, "the last position"), lambda i: f" w{i}", k=3)
 
 
 @drawing
 def lens_table_at_a_position() -> Axes:
     logits = torch.stack([torch.zeros(2, 5), torch.tensor([[0.0, 1, 2, 3, 4], [4.0, 3, 2, 1, 9]])])
-    return plots.lens_table(LogitLens(logits, True, 2), lambda i: "abcde"[i], row=1)
+    return plots.lens_table(lens_reading(logits, "position 2"), lambda i: "abcde"[i], row=1)
+
+
+def patch_reading() -> LensReading:
+    """Cosines of two candidates at the four patches of one image, after two layers."""
+    scores = table(4, 2, 2)
+    places = ((0, 0), (0, 1), (1, 0), (1, 1))
+    names = ("embedding", "layer 0")
+    entries: Any = ((0,) * 4, tuple(range(4)), places, (2, 2))
+    return LensReading(scores, None, "CLIP", "cosine", names, ("a cat", "a dog"), *entries)
+
+
+@drawing
+def lens_maps() -> Axes:
+    return plots.lens_maps(patch_reading(), 1)
+
+
+@drawing
+def lens_candidates() -> Axes:
+    return plots.lens_candidates(patch_reading(), row=2)
+
+
+@drawing
+def lens_sheet() -> Figure:
+    logits = torch.tensor([[4.0, 1.0, 0.0], [0.0, 0.5, 0.75]])[None]
+    last = lens_reading(logits, "the last position")
+    return plots.lens_sheet(last, patch_reading(), [0], pixels(), lambda i: "xyz"[i], caption="what is it?")
 
 
 def patched(axis: str, n_layers: int, n_units: int) -> ActivationPatching:
