@@ -9,6 +9,7 @@ from typing import Literal
 from mm_adapters import InputError, MissingSiteError, Model, TowerView
 
 NodeKind = Literal["input", "head", "cross", "mlp", "projector"]
+_ATTENTIONS: dict[str, tuple[NodeKind, str]] = {"attn": ("head", "a"), "cross_attn": ("cross", "c")}
 _PREFIX = {"vision": "v.", "text": "t.", "language": "", "denoiser": "d."}
 
 
@@ -91,31 +92,20 @@ def _of_tower(model: Model, view: TowerView, present: set[str]) -> Iterator[Node
         start = prefix if stack == "blocks" else f"{prefix}{stack}."
         for layer in range(view.n_layers(stack)):
             block = f"{name}.{stack}.{layer}"
-            for kind, letter, attention in (("head", "a", "attn"), ("cross", "c", "cross_attn")):
-                yield from _heads(
-                    model, kind, f"{start}{letter}{layer}", name, layer, block, attention, present
-                )
+            for attention, (kind, letter) in _ATTENTIONS.items():
+                here = Node(f"{start}{letter}{layer}", kind, name, layer, f"{block}.{attention}.hook_z")
+                yield from _heads(model, here, f"{block}.hook_{attention}_out", present)
             if f"{block}.hook_mlp_out" in present:
                 yield Node(f"{start}m{layer}", "mlp", name, layer, f"{block}.hook_mlp_out")
 
 
-def _heads(
-    model: Model,
-    kind: Literal["head", "cross"],
-    start: str,
-    tower: str,
-    layer: int,
-    block: str,
-    attention: str,
-    present: set[str],
-) -> Iterator[Node]:
-    z, out = f"{block}.{attention}.hook_z", f"{block}.hook_{attention}_out"
-    n_heads = model.check_site(z).n_heads if z in present else None
+def _heads(model: Model, node: Node, out: str, present: set[str]) -> Iterator[Node]:
+    """A node for each head of an attention's z; one for its output if that has no heads."""
+    n_heads = model.check_site(node.site).n_heads if node.site in present else None
     if n_heads is not None:
-        for head in range(n_heads):
-            yield Node(f"{start}.h{head}", kind, tower, layer, z, head)
+        yield from (replace(node, name=f"{node.name}.h{head}", head=head) for head in range(n_heads))
     elif out in present:
-        yield Node(start, kind, tower, layer, out)
+        yield replace(node, site=out)
 
 
 def _entry(view: TowerView, present: set[str]) -> str | None:
