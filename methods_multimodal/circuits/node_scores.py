@@ -21,7 +21,7 @@ from methods_multimodal.core.kept import kept
 from methods_multimodal.core.record import Record
 from mm_adapters import InputError, Model
 
-NodeMethod = Literal["integrated", "gradient", "graddrop", "exact"]
+NodeMethod = Literal["integrated", "gradient", "graddrop", "exact", "norm"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def score_nodes(
             the gradient at the clean run. "integrated" takes the mean gradient at the midpoints of the
             straight path between the two inputs' embeddings (EAP-IG-inputs with midpoints). "graddrop" takes
             the mean size over runs in which one layer's branches pass no gradient (AtP*), and has no sign.
+            "norm" is how far the node moves, a baseline that knows nothing of the metric. The last two are
+            written as negative numbers, so that orders begin with the largest.
         points: How many midpoints "integrated" takes.
         folder: Where batches are written down as they are done; a call that was killed goes on there.
 
@@ -202,6 +204,20 @@ def _graddrop(
     return {"scores": -total / max(1, len(layers) - 1), "explained": nothing}
 
 
+def _norm(
+    model: Model,
+    batch: Pairs,
+    nodes: Sequence[Node],
+    entries: Sequence[Node],
+    clean: Stored,
+    corrupted: Stored,
+    shares: Sequence[float],
+) -> dict[str, Tensor]:
+    apart = {s: corrupted.values[s].float() - v.float() for s, v in clean.values.items()}
+    size = node_products(nodes, clean, corrupted, apart).sqrt()
+    return {"scores": -size, "explained": torch.full_like(clean.metric, torch.nan)}
+
+
 def entry_path(entries: Sequence[Node], clean: Stored, corrupted: Stored) -> dict[str, Ends]:
     """The straight path between two runs in what the towers read.
 
@@ -233,8 +249,8 @@ def _branches(model: Model) -> list[list[str]]:
 
 def _cost(method: NodeMethod, nodes: Sequence[Node], points: int, model: Model) -> tuple[int, int]:
     """Forwards and backwards for each batch; both inputs' own runs are in the forwards."""
-    if method == "exact":
-        return 2 + len(nodes), 0
+    if method in ("exact", "norm"):
+        return 2 + len(nodes) * (method == "exact"), 0
     n = {"gradient": 1, "integrated": points}.get(method) or len(_branches(model))
     return 2 + n, n
 
@@ -244,4 +260,5 @@ _METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "gradient": _along_path,
     "integrated": _along_path,
     "graddrop": _graddrop,
+    "norm": _norm,
 }
