@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from methods_multimodal.attribution import Ends, midpoints, path_gradients
 from methods_multimodal.circuits.nodes import Node, circuit_nodes
-from methods_multimodal.circuits.pairs import Pairs, check_pairs, check_scale
+from methods_multimodal.circuits.pairs import Pairs, check_pairs, check_rows, check_scale
 from methods_multimodal.circuits.patched import Stored, patched_metric, rows_of, sites_of, store
 from methods_multimodal.core.kept import kept
 from methods_multimodal.core.record import Record
@@ -94,6 +94,8 @@ def score_nodes(
     if not chosen:
         raise InputError("There are no nodes to score.")
     check_pairs(model, pairs)
+    if method != "exact":
+        check_rows(model, pairs)
     entries = [node for node in circuit_nodes(model) if node.kind == "input"]
     of_batch = _METHODS[method]
     settings: dict[str, Any] = {"nodes": [repr(n) for n in chosen], "method": method, "points": points}

@@ -46,6 +46,26 @@ def check_pairs(model: Model, pairs: Sequence[Pairs]) -> None:
                 )
 
 
+def check_rows(model: Model, pairs: Sequence[Pairs]) -> None:
+    """Raises: InputError unless each row has one image of its own: gradients are summed row by row."""
+    views = [view for view in model.towers.values() if view.role == "vision" and not model.loops()]
+    for view in views:
+        if view.record.packed or view.record.order == "end to end":
+            raise InputError(
+                f"{view.name}: the patches of all images are packed into positions of one row, so gradients "
+                "are no row's own. Score by exact patching (method='exact')."
+            )
+        for batch in pairs:
+            pixels, ids = batch.clean.get(view.input_name), batch.clean.get("input_ids")
+            tiled = isinstance(pixels, Tensor) and view.role == "vision" and pixels.ndim > 4
+            uneven = isinstance(ids, Tensor) and isinstance(pixels, Tensor) and len(ids) != len(pixels)
+            if tiled or (uneven and model.kind == "vlm"):
+                raise InputError(
+                    f"{view.name}: gradients are summed row by row, which takes one image per row, whole. "
+                    "Score by exact patching (method='exact')."
+                )
+
+
 def check_scale(clean: Float[Tensor, " row"], corrupted: Float[Tensor, " row"]) -> None:
     """Raises: InputError for values that leave nothing to attribute: equal, or probabilities at 0 and 1."""
     if not bool((clean != corrupted).any()):

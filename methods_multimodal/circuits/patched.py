@@ -42,9 +42,15 @@ def sites_of(nodes: Sequence[Node]) -> list[str]:
     return list(dict.fromkeys(node.site for node in nodes))
 
 
-def store(model: Model, inputs: Mapping[str, Any], nodes: Sequence[Node], metric: Metric) -> Stored:
-    """A run of which the nodes' sites are kept."""
-    sites = sites_of(nodes)
+def store(
+    model: Model,
+    inputs: Mapping[str, Any],
+    nodes: Sequence[Node],
+    metric: Metric,
+    more: Sequence[str] = (),
+) -> Stored:
+    """A run of which the nodes' sites, and more, are kept."""
+    sites = list(dict.fromkeys([*sites_of(nodes), *more]))
     no_image = _no_image(model, inputs) if any(node.beside_images for node in nodes) else None
     run = model.run(inputs, read=[Read(site, rows=rows_of(model)) for site in sites])
     return Stored({s: run.values[s] for s in sites}, run.calls, row_values(metric, run), no_image)
