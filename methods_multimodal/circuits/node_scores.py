@@ -65,7 +65,7 @@ def score_nodes(
     nodes: Sequence[Node] | None = None,
     *,
     method: NodeMethod = "integrated",
-    points: int = 10,
+    points: int = 20,
     folder: str | Path | None = None,
 ) -> NodeScores:
     """Scores every node over batches of pairs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -75,13 +76,12 @@ def clip_pairs(
 
     The metric is the logit of the image with its text, of each row.
     """
-    source = twins(kind, **options)
-    chosen = [next(source) for _ in range(n)]
+    chosen = list(islice(_same_length(model, twins(kind, **options)), n))
     made = []
     for start in range(0, n, batch):
         some = chosen[start : start + batch]
         images = [measures.images_of([t.scene for t in some]), measures.images_of([t.twin for t in some])]
-        texts = [[_caption(t.scene) for t in some], [_caption(t.twin) for t in some]]
+        texts = [[caption(t.scene) for t in some], [caption(t.twin) for t in some]]
         clean = model.prepare(text=texts[0], images=images[0])
         corrupted = model.prepare(text=texts[side != "image"], images=images[side != "text"])
         made.append(Pairs(clean, corrupted, _own_logit))
@@ -97,10 +97,8 @@ def sd_pairs(
     0 for the corrupted one, in a unit in which they are 1 apart.
     """
     made = []
-    source = twins(kind, **options)
-    for seed in range(n):
-        twin = next(source)
-        values = [_caption(s) for s in (twin.scene, twin.twin)]
+    for seed, twin in enumerate(islice(_same_length(model, twins(kind, **options)), n)):
+        values = [caption(s) for s in (twin.scene, twin.twin)]
         common = {
             "num_inference_steps": steps,
             "guidance_scale": guidance,
@@ -111,6 +109,15 @@ def sd_pairs(
         one, two = (pictures_of(model, model.run(x).output) for x in inputs)
         made.append(Pairs(inputs[0], inputs[1], _along(model, one, two)))
     return made
+
+
+def _same_length(model: Model, source: Iterator[Twin]) -> Iterator[Twin]:
+    """The twins whose captions have as many tokens as their scene's."""
+    tokenizer = model.tokenizer_of("text")
+    for twin in source:
+        lengths = {len(tokenizer(caption(scene))["input_ids"]) for scene in (twin.scene, twin.twin)}
+        if len(lengths) == 1:
+            yield twin
 
 
 def _along(model: Model, one: Tensor, two: Tensor) -> Callable[[Any], Tensor]:
@@ -147,7 +154,8 @@ class LogitDifference:
         return last[rows, list(self.tokens)] - last[rows, list(self.others)]
 
 
-def _caption(scene: Scene) -> str:
+def caption(scene: Scene) -> str:
+    """A scene with one object, in words: its colour and shape."""
     thing = scene.things[0]
     return Claim((phrase_of(thing, ["colour", "shape"]),), None, None, None).text()
 

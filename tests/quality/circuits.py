@@ -179,7 +179,7 @@ def _row(signed: FaithfulnessCurve, absolute: FaithfulnessCurve) -> dict[str, An
 
 
 def _agreement(scores: NodeScores | None, exact: NodeScores) -> dict[str, Any]:
-    if scores is None:
+    if scores is None or scores.method == "norm":
         return {}
     a, b = scores.mean.double().numpy(), exact.mean.double().numpy()
     largest = int(np.abs(b).argmax())

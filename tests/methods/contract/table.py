@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import inspect
 
+from methods_multimodal import (
+    attribution,
+    circuits,
+    diffusion,
+    dissection,
+    lenses,
+    patching,
+    relevance,
+    report,
+)
 from methods_multimodal import cross_attention as ca
 from methods_multimodal import data_attribution as da
-from methods_multimodal import diffusion, dissection, lenses, patching, relevance, report
 from methods_multimodal import text_explanations as te
 from tests.methods.contract import calls
 from tests.methods.contract.kinds import Kind
@@ -36,6 +45,12 @@ METHODS: tuple[Method, ...] = (
     Method(patching.patch_heads, BLOCKS, lambda m, x: patching.patch_heads(m, *x.patched, **x.first_layer)),
     Method(patching.patch_positions, BLOCKS, calls.patched_positions),
     Method(patching.patch_units, BLOCKS, calls.patched_units),
+    Method(attribution.path_gradients, BLOCKS, calls.along_path),
+    Method(circuits.circuit_nodes, BLOCKS, lambda m, x: [len(n.name) for n in circuits.circuit_nodes(m)]),
+    Method(circuits.score_nodes, BLOCKS, calls.scored_nodes),
+    Method(circuits.score_edges, BLOCKS, calls.scored_edges),
+    Method(circuits.faithfulness_curve, (*PAIRS, *ASKED), calls.curve),
+    Method(circuits.check_circuit, (*PAIRS, *ASKED), calls.checked_circuit),
     Method(relevance.head_maps, LOOKING, calls.first_heads),
     Method(dissection.Units, (*LOOKING, "diffusion"), calls.unit_maps),
     Method(dissection.collect, PAIRS, calls.probed),
@@ -65,6 +80,7 @@ METHODS: tuple[Method, ...] = (
     Method(ca.knock_out_words, DRAWING, calls.blocked_words),
     Method(ca.ablate_heads, DRAWING, calls.silenced_heads),
     Method(ca.attribute_patching, DRAWING, calls.attributed),
+    Method(ca.effects_of_parts, DRAWING, calls.effects_of_parts),
     Method(ca.restore_layers, DRAWING, calls.restored_layers),
     Method(ca.restore_text, DRAWING, calls.restored_text),
     Method(ca.bind_attributes, DRAWING, calls.bound),
