@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ Metric = Callable[[Any], Tensor]
 class Ends:
     """The values of one site at both ends of a path, and the calls they are of (none outside loops).
 
-    Of a sampling loop they are [call, row, ...], else [row, ...]. Where `only` is False, [row, pos], and in
-    calls that are not among its own, the site is left as the run has it.
+    Of a sampling loop they are [call, row, ...], else [row, ...]. Where `only` is False, [row, pos], the site
+    is left as the run has it.
     """
 
     start: Tensor
@@ -28,19 +28,12 @@ class Ends:
     calls: tuple[Call, ...] = ()
     only: Tensor | None = None
 
-    def during(self, steps: Collection[int]) -> Ends:
-        """The ends in the calls of these steps alone."""
-        kept = [i for i, call in enumerate(self.calls) if call.step in steps]
-        return Ends(self.start[kept], self.end[kept], tuple(self.calls[i] for i in kept), self.only)
-
     def at(self, share: float) -> Callable[..., Tensor]:
         """An edit that puts the site this share of the way from its start to its end."""
         mixed = self.start + share * (self.end - self.start)
         number = {call: i for i, call in enumerate(self.calls)}
 
         def put(value: Tensor, call: Call) -> Tensor:
-            if number and call not in number:
-                return value
             new = (mixed[number[call]] if number else mixed).to(value)
             if self.only is None:
                 return new

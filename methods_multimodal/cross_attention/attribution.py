@@ -17,7 +17,7 @@ from methods_multimodal.attribution import Ends, midpoints, path_gradients
 from methods_multimodal.core.kept import kept
 from methods_multimodal.core.record import Record
 from methods_multimodal.cross_attention._sites import TextAttention, text_attention, text_positions
-from methods_multimodal.cross_attention.cases import Case, Part, align_positions, layouts_of, step_groups
+from methods_multimodal.cross_attention.cases import Case, Part, align_positions, layouts_of
 from methods_multimodal.cross_attention.metrics import Metric
 from methods_multimodal.diffusion.pictures import pictures_of
 from mm_adapters import Edit, InputError, Model, Read
@@ -74,7 +74,6 @@ def attribute_patching(
     positions: str = "after",
     method: Literal["integrated", "gradient"] = "integrated",
     points: int = 10,
-    windows: int = 1,
     options: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
 ) -> Attribution:
@@ -94,9 +93,7 @@ def attribute_patching(
         method: "integrated": the mean gradient at midpoints of the straight path from this prompt's keys and
             values to the other's. "gradient": that of the picture as it is, which a readout that saturates
             makes many times too small.
-        points: How many midpoints each path has.
-        windows: How many runs of steps have a path of their own, on which the other steps stay as they are:
-            nearer to patching a step alone, at so many times the cost.
+        points: How many midpoints.
         options: The pipeline's.
         folder: Where cases are written down.
 
@@ -116,7 +113,6 @@ def attribute_patching(
         "job": "attribute_patching",
         "positions": positions,
         "shares": list(shares),
-        "windows": windows,
     }
     bar = tqdm(total=len(cases), desc="attribution", unit="case", disable=None, leave=False)
     with bar, kept(folder, models={"model": model}, **made_of) as work:
@@ -130,7 +126,7 @@ def attribute_patching(
                 to = source = text_positions(layout)
 
             def of_case(case: Case = case, to: Any = to, source: Any = source) -> dict[str, Tensor]:
-                return _one(model, attention, case, to, source, metric, shares, windows, options)
+                return _one(model, attention, case, to, source, metric, shares, options)
 
             parts.append(work.tensors(f"case {number}", of_case))
             bar.update()
@@ -152,7 +148,6 @@ def _one(
     source: Sequence[int],
     metric: Metric,
     shares: Sequence[float],
-    windows: int,
     options: Mapping[str, Any] | None,
 ) -> dict[str, Tensor]:
     names = [a.site(kind) for a in attention for kind in ("k", "v")]
@@ -165,22 +160,15 @@ def _one(
     def of_pictures(output: Any) -> Tensor:
         return metric(pictures_of(model, output))
 
-    calls = own.calls[names[0]]
-    grads = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in own.values.items()}
-    for steps in step_groups(1 + max(call.step for call in calls), windows if shares else 1):
-        here = {name: ends.during(steps) for name, ends in path.items()}
-        along = path_gradients(model, inputs, names, here, of_pictures, shares=shares, rows="cond")
-        inside = [i for i, call in enumerate(calls) if call.step in steps]
-        for name, grad in along.grads.items():
-            grads[name][inside] = grad[inside]
+    along = path_gradients(model, inputs, names, path, of_pictures, shares=shares, rows="cond")
     every = [Edit(name, ends.at(1.0), rows="cond") for name, ends in path.items()]
     with torch.no_grad():
         base, whole = of_pictures(own.output), of_pictures(model.run(inputs, edit=every).output)
     layers: list[Tensor] = []
     for layer in attention:
         each = [path[layer.site(kind)] for kind in ("k", "v")]
-        of_layer = [grads[layer.site(kind)] for kind in ("k", "v")]
-        moved = [(ends.end.float() - ends.start.float()) * g for ends, g in zip(each, of_layer, strict=True)]
+        grads = [along.grads[layer.site(kind)] for kind in ("k", "v")]
+        moved = [(ends.end.float() - ends.start.float()) * g for ends, g in zip(each, grads, strict=True)]
         layers.append(reduce(moved[0], "call row pos head d -> call head", "sum"))
         layers[-1] += reduce(moved[1], "call row pos head d -> call head", "sum")
     most = max(x.shape[1] for x in layers)

@@ -10,7 +10,6 @@ nodes, patched with the twin's values at all positions.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import time
@@ -91,16 +90,17 @@ TASKS = {
 }
 
 
-def shuffled(model: Any) -> Any:
-    """A copy whose weights are each shuffled within its tensor: as large, and knowing nothing."""
-    twin = copy.deepcopy(model.wrapped)
+def shuffled(name: str) -> Any:
+    """The model with each weight's numbers shuffled: as large as they were, and knowing nothing."""
+    model = mm.load(name)
     rng = torch.Generator().manual_seed(0)
-    parts = twin.components.values() if hasattr(twin, "components") else [twin]
+    wrapped = model.wrapped
+    parts = wrapped.components.values() if hasattr(wrapped, "components") else [wrapped]
     for module in (part for part in parts if isinstance(part, torch.nn.Module)):
         for weight in module.parameters():
             order = torch.randperm(weight.numel(), generator=rng)
             weight.data = weight.data.flatten()[order].reshape(weight.shape)
-    return mm.wrap(twin)
+    return model
 
 
 def table(task: Task, n_score: int, n_report: int, out: Path | None) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def table(task: Task, n_score: int, n_report: int, out: Path | None) -> dict[str
     found = {m: score_nodes(model, to_score, graph, method=m) for m in METHODS}  # type: ignore[arg-type]
     orders = {m: scores.order() for m, scores in found.items()}
     by_size = {m: scores.order(absolute=True) for m, scores in found.items()}
-    untrained = score_nodes(shuffled(model), to_score, graph)
+    untrained = score_nodes(shuffled(task.model), to_score, graph)
     orders |= {"untrained": untrained.order()}
     by_size |= {"untrained": untrained.order(absolute=True)}
     orders |= {name: order for name, order in baseline_orders(graph).items() if name != "random"}
@@ -125,7 +125,7 @@ def table(task: Task, n_score: int, n_report: int, out: Path | None) -> dict[str
         of_size = faithfulness_curve(model, to_report, other, graph, sizes=[]) if other else curves[name]
         rows[name] = _row(curves[name], of_size) | _agreement(found.get(name), found["exact"])
         print(f"  {name:<12} {_line(rows[name])}", file=sys.stderr, flush=True)
-    drawn = [baseline_orders(graph, seed)["random"] for seed in range(8)]
+    drawn = [baseline_orders(graph, seed)["random"] for seed in range(6)]
     random = [faithfulness_curve(model, to_report, order, graph, sizes=[]) for order in drawn]
     rows["random"] = _spread(random)
     best = curves["integrated"]

@@ -271,7 +271,7 @@ def some_nodes(model: Any) -> Any:
 
 def scored_nodes(model: Any, given: Given) -> Any:
     """`score_nodes`, by patching: that needs no gradient."""
-    return circuits.score_nodes(model, pairs(given), some_nodes(model), method="exact")
+    return circuits.score_nodes(model, pairs(given), some_nodes(model), method="exact").scores
 
 
 def scored_edges(model: Any, given: Given) -> Any:

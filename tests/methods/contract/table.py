@@ -48,7 +48,7 @@ METHODS: tuple[Method, ...] = (
     Method(attribution.path_gradients, BLOCKS, calls.along_path),
     Method(circuits.circuit_nodes, BLOCKS, lambda m, x: [len(n.name) for n in circuits.circuit_nodes(m)]),
     Method(circuits.score_nodes, BLOCKS, calls.scored_nodes),
-    Method(circuits.score_edges, BLOCKS, calls.scored_edges),
+    Method(circuits.score_edges, ("streamed",), calls.scored_edges),
     Method(circuits.faithfulness_curve, (*PAIRS, *ASKED), calls.curve),
     Method(circuits.check_circuit, (*PAIRS, *ASKED), calls.checked_circuit),
     Method(relevance.head_maps, LOOKING, calls.first_heads),
