@@ -44,8 +44,8 @@ STREAMED = """
     clip siglip open_clip open_clip_custom_text metaclip2 siglip2 open_clip_average open_clip_timm_siglip
     clip_vision clip_vision_projected siglip_vision vit deit vit_classifier deit_classifier dinov2
     dinov2_registers dinov3 dinov3_gated beit beit_plain beit_classifier timm_vit timm_vit_average
-    timm_wrapper ijepa ijepa_classifier clip_text clip_text_projected siglip_text t5_encoder llama opt_lm llama_lm llava
-    llava_siglip_qwen llava_mistral paligemma blip_2 instructblip kosmos2 janus
+    timm_wrapper ijepa ijepa_classifier clip_text clip_text_projected siglip_text t5_encoder llama opt_lm
+    llama_lm llava llava_siglip_qwen llava_mistral paligemma blip_2 instructblip kosmos2 janus
 """
 _PARTS: dict[str, str] = {**FAMILIES, "trained": TRAINED, "streamed": STREAMED}
 KINDS: tuple[Kind, ...] = get_args(Kind)
