@@ -32,8 +32,8 @@ HOSTS = ("nnsight", "transformer_lens", "cloudpickle", "sae_lens", "pyvene")
 PACKAGES = ("mm_adapters", "methods_multimodal", "integrations")
 # In the order of the tables; a method's page names its room.
 ROOMS = (
-    "text_explanations", "lenses", "patching", "relevance", "cross_attention", "diffusion", "dissection",
-    "data_attribution", "integrations.sae_lens", "integrations.pyvene",
+    "text_explanations", "lenses", "patching", "circuits", "relevance", "cross_attention", "diffusion",
+    "dissection", "data_attribution", "integrations.sae_lens", "integrations.pyvene",
 )  # fmt: skip
 
 

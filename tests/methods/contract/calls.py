@@ -261,7 +261,13 @@ def pairs(given: Given) -> list[circuits.Pairs]:
         other = ids.clone()
         other[:, 1] = ids.flip(0)[:, 1]
         return [circuits.Pairs(given.inputs, {**given.inputs, "input_ids": other}, given.metric)]
-    return [circuits.Pairs(given.inputs, given.corrupted, given.metric)]
+    corrupted = given.corrupted
+    if given.model.kind == "contrastive":  # Two images exchanged are the same two on average.
+        corrupted = {
+            k: torch.cat([v[:1], given.inputs[k][1:]]) if isinstance(v, torch.Tensor) else v
+            for k, v in corrupted.items()
+        }
+    return [circuits.Pairs(given.inputs, corrupted, given.metric)]
 
 
 def some_nodes(model: Any) -> Any:
