@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods_multimodal.attribution import differentiable_sum, midpoints
-from methods_multimodal.circuits.node_scores import entry_path
+from methods_multimodal.circuits.node_scores import by_row, entry_path
 from methods_multimodal.circuits.nodes import Node, circuit_nodes
 from methods_multimodal.circuits.pairs import Pairs, check_pairs, check_rows, check_scale
 from methods_multimodal.circuits.patched import Stored, store
@@ -146,7 +146,11 @@ def _of_batch(
     for share in shares:
         edits = [] if share is None else [Edit(site, ends.at(share)) for site, ends in path.items()]
         run = model.run(batch.clean, read=reads, edit=edits, grad_of=differentiable_sum(batch.metric, []))
-        found = [edges for one in written for edges in one.edges(run.grads, run.values)]
+        found = [
+            (block, by_row(products, len(clean.metric), one.stream.view.name))
+            for one in written
+            for block, products in one.edges(run.grads, run.values)
+        ]
         names = [name for block, _ in found for name in block]
         total = total + torch.cat([products for _, products in found], 1).cpu() / len(shares)
     points = 0 if shares[0] is None else len(shares)

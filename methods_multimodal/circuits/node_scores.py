@@ -144,8 +144,23 @@ def node_products(
             product = product[..., node.head, :]
         if (only := clean.only(node)) is not None:
             product = product * only[..., None]
-        columns.append(product.flatten(1).sum(1))
+        columns.append(by_row(product.flatten(1).sum(1), len(clean.metric), node.tower))
     return torch.stack(columns, 1).cpu()
+
+
+def by_row(products: Float[Tensor, "own ..."], n_rows: int, tower: str) -> Float[Tensor, "row ..."]:
+    """A tower's products for each row of the metric; of a single row they are added up.
+
+    Raises: InputError if there are several rows, and as many others in the tower.
+    """
+    if n_rows == 1:
+        return products.sum(0, keepdim=True)
+    if len(products) != n_rows:
+        raise InputError(
+            f"The metric gives {n_rows} rows and the {tower} tower has {len(products)}: it is not known "
+            "which belong together. Give one image with its texts a batch, or a text for each image."
+        )
+    return products
 
 
 def _exact(

@@ -137,6 +137,26 @@ def test_a_contrastive_models_sides_are_patched_apart_and_together(side: str) ->
     assert abs(scores.completeness - 1) < 0.05
 
 
+def test_one_image_beside_two_texts_is_one_row_and_several_are_refused() -> None:
+    clip: Any = mm.load("tiny-clip")
+    (batch,) = clip_pairs(clip, "image", 3)
+
+    def beside(n_images: int) -> Pairs:
+        ends = [
+            {k: v[:n_images] if k == "pixel_values" else v[:2] for k, v in x.items()}
+            for x in (batch.clean, batch.corrupted)
+        ]
+        return Pairs(*ends, lambda output: output.logits_per_image[:, 0] - output.logits_per_image[:, 1])
+
+    nodes = select_nodes(circuit_nodes(clip), ["v.input", "v.m0", "t.m0"])
+    found = score_nodes(clip, [beside(1)], nodes)
+    assert found.scores.shape == (1, 3)
+    assert abs(found.completeness - 1) < 0.05
+    assert found.scores[0, 2] == 0.0
+    with pytest.raises(InputError, match="3 rows and the text tower has 2"):
+        score_nodes(clip, [beside(3)], nodes)
+
+
 def test_nodes_of_a_denoiser_are_patched_under_the_prompt_and_step_by_step() -> None:
     sd = mm.load("tiny-sd")
     (batch,) = sd_pairs(sd, "colour", 1, steps=2)
