@@ -146,7 +146,9 @@ def test_one_image_beside_two_texts_is_one_row_and_several_are_refused() -> None
             {k: v[:n_images] if k == "pixel_values" else v[:2] for k, v in x.items()}
             for x in (batch.clean, batch.corrupted)
         ]
-        return Pairs(*ends, lambda output: output.logits_per_image[:, 0] - output.logits_per_image[:, 1])
+        return Pairs(
+            ends[0], ends[1], lambda output: output.logits_per_image[:, 0] - output.logits_per_image[:, 1]
+        )
 
     nodes = select_nodes(circuit_nodes(clip), ["v.input", "v.m0", "t.m0"])
     found = score_nodes(clip, [beside(1)], nodes)

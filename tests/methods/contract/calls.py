@@ -261,18 +261,17 @@ def pairs(given: Given) -> list[circuits.Pairs]:
         other = ids.clone()
         other[:, 1] = ids.flip(0)[:, 1]
         return [circuits.Pairs(given.inputs, {**given.inputs, "input_ids": other}, given.metric)]
-    corrupted = given.corrupted
-    if given.model.kind == "contrastive":  # Two images exchanged are the same two on average.
-        corrupted = {
-            k: torch.cat([v[:1], given.inputs[k][1:]]) if isinstance(v, torch.Tensor) else v
-            for k, v in corrupted.items()
-        }
+    # Two images exchanged are the same two on average: the second row keeps its own.
+    corrupted = {
+        k: torch.cat([v[:1], given.inputs[k][1:]]) if isinstance(v, torch.Tensor) else v
+        for k, v in given.corrupted.items()
+    }
     return [circuits.Pairs(given.inputs, corrupted, given.metric)]
 
 
 def some_nodes(model: Any) -> Any:
-    """The last tower's first nodes."""
-    return circuits.circuit_nodes(model)[-4:]
+    """The first tower's first nodes."""
+    return circuits.circuit_nodes(model)[:4]
 
 
 def scored_nodes(model: Any, given: Given) -> Any:
