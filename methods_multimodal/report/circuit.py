@@ -53,7 +53,7 @@ def circuit_report(
     check = check_circuit(model, to_judge, kept)
     if of_edges is not None and mib is not None:
         write_mib(model, of_edges, mib, tower="language" if "language" in model.towers else "vision")
-    page = new_page(13, 8.5, f"{model_name}: what carries the difference between inputs and their twins")
+    page = new_page(13.0, 8.5, f"{model_name}: what carries the difference between inputs and their twins")
     top, bottom = page.subplots(2, 1, height_ratios=[2, 1])
     circuit_map(scores, top, circuit=kept, edges=of_edges if edges else None, title=_title(scores))
     faithfulness_lines({scores.method: curve}, bottom, title="nodes kept, in the order of their scores")
