@@ -24,6 +24,8 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "das": (("tests.quality.das",), ("--draws", "1", "--seeds", "1", "--steps", "2")),
     "heads": (("tests.quality.heads",), ("--n", "40", "--draws", "1", "--seeds", "1")),
     "dissection": (("tests.quality.dissection",), ("--n", "40", "--draws", "1", "--seeds", "1")),
+    "circuits": (("tests.quality.circuits",), ("--only", "clip:text", "--score", "4", "--report", "4")),
+    "attribution": (("tests.quality.attribution",), ("--sd", "1", "--llava", "2")),
     "words": (
         ("tests.quality.cross_attention",),
         *(
