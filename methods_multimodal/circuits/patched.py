@@ -68,7 +68,7 @@ def row_values(metric: Metric, run: Run) -> Float[Tensor, " row"]:
     return value.detach().float().cpu()
 
 
-def patch_nodes(nodes: Collection[Node], source: Stored, model: Model) -> list[Edit]:
+def patch_nodes(model: Model, nodes: Collection[Node], source: Stored) -> list[Edit]:
     """The edits that give these nodes the values of a stored run, one for each site."""
     by_site: dict[str, list[Node]] = {}
     for node in nodes:
@@ -84,7 +84,7 @@ def patched_metric(
     model: Model, inputs: Mapping[str, Any], nodes: Collection[Node], source: Stored, metric: Metric
 ) -> Float[Tensor, " row"]:
     """The metric of each row when these nodes have the values of a stored run."""
-    return row_values(metric, model.run(inputs, edit=patch_nodes(nodes, source, model)))
+    return row_values(metric, model.run(inputs, edit=patch_nodes(model, nodes, source)))
 
 
 def _put(stored: Stored, site: str, nodes: Sequence[Node]) -> Callable[..., Tensor]:
