@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from methods_multimodal.commands.attribute import attribute
+from methods_multimodal.commands.circuit import circuit
 from methods_multimodal.commands.dissect import dissect
 from methods_multimodal.commands.flow import flow
 from methods_multimodal.commands.heads import heads
@@ -17,5 +18,5 @@ from methods_multimodal.commands.words import words
 
 def register(app: typer.Typer) -> None:
     """Adds this package's commands to `mm-interp`."""
-    for command in (report, attribute, dissect, heads, lens, words, trace, flow, probe):
+    for command in (report, attribute, circuit, dissect, heads, lens, words, trace, flow, probe):
         app.command(command.__name__)(command)

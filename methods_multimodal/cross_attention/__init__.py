@@ -15,6 +15,7 @@ from methods_multimodal.cross_attention.neurons import (
     memorisation_score,
     neuron_statistics,
 )
+from methods_multimodal.cross_attention.part_effects import PartEffects, effects_of_parts
 from methods_multimodal.cross_attention.restoring import restore_layers, restore_text
 from methods_multimodal.cross_attention.segmentation import (
     Segmentation,
@@ -36,6 +37,7 @@ __all__ = [
     "Memorisation",
     "NeuronStatistics",
     "Part",
+    "PartEffects",
     "Segmentation",
     "WordChanges",
     "WordEdit",
@@ -53,6 +55,7 @@ __all__ = [
     "colour",
     "correlation",
     "edit_words",
+    "effects_of_parts",
     "find_neurons",
     "grid",
     "iou",

@@ -2,6 +2,7 @@
 
 from methods_multimodal.plots.attention import mosaic, overlay, tiles
 from methods_multimodal.plots.attribution import head_shares, mlp_shares
+from methods_multimodal.plots.circuits import circuit_map, faithfulness_lines
 from methods_multimodal.plots.effects import effect_grid, effect_pairs
 from methods_multimodal.plots.heads import group_bars, head_table, text_map
 from methods_multimodal.plots.heatmap import heatmap
@@ -24,10 +25,12 @@ from methods_multimodal.plots.words import word_lines
 
 __all__ = [
     "answer_table",
+    "circuit_map",
     "code_curve",
     "dimension_curve",
     "effect_grid",
     "effect_pairs",
+    "faithfulness_lines",
     "film_strip",
     "flow_lines",
     "group_bars",

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor
 
 from methods_multimodal.core.kept import Kept, kept
 from methods_multimodal.cross_attention import (
+    Attribution,
     Case,
     Effects,
     Interval,
@@ -82,8 +82,11 @@ def trace_report(
     }
     with kept(folder, job="trace_report", models={"model": model}, **made_of) as work:
         exact, whole, fast, blocked, shown = _measured(model, cases, metric, parts, positions, options, work)
+    estimates = fast.of(parts)
+    added = f"they add up to {fast.completeness:.0%} of the whole effect"
+    poor = "" if fast.sizes_are_trusted else ": do not read their sizes"
     change = (exact.changed - exact.base).mean(1)
-    pearson, spearman = correlation(fast.mean(1), change)
+    pearson, spearman = correlation(estimates.mean(1), change)
     title = f"{model_name or model.name}: where “{word}” is read in “{prompt}” (given “{other}” there)"
     page = new_page(14.5, 8.6, title)
     share, control, above = exact.share(), exact.control_share(), exact.above_control()
@@ -109,11 +112,11 @@ def trace_report(
     left, right = bottom.subplots(1, 2, width_ratios=[2.2, 1])
     effect_grid(exact, left, title=f"patching the keys and values of “{word}” (positions: {positions})")
     effect_pairs(
-        fast.mean(1),
+        estimates.mean(1),
         change,
         right,
         unit=unit,
-        title=f"an estimate by one gradient: r {pearson:z.2f}, rank {spearman:z.2f}",
+        title=f"estimates by gradients: r {pearson:z.2f}, rank {spearman:z.2f}\n{added}{poor}",
     )
     numbers = {
         "model": model_name,
@@ -147,7 +150,12 @@ def trace_report(
             "control": _bounds(other_shift) if control_words else None,
             "control is": control_words,
         },
-        "attribution": {"pearson": pearson, "spearman": spearman, "effects": rounded(fast.mean(1))},
+        "attribution": {
+            "pearson": pearson,
+            "spearman": spearman,
+            "completeness": fast.completeness,
+            "effects": rounded(estimates.mean(1)),
+        },
     }
     lines = [
         f"{exact.parts[i]}: {_with(share, i)} of the whole effect; its control {_with(control, i)}"
@@ -157,7 +165,8 @@ def trace_report(
         f"{controls}; the best three are chosen of {len(parts)} parts",
         everything,
         blocking,
-        f"one gradient's estimates beside the patches: r = {pearson:z.2f} (rank {spearman:z.2f})",
+        f"estimates by gradients beside the patches: r = {pearson:z.2f} (rank {spearman:z.2f})",
+        f"{added}{poor}",
     ]
     return Report(page, numbers, tuple(lines))
 
@@ -170,7 +179,7 @@ def _measured(
     positions: str,
     options: dict[str, Any],
     work: Kept,
-) -> tuple[Effects, Effects, Float[Tensor, "part case"], Effects, list[tuple[str, Tensor]]]:
+) -> tuple[Effects, Effects, Attribution, Effects, list[tuple[str, Tensor]]]:
     """The exact effects, that of everything, the estimated ones, that of blocking, and the pictures shown."""
     exact = patch_words(
         model, cases, metric, parts, positions=positions, options=options, folder=work.inside("patched")
@@ -191,7 +200,7 @@ def _measured(
         f"patched at {best}",
         f"“{cases[0].word}” blocked",
     ]
-    return exact, whole, fast.of(parts), blocked, list(zip(titles, shown[""], strict=True))
+    return exact, whole, fast, blocked, list(zip(titles, shown[""], strict=True))
 
 
 def _pictures(model: Model, case: Case, exact: Effects, positions: str, options: dict[str, Any]) -> Tensor:

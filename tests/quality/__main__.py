@@ -32,6 +32,8 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dissection": (("tests.quality.dissection",), ("--n", "40", "--draws", "1", "--seeds", "1")),
     "flow": (("tests.quality.flow",), ("--n", "4", "--traced", "4", "--draws", "1")),
     "neurons": (("tests.quality.neurons",), ("--n", "6", "--draws", "2", "--named", "4")),
+    "circuits": (("tests.quality.circuits",), ("--only", "clip:text", "--score", "4", "--report", "4")),
+    "attribution": (("tests.quality.attribution",), ("--sd", "1", "--llava", "2")),
     "words": (
         ("tests.quality.cross_attention",),
         *(

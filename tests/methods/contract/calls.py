@@ -7,9 +7,19 @@ from typing import Any
 
 import torch
 
+from methods_multimodal import (
+    attribution,
+    circuits,
+    diffusion,
+    dissection,
+    lenses,
+    patching,
+    probing,
+    relevance,
+    report,
+)
 from methods_multimodal import cross_attention as ca
 from methods_multimodal import data_attribution as da
-from methods_multimodal import diffusion, dissection, lenses, patching, probing, relevance, report
 from methods_multimodal import neurons as single_neurons
 from methods_multimodal import text_explanations as te
 from methods_multimodal.data_attribution.task import batch_of
@@ -412,3 +422,63 @@ def active_neurons(model: Any, given: Given) -> Any:
 def ablated_neurons(model: Any, given: Given) -> Any:
     """`ablate_neurons`."""
     return single_neurons.ablate_neurons(model, given.inputs, given.metric, [(0, 1), (0, 2)], n_controls=1)
+
+
+def along_path(model: Any, given: Given) -> Any:
+    """`path_gradients`, from an MLP's output to none."""
+    site = given.site.format(0)
+    value = model.run(given.inputs, read=[site])[site]
+    path = {site: attribution.Ends(value, torch.zeros_like(value))}
+    shares = attribution.midpoints(2)
+    return attribution.path_gradients(model, given.inputs, [site], path, given.metric, shares=shares).grads
+
+
+def pairs(given: Given) -> list[circuits.Pairs]:
+    """One batch; of texts a token differs, and no padding."""
+    ids = given.inputs.get("input_ids")
+    if not given.pixels and isinstance(ids, torch.Tensor):
+        other = ids.clone()
+        other[:, 1] = ids.flip(0)[:, 1]
+        return [circuits.Pairs(given.inputs, {**given.inputs, "input_ids": other}, given.metric)]
+    # Two images exchanged are the same two on average: the second row keeps its own.
+    corrupted = {
+        k: torch.cat([v[:1], given.inputs[k][1:]]) if isinstance(v, torch.Tensor) else v
+        for k, v in given.corrupted.items()
+    }
+    return [circuits.Pairs(given.inputs, corrupted, given.metric)]
+
+
+def some_nodes(model: Any) -> Any:
+    """The first tower's first nodes."""
+    return circuits.circuit_nodes(model)[:4]
+
+
+def scored_nodes(model: Any, given: Given) -> Any:
+    """`score_nodes`, by patching: that needs no gradient."""
+    return circuits.score_nodes(model, pairs(given), some_nodes(model), method="exact").scores
+
+
+def scored_edges(model: Any, given: Given) -> Any:
+    """`score_edges`."""
+    return circuits.score_edges(model, pairs(given), points=2)
+
+
+def curve(model: Any, given: Given) -> Any:
+    """`faithfulness_curve`."""
+    names = [node.name for node in circuits.circuit_nodes(model)]
+    return circuits.faithfulness_curve(model, pairs(given), names, sizes=[1])
+
+
+def checked_circuit(model: Any, given: Given) -> Any:
+    """`check_circuit`."""
+    names = [node.name for node in some_nodes(model)]
+    return circuits.check_circuit(model, pairs(given), names, n_random=1)
+
+
+def effects_of_parts(model: Any, given: Given) -> Any:
+    """`effects_of_parts`, patched and estimated."""
+    few = {"batch": 4, "options": given.options(), "points": 2}
+    parts = ca.grid(model)
+    exact = ca.effects_of_parts(model, given.cases, given.redness, parts, **few)
+    fast = ca.effects_of_parts(model, given.cases, given.redness, parts, exact_up_to=0, **few)
+    return exact.effects, fast.effects, fast.whole

@@ -39,6 +39,15 @@ TRAINED = """
     stable_diffusion stable_diffusion_xl stable_diffusion_3 flux qwen_image pixart dit unconditional
     deepfloyd_if kandinsky_3
 """
+# Of the models with blocks those whose every part adds to one stream behind a norm of its own.
+STREAMED = """
+    clip siglip open_clip open_clip_custom_text metaclip2 siglip2 open_clip_average open_clip_timm_siglip
+    clip_vision clip_vision_projected siglip_vision vit deit vit_classifier deit_classifier dinov2
+    dinov2_registers dinov3 dinov3_gated beit beit_plain beit_classifier timm_vit timm_vit_average
+    timm_wrapper ijepa ijepa_classifier clip_text clip_text_projected siglip_text t5_encoder llama opt_lm
+    llama_lm llava llava_siglip_qwen llava_mistral paligemma blip_2 instructblip kosmos2 janus
+"""
+_PARTS: dict[str, str] = {**FAMILIES, "trained": TRAINED, "streamed": STREAMED}
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -48,6 +57,6 @@ def kind_of(sites: mm.SiteMap) -> str:
     return next(iter(sites.towers.values())).role if kind == "tower" else kind
 
 
-def families_of(kinds: tuple[Kind | Literal["trained"], ...]) -> list[str]:
+def families_of(kinds: tuple[Kind | Literal["trained", "streamed"], ...]) -> list[str]:
     """The families of these kinds."""
-    return [name for kind in kinds for name in (TRAINED if kind == "trained" else FAMILIES[kind]).split()]
+    return [name for kind in kinds for name in _PARTS[kind].split()]

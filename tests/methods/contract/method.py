@@ -22,7 +22,7 @@ class Method:
     """
 
     fn: Callable[..., Any]
-    kinds: tuple[Kind | Literal["trained"], ...]
+    kinds: tuple[Kind | Literal["trained", "streamed"], ...]
     call: Call
     before: Call | None = None
     tolerance: float = 0.0

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import inspect
 
+from methods_multimodal import (
+    attribution,
+    circuits,
+    diffusion,
+    dissection,
+    lenses,
+    neurons,
+    patching,
+    probing,
+    relevance,
+    report,
+)
 from methods_multimodal import cross_attention as ca
 from methods_multimodal import data_attribution as da
-from methods_multimodal import diffusion, dissection, lenses, neurons, patching, probing, relevance, report
 from methods_multimodal import text_explanations as te
 from tests.methods.contract import calls
 from tests.methods.contract.kinds import Kind
@@ -71,6 +82,12 @@ METHODS: tuple[Method, ...] = (
     Method(neurons.project_neurons, SPEAKING, lambda m, x: neurons.project_neurons(m, [(0, 1), (0, 2)], k=3)),
     Method(neurons.neuron_activity, SPEAKING, calls.active_neurons),
     Method(neurons.ablate_neurons, SPEAKING, calls.ablated_neurons),
+    Method(attribution.path_gradients, BLOCKS, calls.along_path),
+    Method(circuits.circuit_nodes, BLOCKS, lambda m, x: [len(n.name) for n in circuits.circuit_nodes(m)]),
+    Method(circuits.score_nodes, BLOCKS, calls.scored_nodes),
+    Method(circuits.score_edges, ("streamed",), calls.scored_edges),
+    Method(circuits.faithfulness_curve, (*PAIRS, *ASKED), calls.curve),
+    Method(circuits.check_circuit, (*PAIRS, *ASKED), calls.checked_circuit),
     Method(relevance.head_maps, LOOKING, calls.first_heads),
     Method(dissection.Units, (*LOOKING, "diffusion"), calls.unit_maps),
     Method(dissection.collect, PAIRS, calls.probed),
@@ -100,6 +117,7 @@ METHODS: tuple[Method, ...] = (
     Method(ca.knock_out_words, DRAWING, calls.blocked_words),
     Method(ca.ablate_heads, DRAWING, calls.silenced_heads),
     Method(ca.attribute_patching, DRAWING, calls.attributed),
+    Method(ca.effects_of_parts, DRAWING, calls.effects_of_parts),
     Method(ca.restore_layers, DRAWING, calls.restored_layers),
     Method(ca.restore_text, DRAWING, calls.restored_text),
     Method(ca.bind_attributes, DRAWING, calls.bound),

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from methods_multimodal import plots
+from methods_multimodal.circuits import EdgeScores, FaithfulnessCurve, NodeScores
 from methods_multimodal.cross_attention import Effects, WordChanges, WordMaps
 from methods_multimodal.data_attribution import Estimate
 from methods_multimodal.dissection.concepts import Concepts
@@ -190,6 +191,49 @@ def lens_reading(logits: torch.Tensor, where: str) -> LensReading:
     names = ("embedding", *(f"layer {i}" for i in range(layers - 1)))
     total = logits.logsumexp(-1)
     return LensReading(logits, total, "logit", "logit", names, (), tuple(range(n)), (2,) * n, where=where)
+
+
+NODES = (
+    "v.input",
+    "v.a0.h0",
+    "v.a0.h1",
+    "v.m0",
+    "p",
+    "input",
+    "a0.h0",
+    "a0.h1",
+    "m0",
+    "c1.h0",
+    "c1.h1",
+    "m1",
+)
+
+
+def node_scores() -> NodeScores:
+    scores = table(2, len(NODES))
+    return NodeScores(
+        scores, torch.ones(2), torch.zeros(2), torch.zeros(2), NODES, "integrated", 4, forwards=6, backwards=4
+    )
+
+
+@drawing
+def circuit_map() -> Axes:
+    return plots.circuit_map(node_scores(), circuit=("v.input", "p", "m1"), unit="logit difference")
+
+
+@drawing
+def circuit_map_with_edges() -> Axes:
+    names = ("v.input->v.a0.h1<q>", "v.m0->p", "p->a0.g0<k>", "a0.h1->m0", "m1->logits", "v.a9.h9->v.m9")
+    edges = EdgeScores(table(2, 6), torch.ones(2), torch.zeros(2), names, 0)
+    return plots.circuit_map(node_scores(), edges=edges, n_edges=5, title="the largest edges")
+
+
+@drawing
+def faithfulness_lines() -> Axes:
+    metric = torch.tensor([[0.0, 0.5], [0.25, 1.0], [0.75, 1.25], [1.0, 1.5]])
+    curve = FaithfulnessCurve(metric, metric[-1], metric[0], (0, 1, 2, 3), ("a", "b", "c"))
+    flat = FaithfulnessCurve(metric[[0, 0, 0, 3]], metric[-1], metric[0], (0, 1, 2, 3), ("c", "b", "a"))
+    return plots.faithfulness_lines({"integrated": curve, "random": flat}, title="a question")
 
 
 @drawing
