@@ -65,14 +65,16 @@ def _fitted(
 
 def _stripes(x: Floats) -> Floats:
     """How dark each pixel is for each beginning, [pattern, pixel]."""
-    return np.stack([np.clip(0.5 + 1.5 * np.sin(_WAVE * (x + s)), 0, 1) for s in _SHIFTS])
+    return np.stack([np.clip(0.5 + 1.5 * np.sin(_WAVE * (x + s)), 0, 1) for s in _SHIFTS]).astype(np.float32)
 
 
 def _dots(x: Floats, y: Floats) -> Floats:
     """How light each pixel is for each beginning, [pattern, pixel]."""
     across = [np.cos(_WAVE * (x + s)) for s in _SHIFTS]
     down = [np.cos(_WAVE * (y + s)) for s in _SHIFTS]
-    return np.stack([np.clip(0.5 + 2.5 * (a + b - 0.7), 0, 1) for a in across for b in down])
+    return np.stack([np.clip(0.5 + 2.5 * (a + b - 0.7), 0, 1) for a in across for b in down]).astype(
+        np.float32
+    )
 
 
 @cache
