@@ -245,7 +245,18 @@ def test_main_takes_its_arguments_and_gives_its_exit_code(
     listed = capsys.readouterr().out
     assert all(
         name in listed
-        for name in ("report", "attribute", "dissect", "heads", "words", "trace", "flow", "probe")
+        for name in (
+            "report",
+            "attribute",
+            "circuit",
+            "dissect",
+            "heads",
+            "lens",
+            "words",
+            "trace",
+            "flow",
+            "probe",
+        )
     )
 
 
@@ -289,7 +300,8 @@ def test_an_application_that_returns_was_right(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "command", ["report", "attribute", "dissect", "heads", "words", "trace", "flow", "probe"]
+    "command",
+    ["report", "attribute", "circuit", "dissect", "heads", "lens", "words", "trace", "flow", "probe"],
 )
 def test_every_command_takes_a_model_a_device_and_where_to_write(command: str) -> None:
     options = {o for p in click_command(command).params for o in p.opts}

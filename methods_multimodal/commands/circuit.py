@@ -19,14 +19,22 @@ from methods_multimodal.commands.options import (
 )
 from mm_adapters import InputError, Model
 
+_SAMPLES = ("red_circle_left_of_blue_square", "blue_circle_left_of_red_square")
+_QUESTION = "what colour is the circle?"
+
 
 def circuit(
-    image: Annotated[list[Path], typer.Option(help="An image; give the option once for each.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image; give the option once for each. None: a sample picture and its twin."),
+    ] = None,
     twin: Annotated[
-        list[Path], typer.Option(help="Its twin, which differs in one thing; in the same order.")
-    ],
-    answer: Annotated[list[str], typer.Option(help="What is true of each image: an answer, or a text.")],
-    other: Annotated[list[str], typer.Option(help="What is true of its twin.")],
+        list[Path] | None, typer.Option(help="Its twin, which differs in one thing; in the same order.")
+    ] = None,
+    answer: Annotated[
+        list[str] | None, typer.Option(help="What is true of each image: an answer, or a text.")
+    ] = None,
+    other: Annotated[list[str] | None, typer.Option(help="What is true of its twin.")] = None,
     question: Annotated[
         str, typer.Option(help="What a vision-language model is asked about all of them.")
     ] = "",
@@ -45,25 +53,38 @@ def circuit(
     judged on the pairs that it was chosen on, and the page says so.
     """
     check_out(out)
-    counts = {len(image), len(twin), len(answer), len(other)}
-    if len(counts) > 1 or not image:
-        raise InputError(
-            f"{len(image)} --image, {len(twin)} --twin, {len(answer)} --answer and {len(other)} --other: "
-            "give one of each for every pair."
-        )
+    given = {"--image": image, "--twin": twin, "--answer": answer, "--other": other}
+    if len({len(values or ()) for values in given.values()}) > 1:
+        counts = ", ".join(f"{len(values or ())} {name}" for name, values in given.items())
+        raise InputError(f"{counts}: give one of each for every pair.")
     loaded = open_model(model, device)
+    images, twins, answers, others = (image or [], twin or [], answer or [], other or [])
+    if not images:
+        images, twins, answers, others = _sample(loaded)
+        question = question or _QUESTION
     if loaded.kind not in ("vlm", "contrastive") or (loaded.kind == "vlm" and not question):
         raise InputError(
             f"{model}: give a vision-language model and --question, or a contrastive model. For prompts of a "
             "text-to-image model use circuits.score_nodes, or mm-interp trace."
         )
     made = [
-        _pair(loaded, a, b, question, x, y) for a, b, x, y in zip(image, twin, answer, other, strict=True)
+        _pair(loaded, a, b, question, x, y) for a, b, x, y in zip(images, twins, answers, others, strict=True)
     ]
     from methods_multimodal.report.circuit import circuit_report
 
     page = circuit_report(loaded, made, model_name=model, exact=exact, edges=edges, mib=mib)
     write_report(page, out)
+
+
+def _sample(model: Model) -> tuple[list[Path], list[Path], list[str], list[str]]:
+    """The sample pictures of two objects with colours exchanged, and what is true of each."""
+    from mm_adapters.zoo import sample_images
+
+    pictures = sample_images()
+    said = ("red", "blue")
+    if model.kind == "contrastive":
+        said = ("a red circle left of a blue square", "a blue circle left of a red square")
+    return [pictures[_SAMPLES[0]]], [pictures[_SAMPLES[1]]], [said[0]], [said[1]]
 
 
 def _pair(model: Model, image: Path, twin: Path, question: str, answer: str, other: str) -> Any:

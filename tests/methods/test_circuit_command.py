@@ -44,10 +44,18 @@ def test_it_writes_a_page_its_numbers_and_the_edges(pair: list[str], tmp_path: P
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
+def test_without_arguments_it_is_of_a_sample_picture_and_its_twin(tmp_path: Path) -> None:
+    result = invoke("--out", str(tmp_path / "c.png"))
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    numbers = json.loads((tmp_path / "c.json").read_text())
+    assert len(numbers["nodes"]) == 43
+    assert numbers["faithfulness"] >= 0.9
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--model", "tiny-clip", "--answer", "x"], "Missing option"),
+        (["--model", "tiny-clip", "--answer", "x"], "0 --other: give one"),
         (["--model", "tiny-clip", "--answer", "x", "--other", "y", "--other", "z"], "2 --other: give one"),
         (["--model", "tiny-llava", "--answer", "red", "--other", "blue"], "--question"),
         (["--answer", "red", "--other", "red", "--question", "what colour is the ring?"], "same token"),
