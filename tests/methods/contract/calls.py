@@ -440,10 +440,17 @@ def pairs(given: Given) -> list[circuits.Pairs]:
         other = ids.clone()
         other[:, 1] = ids.flip(0)[:, 1]
         return [circuits.Pairs(given.inputs, {**given.inputs, "input_ids": other}, given.metric)]
-    # Two images exchanged are the same two on average: the second row keeps its own.
+    # Two images exchanged are the same two on average: the second row keeps its own. Rows of tiles may have
+    # different numbers of them: the first row's are mirrored.
+    first = {
+        k: v.flip(-1)
+        for k, v in given.inputs.items()
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+    }
+    first = first if given.is_tiled else given.corrupted
     corrupted = {
-        k: torch.cat([v[:1], given.inputs[k][1:]]) if isinstance(v, torch.Tensor) else v
-        for k, v in given.corrupted.items()
+        k: torch.cat([first[k][:1], v[1:]]) if isinstance(v, torch.Tensor) and k in first else v
+        for k, v in given.inputs.items()
     }
     return [circuits.Pairs(given.inputs, corrupted, given.metric)]
 
