@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from methods_multimodal.core.generators import generator
 from methods_multimodal.core.model import check_sites
 from methods_multimodal.core.positions import in_rows
 from methods_multimodal.core.record import Record
@@ -40,7 +41,7 @@ class TokenRoles(Record):
 
         Raises: InputError if a row has too few.
         """
-        generator = torch.Generator().manual_seed(seed)
+        rng = generator(seed)
         wanted, pool = self[role], self[among] & ~self[role]
         drawn = torch.zeros_like(wanted)
         for row, (n, free) in enumerate(zip(wanted.sum(1).tolist(), pool, strict=True)):
@@ -50,7 +51,7 @@ class TokenRoles(Record):
                     f"Row {row} has {n} positions of {role!r} and {len(places)} others of {among!r}: too "
                     "few to draw as many. Draw among more, or leave that row out."
                 )
-            drawn[row, places[torch.randperm(len(places), generator=generator)[:n]]] = True
+            drawn[row, places[torch.randperm(len(places), generator=rng)[:n]]] = True
         return drawn
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from methods_multimodal.core.generators import generator
 from methods_multimodal.probing.classifiers import STRENGTHS, Head, Probe, check_head, fit_probe
 from methods_multimodal.probing.features import Features, Place
 from mm_adapters import InputError
@@ -124,7 +125,7 @@ def _minimise(
     seed: int,
 ) -> dict[str, Tensor]:
     sizes = [len(centre), n_classes] if head == "linear" else [len(centre), _HIDDEN, n_classes]
-    rng = torch.Generator().manual_seed(seed)
+    rng = generator(seed)
     layers: dict[str, Tensor] = {}
     for i, (a, b) in enumerate(pairwise(sizes)):
         start = torch.zeros(a, b) if head == "linear" else torch.randn(a, b, generator=rng) / a**0.5

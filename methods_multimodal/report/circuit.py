@@ -63,7 +63,7 @@ def circuit_report(
         f"{len(kept)} of {len(scores.nodes)} nodes keep {check.faithfulness:.0%} of the effect, on {judged}",
         f"as many random nodes of each layer keep {float(drawn.mean()):.0%} ± {float(drawn.std()):.0%}",
         f"without them {check.completeness:.0%} is left; {check.minimality:.0%} of them are not needed",
-        "largest: " + ", ".join(f"{n} {scores.mean[scores.nodes.index(n)]:+.2f}" for n in kept[:6]),
+        "largest: " + ", ".join(f"{n} {scores.mean[scores.nodes.index(n)]:+z.2f}" for n in kept[:6]),
     )
     page.supxlabel("\n".join(lines[:3]), fontsize=9)
     numbers = {

@@ -164,15 +164,15 @@ def _draw(
     w, r = divmod(int(share.argmax()), share.shape[1])
     f, at = divmod(int(effect.argmin()), effect.shape[1])
     lines = (
-        f"{gap}: {float(found.trace.clean[0]):+.2f} with {names[0]}, "
-        f"{float(found.trace.corrupted[0]):+.2f} with "
+        f"{gap}: {float(found.trace.clean[0]):+z.2f} with {names[0]}, "
+        f"{float(found.trace.corrupted[0]):+z.2f} with "
         f"{names[1]}",
         f"restoring {found.trace.roles[r]} at layer {found.trace.windows[w][0]} gives back "
         f"{float(share[w, r]):.0%}",
         f"blocking {' to '.join(found.flow.flows[f])} in layer {found.flow.windows[at][0]} costs most: "
-        f"{float(effect[f, at]):+.2f}",
+        f"{float(effect[f, at]):+z.2f}",
         f"of the heads that raise it most {layer}.{head} reads the image: "
-        f"{float(found.heads.increase[0, layer, head]):+.2f} nats",
+        f"{float(found.heads.increase[0, layer, head]):+z.2f} nats",
     )
     numbers = {
         "model": model_name,

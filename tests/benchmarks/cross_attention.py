@@ -31,7 +31,8 @@ LIMITS = {
     "word maps / plain": 1.15,
     "word maps and pixels' own / plain": 1.15,
     "word maps / daam": 1.0,
-    "attribution of all heads x steps / generation": 4.0,
+    "attribution of all heads x steps by one gradient / generation": 4.0,
+    "attribution of all heads x steps, 10 points / generation": 40.0,
 }
 
 
@@ -105,7 +106,7 @@ def daam_of(pipeline: Any, inputs: dict[str, Any]) -> Any:
 
 
 def time_attribution(rounds: int, steps: int) -> dict[str, float]:
-    """Every head of every layer at every step by one gradient, beside one generation."""
+    """Every head of every layer at every step by one gradient and by ten, beside one generation."""
     model = mm.load("tiny-sd")
     model.wrapped.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": steps}
@@ -114,10 +115,15 @@ def time_attribution(rounds: int, steps: int) -> dict[str, float]:
     metric = colour((0.18, 0.31, 0.84))
     works = {
         "generation": lambda: model.run(inputs),
-        "attribution": lambda: attribute_patching(model, [case], metric, options=options),
+        "gradient": lambda: attribute_patching(model, [case], metric, options=options, method="gradient"),
+        "10 points": lambda: attribute_patching(model, [case], metric, options=options, points=10),
     }
     seconds = paired(works, rounds)
-    return {"attribution of all heads x steps / generation": ratio(seconds, "attribution", "generation")}
+    what = "attribution of all heads x steps"
+    return {
+        f"{what} by one gradient / generation": ratio(seconds, "gradient", "generation"),
+        f"{what}, 10 points / generation": ratio(seconds, "10 points", "generation"),
+    }
 
 
 # ---- memory ------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What SAEs find in the zoo, measured on held-out scenes.
 
-python -m tests.quality.sae clip  [--steps 2000] [--images 22000] [--k 10] [--small 0.15] [--site ...]
+python -m tests.quality.sae clip  [--steps 2000] [--images 22000] [--k 7] [--small 0.15] [--site ...]
 python -m tests.quality.sae clamp [--steps 2000] [--prompts 96]
 
 clip: a BatchTopK SAE, 8x wide, on tiny-clip's class token: variance explained, and for each attribute
@@ -33,7 +33,7 @@ from integrations import sae_lens as mm_sae
 from mm_adapters.store import Store
 from mm_adapters.zoo import captions, judges, world
 
-CLIP_SITE = "vision.blocks.3.hook_resid_post"
+CLIP_SITE = "vision.blocks.2.hook_resid_post"
 SD_SITE = "denoiser.blocks.5.hook_cross_attn_out"
 
 
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--sampling-steps", type=int, default=12)
     parser.add_argument("--strength", type=float, default=1.5)
-    parser.add_argument("--k", type=int, help="10 (clip), 4 (clamp)")
+    parser.add_argument("--k", type=int, help="7 (clip), 4 (clamp)")
     parser.add_argument("--small", type=float, default=0.15, help="share of small objects in training")
     parser.add_argument("--seed", type=int, default=0, help="of the SAE")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
             found = clip(
                 options.images,
                 options.steps,
-                options.k or 10,
+                options.k or 7,
                 options.site or CLIP_SITE,
                 folder,
                 options.small,

@@ -81,7 +81,7 @@ class Row:
         return f"| {self.name} | {self.mean():.0%} ± {self.half_width():.0%} | {inside} | {seeds} x {draws} |"
 
 
-def config(k: int = 10, width: int = 128) -> BatchTopKTrainingSAEConfig:
+def config(k: int = 7, width: int = 128) -> BatchTopKTrainingSAEConfig:
     """Nothing revives dead latents: those that live are then few, and each one a value, not a pair."""
     return BatchTopKTrainingSAEConfig(
         d_in=width,

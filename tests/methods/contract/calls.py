@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -468,6 +470,18 @@ def scored_nodes(model: Any, given: Given) -> Any:
 def scored_edges(model: Any, given: Given) -> Any:
     """`score_edges`."""
     return circuits.score_edges(model, pairs(given), points=2)
+
+
+def edges_for_mib(model: Any, given: Given) -> Any:
+    """`write_mib`, of the first tower that has blocks: the scores that its readers find."""
+    scores = scored_edges(model, given)
+    tower = next(name for name in ("language", "text", "vision") if name in model.towers)
+    with tempfile.TemporaryDirectory() as folder:
+        return list(
+            circuits.read_mib(
+                circuits.write_mib(model, scores, Path(folder) / "e.json", tower=tower)
+            ).values()
+        )
 
 
 def curve(model: Any, given: Given) -> Any:

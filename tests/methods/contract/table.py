@@ -86,6 +86,7 @@ METHODS: tuple[Method, ...] = (
     Method(circuits.circuit_nodes, BLOCKS, lambda m, x: [len(n.name) for n in circuits.circuit_nodes(m)]),
     Method(circuits.score_nodes, BLOCKS, calls.scored_nodes),
     Method(circuits.score_edges, ("streamed",), calls.scored_edges),
+    Method(circuits.write_mib, ("streamed",), calls.edges_for_mib),
     Method(circuits.faithfulness_curve, (*PAIRS, *ASKED), calls.curve),
     Method(circuits.check_circuit, (*PAIRS, *ASKED), calls.checked_circuit),
     Method(relevance.head_maps, LOOKING, calls.first_heads),
