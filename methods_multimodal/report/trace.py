@@ -84,7 +84,7 @@ def trace_report(
         exact, whole, fast, blocked, shown = _measured(model, cases, metric, parts, positions, options, work)
     estimates = fast.of(parts)
     added = f"they add up to {fast.completeness:.0%} of the whole effect"
-    poor = "" if fast.sizes_are_trusted else ": do not read their sizes"
+    poor = "" if fast.sizes_are_trusted else ": read no sizes"
     change = (exact.changed - exact.base).mean(1)
     pearson, spearman = correlation(estimates.mean(1), change)
     title = f"{model_name or model.name}: where “{word}” is read in “{prompt}” (given “{other}” there)"
