@@ -31,7 +31,7 @@ LIMITS = {
     "word maps / plain": 1.15,
     "word maps and pixels' own / plain": 1.15,
     "word maps / daam": 1.0,
-    "attribution of all heads x steps by one gradient / generation": 4.0,
+    "attribution of all heads x steps by one gradient / generation": 5.5,
     "attribution of all heads x steps, 10 points / generation": 40.0,
 }
 

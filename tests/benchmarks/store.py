@@ -80,6 +80,7 @@ def measure(n_rows: int, rounds: int, folder: Path) -> dict[str, tuple[float, fl
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--room", type=float, default=1.0, help="by how much a limit may be missed")
     parser.add_argument("--small", action="store_true", help="64 MB and the processor's clock alone")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, (wall, processor) in rows.items():
         # The wall's clock counts other people's work too, so CI goes by the processor's.
         value = processor if options.small else wall
-        verdict = "ok" if value >= LIMITS[name] else "MISSED"
+        verdict = "ok" if value >= LIMITS[name] / options.room else "MISSED"
         missed += verdict == "MISSED"
         print(f"{name:<20} wall {wall:5.2f}  processor {processor:5.2f}  >= {LIMITS[name]} {verdict}")
     return int(missed > 0)
