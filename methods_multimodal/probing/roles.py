@@ -57,12 +57,14 @@ def pooling(model: Model, inputs: Mapping[str, Any], site: str, roles: Sequence[
             "an MLP's hook_post, a hook_z or a feature map."
         )
     is_map = axes[1] == "channel"
-    # Of texts that come as ids what is attended is known without a tokenizer, which a layout needs.
-    masks = None if is_map else _attended(model, inputs, described.tower)
+    attended = None if is_map else _attended(model, inputs, described.tower)
+    # Of a language model's ids what is attended is known without a tokenizer, which a layout needs.
+    is_plain = model.kind == "tower" and attended is not None and set(roles) <= attended.keys()
+    layout = None if is_map or is_plain else layout_of(model, inputs, site)
+    masks = None if layout is not None else attended
     if masks is not None and all(role in masks for role in roles):
         weights = torch.stack([masks[role] for role in roles], 1).float()
         return Pooling(weights / weights.sum(2, keepdim=True), is_map)
-    layout = None if is_map else layout_of(model, inputs, site)
     if layout is None:
         for role in roles:
             if role != MEAN:
