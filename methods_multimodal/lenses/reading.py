@@ -50,6 +50,13 @@ class LensReading(Record):
     own_gap: float | None = None
 
     @property
+    def logits(self) -> Float[Tensor, "position layer candidate"]:
+        """The scores of a lens that gives logits. Raises: InputError for one that gives anything else."""
+        if self.total is None:
+            raise InputError(f"The {self.lens} lens gives a {self.unit}, which is no logit: read `scores`.")
+        return self.scores
+
+    @property
     def probabilities(self) -> Float[Tensor, "position layer candidate"]:
         """Each candidate's probability among all there are. Raises: InputError if scores are no logits."""
         if self.total is None:

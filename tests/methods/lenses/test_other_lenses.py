@@ -315,3 +315,12 @@ def test_planted_outliers_score_above_normal_entries(detector: Any) -> None:
     assert same.low < 0.5 < same.high
     with pytest.raises(mm.InputError, match="to be read alike"):
         lenses.anomaly_scores(reading(scores[:, :3]), other, detector=detector)
+
+
+def test_logits_are_there_where_scores_are_logits_and_refused_where_they_are_not() -> None:
+    scores = torch.arange(6.0).reshape(1, 2, 3)
+    settings: Any = {"layers": ("a", "b"), "candidates": (), "rows": (0,), "positions": (0,)}
+    logits = LensReading(scores, scores.logsumexp(-1), "logit", "logit", **settings)
+    assert torch.equal(logits.logits, scores)
+    with pytest.raises(mm.InputError, match="The latent lens gives a cosine, which is no logit"):
+        _ = LensReading(scores, None, "latent", "cosine", **settings).logits
