@@ -27,6 +27,19 @@ def kl(
     return (target.exp() * (target - said)).sum(-1)
 
 
+def choose(
+    tried: Sequence[Maps],
+    losses: Callable[[Mapping[str, Any]], Callable[[Maps], Float[Tensor, " map"]]],
+    validation: Sequence[Mapping[str, Any]],
+    rates: Sequence[float],
+) -> tuple[dict[str, Tensor], Float[Tensor, " map"]]:
+    """Of each map the one whose loss on validation batches is least among all rates', and its rate."""
+    means = torch.stack([torch.stack([losses(b)(m) for b in validation]).mean(0) for m in tried])
+    best = means.argmin(0)
+    chosen = {n: torch.stack([tried[int(r)][n][i] for i, r in enumerate(best)]) for n in tried[0]}
+    return chosen, torch.tensor([rates[int(i)] for i in best])
+
+
 def train(
     batches: Sequence[Mapping[str, Any]],
     losses: Callable[[Mapping[str, Any]], Callable[[Maps], Float[Tensor, " map"]]],

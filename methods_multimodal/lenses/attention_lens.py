@@ -17,7 +17,7 @@ from methods_multimodal.core.model import check_sites
 from methods_multimodal.core.record import Record
 from methods_multimodal.core.statistics import Estimate, bootstrap
 from methods_multimodal.lenses._entries import Positions, entries_of
-from methods_multimodal.lenses._training import Maps, by_row, kl, train
+from methods_multimodal.lenses._training import Maps, by_row, choose, kl, train
 from methods_multimodal.lenses.logit_lens import checked_tokens, reading
 from methods_multimodal.lenses.reading import LensReading
 from methods_multimodal.lenses.tuned_lens import Batch, check_batches, check_made_for, fingerprint
@@ -114,9 +114,7 @@ def train_attention_lens(
         file = work.inside("steps.safetensors")
         tried = train(training, losses, start, rates=rates, n_steps=n_steps, file=file)
     with torch.no_grad():
-        means = torch.stack([torch.stack([losses(b)(m) for b in validation]).mean(0) for m in tried])
-        best = means.argmin(0)
-        chosen = {n: torch.stack([tried[int(r)][n][i] for i, r in enumerate(best)]) for n in start}
+        chosen, rate = choose(tried, losses, validation, rates)
         rows: list[tuple[Tensor, ...]] = []
         for batch in test:
             z, own, at = read(batch)
@@ -129,7 +127,7 @@ def train_attention_lens(
         kl=trained,
         direct_kl=plain,
         constant_kl=flat[:, 0],
-        rate=torch.tensor([rates[int(i)] for i in best]),
+        rate=rate,
         layer=layer,
         weights=fingerprint(view),
         tower=tower,

@@ -16,7 +16,7 @@ from methods_multimodal.core.kept import kept
 from methods_multimodal.core.record import Record
 from methods_multimodal.core.statistics import Estimate, bootstrap
 from methods_multimodal.lenses._entries import Positions, entries_of
-from methods_multimodal.lenses._training import Maps, by_row, kl, train
+from methods_multimodal.lenses._training import Maps, by_row, choose, kl, train
 from methods_multimodal.lenses.logit_lens import (
     checked_sites,
     checked_tokens,
@@ -114,9 +114,7 @@ def train_tuned_lens(
         file = work.inside("steps.safetensors")
         tried = train(training, losses, start, rates=rates, n_steps=n_steps, file=file)
     with torch.no_grad():
-        means = torch.stack([torch.cat([losses(b)(m)[None] for b in validation]).mean(0) for m in tried])
-        best = means.argmin(0)
-        chosen = {name: torch.stack([tried[int(r)][name][i] for i, r in enumerate(best)]) for name in start}
+        chosen, rate = choose(tried, losses, validation, rates)
         mean = torch.stack([read(batch)[1].softmax(-1).mean(0) for batch in training[:16]]).mean(0)
         rows: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch in test:
@@ -132,7 +130,7 @@ def train_tuned_lens(
         kl=tuned,
         logit_kl=logit,
         constant_kl=flat,
-        rate=torch.tensor([rates[int(i)] for i in best]),
+        rate=rate,
         weights=fingerprint(view),
         tower=tower,
     )
